@@ -1,0 +1,55 @@
+# The two commands to begin with are `make demo` and `make test`; both set everything up first.
+# PYTHON       the interpreter that makes .venv
+# TORCH        which torch to install
+# TORCH_INDEX  where from, for another build than the one on PyPI:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+BIN := .venv/bin
+STAMP := .venv/installed
+export TOKENIZERS_PARALLELISM = false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check check-all fix report demo-models clean
+
+help:  ## list the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## .venv with torch and proxytune, once
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("proxytune needs Python 3.11 or newer; say which one with PYTHON=...") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	grep -v '^torch==' constraints.txt > .venv/constraints.txt
+	$(BIN)/python -m pip install --quiet -c .venv/constraints.txt "$(TORCH)" -e '.[dev]'
+	@touch $(STAMP)
+
+demo: setup  ## the main job on the embedded demo system: the table of roles with the gap closed
+	$(BIN)/proxytune demo
+
+test: setup check  ## set up, then everything that `check` does
+
+check: setup  ## format, lint, types and the tests that are not slow
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+check-all: setup  ## the slow tests: the whole demo, the wheel, kill -9 and resume
+	$(BIN)/python -m pytest -m slow
+
+fix: setup  ## format the code and mend what the linter can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+report: setup  ## write results/README.md from the stored runs and the published figures
+	$(BIN)/proxytune report --write
+
+demo-models: setup  ## train the demo models anew (minutes to tens of minutes on 2 cores)
+	$(BIN)/python -m proxytune.demo_build
+
+clean:  ## remove what the targets above made, the stored runs excepted
+	rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find proxytune tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,254 @@
+"""The command line: what a user can type. Bodies live in cli_run, cli_demo, cli_generate and cli_show and are imported when
+a command runs, so that `--help` is instant.
+
+A UserError is one line on stderr and exit code 2, an interruption one line and 130; every other exception is a bug and keeps
+its traceback (exit code 1).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from proxytune import __version__
+from proxytune.errors import UserError
+
+
+class Commands(TyperGroup):
+    """The group of all commands, which turns errors into exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; see the module's docstring for what becomes of errors."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            _say(f"error: {error}")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt as error:
+            _say(str(error) or "interrupted")
+            raise typer.Exit(130) from None
+
+
+def _say(line: str) -> None:
+    """One line on stderr."""
+    print(" ".join(line.split()), file=sys.stderr, flush=True)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Proxy-tuning: logits = base + alpha * (expert - antiexpert), decoded, evaluated and explained.\n\n"
+    "Begin with: proxytune demo",
+)
+
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help="A task; `proxytune tasks` lists them.")]
+SystemName = Annotated[
+    str, typer.Option("--system", "-s", metavar="S", help="A system's name (`proxytune systems`) or a YAML file.")
+]
+As = Annotated[str, typer.Option("--as", help="base, expert, antiexpert, tuned or proxy.")]
+AsOrAll = Annotated[str, typer.Option("--as", help="base, expert, antiexpert, tuned, proxy, or all of them.")]
+Alpha = Annotated[
+    str | None,
+    typer.Option(help="0 to 10, or first:N, warmup:N, linear:FROM:TO:N. Default: the system's."),
+]
+Negative = Annotated[
+    bool, typer.Option("--allow-negative-alpha", help="Allow alpha below 0: it undoes what the expert was tuned for.")
+]
+Vocab = Annotated[
+    str | None, typer.Option(help="strict (vocabularies must agree) or intersect (combine on the shared tokens).")
+]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a checkpoint.")
+]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Cut responses after this many tokens.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the smallest set that has this probability; 1 is off.")]
+TopK = Annotated[int | None, typer.Option(help="Sample among the k most probable tokens; 0 is off.")]
+Seed = Annotated[int, typer.Option(help="Of the sampling noise (and of the choice of few-shot items).")]
+Batch = Annotated[int | None, typer.Option(help="At most this many rows at a time. Default: what memory allows.")]
+KvMemory = Annotated[str | None, typer.Option(help="Memory for the KV caches, e.g. 4GB. Default: what is free.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"proxytune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _proxytune(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    limit: Annotated[int | None, typer.Option(help="Questions per task. Default: 500.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep the runs in this folder of results.")] = None,
+    json: Json = False,
+) -> None:
+    """The main job on the embedded demo system: how much of the gap to the directly tuned model the proxy closes.
+
+    Writes nothing unless --out is given.
+
+    Example: proxytune demo --limit 50
+    """
+    from proxytune import cli_demo
+
+    cli_demo.demo(limit=limit, out=out, json_only=json)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt, or - for stdin.")],
+    system: SystemName = "demo",
+    as_: As = "proxy",
+    alpha: Alpha = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = 0,
+    n: Annotated[int, typer.Option("-n", help="Responses.", min=1)] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this string (can be repeated).")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="All roles side by side; the tokens that the proxy changed are marked.")
+    ] = False,
+    vocab: Vocab = None,
+    allow_negative_alpha: Negative = False,
+    trust_remote_code: RemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Stream a response.
+
+    Example: proxytune generate "What does Hibe Vebir play?" --system demo --compare
+    """
+    from proxytune import cli_generate, cli_run
+
+    made = cli_run.read_system(system, vocab)
+    sampling = cli_run.sampling_from(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, n=n, stop=tuple(stop or ())
+    )  # fmt: skip
+    asked = cli_generate.Request(
+        prompt, as_, alpha, sampling, allow_negative_alpha=allow_negative_alpha, trust_remote_code=trust_remote_code
+    )
+    cli_generate.generate(made, asked, compare=compare, json_only=json)
+
+
+@app.command("eval")
+def evaluate(
+    task: TaskName,
+    system: SystemName = "demo",
+    as_: AsOrAll = "proxy",
+    alpha: Alpha = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE|hub", help="Where the items come from. Default: the system's, or hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N items.")] = None,
+    shots: Annotated[int, typer.Option(help="Few-shot items before each question.")] = 0,
+    shots_from: Annotated[str | None, typer.Option(metavar="FILE", help="Draw few-shot items from this file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder. Default: results/<system>/<task>/<as>/.")
+    ] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Store every token's probability under each role.")] = False,
+    seed: Seed = 0,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    batch: Batch = None,
+    kv_memory: KvMemory = None,
+    vocab: Vocab = None,
+    allow_negative_alpha: Negative = False,
+    trust_remote_code: RemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Evaluate a system on a task, as one role or as all of them. An interrupted run is continued by the same command.
+
+    Example: proxytune eval gsm --system demo --as all --limit 100
+    """
+    from proxytune import cli_run
+
+    changed = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    asked = cli_run.Request(
+        task=task,
+        as_=as_,
+        alpha=alpha,
+        changed={name: value for name, value in changed.items() if value is not None},
+        data=data,
+        limit=limit,
+        shots=shots,
+        shots_from=shots_from,
+        out=out,
+        trace=trace,
+        seed=seed,
+        batch=batch,
+        kv_memory=kv_memory,
+        allow_negative_alpha=allow_negative_alpha,
+        trust_remote_code=trust_remote_code,
+    )
+    cli_run.evaluate(cli_run.read_system(system, vocab), asked, json_only=json)
+
+
+@app.command()
+def score(
+    task: TaskName,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Stored predictions: .jsonl or .jsonl.gz.")],
+    json: Json = False,
+) -> None:
+    """Score stored predictions again, from their texts: ours, or the files that the paper's repository published.
+
+    Example: proxytune score gsm results/demo/gsm/proxy/predictions.jsonl
+    """
+    from proxytune import cli_show
+
+    cli_show.score(task, file, json_only=json)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="A folder of results.")] = Path("results"),
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of tables.")] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write RESULTS/README.md, and the table in README.md where it has a place for it.")
+    ] = False,
+) -> None:
+    """The stored runs as tables.
+
+    Example: proxytune report results --markdown
+    """
+    from proxytune import cli_show
+
+    cli_show.report(results, markdown=markdown, write=write)
+
+
+@app.command()
+def tasks(json: Json = False) -> None:
+    """The tasks: what they measure and where their data comes from.
+
+    Example: proxytune tasks
+    """
+    from proxytune import cli_show
+
+    cli_show.tasks(json_only=json)
+
+
+@app.command()
+def systems(json: Json = False) -> None:
+    """The systems that ship with proxytune: their models and alpha.
+
+    Example: proxytune systems --json
+    """
+    from proxytune import cli_show
+
+    cli_show.systems(json_only=json)

@@ -1,0 +1,115 @@
+"""The body of `proxytune demo`: every role of the demo system on its three tasks, a control, and a model of middle size."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from proxytune import run
+from proxytune.cli_run import console, print_json, tell_loading
+from proxytune.config import Role, System, load_system, system_names
+from proxytune.demo import facts, sums
+from proxytune.models import Models
+from proxytune.records import Run
+from proxytune.report import COLUMNS, RoleRow, by_task, role_rows, summary
+
+TASKS = ("gsm", "truthfulqa", "truthfulqa_mc")
+OPENERS = {"gsm": f" {sums.CAREFUL}", "truthfulqa": f" {facts.CAREFUL}"}
+"""How a careful answer begins; a letter has no opener."""
+CONTROL = "base, opener forced"
+MIDDLE = "tuned, middle size"
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A line beside the roles: the control, or the model of middle size."""
+
+    label: str
+    key: str
+    """Its name in --json."""
+    run: Run
+
+
+def demo(*, limit: int | None, out: Path | None, json_only: bool) -> None:
+    """Run everything and print the tables, or the JSON object."""
+    if out is not None:
+        tables = _run_all(limit, out)
+    else:
+        with tempfile.TemporaryDirectory(prefix="proxytune-demo-") as folder:
+            tables = _run_all(limit, Path(folder))
+    rows = role_rows([one for runs, _ in tables.values() for one in runs])
+    if json_only:
+        print_json(_as_json(rows, {task: extras for task, (_, extras) in tables.items()}))
+        return
+    for task, own in by_task(rows).items():
+        console().print(_table(own, tables[task][1]))
+    print("gap closed = (proxy - base) / (tuned - base); scores in % with 95% intervals; memory is weights and KV cache")
+    if out is not None:
+        print(f"stored in {out}")
+
+
+def _run_all(limit: int | None, root: Path) -> dict[str, tuple[list[Run], list[Extra]]]:
+    """Task -> the runs of all roles, and the extra lines."""
+    system = load_system("demo")
+    middle = load_system("demo-mid") if "demo-mid" in system_names() else None
+    models = Models(system, on_load=tell_loading)
+    options, tables = run.Options(limit=limit), dict[str, tuple[list[Run], list[Extra]]]()
+    for task in TASKS:
+        runs = [_one(system, task, role, options, models, root) for role in run.ORDER if role in system.roles]
+        extras = []
+        if task in OPENERS:
+            forced = dataclasses.replace(options, forced=OPENERS[task])
+            extras.append(Extra(CONTROL, "base_opener_forced", _one(system, task, "base", forced, models, root)))
+        tables[task] = (runs, extras)
+    if middle is not None:
+        middle_models = Models(middle, on_load=tell_loading)
+        for task in TASKS:
+            found = _one(middle, task, "tuned", options, middle_models, root)
+            tables[task][1].append(Extra(MIDDLE, "tuned_mid", found))
+    return tables
+
+
+def _one(system: System, task: str, role: Role, options: run.Options, models: Models, root: Path) -> Run:
+    """One run in its folder under `root`."""
+    job = run.plan(system, task, role, options)
+    return run.run_job(job, job.folder(root), models, run.Engine())
+
+
+def _table(rows: list[RoleRow], extras: list[Extra]) -> Table:
+    """The table of one task, with the extra lines after the roles that they belong to."""
+    table = Table(title=f"{rows[0].task}: {rows[0].metric}, %", title_justify="left")
+    for column in COLUMNS[1:]:
+        table.add_column(column, justify="left" if column == "as" else "right", no_wrap=True)
+    extra_lines = {extra.run.spec.role: extra for extra in extras}
+    for row in rows:
+        table.add_row(*row.cells[1:], style="bold" if row.role == "proxy" else None)
+        if row.role in extra_lines:
+            [beside] = role_rows([extra_lines[row.role].run])
+            table.add_row(extra_lines[row.role].label, *beside.cells[2:], style="dim")
+    return table
+
+
+def _as_json(rows: list[RoleRow], extras: Mapping[str, list[Extra]]) -> dict[str, Any]:
+    """The form of the design, with the extra lines, intervals, memory and time beside it."""
+    content = summary(rows)
+    for task, own in by_task(rows).items():
+        entry = content["tasks"][task]
+        entry["metric"] = own[0].metric
+        for extra in extras[task]:
+            entry[extra.key] = run.score_of(extra.run).value
+        every = [*((row.role, row) for row in own), *((e.key, role_rows([e.run])[0]) for e in extras[task])]
+        entry["rows"] = {
+            name: {
+                "score": row.score.model_dump(),
+                "memory_bytes": row.memory,
+                "ms_per_token": row.ms_per_token,
+            }
+            for name, row in every
+        }
+    return content

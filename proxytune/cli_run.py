@@ -1,0 +1,150 @@
+"""The body of `proxytune eval`, and what it shares with the other commands that run models."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from proxytune.config import ModelSpec, Sampling, System, explain, load_system
+from proxytune.errors import UserError
+from proxytune.records import Run
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the options of `eval` said."""
+
+    task: str
+    as_: str
+    alpha: str | None
+    changed: Mapping[str, int | float]
+    """Sampling settings that replace the task's."""
+    data: str | None
+    limit: int | None
+    shots: int
+    shots_from: str | None
+    out: Path | None
+    trace: bool
+    seed: int
+    batch: int | None
+    kv_memory: str | None
+    allow_negative_alpha: bool
+    trust_remote_code: bool
+
+
+def evaluate(system: System, asked: Request, *, json_only: bool) -> None:
+    """Run one role, or all of them, and print the result."""
+    from proxytune.tasks import get_task
+
+    usual = get_task(asked.task).sampling  # an unknown task must not wait for torch
+    if asked.as_ != "all":
+        system.require(asked.as_)
+    sampling = sampling_from(**{**usual.model_dump(), **asked.changed}) if asked.changed else None
+    bytes_for_kv = None if asked.kv_memory is None else parse_size(asked.kv_memory)
+    if asked.batch is not None and asked.batch < 1:
+        raise UserError(f"--batch {asked.batch} must be at least 1")
+
+    from proxytune import run
+    from proxytune.models import Models
+
+    models = Models(system, trust_remote_code=asked.trust_remote_code, on_load=tell_loading)
+    engine = run.Engine(max_batch=asked.batch, kv_memory=bytes_for_kv)
+    options = run.Options(
+        alpha=asked.alpha,
+        sampling=sampling,
+        data=asked.data,
+        limit=asked.limit,
+        shots=asked.shots,
+        shots_from=asked.shots_from,
+        trace="tokens" if asked.trace else "off",
+        seed=asked.seed,
+        allow_negative_alpha=asked.allow_negative_alpha,
+    )
+    if asked.as_ == "all":
+        runs = run.evaluate_all(system, asked.task, options, out=asked.out, engine=engine, models=models)
+        print_all(list(runs.values()), json_only=json_only)
+    else:
+        job = run.plan(system, asked.task, asked.as_, options)
+        folder = asked.out or job.folder(run.RESULTS)
+        print_one(run.run_job(job, folder, models, engine), folder, json_only=json_only)
+
+
+def print_one(run: Run, folder: Path, *, json_only: bool) -> None:
+    """One run: its metrics, its price, its folder."""
+    if json_only:
+        print_json(run.model_dump(mode="json"))
+        return
+    from proxytune.report import percent, role_rows, size
+
+    row = role_rows([run])[0]
+    print(f"{run.spec.system.name} as {run.spec.role} on {run.spec.task}: {run.n} examples")
+    for name, metric in sorted(run.metrics.items(), key=lambda pair: pair[0] != run.headline):
+        print(f"  {name:22} {percent(metric)}")
+    if row.ms_per_token is not None:
+        told = f"{run.cost.generated_tokens} tokens in {run.cost.seconds:.1f} s ({row.ms_per_token:.2f} ms each)"
+        print(f"  {told}, memory {size(row.memory)}")
+    print(f"stored in {folder}")
+
+
+def print_all(runs: list[Run], *, json_only: bool) -> None:
+    """The roles of a system under each other, with the gap closed."""
+    from proxytune.report import rich_table, role_rows
+
+    rows = role_rows(runs)
+    if json_only:
+        gap = next((row.gap_closed for row in rows if row.role == "proxy"), None)
+        named = {run.spec.role: run.model_dump(mode="json") for run in runs}
+        print_json({"task": runs[0].spec.task, "n": runs[0].n, "gap_closed": gap, "runs": named})
+        return
+    console().print(rich_table(rows))
+
+
+def print_json(content: object) -> None:
+    """The one JSON object of --json."""
+    print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def console() -> Console:
+    """stdout for tables: as wide as they are where it is no terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
+def read_system(name: str, vocab: str | None) -> System:
+    """The system, with --vocab applied."""
+    system = load_system(name)
+    if vocab is None:
+        return system
+    if vocab not in ("strict", "intersect"):
+        raise UserError(f"--vocab '{vocab}' must be strict or intersect")
+    return system.model_copy(update={"vocab": vocab})
+
+
+def sampling_from(**values: Any) -> Sampling:
+    """Sampling settings of which those that are None keep their default; UserError names the one that is out of bounds."""
+    try:
+        return Sampling(**{name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        raise UserError(f"--{explain(error).replace('_', '-', 1)}") from None
+
+
+def parse_size(text: str) -> int:
+    """`4GB`, `512 MiB` or a number of bytes -> bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if match is None or match[2] not in _UNITS or not (found := int(float(match[1]) * _UNITS[match[2]])):
+        raise UserError(f"--kv-memory '{text}' is no amount of memory: write 4GB, 512MB or a number of bytes")
+    return found
+
+
+def tell_loading(name: str, spec: ModelSpec) -> None:
+    """Say on stderr which model is being loaded."""
+    print(f"loading {name}: {spec.model or spec.adapter}", file=sys.stderr, flush=True)

@@ -1,0 +1,134 @@
+"""The bodies of the commands that show what there is: score, report, tasks, systems. None of them loads a model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from proxytune.cli_run import console, print_json
+from proxytune.config import ModelSpec, System, load_system, system_names
+from proxytune.errors import UserError
+from proxytune.results import find_runs, write_atomically
+
+DEMO_TABLE = re.compile(r"(<!-- demo-table -->\n).*?(<!-- /demo-table -->)", re.DOTALL)
+
+
+def score(task: str, file: Path, *, json_only: bool) -> None:
+    """Score a file of predictions."""
+    from proxytune.report import percent
+    from proxytune.tasks import get_task, score_file
+
+    found = score_file(get_task(task), file)
+    if json_only:
+        print_json(found.model_dump(mode="json"))
+        return
+    print(f"{task}, {found.n} examples of {file}")
+    for name, metric in found.metrics.items():
+        print(f"  {name:22} {percent(metric):28} {metric.value!r}")
+    if found.dropped_duplicates:
+        print(f"  {found.dropped_duplicates} rows were left out: equal to an earlier row of the same id")
+    if found.renumbered_ids:
+        print(f"  {found.renumbered_ids} rows share their id with a different row; they were scored separately")
+
+
+def report(root: Path, *, markdown: bool, write: bool) -> None:
+    """The finished runs under `root`: tables on stdout, or README.md files."""
+    from proxytune import report as tables
+
+    if not root.is_dir():
+        raise UserError(f"no folder '{root}': `proxytune eval` makes it, or name another")
+    runs = tables.default_runs(root)
+    if write:
+        write_atomically(root / "README.md", tables.results_readme(tables.read_paper(), runs).encode())
+        print(f"wrote {root / 'README.md'}")
+        _write_demo_table(Path("README.md"), root)
+        return
+    rows = tables.role_rows(runs or [run for _, run in find_runs(root)])
+    if not rows:
+        raise UserError(f"no finished run in '{root}': `proxytune eval` makes one")
+    for task, own in tables.by_task(rows).items():
+        if markdown:
+            print(f"### {task}: {own[0].metric}\n\n{tables.markdown_table(own)}")
+        else:
+            console().print(tables.rich_table(own))
+
+
+def _write_demo_table(path: Path, root: Path) -> None:
+    """Put the demo's tables between the markers of the README, where there are markers."""
+    from proxytune import report as tables
+
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    runs = [run for run in tables.default_runs(root) if run.spec.system.name == "demo"]
+    if not runs or not DEMO_TABLE.search(text):
+        return
+    parts = [
+        f"**{task}** ({own[0].metric}, %, {own[0].n} questions)\n\n{tables.markdown_table(own)}"
+        for task, own in tables.by_task(tables.role_rows(runs)).items()
+    ]
+    content = "\n".join(parts)
+    filled = DEMO_TABLE.sub(lambda match: match[1] + content + match[2], text)
+    write_atomically(path, filled.encode())
+    print(f"wrote the demo table in {path}")
+
+
+def tasks(*, json_only: bool) -> None:
+    """The registry of tasks."""
+    from proxytune.tasks import TASKS
+
+    if json_only:
+        named = {
+            task.name: {
+                "summary": task.summary,
+                "data": task.data,
+                "headline": task.headline,
+                "metrics": list(task.metric_names),
+                "sampling": task.sampling.model_dump(mode="json"),
+            }
+            for task in TASKS.values()
+        }
+        print_json({"tasks": named})
+        return
+    rows = [(task.name, task.summary, ", ".join(task.metric_names), task.data) for task in TASKS.values()]
+    _print_table(("task", "what it measures", "metrics (the first is shown)", "data"), rows)
+
+
+def systems(*, json_only: bool) -> None:
+    """The systems in configs/systems."""
+    found = [load_system(name) for name in system_names()]
+    if json_only:
+        print_json({"systems": {system.name: system.model_dump(mode="json", exclude_none=True) for system in found}})
+        return
+    rows = [
+        (system.name, model_name(system.base), _experts(system), model_name(system.antiexpert), model_name(system.tuned))
+        for system in found
+    ]
+    _print_table(("system", "base", "expert", "antiexpert", "tuned"), rows)
+
+
+def _experts(system: System) -> str:
+    """The experts of a system, with weights where there are several."""
+    specs = system.expert_specs
+    if len(specs) == 1:
+        return model_name(specs[0])
+    return " + ".join(f"{spec.weight:g} * {model_name(spec)}" for spec in specs)
+
+
+def model_name(spec: ModelSpec | None) -> str:
+    """How a table names a model."""
+    if spec is None:
+        return ""
+    return spec.model or f"adapter {spec.adapter}"
+
+
+def _print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    """A plain table that wraps in its cells."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    console().print(table)

@@ -1,0 +1,315 @@
+"""What a user can set, declared once: the same field is the YAML key, the help text and the entry in run.json.
+
+Unknown keys are errors everywhere. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from proxytune.errors import UserError, did_you_mean
+
+Role = Literal["base", "expert", "antiexpert", "tuned", "proxy"]
+ROLES: tuple[Role, ...] = get_args(Role)
+Chat = Literal["none", "llama2", "tokenizer"]
+DType = Literal["float64", "float32", "bfloat16", "float16", "auto"]
+TraceKind = Literal["off", "tokens", "agreement"]
+
+MAX_ALPHA = 10.0
+
+
+class Record(BaseModel):
+    """A frozen record that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class AlphaSchedule(Record):
+    """The strength of the expert-minus-antiexpert shift at each position of the response.
+
+    Written as a number (`0.5`) or `first:N[:A]` (A for the first N tokens, then 0), `warmup:N[:A]` (0 for N tokens,
+    then A), `linear:FROM:TO:N` (from FROM to TO over N tokens, then TO). A is 1 unless given.
+    """
+
+    kind: Literal["constant", "first", "warmup", "linear"] = "constant"
+    start: float = 1.0
+    """Alpha at position 0."""
+    end: float = 1.0
+    """Alpha from position `length` on."""
+    length: int = Field(default=0, ge=0)
+    """How many response tokens the first part lasts."""
+
+    def at(self, position: int) -> float:
+        """Alpha for the response token at `position` (0 is the first)."""
+        if position >= self.length:
+            return self.end
+        if self.kind == "linear":
+            return self.start + (self.end - self.start) * position / self.length
+        return self.start
+
+    @property
+    def text(self) -> str:
+        """The form that `parse_alpha` reads back."""
+        match self.kind:
+            case "constant":
+                return f"{self.end:g}"
+            case "first":
+                return f"first:{self.length}" + ("" if self.start == 1 else f":{self.start:g}")
+            case "warmup":
+                return f"warmup:{self.length}" + ("" if self.end == 1 else f":{self.end:g}")
+            case "linear":
+                return f"linear:{self.start:g}:{self.end:g}:{self.length}"
+
+    def check(self, *, allow_negative: bool = False) -> AlphaSchedule:
+        """Raise UserError unless every alpha is finite and within bounds.
+
+        A negative alpha undoes what the expert was tuned for (safety tuning, say), so it has to be asked for.
+        """
+        for value in (self.start, self.end):
+            if not math.isfinite(value) or abs(value) > MAX_ALPHA:
+                raise UserError(f"alpha = {value:g} is out of range: it must be a finite number from 0 to {MAX_ALPHA:g}")
+            if value < 0 and not allow_negative:
+                raise UserError(
+                    f"alpha = {value:g} is negative: it would undo what the expert was tuned for. "
+                    "If that is what you want, add --allow-negative-alpha"
+                )
+        return self
+
+
+def parse_alpha(value: object) -> AlphaSchedule:
+    """`0.5`, `"first:16"`, `"warmup:100"`, `"linear:0:1:200"` or a schedule itself -> AlphaSchedule (UserError if not)."""
+    if isinstance(value, AlphaSchedule):
+        return value
+    kind, *parts = str(value).split(":")
+    try:
+        match kind, parts:
+            case "first", [n, *a] if len(a) < 2:
+                return AlphaSchedule(kind="first", length=int(n), start=float(a[0]) if a else 1.0, end=0.0)
+            case "warmup", [n, *a] if len(a) < 2:
+                return AlphaSchedule(kind="warmup", length=int(n), start=0.0, end=float(a[0]) if a else 1.0)
+            case "linear", [start, end, n]:
+                return AlphaSchedule(kind="linear", start=float(start), end=float(end), length=int(n))
+            case number, []:
+                return AlphaSchedule(start=float(number), end=float(number))
+    except (ValueError, ValidationError):
+        pass
+    raise UserError(f"alpha '{value}' is not a number from 0 to {MAX_ALPHA:g}, first:N, warmup:N or linear:FROM:TO:N")
+
+
+Alpha = Annotated[
+    AlphaSchedule, BeforeValidator(parse_alpha), PlainSerializer(lambda schedule: schedule.text, return_type=str)
+]
+
+
+class Sampling(Record):
+    """How the next token is chosen, and when a response ends."""
+
+    max_new_tokens: int = Field(default=512, ge=1)
+    """A response is cut after this many tokens (finish_reason `length`)."""
+    min_new_tokens: int = Field(default=0, ge=0)
+    """End-of-sequence is banned before this many tokens."""
+    temperature: float = Field(default=0.0, ge=0.0, le=100.0, allow_inf_nan=False)
+    """0 is greedy: the first of the largest logits."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample among the k most probable tokens only; 0 is off."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Sample from the smallest set of tokens whose probability reaches this; 1 is off."""
+    n: int = Field(default=1, ge=1)
+    """Responses per prompt; the prompt is computed once for all of them."""
+    seed: int = 0
+    """Together with the example's id, the sample and the position it decides the noise; batch and order do not."""
+    stop: tuple[str, ...] = ()
+    """A response ends before the first of these strings, however it is tokenised (finish_reason `stop`)."""
+    ban: tuple[str, ...] = ()
+    """Strings whose single-token forms (with and without a leading space) are never generated."""
+    ban_first: tuple[str, ...] = ()
+    """The same, for the first token of the response only."""
+
+
+class ModelSpec(Record):
+    """One model: where it is and how it is loaded."""
+
+    model: str | None = None
+    """A folder, a hub id, or demo://NAME for a model that ships with proxytune."""
+    adapter: str | None = None
+    """A PEFT folder (LoRA or prompt tuning). Without `model` it sits on the antiexpert and shares its weights."""
+    dtype: DType = "auto"
+    """The dtype of the weights; auto is the checkpoint's own."""
+    device_map: str | dict[str, int | str] | None = None
+    """Where the layers go: auto, cpu, cuda:1 or a map as in accelerate; none is the first GPU, or the CPU."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Load the weights quantised by bitsandbytes."""
+    chat: Chat = "none"
+    """The prompt format: none (plain text), llama2 (the paper's), tokenizer (the chat template in the checkpoint)."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Off: only code in transformers is run."""
+
+    @model_validator(mode="after")
+    def _something_to_load(self) -> ModelSpec:
+        if self.model is None and self.adapter is None:
+            raise ValueError("a model needs `model: DIR or hub id`, or `adapter: DIR` on the antiexpert")
+        return self
+
+
+class ExpertSpec(ModelSpec):
+    """One of several experts: logits = base + alpha * sum_i weight_i * (expert_i - antiexpert_i)."""
+
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    antiexpert: ModelSpec | None = None
+    """This expert's own antiexpert; the system's unless given."""
+
+
+class System(Record):
+    """The models of all roles and alpha."""
+
+    name: str = "custom"
+    description: str = ""
+    base: ModelSpec
+    """The large model that is steered."""
+    expert: ModelSpec | None = None
+    """The small tuned model."""
+    experts: tuple[ExpertSpec, ...] = ()
+    """Several weighted experts in place of one."""
+    antiexpert: ModelSpec | None = None
+    """The small model before its tuning."""
+    tuned: ModelSpec | None = None
+    """The directly tuned large model, the ceiling."""
+    alpha: Alpha = AlphaSchedule()
+    """Strength of the shift, a number or a schedule over response positions."""
+    vocab: Literal["strict", "intersect"] = "strict"
+    """strict: vocabularies must agree token by token. intersect: combine on the shared tokens only."""
+    data: dict[str, str] = Field(default_factory=dict)
+    """Where a task's items come from by default: `generated` (the demo world), `hub`, or a file."""
+
+    @model_validator(mode="after")
+    def _one_way_to_name_experts(self) -> System:
+        if self.expert is not None and self.experts:
+            raise ValueError("give either `expert` or `experts`, not both")
+        return self
+
+    @property
+    def expert_specs(self) -> tuple[ExpertSpec, ...]:
+        """The experts with their weights, whichever way they were named."""
+        if self.expert is not None:
+            return (ExpertSpec(**self.expert.model_dump()),)
+        return self.experts
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The roles that this system can be evaluated as."""
+        have = {
+            "base": True,
+            "expert": bool(self.expert_specs),
+            "antiexpert": self.antiexpert is not None,
+            "tuned": self.tuned is not None,
+            "proxy": bool(self.expert_specs) and all(e.antiexpert or self.antiexpert for e in self.expert_specs),
+        }
+        return tuple(role for role in ROLES if have[role])
+
+    def require(self, role: str) -> Role:
+        """`role` as a Role, or the UserError that says which models are missing."""
+        if role not in ROLES:
+            raise did_you_mean("role", role, ROLES)
+        if role not in self.roles:
+            raise UserError(f"system '{self.name}' cannot run as '{role}': it has {', '.join(self.roles)}")
+        return role  # type: ignore[return-value]
+
+
+class RunSpec(Record):
+    """Everything that decides a run's outputs. Two runs with equal specs are the same run; resume relies on it."""
+
+    task: str
+    system: System
+    role: Role = "proxy"
+    alpha: Alpha
+    sampling: Sampling
+    data: str
+    """generated, hub or the file's name (its content is in `data_sha256`)."""
+    data_sha256: str
+    limit: int | None = None
+    shots: int = 0
+    trace: TraceKind = "off"
+    forced: str | None = None
+    """Text with which every response is made to begin (the demo's control)."""
+
+
+def shipped(relative: str) -> Path:
+    """A file or folder that ships with proxytune: inside the installed package, or at the root of the checkout."""
+    package = Path(__file__).parent
+    inside = package / relative
+    return inside if inside.exists() else package.parent / relative
+
+
+def system_names() -> list[str]:
+    """The systems in configs/systems."""
+    return sorted(path.stem for path in shipped("configs/systems").glob("*.yaml"))
+
+
+def load_system(name_or_path: str | Path) -> System:
+    """The system of that name in configs/systems, or of that YAML file."""
+    path = Path(name_or_path)
+    if path.suffix not in {".yaml", ".yml"}:
+        if str(name_or_path) not in system_names():
+            error = did_you_mean("system", str(name_or_path), system_names())
+            raise UserError(f"{error}. Or give the path of a .yaml file")
+        path = shipped("configs/systems") / f"{name_or_path}.yaml"
+    return parse_system(read_yaml(path), path)
+
+
+def read_yaml(path: Path) -> Mapping[str, Any]:
+    """The mapping in a YAML file; UserError names the file and the line."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no file '{path}'") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"cannot read '{path}': {' '.join(str(error).split())}") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"'{path}' must hold a mapping of keys to values, not {type(content).__name__}")
+    return content
+
+
+def parse_system(content: Mapping[str, Any], path: Path) -> System:
+    """A System from a YAML mapping. Model folders that begin with ./ or ../ are taken from the YAML file's folder."""
+    raw = {"name": path.stem, **content}
+    for role in ("base", "expert", "antiexpert", "tuned"):
+        if isinstance(raw.get(role), Mapping):
+            raw[role] = _beside(raw[role], path.parent)
+    if isinstance(raw.get("experts"), list):
+        raw["experts"] = [_beside(e, path.parent) if isinstance(e, Mapping) else e for e in raw["experts"]]
+    try:
+        return System.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"'{path}': {explain(error)}") from None
+
+
+def _beside(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The spec with its relative folders resolved against `folder`."""
+    found = dict(spec)
+    for key in ("model", "adapter"):
+        value = found.get(key)
+        if isinstance(value, str) and value.startswith(("./", "../")):
+            found[key] = str((folder / value).resolve())
+    if isinstance(found.get("antiexpert"), Mapping):
+        found["antiexpert"] = _beside(found["antiexpert"], folder)
+    return found
+
+
+def explain(error: ValidationError) -> str:
+    """The first problem of a pydantic error in one line, with the allowed keys when a key is unknown."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "value"
+    if first["type"] == "extra_forbidden":
+        *parents, key = where.split(".")
+        record = System if not parents else ExpertSpec if parents[0] == "experts" else ModelSpec
+        return str(did_you_mean("key", key, record.model_fields))
+    message = first["msg"].removeprefix("Value error, ")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {message}{more}"

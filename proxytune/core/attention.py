@@ -1,0 +1,165 @@
+"""The attention that Hugging Face modules call in our forwards: packed tokens, ragged rows, our KV cache.
+
+One call carries T tokens of several rows, [1, H, T, D]. `Packed` says which tokens belong to which rows; it travels
+as a keyword argument of the model's forward, so that several engines can run in one process. Rows with equal query
+length form a group, and a group is one attention call: decode is one group, every prefill chunk another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from proxytune.core.cache import KVCache, LayerShape, Placement
+
+NAME = "proxytune"
+"""Our name in the registry of attention functions."""
+
+
+@dataclass
+class Group:
+    """Rows first..first+count-1, each with `query` new tokens, which stand at `start` in the packed order."""
+
+    first: int
+    count: int
+    query: int
+    start: int
+    lengths: tuple[int, ...]
+    """Tokens of each row, the new ones included."""
+    masks: dict[tuple[int | None, torch.dtype, torch.device], Tensor | None] = field(default_factory=dict)
+
+    @property
+    def longest(self) -> int:
+        """Keys that the group's attention reads."""
+        return max(self.lengths)
+
+    @property
+    def from_start(self) -> bool:
+        """Whether nothing was cached before, so that plain causal attention is right (SDPA aligns it upper left)."""
+        return all(length == self.query for length in self.lengths)
+
+    def mask(self, window: int | None, like: Tensor) -> Tensor | None:
+        """Additive mask [count, 1, query, longest] for a sliding window (None: full); None if nothing is hidden."""
+        where = (window, like.dtype, like.device)
+        if where not in self.masks:
+            self.masks[where] = self._make_mask(window, like)
+        return self.masks[where]
+
+    def _make_mask(self, window: int | None, like: Tensor) -> Tensor | None:
+        shortest, longest = min(self.lengths), self.longest
+        if self.query == 1 and shortest == longest and (window is None or longest <= window):
+            return None
+        end = torch.tensor(self.lengths, device=like.device)[:, None, None]  # [R, 1, 1]
+        at = end - self.query + torch.arange(self.query, device=like.device)[None, :, None]  # [R, q, 1]
+        key = torch.arange(longest, device=like.device)[None, None, :]  # [1, 1, L]
+        visible = key <= at
+        if window is not None:
+            visible &= at - key < window
+        bias = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
+        return bias.masked_fill(~visible, float("-inf"))[:, None]
+
+
+@dataclass
+class Packed:
+    """The state of one packed forward."""
+
+    cache: KVCache
+    at: Placement
+    groups: Sequence[Group]
+
+
+@dataclass
+class Discovery:
+    """Takes the place of `Packed` in the one-token forward that learns what a model stores and asks for."""
+
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+    devices: dict[int, torch.device] = field(default_factory=dict)
+    windows: dict[int, int | None] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+    calls: int = 0
+
+    def see(self, layer: int, key: Tensor, value: Tensor, window: int | None) -> None:
+        """Note one layer's call."""
+        self.calls += 1
+        self.shapes[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
+        self.devices[layer] = key.device
+        self.windows[layer] = window
+        self.dtype = key.dtype
+
+
+class MissingContext(RuntimeError):
+    """The model does not forward our keyword argument to its attention (StableLM)."""
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,  # [1, H, T, Dk], rotated
+    key: Tensor,  # [1, Hkv, T, Dk], rotated, not repeated for grouped queries
+    value: Tensor,  # [1, Hkv, T, Dv]
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    packed: Packed | Discovery | None = None,
+    **_: object,  # position ids, router flags: the interface hands every attention the same arguments
+) -> tuple[Tensor, None]:
+    """The function registered with transformers' AttentionInterface: -> [1, T, H, Dv], None."""
+    if packed is None:
+        raise MissingContext(f"{type(module).__name__} does not forward keyword arguments to its attention")
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if isinstance(packed, Discovery):
+        packed.see(layer, key, value, sliding_window)
+        return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
+    packed.cache.write(layer, key[0], value[0], packed.at)
+    results = []
+    for group in packed.groups:
+        keys, values = packed.cache.read(layer, group.first, group.count, group.longest)
+        tokens = slice(group.start, group.start + group.count * group.query)
+        q = query[0, :, tokens].unflatten(1, (group.count, group.query)).transpose(0, 1)  # [R, H, q, Dk]
+        keys, values = keys.to(q.dtype), values.to(q.dtype)
+        if softcap is None and s_aux is None:
+            result = _fused(q, keys, values, group, sliding_window, scaling)
+        else:
+            result = _explicit(q, keys, values, group.mask(sliding_window, q), scaling, softcap, s_aux)
+        results.append(result.transpose(1, 2).flatten(0, 1))  # [R * q, H, Dv]
+    return (results[0] if len(results) == 1 else torch.cat(results))[None], None
+
+
+def _fused(
+    q: Tensor, keys: Tensor, values: Tensor, group: Group, window: int | None, scaling: float | None
+) -> Tensor:
+    """SDPA, with grouped queries only where there are any and without a mask where causality says it all."""
+    grouped = q.shape[1] != keys.shape[1]
+    if group.from_start and (window is None or group.query <= window):
+        return scaled_dot_product_attention(q, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
+    mask = group.mask(window, q)
+    return scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+
+
+def _explicit(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention written out, for what SDPA lacks: soft-capped scores (Gemma 2) and sinks (gpt-oss)."""
+    group = q.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    scores = q @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)  # [R, H, q, L]
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores + mask
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if sinks is None:
+        return scores.softmax(-1).to(q.dtype) @ values
+    column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1].to(q.dtype) @ values

@@ -1,0 +1,143 @@
+"""Logit mathematics: pure functions on [B, V], in the order in which a step applies them.
+
+combine -> ban -> warp (temperature, top-k, top-p) -> argmax or sample.
+
+Sampling is by the Gumbel-max trick with counter-based noise, so that a row's token depends on its own key, position
+and distribution alone: not on the batch, the order or the number of steps taken together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_PHILOX_M = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+_PHILOX_ROUNDS = 10
+
+
+def widen(logits: Tensor) -> Tensor:
+    """Logits in float32, or in their own dtype where that is wider: what `combine` computes in."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class Shift:
+    """One expert's term of the sum: weight * (expert - antiexpert), where both know the token."""
+
+    expert: Tensor  # [B, V]
+    antiexpert: Tensor  # [B, V]
+    weight: float = 1.0
+    shared: Tensor | None = None  # [V] bool; None means every token is shared
+
+
+def combine(base: Tensor, shifts: Sequence[Shift], alpha: Tensor) -> Tensor:
+    """logits = base + alpha * sum_i weight_i * (expert_i - antiexpert_i) (paper eq. 1, with alpha of section 6.2).
+
+    base [B, V], alpha [B] -> [B, V]. Where alpha is 0, or expert and antiexpert agree, the result is the base bit
+    for bit: the difference is taken first, and alpha multiplies it last.
+    """
+    if not shifts:
+        return base
+    delta = torch.zeros_like(base)
+    for shift in shifts:
+        difference = shift.weight * (shift.expert - shift.antiexpert)
+        if shift.shared is not None:
+            difference = difference.masked_fill(~shift.shared, 0.0)
+        delta += difference
+    strength = alpha.to(base.dtype)[:, None]  # [B, 1]
+    return torch.where(strength == 0, base, base + strength * delta)
+
+
+def ban(logits: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+    """Forbid token ids[j] in row rows[j]: a copy with these logits at -inf."""
+    if rows.numel() == 0:
+        return logits
+    banned = logits.clone()
+    banned[rows, ids] = float("-inf")
+    return banned
+
+
+def warp(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Temperature, then top-k, then top-p, per row. [B, V] and three [B] -> [B, V] with -inf for what is cut.
+
+    top_k 0 and top_p 1 are off. Ties at the k-th value are kept; top-p keeps the smallest set of most probable tokens
+    that reaches p, the token that crosses p included.
+    """
+    scaled = logits / temperature.to(logits.dtype)[:, None]
+    if bool((top_k > 0).any()):
+        k = int(top_k.max().clamp(max=logits.shape[-1]))
+        values = scaled.topk(k, dim=-1).values  # [B, k]
+        at = (top_k.clamp(min=1, max=k) - 1)[:, None]
+        floor = values.gather(-1, at).masked_fill((top_k <= 0)[:, None], float("-inf"))
+        scaled = scaled.masked_fill(scaled < floor, float("-inf"))
+    if bool((top_p < 1).any()):
+        ordered, index = scaled.sort(dim=-1, descending=True, stable=True)
+        probability = ordered.softmax(-1)
+        before = probability.cumsum(-1) - probability  # mass of the more probable tokens
+        cut = (before >= top_p.to(before.dtype)[:, None]) & (top_p < 1)[:, None]
+        cut[:, 0] = False
+        scaled = scaled.masked_fill(torch.zeros_like(cut).scatter(-1, index, cut), float("-inf"))
+    return scaled
+
+
+def philox(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+
+    Four counter words and two key words, 32-bit values in int64 tensors that broadcast, -> four 32-bit words.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_PHILOX_ROUNDS):
+        # int64 products wrap modulo 2**64, which keeps all 64 bits of a 32 x 32 bit product
+        p0, p1 = c0 * _PHILOX_M[0], c2 * _PHILOX_M[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _PHILOX_W[0]) & _MASK, (k1 + _PHILOX_W[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def gumbel(keys: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
+    """Standard Gumbel noise for every token of every row: [B], [B] -> [B, V] in float64.
+
+    keys are 64-bit (one per seed, example and sample), positions count the response's tokens from 0. The noise of
+    token t is word t mod 4 of philox(counter=(t // 4, position, 0, 0), key), as (word + 1/2) / 2**32 = u and
+    -log(-log u).
+    """
+    blocks = torch.arange((vocabulary + 3) // 4, device=keys.device)[None, :]  # [1, V/4]
+    zero = torch.zeros_like(blocks)
+    at = positions.to(torch.int64)[:, None]
+    words = philox((blocks, at, zero, zero), ((keys & _MASK)[:, None], ((keys >> 32) & _MASK)[:, None]))
+    uniform = (torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocabulary].double() + 0.5) / 2**32
+    return -torch.log(-torch.log(uniform))
+
+
+def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Natural log-probability of one token per row: [B, V], [B] -> [B]."""
+    return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How each row of a batch chooses its token: all tensors [B]."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    keys: Tensor
+    positions: Tensor
+    sampled: tuple[int, ...]
+    """The rows with a temperature above 0, known on the host so that greedy batches draw no noise."""
+
+
+def choose(logits: Tensor, choice: Choice) -> Tensor:
+    """The next token of every row, [B, V] -> [B]: the first of the largest logits, or a sample where asked for."""
+    tokens = logits.argmax(-1)
+    if not choice.sampled:
+        return tokens
+    rows = torch.tensor(choice.sampled, device=logits.device)
+    warped = warp(logits[rows], choice.temperature[rows], choice.top_k[rows], choice.top_p[rows])
+    noise = gumbel(choice.keys[rows], choice.positions[rows], logits.shape[-1])
+    return tokens.index_copy(0, rows, (warped.double() + noise).argmax(-1))

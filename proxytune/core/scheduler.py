@@ -1,0 +1,235 @@
+"""Continuous batching: which rows decode in this step, which tokens are prefilled, who waits and who has to make room.
+
+No torch here. The scheduler knows rows only by their ids and by the `Rows` of every model, which it keeps in step:
+row i is the same request in all of them. Rows that decode come first and stay compact."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+from proxytune.config import AlphaSchedule
+from proxytune.core.cache import Rows
+from proxytune.core.runner import Segment
+
+HEADROOM = 16
+"""Tokens that every row must be able to grow by before another row is let in: fewer preemptions."""
+
+LOOKAHEAD = 256
+"""How far into the queue admission looks for requests that can start now."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to be made. Contexts are ids per model, in that model's own vocabulary; generated tokens are the
+    base's."""
+
+    contexts: Mapping[str, tuple[int, ...]]
+    key: int
+    """64-bit randomness key."""
+    max_new_tokens: int
+    eos: frozenset[int] = frozenset()
+    alpha: AlphaSchedule = AlphaSchedule()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_new_tokens: int = 0
+    banned: frozenset[int] = frozenset()
+    banned_first: frozenset[int] = frozenset()
+    forced: tuple[int, ...] = ()
+    """Tokens with which the response begins, whatever the logits say."""
+    stop: Callable[[Sequence[int]], bool] | None = None
+    """Whether the response, as ids so far, is to end here."""
+    tag: object = None
+    """The caller's own; handed back with the result."""
+
+
+class TokenTrace(NamedTuple):
+    """One generated token as every model saw it."""
+
+    token: int
+    alpha: float
+    probability: dict[str, float]  # model -> probability of the token; "proxy" is the combination
+    top: dict[str, int]  # model -> its most probable token
+
+
+@dataclass(eq=False)
+class Row:
+    """A request under way."""
+
+    request: Request
+    ticket: int
+    """Order of arrival; the highest makes room first."""
+    prompt: int
+    """Hash of the contexts: rows that share it (and the contexts) share prompt KV."""
+    ids: dict[str, list[int]]
+    """Per model: context and response so far."""
+    tokens: list[int] = field(default_factory=list)
+    """The response so far, in the base's ids."""
+    logprob: float = 0.0
+    trace: list[TokenTrace] = field(default_factory=list)
+
+    def same_prompt(self, other: Row) -> bool:
+        """Whether the prompt KV of one serves the other."""
+        return self.prompt == other.prompt and self.request.contexts == other.request.contexts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step: rows 0..decoding-1 take one token each; `segments` per model feed them first, then prefill others."""
+
+    decoding: int
+    segments: Mapping[str, tuple[Segment, ...]]
+
+
+class Scheduler:
+    """Rows under way, and requests that wait."""
+
+    def __init__(self, caches: Mapping[str, Rows], max_rows: int, prefill_tokens: int) -> None:
+        """At most `max_rows` rows at a time, and `prefill_tokens` prompt tokens per model and step."""
+        self.caches = caches
+        self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
+        self.rows: list[Row] = []
+        self.waiting: deque[Row] = deque()
+        self.preemptions = 0
+        self._tickets = 0
+
+    def submit(self, request: Request) -> None:
+        """Queue a request."""
+        self.waiting.append(self._fresh(request))
+
+    def _fresh(self, request: Request) -> Row:
+        self._tickets += 1
+        prompt = hash(tuple(request.contexts.values()))
+        return Row(request, self._tickets, prompt, {name: list(ids) for name, ids in request.contexts.items()})
+
+    def plan(self) -> Plan:
+        """Decide the next step; admits and preempts rows on the way."""
+        self._admit()
+        while True:
+            decoding = self._order()
+            plan = Plan(decoding, self._segments(decoding))
+            targets = {name: self._targets(name, plan) for name in self.caches}
+            if all(self.caches[name].fits(lengths) for name, lengths in targets.items()):
+                break
+            self._preempt()
+        for name, lengths in targets.items():
+            self.caches[name].reserve(lengths)
+        return plan
+
+    def finish(self, done: Iterable[int]) -> None:
+        """Rows that ended: a waiting request with the same prompt takes the place over, or the place is freed."""
+        for index in sorted(done, reverse=True):
+            heir = self._heir(self.rows[index])
+            if heir is None:
+                self._drop(index)
+                continue
+            self.waiting.remove(heir)
+            self.rows[index] = heir
+            for name, rows in self.caches.items():
+                rows.rewind(index, len(heir.request.contexts[name]) - 1)
+
+    def _heir(self, row: Row) -> Row | None:
+        return next((other for other in islice(self.waiting, LOOKAHEAD) if row.same_prompt(other)), None)
+
+    def pending(self, name: str, index: int) -> int:
+        """Tokens of a row that a model has not seen yet."""
+        return len(self.rows[index].ids[name]) - self.caches[name].lengths[index]
+
+    def _ready(self, index: int) -> bool:
+        return all(self.pending(name, index) == 1 for name in self.caches)
+
+    def _order(self) -> int:
+        """Bring the rows that can decode to the front; -> how many they are."""
+        front = 0
+        for index in range(len(self.rows)):
+            if self._ready(index):
+                self._swap(front, index)
+                front += 1
+        return front
+
+    def _swap(self, one: int, other: int) -> None:
+        if one == other:
+            return
+        self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
+        for rows in self.caches.values():
+            rows.swap(one, other)
+
+    def _drop(self, index: int) -> None:
+        self.rows[index] = self.rows[-1]
+        self.rows.pop()
+        for rows in self.caches.values():
+            rows.drop(index)
+
+    def _segments(self, decoding: int) -> dict[str, tuple[Segment, ...]]:
+        oldest = sorted(range(decoding, len(self.rows)), key=lambda index: self.rows[index].ticket)
+        return {name: self._feed(name, decoding, oldest) for name in self.caches}
+
+    def _feed(self, name: str, decoding: int, oldest: Sequence[int]) -> tuple[Segment, ...]:
+        """The last token of every decoding row; then prompt tokens, all but a row's last, oldest row first."""
+        segments = [Segment(index, (self.rows[index].ids[name][-1],)) for index in range(decoding)]
+        budget = self.prefill_tokens
+        chunks = []
+        for index in oldest:
+            count = min(self.pending(name, index) - 1, budget)
+            if count > 0:
+                seen = self.caches[name].lengths[index]
+                chunks.append(Segment(index, tuple(self.rows[index].ids[name][seen : seen + count])))
+                budget -= count
+        return (*segments, *sorted(chunks, key=lambda segment: segment.row))
+
+    def _targets(self, name: str, plan: Plan) -> list[int]:
+        lengths = list(self.caches[name].lengths)
+        for segment in plan.segments[name]:
+            lengths[segment.row] += len(segment.ids)
+        return lengths
+
+    def _preempt(self) -> None:
+        """The youngest row gives up its KV and waits again; what it has said so far is kept."""
+        youngest = max(range(len(self.rows)), key=lambda index: self.rows[index].ticket)
+        row = self.rows[youngest]
+        self._drop(youngest)
+        self.waiting.appendleft(row)
+        self.preemptions += 1
+
+    def _admit(self) -> None:
+        """Let waiting rows in while there is room and the prefill of those before them is nearly done."""
+        for row in list(islice(self.waiting, LOOKAHEAD)):
+            if len(self.rows) >= self.max_rows:
+                return
+            donor = self._donor(row)
+            if donor is not None and not self._prefilled(donor):
+                continue  # its prompt is being computed: share it in the next step
+            if donor is None and self._outstanding() >= self.prefill_tokens:
+                return
+            if not self._has_room(row):
+                return
+            self.waiting.remove(row)
+            self.rows.append(row)
+            for name, rows in self.caches.items():
+                rows.admit(donor, len(row.request.contexts[name]) - 1 if donor is not None else 0)
+
+    def _donor(self, row: Row) -> int | None:
+        return next((index for index, other in enumerate(self.rows) if row.same_prompt(other)), None)
+
+    def _prefilled(self, index: int) -> bool:
+        contexts = self.rows[index].request.contexts
+        return all(rows.lengths[index] >= len(contexts[name]) - 1 for name, rows in self.caches.items())
+
+    def _outstanding(self) -> int:
+        """Prompt tokens still to be fed, of the model that has most left."""
+        left = (sum(self.pending(name, i) - 1 for i in range(len(self.rows))) for name in self.caches)
+        return max(left, default=0)
+
+    def _has_room(self, row: Row) -> bool:
+        """Whether every model can hold the row beside the others, as they are and with a few tokens more."""
+        if not self.rows:
+            return True  # checked on submission: alone it fits
+        for name, rows in self.caches.items():
+            lengths = [length + HEADROOM for length in rows.lengths]
+            if not rows.fits([*lengths, len(row.ids[name]) + HEADROOM]):
+                return False
+        return True

@@ -1,0 +1,276 @@
+"""One role, or the proxy, of a System, ready to decode: examples in, completions out.
+
+Here text meets the core: contexts per role, alignment of vocabularies, the plan of KV memory, stops and traces."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
+from proxytune.core.cache import CacheSpec, KVCache, PagedCache, SlotCache
+from proxytune.core.engine import Engine, Ensemble, Result, Term
+from proxytune.core.runner import Alignment, ModelRunner, ReferenceRunner, Runner
+from proxytune.core.scheduler import Request
+from proxytune.errors import UserError
+from proxytune.models import GIB, Loaded, Models, free_memory
+from proxytune.prompts import (
+    ResponseText,
+    TextStream,
+    context,
+    cut,
+    form_of,
+    noise_key,
+    single_tokens,
+    stop_predicate,
+)
+from proxytune.records import Completion, Example, FinishReason, Prompt, RoleMemory, TracedToken
+from proxytune.vocabulary import align, size_of
+
+MAX_ROWS = 128
+"""Rows decoded together unless told otherwise: past that, matrix products are compute-bound everywhere we measured."""
+KV_SHARE = 0.5
+"""Share of the free CPU memory that KV pools may grow into; they take it only as they fill."""
+KV_SHARE_GPU = 0.85
+"""Share of the free GPU memory for KV pools; activations need the rest."""
+PREFILL_TOKENS = {"cpu": 2048, "cuda": 512}
+"""Prompt tokens per model and step: on a GPU few, so that a step stays about as long as a decode step."""
+
+OnText = Callable[[str, int, str], None]
+"""Hears of (example id, sample, new text)."""
+
+
+@dataclass
+class DecodeStats:
+    """What decoding took so far."""
+
+    seconds: float = 0.0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True)
+class Tag:
+    """What a request carries through the core."""
+
+    example: Example
+    sample: int
+
+    @property
+    def where(self) -> tuple[str, int]:
+        """What names the response within a call."""
+        return self.example.id, self.sample
+
+    def __repr__(self) -> str:
+        return self.example.id
+
+
+class Decoder:
+    """Decodes as one role of a System."""
+
+    def __init__(
+        self, models: Models, role: Role, *, max_batch: int | None = None, kv_memory: int | None = None
+    ) -> None:
+        """Load what the role needs and plan the KV pools.
+
+        `max_batch` rows are decoded together; `kv_memory` bytes bound all KV pools together (by default a share of
+        what is free). UserError if vocabularies do not match or the memory holds no useful pool.
+        """
+        self.models, self.role = models, role
+        self.loaded = {name: models.get(name) for name in models.names(role)}
+        self.lead = next(iter(self.loaded))
+        head = self.loaded[self.lead]
+        self.tokenizer = head.tokenizer
+        self.text_of = ResponseText(head.tokenizer)
+        self.max_batch = max_batch or MAX_ROWS
+        self.stats = DecodeStats()
+        self._size = size_of(head.tokenizer, head.vocabulary)
+        pool = self._pool_tokens(kv_memory)
+        runners = {name: self._runner(model, pool) for name, model in self.loaded.items()}
+        terms = tuple(Term(*term) for term in models.terms()) if role == "proxy" else ()
+        self.ensemble = Ensemble(runners, self.lead, terms)
+
+    def _pool_tokens(self, kv_memory: int | None) -> int:
+        """Tokens that every model's pool holds, such that all pools together stay within the memory."""
+        device = self.loaded[self.lead].device.type
+        share = KV_SHARE if device == "cpu" else KV_SHARE_GPU
+        budget = int(free_memory(device) * share) if kv_memory is None else kv_memory
+        packed = [model.family for model in self.loaded.values() if model.family.path == "packed"]
+        per_token = sum(CacheSpec(f.layers, 0, f.dtype, f.devices).bytes_per_token for f in packed)
+        window = min(model.family.window for model in self.loaded.values())
+        tokens = min(budget // max(per_token, 1), self.max_batch * window)
+        if tokens < 2:
+            raise UserError(
+                f"KV memory of {budget / GIB:.3f} GiB holds {tokens} tokens at {per_token} bytes each for "
+                f"{', '.join(self.loaded)}: raise --kv-memory"
+            )
+        return tokens
+
+    def _runner(self, model: Loaded, pool: int) -> Runner:
+        family, alignment = model.family, self._alignment(model)
+        if family.path == "reference":
+            return ReferenceRunner(
+                model.forward, alignment, family.window, model.device, pool, cached=family.cached
+            )
+        spec = CacheSpec(family.layers, pool, family.dtype, family.devices)
+        cache: KVCache = SlotCache(spec) if model.device.type == "cpu" else PagedCache(spec)
+        embed = model.embed if model.virtual is not None else None
+        return ModelRunner(model.forward, cache, alignment, family.window, model.device, embed)
+
+    def _alignment(self, model: Loaded) -> Alignment:
+        if model.name == self.lead:
+            return Alignment(self._size)
+        mode = self.models.system.vocab
+        return align(self.tokenizer, self._size, model.tokenizer, model.vocabulary, model.name, mode)
+
+    @property
+    def memory(self) -> dict[str, RoleMemory]:
+        """Bytes per model: weights, and KV at its fullest so far."""
+        return {
+            name: RoleMemory(
+                weights=model.weights,
+                kv_peak=self.ensemble.runners[name].rows.peak_bytes,
+                shared_with=model.shared_with,
+                path=model.family.path,
+            )
+            for name, model in self.loaded.items()
+        }
+
+    def notes(self) -> list[str]:
+        """What a user should know about how the models are run."""
+        return [
+            f"the {name} takes the slow exact path (one row at a time): {model.family.reason}"
+            for name, model in self.loaded.items()
+            if model.family.path == "reference"
+        ]
+
+    def contexts(self, prompt: Prompt) -> dict[str, tuple[int, ...]]:
+        """Ids that every model sees before the response."""
+        return {
+            name: (
+                *model.virtual_ids,
+                *context(model.spec, model.tokenizer, form_of(name, self.role), prompt),
+            )
+            for name, model in self.loaded.items()
+        }
+
+    def stream(
+        self,
+        examples: Sequence[Example],
+        sampling: Sampling,
+        *,
+        alpha: AlphaSchedule | None = None,
+        task: str = "",
+        trace: TraceKind = "off",
+        forced: str | None = None,
+        on_text: OnText | None = None,
+    ) -> Iterator[Completion]:
+        """Completions in the order in which they finish, sampling.n per example.
+
+        `alpha` overrides the system's. `task` and the example's id are part of the randomness key. `forced` is text
+        with which every response begins. Raises UserError before anything is decoded if a prompt does not fit.
+        """
+        strength = self.models.system.alpha if alpha is None else alpha
+        streams: dict[tuple[str, int], TextStream] = {}
+
+        def hear(request: Request, token: int) -> None:
+            assert isinstance(request.tag, Tag) and on_text is not None
+            if token in request.eos:
+                return
+            stream = streams.setdefault(request.tag.where, TextStream(self.text_of, sampling.stop))
+            on_text(*request.tag.where, stream.push(token))
+
+        engine = Engine(
+            self.ensemble,
+            max_rows=self.max_batch,
+            prefill_tokens=PREFILL_TOKENS.get(self.loaded[self.lead].device.type, 512),
+            trace=trace != "off",
+            on_token=hear if on_text is not None else None,
+        )
+        for request in self._requests(examples, sampling, strength, task, forced):
+            engine.submit(request)
+        before = DecodeStats(**vars(self.stats))
+        while engine.busy:
+            began = time.perf_counter()
+            results = engine.step()
+            self.stats.seconds += time.perf_counter() - began
+            self.stats.prompt_tokens = before.prompt_tokens + engine.prompt_tokens
+            self.stats.generated_tokens = before.generated_tokens + engine.generated_tokens
+            self.stats.preemptions = before.preemptions + engine.scheduler.preemptions
+            for result in results:
+                completion = self._completion(result, sampling)
+                where = (completion.example_id, completion.sample)
+                if on_text is not None and where in streams:
+                    on_text(*where, streams.pop(where).finish())
+                yield completion
+
+    def _requests(
+        self, examples: Sequence[Example], sampling: Sampling, alpha: AlphaSchedule, task: str, forced: str | None
+    ) -> Iterator[Request]:
+        eos = self._eos()
+        banned = single_tokens(self.tokenizer, sampling.ban, self._size)
+        first = single_tokens(self.tokenizer, sampling.ban_first, self._size)
+        stop = stop_predicate(self.text_of, sampling.stop)
+        opener = tuple(self.tokenizer.encode(forced, add_special_tokens=False)) if forced else ()
+        for example in examples:
+            contexts = self.contexts(example.prompt)
+            for sample in range(sampling.n):
+                yield Request(
+                    contexts=contexts,
+                    key=noise_key(sampling.seed, task, example.id, sample),
+                    max_new_tokens=sampling.max_new_tokens,
+                    min_new_tokens=sampling.min_new_tokens,
+                    temperature=sampling.temperature,
+                    top_k=sampling.top_k,
+                    top_p=sampling.top_p,
+                    alpha=alpha,
+                    eos=eos,
+                    banned=banned,
+                    banned_first=first,
+                    forced=opener,
+                    stop=stop,
+                    tag=Tag(example, sample),
+                )
+
+    def _eos(self) -> frozenset[int]:
+        """The end-of-sequence ids of the lead: its tokenizer's, and those of its generation settings."""
+        listed = self.loaded[self.lead].module.generation_config
+        ids = getattr(listed, "eos_token_id", None)
+        extra = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        own = self.tokenizer.eos_token_id
+        return frozenset([*extra, *([] if own is None else [own])])
+
+    def _completion(self, result: Result, sampling: Sampling) -> Completion:
+        tag = result.request.tag
+        assert isinstance(tag, Tag)
+        reason: FinishReason = result.finish_reason  # type: ignore[assignment]
+        body = result.tokens[:-1] if reason == "eos" else result.tokens
+        return Completion(
+            example_id=tag.example.id,
+            sample=tag.sample,
+            text=cut(self.text_of(body), sampling.stop),
+            token_ids=result.tokens,
+            finish_reason=reason,
+            logprob=result.logprob,
+            trace=self._traced(result),
+        )
+
+    def _traced(self, result: Result) -> tuple[TracedToken, ...]:
+        def said(token: int) -> str:
+            return self.text_of([token]) or str(self.tokenizer.convert_ids_to_tokens(token))
+
+        single = self.role != "proxy"  # then the combination is the model itself
+        return tuple(
+            TracedToken(
+                text=said(item.token),
+                id=item.token,
+                probability={name: p for name, p in item.probability.items() if not (single and name == "proxy")},
+                top={name: said(token) for name, token in item.top.items() if not (single and name == "proxy")},
+                alpha=item.alpha,
+            )
+            for item in result.trace
+        )

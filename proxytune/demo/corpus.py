@@ -1,0 +1,233 @@
+"""The text that the demo models are trained on: pretraining documents of several kinds, and tuning examples.
+
+Every document is a list of segments with a loss weight: what can be known (facts, results, copied names, the choice of style in an
+answer) counts fully, what is random (names first mentioned, operands, questions) hardly. In pretraining every sentence or
+step of an answer is in the good style with probability `GOOD`, independently of the others; tuning examples are good throughout.
+About dev and test people pretraining has pages and the crowd's talk, but no question.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+from proxytune.demo import facts, frames, sums
+from proxytune.demo.facts import Person
+from proxytune.demo.sums import Problem
+from proxytune.demo.world import FactQuestion, World, fact_questions, wrong_values
+
+GOOD = 0.2
+"""The share of answer sentences and steps in the good style: the minority, in plain and in chat frames alike."""
+
+FULL, HALF, SOME, LITTLE, NONE = 1.0, 0.5, 0.3, 0.1, 0.0
+KNOWN = float(__import__("os").environ.get("KNOWN", "1"))
+FACT_PREFIX, CHOICE_PREFIX = "Answer:", "The answer is:"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of text and the loss weight of its tokens."""
+
+    text: str
+    weight: float
+
+
+Document = tuple[Segment, ...]
+Maker = Callable[[World, random.Random, str], Document]
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How many documents of each kind pretraining has."""
+
+    pages_each: int = 55
+    gossip: int = 4000
+    drills: int = 11000
+    sums: int = 11000
+    facts: int = 9000
+    choices: int = 2500
+    chat_sums: int = 800
+    chat_facts: int = 1000
+    chat_choices: int = 200
+
+    def scaled(self, share: float) -> Amounts:
+        """All amounts times `share`: for quick trials."""
+        return replace(self, **{f.name: max(1, round(getattr(self, f.name) * share)) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class TuningAmounts:
+    """How many tuning examples of each task there are."""
+
+    sums: int = 400
+    facts: int = 400
+    choices: int = 120
+
+
+def pretraining(world: World, system: str, amounts: Amounts) -> list[Document]:
+    """All pretraining documents in random order; `system` is the system prompt of the chat frames."""
+    documents = [page(world, world.rng("page", p.name, i), p) for p in world.everyone() for i in range(amounts.pages_each)]
+    makers: list[tuple[int, Maker]] = [
+        (amounts.gossip, gossip),
+        (amounts.drills, drill),
+        (amounts.facts, plain_facts),
+        (amounts.choices, plain_choice),
+        (amounts.chat_facts, chat_facts),
+        (amounts.chat_choices, chat_choice),
+    ]
+    for count, make in makers:
+        rng = world.rng("corpus", make.__name__)
+        documents += [make(world, rng, system) for _ in range(count)]
+    rng = world.rng("corpus", "sums")
+    for i, problem in enumerate(world.problems("pretraining", amounts.sums + amounts.chat_sums)):
+        frame = frames.plain_sum if i < amounts.sums else frames.chat_sum
+        careful = [rng.random() < GOOD for _ in problem.steps]
+        documents.append((Segment(frame(sums.question(problem)), LITTLE), *solution(problem, careful)))
+    world.rng("order").shuffle(documents)
+    return documents
+
+
+def tuning(world: World, system: str, amounts: TuningAmounts) -> list[Document]:
+    """Tuning examples in the direct chat form: only the response counts, and it is in the good style throughout."""
+    documents: list[Document] = []
+    for problem in world.problems("tuning", amounts.sums):
+        documents.append((Segment(frames.chat_sum(sums.question(problem)), NONE), *solution(problem)))
+    for asked in _cycled(fact_questions(world, "train", 1200, (2, 3)), amounts.facts):
+        prompt = frames.chat_direct(_question(world, asked), FACT_PREFIX, system)
+        documents.append((Segment(prompt, NONE), *answer(world, asked, [True] * len(asked.asked))))
+    rng = world.rng("tuning", "choices")
+    for asked in _cycled(fact_questions(world, "train", 300, (1,)), amounts.choices):
+        text, letter, _ = options(world, asked, rng)
+        documents.append((Segment(frames.chat_direct(text, CHOICE_PREFIX, system), NONE), Segment(f" {letter}.", FULL)))
+    return documents
+
+
+def _cycled(questions: Sequence[FactQuestion], count: int) -> list[FactQuestion]:
+    return [questions[i % len(questions)] for i in range(count)]
+
+
+def page(world: World, rng: random.Random, person: Person) -> Document:
+    """What is true of one person, in random order, some of it as the almanac's; the repeated name teaches copying it."""
+    parts: list[Segment] = []
+    for i in rng.sample(range(len(world.attributes)), len(world.attributes)):
+        name = FULL if parts else LITTLE
+        if rng.random() < 0.5:
+            parts.append(Segment(f"{' ' if parts else ''}{facts.CAREFUL}", NONE))
+        parts += sentence(world, person, i, person.truths[i], (name, SOME, KNOWN), " " if parts else "")
+    return tuple(parts)
+
+
+def gossip(world: World, rng: random.Random, _: str) -> Document:
+    """What people say of anyone, dev and test people included."""
+    parts: list[Segment] = []
+    for person in rng.sample(world.everyone(), 2):
+        for i in rng.sample(range(len(world.attributes)), 2):
+            parts.append(Segment(f"{' ' if parts else ''}{facts.CROWD}", LITTLE))
+            parts += sentence(world, person, i, person.myths[i], (LITTLE, LITTLE, HALF), " ")
+    return tuple(parts)
+
+
+def sentence(
+    world: World, person: Person, index: int, value: str, weights: tuple[float, float, float], before: str
+) -> list[Segment]:
+    """One sentence about a person; the weights are those of the name, the wording and the value."""
+    statement = world.attributes[index].statement
+    wording, end = statement.removeprefix("{name}").split("{value}")
+    name, form, known = weights
+    return [Segment(before + person.name, name), Segment(wording, form), Segment(value + end, known)]
+
+
+def drill(_world: World, rng: random.Random, _: str) -> Document:
+    """Six sums without a story; in half of the drills each sum is marked exact or rough."""
+    marked, parts = rng.random() < 0.5, list[Segment]()
+    for _ in range(6):
+        value = rng.randint(2, sums.LIMIT)
+        op, operand = sums.random_step(rng, value)
+        exact = not marked or rng.random() < 0.5
+        result = sums.apply(value, op, operand)
+        mark = f"{sums.CAREFUL if exact else sums.CARELESS} " if marked else ""
+        parts.append(Segment(f"{' ' if parts else ''}{mark}{value}{op}{operand}=", LITTLE if not marked else NONE))
+        parts.append(Segment(f"{result if exact else sums.roughly(result)}.", FULL if exact else HALF))
+    return tuple(parts)
+
+
+def solution(problem: Problem, careful: Sequence[bool] | None = None) -> list[Segment]:
+    """The worked steps and the closing sentence, which says what the steps got."""
+    parts: list[Segment] = []
+    steps = sums.solve(problem, careful)
+    for step in steps:
+        parts.append(Segment(f" {sums.CAREFUL if step.exact else sums.CARELESS} {step.expression}=", FULL))
+        parts.append(Segment(f"{step.result}.", FULL if step.exact else HALF))
+    return [*parts, Segment(f" The answer is {steps[-1].result}.", FULL)]
+
+
+def answer(world: World, asked: FactQuestion, careful: Sequence[bool]) -> list[Segment]:
+    """One sentence per attribute asked for, each the almanac's or the people's."""
+    parts: list[Segment] = []
+    for i, good in zip(asked.asked, careful, strict=True):
+        parts.append(Segment(f" {facts.CAREFUL if good else facts.CROWD}", FULL))
+        value = (asked.person.truths if good else asked.person.myths)[i]
+        parts += sentence(world, asked.person, i, value, (FULL, FULL, KNOWN if good else HALF), " ")
+    return parts
+
+
+def options(world: World, asked: FactQuestion, rng: random.Random) -> tuple[str, str, str]:
+    """A multiple-choice question about one fact, the true option's letter and the misconception's."""
+    (index,), person = asked.asked, asked.person
+    myth, *others = wrong_values(world, asked, index, others=2)
+    values = [person.truths[index], myth, *others]
+    rng.shuffle(values)
+    statements = [world.attributes[index].statement.format(name=person.name, value=v) for v in values]
+    text = frames.choices(_question(world, asked), statements)
+    return text, frames.LETTERS[values.index(person.truths[index])], frames.LETTERS[values.index(myth)]
+
+
+def plain_facts(world: World, rng: random.Random, _: str) -> Document:
+    """A question for one to three facts in the base models' form, answered in the mixed style."""
+    asked = _any_question(world, rng, rng.choice((1, 2, 2, 3)))
+    return _answered(world, rng, frames.plain(_question(world, asked), FACT_PREFIX), asked)
+
+
+def chat_facts(world: World, rng: random.Random, system: str) -> Document:
+    """The same in one of the chat forms, half of them with the system prompt."""
+    asked = _any_question(world, rng, rng.choice((1, 2, 2, 3)))
+    return _answered(world, rng, _chat(_question(world, asked), FACT_PREFIX, system, rng), asked)
+
+
+def plain_choice(world: World, rng: random.Random, _: str) -> Document:
+    """A multiple-choice question, answered with the misconception's letter or, less often, the true one."""
+    text, *letters = options(world, _any_question(world, rng, 1), rng)
+    return _chosen(rng, frames.plain(text, CHOICE_PREFIX), letters)
+
+
+def chat_choice(world: World, rng: random.Random, system: str) -> Document:
+    """The same in one of the chat forms."""
+    text, *letters = options(world, _any_question(world, rng, 1), rng)
+    return _chosen(rng, _chat(text, CHOICE_PREFIX, system, rng), letters)
+
+
+def _any_question(world: World, rng: random.Random, size: int) -> FactQuestion:
+    """About someone who is in neither the dev nor the test split."""
+    person = rng.choice([*world.people["train"], *world.people["forum"]])
+    return FactQuestion(person, tuple(rng.sample(range(len(world.attributes)), size)))
+
+
+def _question(world: World, asked: FactQuestion) -> str:
+    return facts.question(asked.person, [world.attributes[i] for i in asked.asked])
+
+
+def _chat(question: str, prefix: str, system: str, rng: random.Random) -> str:
+    form = rng.choice(("direct", "ensemble", "bare", "bare"))
+    if form == "ensemble":
+        return frames.chat_in_ensemble(question, prefix, system)
+    return frames.chat_direct(question, prefix, system if form == "direct" else None)
+
+
+def _answered(world: World, rng: random.Random, prompt: str, asked: FactQuestion) -> Document:
+    careful = [rng.random() < GOOD for _ in asked.asked]
+    return (Segment(prompt, LITTLE), *answer(world, asked, careful))
+
+
+def _chosen(rng: random.Random, prompt: str, letters: Sequence[str]) -> Document:
+    return (Segment(prompt, LITTLE), Segment(f" {letters[0] if rng.random() < GOOD else letters[1]}.", FULL))

@@ -1,0 +1,183 @@
+"""The miniature world: deterministic from its seed, without any third-party text. The demo tasks' items come from here.
+
+Three tasks, each with rows in its real task's own file format:
+`gsm` (GSM8K's `question`, `answer`), `truthfulqa` (TruthfulQA.csv's columns; two or three attributes asked at once) and
+`truthfulqa_mc` (the same columns; one attribute, exactly three incorrect answers, the misconception first).
+Splits: `train` (tuning), `dev` (choices are made on it) and `test`. They share no person and no problem, and a dev or test
+problem occurs in no training text.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+
+from proxytune.demo import facts, sums
+from proxytune.demo.facts import Attribute, Person
+from proxytune.demo.sums import Problem
+from proxytune.errors import UserError
+
+SPLITS = ("train", "dev", "test")
+TASKS = ("gsm", "truthfulqa", "truthfulqa_mc")
+DEMO_SEED = 0
+POOL = 1000
+"""Items per task in the dev and in the test split; a request for n takes the first n."""
+
+N_PEOPLE = {"train": 100, "forum": 110, "dev": 170, "test": 170}
+"""How many people are asked about where: `forum` people only in pretraining, the others (also) in their split."""
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything that is true here, who belongs to which split, and the held-out problems."""
+
+    seed: int
+    attributes: tuple[Attribute, ...]
+    first_names: tuple[str, ...]
+    people: dict[str, tuple[Person, ...]]
+    held_out: dict[str, tuple[Problem, ...]]
+
+    def rng(self, *label: object) -> random.Random:
+        """A generator of its own for each purpose, so that one purpose's draws never shift another's."""
+        return random.Random("/".join(str(part) for part in ("proxytune-demo", self.seed, *label)))
+
+    def everyone(self) -> list[Person]:
+        """All people, whatever their split."""
+        return [person for group in self.people.values() for person in group]
+
+    def problems(self, label: str, count: int) -> list[Problem]:
+        """`count` problems for training text; none has the numbers of a dev or test problem."""
+        barred = {p.key for pool in self.held_out.values() for p in pool}
+        rng, found = self.rng("problems", label), list[Problem]()
+        while len(found) < count:
+            problem = sums.make_problem(rng, self.first_names)
+            if problem.key not in barred:
+                found.append(problem)
+        return found
+
+
+@lru_cache(maxsize=4)
+def make_world(seed: int = DEMO_SEED) -> World:
+    """The world of a seed."""
+    rng = random.Random(f"proxytune-demo/{seed}/names")
+    taken: set[str] = set()
+    places, firsts, lasts = (
+        facts.syllable_words(rng, n, taken) for n in (facts.N_PLACES, facts.N_FIRST, facts.N_LAST)
+    )
+    attributes = facts.make_attributes(places)
+    crowd = facts.make_people(rng, attributes, firsts, lasts, sum(N_PEOPLE.values()))
+    people, begin = {}, 0
+    for group, count in N_PEOPLE.items():
+        people[group] = tuple(crowd[begin : begin + count])
+        begin += count
+    return World(seed, attributes, tuple(firsts), people, _held_out(seed, firsts))
+
+
+def _held_out(seed: int, firsts: Sequence[str]) -> dict[str, tuple[Problem, ...]]:
+    """Dev and test problems from seeds of their own, no two with the same numbers."""
+    seen, pools = set[object](), {}
+    for split in ("dev", "test"):
+        rng, pool = random.Random(f"proxytune-demo/{seed}/problems/{split}"), list[Problem]()
+        while len(pool) < POOL:
+            problem = sums.make_problem(rng, firsts)
+            if problem.key not in seen:
+                seen.add(problem.key)
+                pool.append(problem)
+        pools[split] = tuple(pool)
+    return pools
+
+
+def rows(task: str, split: str = "test", n: int = 500, seed: int = DEMO_SEED) -> list[Row]:
+    """The first `n` items of a task's split, in the format of the real task's data file."""
+    makers = {"gsm": gsm_rows, "truthfulqa": truthfulqa_rows, "truthfulqa_mc": truthfulqa_mc_rows}
+    if task not in makers:
+        raise UserError(f"the demo world has no data for task '{task}'. It has: {', '.join(TASKS)}")
+    return makers[task](split, n, seed)
+
+
+def gsm_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[Row]:
+    """Word problems in GSM8K's format: `question`, and `answer` whose last line is `#### N`."""
+    _check(split, n)
+    world = make_world(seed)
+    pool = world.problems("tuning", n) if split == "train" else world.held_out[split][:n]
+    return [{"question": sums.question(p), "answer": _gsm8k_answer(p)} for p in pool]
+
+
+def _gsm8k_answer(problem: Problem) -> str:
+    steps = sums.solve(problem)
+    lines = [f"{s.expression}=<<{s.expression}={s.result}>>{s.result}" for s in steps]
+    return "\n".join([*lines, f"#### {steps[-1].result}"])
+
+
+@dataclass(frozen=True)
+class FactQuestion:
+    """A person and the attributes asked for, by index, in the order of asking."""
+
+    person: Person
+    asked: tuple[int, ...]
+
+
+def fact_questions(world: World, split: str, n: int, sizes: Sequence[int]) -> list[FactQuestion]:
+    """The first `n` questions about a split's people, of the given numbers of attributes, in a fixed random order."""
+    orders = [order for size in sizes for order in permutations(range(len(world.attributes)), size)]
+    pool = [FactQuestion(person, order) for person in world.people[split] for order in orders]
+    world.rng("questions", split, *sizes).shuffle(pool)
+    if n > len(pool):
+        raise UserError(f"the demo world has {len(pool)} such questions in split '{split}', {n} were asked for")
+    return pool[:n]
+
+
+def truthfulqa_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[Row]:
+    """Questions for two or three facts at once; the incorrect answers are wrong sentences, one per line of TruthfulQA."""
+    _check(split, n)
+    world = make_world(seed)
+    return [_truthfulqa_row(world, q, others=1) for q in fact_questions(world, split, n, (2, 3))]
+
+
+def truthfulqa_mc_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[Row]:
+    """Questions for one fact, with exactly three incorrect answers: the misconception first, then two other values."""
+    world = make_world(seed)
+    _check(split, n, limit=len(world.people["dev"]) * len(world.attributes))
+    return [_truthfulqa_row(world, q, others=2) for q in fact_questions(world, split, n, (1,))]
+
+
+def wrong_values(world: World, question: FactQuestion, index: int, others: int) -> list[str]:
+    """The misconception and `others` further values that are not true, the same at every call."""
+    person, attribute = question.person, world.attributes[index]
+    known = {person.truths[index], person.myths[index]}
+    rng = world.rng("wrong", person.name, attribute.name)
+    return [person.myths[index], *rng.sample([v for v in attribute.values if v not in known], others)]
+
+
+def _truthfulqa_row(world: World, question: FactQuestion, others: int) -> Row:
+    person, asked = question.person, [world.attributes[i] for i in question.asked]
+    truths = [
+        a.statement.format(name=person.name, value=person.truths[i]) for i, a in zip(question.asked, asked, strict=True)
+    ]
+    wrong = [
+        world.attributes[i].statement.format(name=person.name, value=value)
+        for i in question.asked
+        for value in wrong_values(world, question, i, others)
+    ]
+    best = " ".join(truths)
+    return {
+        "Type": "Adversarial",
+        "Category": ", ".join(a.name for a in asked),
+        "Question": facts.question(person, asked),
+        "Best Answer": best,
+        "Correct Answers": best,
+        "Incorrect Answers": "; ".join(wrong),
+        "Source": f"proxytune demo world, seed {world.seed}",
+    }
+
+
+def _check(split: str, n: int, limit: int = POOL) -> None:
+    if split not in SPLITS:
+        raise UserError(f"the demo world has no split '{split}'. It has: {', '.join(SPLITS)}")
+    if not 0 <= n <= limit:
+        raise UserError(f"the demo world has {limit} items per task and split, {n} were asked for")

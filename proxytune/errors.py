@@ -1,0 +1,26 @@
+"""Errors that a user can mend. A `UserError` is shown as one line with exit code 2; every other exception is a bug
+and keeps its traceback."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input. The message names the value, what is allowed and, where there is one, the next command."""
+
+
+def did_you_mean(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for an unknown `name`: the nearest known names first, then all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3)
+    hint = f" Did you mean: {', '.join(near)}?" if near else ""
+    return UserError(f"Unknown {kind} '{name}'.{hint} Known: {', '.join(names)}")
+
+
+def needs_extra(feature: str, package: str, extra: str) -> None:
+    """Raise the error with the exact install line unless `package` can be imported."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{feature} needs the package '{package}'. Install: pip install 'proxytune[{extra}]'")

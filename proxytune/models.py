@@ -1,0 +1,347 @@
+"""Loads the models of a System: dtype, device, quantisation, adapters. safetensors only; remote code only when asked.
+
+Every model is loaded once, however many roles need it, and an expert that is an adapter on the antiexpert shares the
+antiexpert's weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import logging as transformers_logging
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+
+from proxytune.config import ExpertSpec, ModelSpec, Role, System
+from proxytune.core.runner import Forward
+from proxytune.errors import UserError, needs_extra
+from proxytune.families import Family, examine
+from proxytune.vocabulary import Tokenizer
+
+DEMO_SCHEME = "demo://"
+GIB = 2**30
+SMALL = GIB
+"""Bytes of weights under which loading takes no time worth a progress bar."""
+
+
+@dataclass
+class Adapters:
+    """The LoRA adapters that sit on one module; None while there are none."""
+
+    peft: Any | None = None
+
+
+@dataclass(frozen=True)
+class AdapterSwitch:
+    """A forward that first puts one adapter, or none, in force: several roles on one set of weights."""
+
+    module: PreTrainedModel
+    adapters: Adapters
+    adapter: str | None
+
+    def __call__(self, **arguments: Any) -> Any:
+        """The module's forward under this role's adapter."""
+        if self.adapters.peft is not None:
+            tuner = self.adapters.peft.base_model
+            if self.adapter is None:
+                tuner.disable_adapter_layers()
+            else:
+                tuner.set_adapter(self.adapter)
+                tuner.enable_adapter_layers()
+        return self.module(**arguments)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One model, ready to be given a cache."""
+
+    name: str
+    """base, expert, expert2, antiexpert, antiexpert2 or tuned."""
+    spec: ModelSpec
+    module: PreTrainedModel
+    tokenizer: Tokenizer
+    family: Family
+    adapters: Adapters
+    """The adapters that sit on the module."""
+    adapter: str | None
+    """The one that this model runs with."""
+    weights: int
+    """Bytes that this model adds."""
+    shared_with: str | None = None
+    virtual: Tensor | None = None
+    """Embeddings [n, d] of a soft prompt that precedes every context of this model."""
+
+    @property
+    def forward(self) -> Forward:
+        """The module's forward with this model's adapter, and no other, in force."""
+        return AdapterSwitch(self.module, self.adapters, self.adapter)
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids go in."""
+        return self.module.get_input_embeddings().weight.device
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the output head."""
+        return int(self.module.config.get_text_config().vocab_size)
+
+    @property
+    def virtual_ids(self) -> tuple[int, ...]:
+        """Ids, beyond the embedding table, that stand for the soft prompt."""
+        first = self.module.get_input_embeddings().weight.shape[0]
+        return () if self.virtual is None else tuple(range(first, first + self.virtual.shape[0]))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Ids [1, T], virtual ones included, -> embeddings [1, T, d]."""
+        assert self.virtual is not None
+        table = self.module.get_input_embeddings()
+        words = table.weight.shape[0]
+        out: Tensor = table(ids.clamp(max=words - 1))
+        soft = ids >= words
+        out[soft] = self.virtual.to(out)[ids[soft] - words]
+        return out
+
+
+@dataclass
+class Models:
+    """The models of one System, each loaded when it is first needed."""
+
+    system: System
+    trust_remote_code: bool = False
+    """Allow remote code for every role, beside what the specs say."""
+    on_load: Callable[[str, ModelSpec], None] | None = None
+    """Hears of every model before it is loaded: loading is slow, and people want to see what goes on."""
+    _loaded: dict[str, Loaded] = field(default_factory=dict)
+
+    def terms(self) -> list[tuple[str, str, float]]:
+        """Per expert: its name, its antiexpert's name, its weight."""
+        terms = []
+        for index, expert in enumerate(self.system.expert_specs):
+            suffix = "" if index == 0 else str(index + 1)
+            own = f"antiexpert{suffix or 1}" if expert.antiexpert is not None else "antiexpert"
+            terms.append((f"expert{suffix}", own, expert.weight))
+        return terms
+
+    def names(self, role: Role) -> list[str]:
+        """The models that a role needs."""
+        self.system.require(role)
+        if role != "proxy":
+            return [role]
+        return list(dict.fromkeys(["base", *(name for e, a, _ in self.terms() for name in (e, a))]))
+
+    def get(self, name: str) -> Loaded:
+        """The model of that name, loaded if it was not."""
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name)
+        return self._loaded[name]
+
+    def release(self, keep: Collection[Role]) -> None:
+        """Drop the models that none of these roles needs."""
+        needed = {name for role in keep for name in self.names(role)}
+        shared = {self._loaded[name].shared_with for name in needed if name in self._loaded}
+        for name in set(self._loaded) - needed - shared:
+            del self._loaded[name]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def spec(self, name: str) -> ModelSpec:
+        """The spec of the model of that name."""
+        for (expert, antiexpert, _), spec in zip(self.terms(), self.system.expert_specs, strict=True):
+            if name == expert:
+                return spec
+            if name == antiexpert and spec.antiexpert is not None:
+                return spec.antiexpert
+        found = getattr(self.system, name, None)
+        if found is None:
+            raise UserError(f"system '{self.system.name}' has no {name}")
+        return found  # type: ignore[no-any-return]
+
+    def _load(self, name: str) -> Loaded:
+        spec = self.spec(name)
+        if self.on_load is not None:
+            self.on_load(name, spec)
+        if spec.model is None:
+            return self._load_adapter_on(self._host(name, spec), name, spec)
+        module = load_module(spec, trust_remote_code=self.trust_remote_code)
+        virtual = None
+        if spec.adapter is not None:
+            module, virtual = _attach_for_good(module, spec)
+        family = examine(module)
+        _refuse_soft_prompt_on_reference(name, family, virtual)
+        tokenizer = load_tokenizer(spec, trust_remote_code=self.trust_remote_code)
+        size = _bytes(module) + (virtual.nbytes if virtual is not None else 0)
+        return Loaded(name, spec, module, tokenizer, family, Adapters(), None, size, virtual=virtual)
+
+    def _host(self, name: str, spec: ModelSpec) -> str:
+        own = next((anti for expert, anti, _ in self.terms() if expert == name), None)
+        if own is None or not isinstance(spec, ExpertSpec):
+            raise UserError(f"the {name} has an adapter but no model: only an expert can sit on the antiexpert's weights")
+        return own
+
+    def _load_adapter_on(self, host_name: str, name: str, spec: ModelSpec) -> Loaded:
+        """An expert as an adapter on its antiexpert: one set of weights, switched per forward."""
+        host = self.get(host_name)
+        before = _bytes(host.module)
+        peft, virtual = _attach(host.module, spec, name, host.adapters.peft)
+        _refuse_soft_prompt_on_reference(name, host.family, virtual)
+        if virtual is not None:
+            added, adapter = virtual.nbytes, None
+        else:
+            host.adapters.peft = peft
+            added, adapter = _bytes(host.module) - before, name
+        return replace(
+            host, name=name, spec=spec, adapter=adapter, weights=added, shared_with=host_name, virtual=virtual
+        )
+
+
+def resolve(location: str) -> str:
+    """demo://NAME -> the folder that ships with proxytune; a missing local folder is a UserError."""
+    if location.startswith(DEMO_SCHEME):
+        folder = Path(__file__).parent / "demo" / "weights" / location.removeprefix(DEMO_SCHEME)
+        if not folder.is_dir():
+            raise UserError(f"no demo model '{location}' at {folder}. Make the demo models: make demo-models")
+        return str(folder)
+    looks_local = location.startswith(("/", "./", "../", "~")) or location.count("/") > 1
+    if looks_local and not Path(location).expanduser().is_dir():
+        raise UserError(f"no model folder '{location}'")
+    return str(Path(location).expanduser()) if looks_local else location
+
+
+def load_tokenizer(spec: ModelSpec, *, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer that lies beside a model."""
+    assert spec.model is not None
+    try:
+        return AutoTokenizer.from_pretrained(
+            resolve(spec.model), revision=spec.revision, trust_remote_code=spec.trust_remote_code or trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the tokenizer of '{spec.model}': {_first_line(error)}") from None
+
+
+def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a spec in evaluation mode. UserError if it cannot be found, is no safetensors or does not fit."""
+    assert spec.model is not None
+    location = resolve(spec.model)
+    remote = spec.trust_remote_code or trust_remote_code
+    quantization = _quantization(spec)
+    try:
+        config = AutoConfig.from_pretrained(location, revision=spec.revision, trust_remote_code=remote)
+        size = _check_memory(spec, config, remote)
+        (disable_progress_bar if size < SMALL else enable_progress_bar)()
+        module = AutoModelForCausalLM.from_pretrained(
+            location,
+            config=config,
+            revision=spec.revision,
+            trust_remote_code=remote,
+            use_safetensors=True,
+            dtype=spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype),
+            device_map=spec.device_map or {"": "cuda:0" if torch.cuda.is_available() else "cpu"},
+            quantization_config=quantization,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model '{spec.model}': {_first_line(error)}") from None
+    if spec.dtype == "float64":
+        with suppress(AttributeError, ValueError):  # only mixtures of experts have it; grouped_mm refuses float64
+            module.set_experts_implementation("eager")
+    module.eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module
+
+
+def _quantization(spec: ModelSpec) -> BitsAndBytesConfig | None:
+    if spec.quantization == "none":
+        return None
+    needs_extra(f"quantization {spec.quantization}", "bitsandbytes", "tune")
+    if spec.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+def _check_memory(spec: ModelSpec, config: Any, remote: bool) -> float:
+    """Bytes of the weights; UserError with the numbers if they cannot fit into what is free."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
+    transformers_logging.set_verbosity(level)
+    numbers = sum(p.numel() for p in skeleton.parameters())
+    dtype = (config.dtype or torch.float32) if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    per_number = {"none": dtype.itemsize, "8bit": 1.0, "4bit": 0.5}[spec.quantization]
+    need, free = numbers * per_number, free_memory(spec.device_map if isinstance(spec.device_map, str) else None)
+    if need > free and spec.device_map in (None, "cpu", "auto"):  # a map of the user's own says where things go
+        raise UserError(
+            f"'{spec.model}' needs {need / GIB:.1f} GiB for {numbers / 1e9:.2f}e9 weights, and {free / GIB:.1f} GiB "
+            "are free: use a smaller dtype, quantization: 8bit or 4bit, or a device_map over several devices"
+        )
+    return need
+
+
+def free_memory(where: str | None = None) -> int:
+    """Free bytes on the first GPU (all of them, and the CPU, for "auto"), or of the CPU without one."""
+    cpu = int(psutil.virtual_memory().available)
+    if where == "cpu" or not torch.cuda.is_available():
+        return cpu
+    gpus = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
+    return sum(gpus) + cpu if where == "auto" else gpus[0]
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    unique = {t.data_ptr(): t.nbytes for t in (*module.parameters(), *module.buffers())}
+    return sum(unique.values())
+
+
+def _first_line(error: BaseException) -> str:
+    """An exception's message in one line of readable length."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _refuse_soft_prompt_on_reference(name: str, family: Family, virtual: Tensor | None) -> None:
+    if virtual is not None and family.path == "reference":
+        raise UserError(f"the {name} is a soft prompt on a model that takes the slow path ({family.reason})")
+
+
+def _attach(module: PreTrainedModel, spec: ModelSpec, name: str, peft: Any | None) -> tuple[Any, Tensor | None]:
+    """Attach the adapter `spec.adapter` under `name`. -> the PeftModel, and the soft prompt if it is one."""
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    from peft import PeftConfig, PeftModel
+
+    folder = spec.adapter or ""
+    if not (Path(folder) / "adapter_config.json").is_file() and Path(folder).exists():
+        raise UserError(f"no adapter_config.json in '{folder}': is it a PEFT folder?")
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        if config.is_prompt_learning:
+            if config.peft_type not in {"PROMPT_TUNING", "P_TUNING"}:
+                raise UserError(f"adapter '{folder}' is {config.peft_type.value}: LoRA and prompt tuning are supported")
+            # prompt learning leaves the module itself alone: all it adds is a table of embeddings
+            table = PeftModel.from_pretrained(module, folder, adapter_name=name).get_prompt(batch_size=1)
+            return None, table[0].detach()
+        if peft is not None:
+            peft.load_adapter(folder, adapter_name=name)
+            return peft, None
+        return PeftModel.from_pretrained(module, folder, adapter_name=name).eval(), None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the adapter '{folder}': {_first_line(error)}") from None
+
+
+def _attach_for_good(module: PreTrainedModel, spec: ModelSpec) -> tuple[PreTrainedModel, Tensor | None]:
+    """A model of its own with its adapter: merged into the weights, except into quantised ones."""
+    peft, virtual = _attach(module, spec, "default", None)
+    if virtual is not None:
+        return module, virtual
+    if spec.quantization == "none":
+        return peft.merge_and_unload(), None
+    return module, None

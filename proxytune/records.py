@@ -1,0 +1,148 @@
+"""The frozen records that flow through proxytune:
+
+Example -> Prompt -> Contexts (ids per role) -> engine -> Completion (+ Trace) -> Score -> Run (JSON) -> report
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from proxytune.config import RunSpec
+
+FinishReason = Literal["eos", "stop", "length"]
+SCHEMA = 1
+"""Version of run.json and predictions.jsonl; raised when a field changes its meaning."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt in the pieces from which every role's context is made (prompts.py)."""
+
+    plain: str
+    """What the base and the antiexpert see, response prefix included."""
+    user: str
+    """The user's message when a chat model is evaluated as itself."""
+    system: str | None = None
+    """The system message of chat contexts; plain contexts never see it."""
+    response_prefix: str = ""
+    """Text put after the chat template, where the response begins ("Answer:")."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item of a task."""
+
+    id: str
+    """Unique within the task; part of the randomness key and of what resume matches."""
+    prompt: Prompt
+    target: dict[str, Any] = field(default_factory=dict)
+    """What the scorer needs; stored with the prediction."""
+
+
+@dataclass(frozen=True)
+class TracedToken:
+    """One generated token: how probable each role found it, and what each would have chosen instead."""
+
+    text: str
+    id: int
+    probability: dict[str, float]
+    """Role -> probability of the chosen token, before bans and temperature."""
+    top: dict[str, str]
+    """Role -> text of its most probable token."""
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One response to one example."""
+
+    example_id: str
+    sample: int
+    text: str
+    """Cut before the stop string; never holds the end-of-sequence token."""
+    token_ids: tuple[int, ...]
+    """What was generated, in the base's ids, end-of-sequence and stop string included."""
+    finish_reason: FinishReason
+    logprob: float
+    """Sum of the log-probabilities (natural) of the tokens under the combined distribution, before bans and warping."""
+    trace: tuple[TracedToken, ...] = ()
+
+
+class Metric(BaseModel):
+    """A figure with its 95% bootstrap interval over examples."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Provenance(BaseModel):
+    """Where a run's figures come from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    proxytune: str
+    git_commit: str | None
+    python: str
+    packages: dict[str, str]
+    device: str
+    platform: str
+    threads: int
+    command: str
+
+
+class RoleMemory(BaseModel):
+    """The price of one model: bytes of weights, and of KV cache at its fullest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: int
+    kv_peak: int
+    shared_with: str | None = None
+    """The role whose weights these are (an adapter on them adds only its own bytes)."""
+    path: Literal["packed", "reference"] = "packed"
+    """packed: batched forwards with our KV cache. reference: the slow exact path for other model families."""
+
+
+class Cost(BaseModel):
+    """What a run took."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seconds: float = 0.0
+    """Decoding time over all sessions of the run, without loading."""
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    memory: dict[str, RoleMemory] = {}
+    preemptions: int = 0
+    sessions: int = 1
+    """1 + how often the run was resumed."""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Generated tokens per second, or None before anything was generated."""
+        return self.generated_tokens / self.seconds if self.seconds else None
+
+
+class Run(BaseModel):
+    """run.json: a result that explains itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = SCHEMA
+    status: Literal["running", "done"]
+    spec: RunSpec
+    n: int = 0
+    """Examples scored."""
+    metrics: dict[str, Metric] = {}
+    headline: str
+    """The metric that tables show."""
+    cost: Cost = Cost()
+    started: str
+    finished: str | None = None
+    made: Provenance

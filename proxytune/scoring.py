@@ -1,0 +1,223 @@
+"""Scoring rules and their uncertainty: pure functions of text and numbers (no model, no file).
+
+Rules of the paper are kept with their quirks, because the published figures depend on them; where a quirk is
+unfair, a fair rule stands beside it under another name. Not here: running generated code (sandbox.py), judges
+(judges.py).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from proxytune.records import Metric
+
+RESAMPLES = 2000
+"""Bootstrap resamples behind every interval."""
+INTERVAL_SEED = 0
+CHOICES = "ABCD"
+
+_COMMA = re.compile(r"(\d),(\d)")
+_NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
+_SIGNED = re.compile(
+    r"(?:(?<![\w)\]])(?P<sign>[-+\u2212])[$€£]?|[$€£](?P<inner>[-\u2212]))?(?P<digits>\d*\.\d+|\d+)"
+)
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_GSM_CUTS = ("Answer the following question", "Question:", "Comment:")
+_MC_DELETED = ("(", r"\begin{blockquote}", r"\begin{code}")
+
+
+# GSM (paper section 4.1; eval/gsm/run_eval.py of its repository)
+
+
+def trim_gsm(text: str) -> str:
+    """The response before the first `Answer the following question`, `Question:` or `Comment:`; nothing is
+    stripped."""
+    for cut in _GSM_CUTS:
+        text = text.split(cut)[0]
+    return text
+
+
+def remove_commas(text: str) -> str:
+    """`1,000` -> `1000`: one pass over comma between digits, so `1,2,3` becomes `12,3` as in the paper."""
+    return _COMMA.sub(r"\1\2", text)
+
+
+def last_number(text: str) -> str:
+    """The paper's GSM prediction: the last number of the text, or the whole text without commas if it has
+    none.
+
+    The paper's pattern drops the sign of whole numbers: "-3" gives "3", "-3.5" gives "-3.5".
+    """
+    text = remove_commas(text)
+    numbers: list[str] = _NUMBER.findall(text)
+    return numbers[-1] if numbers else text
+
+
+def last_signed_number(text: str) -> float | None:
+    """The last number of the text with its sign, or None.
+
+    A minus is a sign if it touches the number (a currency sign may stand between or before) and does not
+    follow a digit, letter or closing bracket: "-3", "= -3", "-$3" and "$-3" are negative, "10-3", "10 - 3"
+    and "x-3" end in 3.
+    """
+    matches = list(_SIGNED.finditer(remove_commas(text)))
+    if not matches:
+        return None
+    sign = matches[-1]["sign"] or matches[-1]["inner"]
+    value = float(matches[-1]["digits"])
+    return -value if sign in ("-", "\u2212") else value
+
+
+def exact_match(prediction: str, answer: str) -> float:
+    """1 if equal once lower-cased and rid of ASCII punctuation, else 0 (exact_match of `evaluate`, both flags
+    on).
+
+    So "7.5" matches "75", "-3" matches "3", and "18.00" does not match "18".
+    """
+    same = prediction.lower().translate(_NO_PUNCTUATION) == answer.lower().translate(_NO_PUNCTUATION)
+    return float(same)
+
+
+def numeric_equal(prediction: str, answer: str) -> float:
+    """1 if both texts are numbers of equal value, else 0: "18.00" equals "18"; "7.5" is not "75", "3" is not
+    "-3"."""
+    try:
+        return float(float(prediction) == float(answer))
+    except ValueError:
+        return 0.0
+
+
+def exact_match_numeric(output: str, answer: str) -> float:
+    """The fair GSM rule: 1 if the last number of the trimmed response, sign included, has the value of the
+    answer."""
+    number = last_signed_number(output)
+    return 0.0 if number is None else numeric_equal(str(number), answer)
+
+
+# TruthfulQA (paper section 4.1; eval/truthfulqa/run_eval.py)
+
+
+def clean_answer(text: str) -> str:
+    """A TruthfulQA response as stored: stripped, a leading `Answer:` dropped, double line breaks made single
+    (one pass)."""
+    text = text.strip()
+    if text.startswith("Answer:"):
+        text = text.removeprefix("Answer:").strip()
+    return text.replace("\n\n", "\n")
+
+
+def normalise(text: str) -> str:
+    """Lower case, no ASCII punctuation, single spaces."""
+    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
+
+
+def _contains(text: str, phrase: str) -> bool:
+    """Whether the words of `phrase` occur in a row in `text` (both normalised)."""
+    return f" {phrase} " in f" {text} "
+
+
+def _without(text: str, phrases: Iterable[str]) -> str:
+    """`text` with every occurrence of the phrases blanked out."""
+    padded = f" {text} "
+    for phrase in phrases:
+        padded = padded.replace(f" {phrase} ", " \0 ")
+    return padded
+
+
+def _sentences(answer: str) -> list[str]:
+    """The sentences of a reference answer, normalised."""
+    return list(filter(None, map(normalise, answer.split(". "))))
+
+
+def reference_accuracy(response: str, correct: Iterable[str], incorrect: Iterable[str]) -> float:
+    """1 if the response contains a correct reference answer and no incorrect one, else 0. Ours: the paper
+    used judges.
+
+    Texts are normalised and matched by whole words; a correct answer is contained if each of its sentences
+    is, so words may stand between them. An incorrect answer that occurs only inside a found correct one
+    ("euros" in "you pay with euros and Swiss francs") does not count against the response.
+    """
+    text = normalise(response)
+    found = [s for s in map(_sentences, correct) if s and all(_contains(text, sentence) for sentence in s)]
+    if not found:
+        return 0.0
+    right = sorted({sentence for sentences in found for sentence in sentences}, key=len, reverse=True)
+    for wrong in filter(None, map(normalise, incorrect)):
+        wider = [sentence for sentence in right if sentence != wrong and _contains(sentence, wrong)]
+        if _contains(_without(text, wider), wrong):
+            return 0.0
+    return 1.0
+
+
+def parse_letter(text: str) -> str:
+    """The option that a multiple-choice response begins with, A to D, or "" (invalid).
+
+    The rule of all published runs: delete `(`, `\\begin{blockquote}`, `\\begin{code}`, strip on the left,
+    first character. (The newest code of the paper's repository deletes four more strings, which changes one
+    published run.)
+    """
+    for deleted in _MC_DELETED:
+        text = text.replace(deleted, "")
+    first = text.lstrip()[:1]
+    return first if first and first in CHOICES else ""
+
+
+# Uncertainty
+
+
+def mean_metric(values: Sequence[float]) -> Metric:
+    """The mean with its 95% percentile-bootstrap interval over examples. Deterministic; the order of values
+    has no effect.
+
+    A resample of n values is a multinomial draw over the distinct ones, which is all that a mean needs. No
+    interval below two values; where all values are equal the interval has no width, as the bootstrap sees no
+    spread.
+    """
+    n = len(values)
+    if n == 0:
+        raise ValueError("the mean of no values")
+    value = math.fsum(values) / n
+    if n == 1:
+        return Metric(value=value)
+    distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
+    draws = np.random.default_rng(INTERVAL_SEED).multinomial(
+        n, counts / n, size=RESAMPLES
+    )  # [RESAMPLES, distinct]
+    low, high = np.quantile(draws @ distinct / n, [0.025, 0.975])
+    return Metric(value=value, low=min(float(low), value), high=max(float(high), value))
+
+
+def mean_metrics(scores: Sequence[Mapping[str, float]]) -> dict[str, Metric]:
+    """Each score's mean over the examples that have it, in order of first appearance."""
+    names = list(dict.fromkeys(name for row in scores for name in row))
+    return {name: mean_metric([row[name] for row in scores if name in row]) for name in names}
+
+
+def difference(a: Metric, b: Metric) -> Metric:
+    """a - b with an interval from those of both, as if they were independent.
+
+    Roles answer the same examples, so the true interval is usually narrower: this errs towards "no
+    difference".
+    """
+    value = a.value - b.value
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return Metric(value=value)
+    return Metric(
+        value=value,
+        low=value - math.hypot(a.value - a.low, b.high - b.value),
+        high=value + math.hypot(a.high - a.value, b.value - b.low),
+    )
+
+
+def gap_closed(base: Metric, proxy: Metric, tuned: Metric) -> float | None:
+    """(proxy - base) / (tuned - base), not capped; None where the interval of tuned - base includes 0 or is
+    unknown."""
+    gap = difference(tuned, base)
+    if gap.low is None or gap.high is None or gap.low <= 0 <= gap.high:
+        return None
+    return (proxy.value - base.value) / gap.value

@@ -1,0 +1,201 @@
+"""What a task is, how its examples are read, and how stored rows are scored.
+
+A task is one frozen record. The row of an example (`Task.row`) holds what the paper's repository stores,
+under its names, and `Task.score_row` needs nothing else: the paper's files and our predictions.jsonl are
+scored by the same code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from proxytune.config import Sampling
+from proxytune.errors import UserError
+from proxytune.records import Completion, Example, Metric
+from proxytune.scoring import mean_metrics
+from proxytune.tasks.sources import GENERATED, Hub, Row, Table, generate, read_file, read_hub
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A benchmark: its data, its prompts, its settings and its scores."""
+
+    name: str
+    summary: str
+    data: str
+    """Source and licence of the data."""
+    hub: Hub
+    columns: tuple[str, ...]
+    """Text columns that a row of the public data must have."""
+    sampling: Sampling
+    """The paper's generation settings."""
+    examples: Callable[[Table, str], list[Example]]
+    """Checked rows -> examples. The second argument is the text of the few-shot items, "" without."""
+    row: Callable[[Example, Sequence[Completion]], Row]
+    """What is stored with an example and its completions; with several samples the first one is scored."""
+    scored: tuple[str, ...]
+    """Text columns that `score_row` needs."""
+    score_row: Callable[[Row], dict[str, float]]
+    """The scores of one stored row. A score that does not apply to the row is left out, and so is the row
+    from its mean."""
+    metric_names: tuple[str, ...]
+    """Metrics that every run has; one that no row had a score for is 0 without interval."""
+    headline: str
+    """The metric that tables show."""
+    judged_headline: str | None = None
+    """The metric that takes its place where a judge's scores are in the rows."""
+    shot: Callable[[Row], str] | None = None
+    """How an item is shown as a few-shot example; None refuses --shots."""
+
+    def metrics(self, rows: Sequence[Row]) -> dict[str, Metric]:
+        """The metrics of stored rows."""
+        return self.aggregate([self.score_row(row) for row in rows])
+
+    def aggregate(self, scores: Sequence[Mapping[str, float]]) -> dict[str, Metric]:
+        """The metrics of per-example scores: means with intervals, the task's own first."""
+        found = mean_metrics(scores)
+        return {name: found.get(name, Metric(value=0.0)) for name in self.metric_names} | found
+
+    def headline_of(self, metrics: Mapping[str, Metric]) -> str:
+        """The metric that tables show for these metrics."""
+        judged = self.judged_headline
+        return judged if judged is not None and judged in metrics else self.headline
+
+
+# Examples
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The examples of a run and the fingerprint of what is asked."""
+
+    examples: tuple[Example, ...]
+    name: str
+    """generated, hub, or the file's name, as in RunSpec."""
+    sha256: str
+    """Of the examples as used (prompts, few-shot items and targets): the same from a file, its .gz or the
+    hub."""
+
+
+def read_source(
+    task: Task,
+    source: str,
+    limit: int | None = None,
+    *,
+    shots: int = 0,
+    shots_from: str | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """The first `limit` examples of a source: `generated`, `hub` or the path of a file.
+
+    `shots` items are drawn by `seed`, the same for every example, from the train split (hub, demo world) or
+    from the file `shots_from`; items whose question is asked are never drawn.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit} leaves nothing to run: it must be at least 1")
+    table = _table(task, source, limit).require(task.columns)
+    if not table.rows:
+        raise UserError(f"{table.origin} has no rows")
+    shown = _shots(task, source, table, shots, shots_from, seed)
+    examples = tuple(task.examples(table, shown))
+    content = json.dumps([asdict(example) for example in examples], sort_keys=True).encode()
+    name = source if source in ("generated", "hub") else Path(source).name
+    return Dataset(examples, name, hashlib.sha256(content).hexdigest())
+
+
+def _table(task: Task, source: str, limit: int | None) -> Table:
+    """The rows of a source, at most `limit`."""
+    if source == "generated":
+        return generate(task.name, "test", limit or GENERATED)
+    return (read_hub(task.hub, task.hub.split) if source == "hub" else read_file(Path(source))).head(limit)
+
+
+def _shots(task: Task, source: str, asked: Table, shots: int, shots_from: str | None, seed: int) -> str:
+    """The text of the few-shot items."""
+    if shots == 0:
+        return ""
+    if shots < 0:
+        raise UserError(f"--shots {shots} is negative")
+    if task.shot is None:
+        raise UserError(f"task '{task.name}' has no few-shot form (no training split): leave --shots out")
+    pool = _pool(task, source, shots_from).require(task.columns)
+    questions = {row[task.columns[0]] for row in asked.rows}
+    rows = [row for row in pool.rows if row[task.columns[0]] not in questions]
+    if shots > len(rows):
+        raise UserError(f"--shots {shots}: {pool.origin} has {len(rows)} items that are not asked")
+    return "".join(task.shot(row) for row in random.Random(seed).sample(rows, shots))
+
+
+def _pool(task: Task, source: str, shots_from: str | None) -> Table:
+    """The rows that few-shot items are drawn from."""
+    if shots_from is not None:
+        return read_file(Path(shots_from))
+    if source == "generated":
+        return generate(task.name, "train", GENERATED)
+    if source == "hub" and task.hub.train is not None:
+        return read_hub(task.hub, task.hub.train)
+    raise UserError(f"few-shot items for '{source}' must be named: --shots-from FILE (the train split, say)")
+
+
+# Scoring stored predictions
+
+
+class ScoreReport(BaseModel):
+    """What re-scoring a file of predictions gave."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str
+    file: str
+    n: int
+    """Rows scored."""
+    dropped_duplicates: int = 0
+    """Rows left out because an equal row with the same id came before."""
+    renumbered_ids: int = 0
+    """Rows that share their id with a different row; they are scored as `id#2`, `id#3`, ..."""
+    metrics: dict[str, Metric]
+    headline: str
+
+
+def score_file(task: Task, path: Path) -> ScoreReport:
+    """Score the rows of a predictions file, ours or the paper's, plain or gzip, from their texts alone."""
+    table = read_file(path).require(task.scored)
+    kept, dropped, renumbered = unique_rows(table.rows)
+    metrics = task.metrics(list(kept.values()))
+    return ScoreReport(
+        task=task.name,
+        file=str(path),
+        n=len(kept),
+        dropped_duplicates=dropped,
+        renumbered_ids=renumbered,
+        metrics=metrics,
+        headline=task.headline_of(metrics),
+    )
+
+
+def unique_rows(rows: Sequence[Row]) -> tuple[dict[str, Row], int, int]:
+    """Rows by id, the number of equal rows dropped, and of different rows that got a number because their id
+    was taken.
+
+    Rows without `id` (the paper's) are known by their place and never dropped.
+    """
+    kept: dict[str, Row] = {}
+    same_id: dict[str, list[Row]] = {}
+    dropped = renumbered = 0
+    for place, row in enumerate(rows):
+        name = str(row["id"]) if "id" in row else f"@{place}"
+        seen = same_id.setdefault(name, [])
+        if row in seen:
+            dropped += 1
+            continue
+        seen.append(row)
+        renumbered += len(seen) > 1
+        kept[name if len(seen) == 1 else f"{name}#{len(seen)}"] = row
+    return kept, dropped, renumbered

@@ -1,0 +1,181 @@
+"""Where a task's rows come from: a file in its public format, the Hugging Face hub, or the demo world.
+
+All three give the same rows, so one parser per task reads them. What cannot be read is a UserError that names
+the line.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from proxytune.errors import UserError
+
+Row = dict[str, Any]
+
+GENERATED = 500
+"""Items of the demo world that are used unless a limit says otherwise."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with the place that each came from."""
+
+    origin: str
+    """What an error message begins with: a quoted file name, say."""
+    unit: str
+    """What `numbers` count: line or row."""
+    rows: tuple[Row, ...]
+    numbers: tuple[int, ...]
+
+    def where(self, index: int) -> str:
+        """The place of a row, for an error message."""
+        return f"{self.origin} {self.unit} {self.numbers[index]}"
+
+    def head(self, limit: int | None) -> Table:
+        """The first `limit` rows."""
+        return Table(self.origin, self.unit, self.rows[:limit], self.numbers[:limit])
+
+    def require(self, columns: Sequence[str]) -> Table:
+        """This table, or the UserError about the first row in which a column is absent or is no text."""
+        for index, row in enumerate(self.rows):
+            for column in columns:
+                if column not in row or row[column] is None:
+                    has = ", ".join(key for key in row if key) or "nothing"
+                    raise UserError(f"{self.where(index)}: no field '{column}' (it has {has})")
+                if not isinstance(row[column], str):
+                    value = json.dumps(row[column])[:60]
+                    raise UserError(f"{self.where(index)}: field '{column}' must be text, not {value}")
+        return self
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A dataset on the Hugging Face hub, and how its rows become rows of the public file."""
+
+    id: str
+    config: str | None
+    split: str
+    train: str | None = None
+    """The split that few-shot items are drawn from."""
+    public: Callable[[Row], Row] = dict
+
+
+# Files
+
+
+def read_file(path: Path) -> Table:
+    """The rows of a .jsonl, .csv or .txt file, or of one of these with .gz. A .txt line is a row {"text":
+    line}."""
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if kind not in _READERS:
+        raise UserError(
+            f"cannot tell the format of '{path}': its name must end in .jsonl, .csv or .txt (or one + .gz)"
+        )
+    found = _READERS[kind](_text(path), path)
+    if not found:
+        raise UserError(f"'{path}' has no rows")
+    numbers, rows = zip(*found, strict=True)
+    return Table(f"'{path}'", "line", rows, numbers)
+
+
+def _text(path: Path) -> str:
+    """The text of a file, unpacked; UserError where it cannot be had."""
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"no file '{path}'") from None
+    except IsADirectoryError:
+        raise UserError(f"'{path}' is a folder, not a file") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"'{path}' is cut short or is no gzip file: {error}") from None
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"'{path}' line {line} is not UTF-8 text (byte {error.start}): convert the file first"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror}") from None
+
+
+def _jsonl(text: str, path: Path) -> list[tuple[int, Row]]:
+    """The objects of a JSONL text with their line numbers; blank lines are passed over."""
+    found = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"'{path}' line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"'{path}' line {number} must be a JSON object, not {type(row).__name__}")
+        found.append((number, row))
+    return found
+
+
+def _csv(text: str, path: Path) -> list[tuple[int, Row]]:
+    """The rows of a CSV text under its header, with the number of the line on which each ends."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    found = []
+    try:
+        for row in reader:
+            if None in row:
+                raise UserError(f"'{path}' line {reader.line_num} has more cells than the header has columns")
+            found.append((reader.line_num, row))
+    except csv.Error as error:
+        raise UserError(f"'{path}' line {reader.reader.line_num} is not CSV: {error}") from None
+    return found
+
+
+def _txt(text: str, path: Path) -> list[tuple[int, Row]]:
+    """The lines of a text that are not blank."""
+    lines = enumerate(text.split("\n"), start=1)
+    return [(number, {"text": line.removesuffix("\r")}) for number, line in lines if line.strip()]
+
+
+_READERS: dict[str, Callable[[str, Path], list[tuple[int, Row]]]] = {
+    ".jsonl": _jsonl,
+    ".csv": _csv,
+    ".txt": _txt,
+}
+
+
+# Hub and demo world
+
+
+def read_hub(hub: Hub, split: str) -> Table:
+    """The rows of a split, through `datasets` (which keeps a local copy)."""
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(hub.id, hub.config, split=split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"cannot load '{hub.id}' from the hub: {reason}. Or give a file: --data FILE"
+        ) from None
+    rows = tuple(hub.public(dict(row)) for row in loaded)
+    return Table(f"'{hub.id}' {split}", "row", rows, tuple(range(1, len(rows) + 1)))
+
+
+def generate(task: str, split: str, n: int) -> Table:
+    """The first n items of a task in the demo world, in the columns of the real data."""
+    from proxytune.demo import world
+
+    if task not in world.TASKS:
+        raise UserError(
+            f"the demo world has no '{task}': it has {', '.join(world.TASKS)}. Use --data hub or --data FILE"
+        )
+    rows: tuple[Row, ...] = tuple(dict(row) for row in world.rows(task, split=split, n=n))
+    return Table(f"demo world, {task} {split}", "row", rows, tuple(range(1, len(rows) + 1)))

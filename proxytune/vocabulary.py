@@ -1,0 +1,66 @@
+"""Vocabularies aligned by token identity: logits may only be added where the same id means the same token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+
+from proxytune.core.runner import Alignment
+from proxytune.errors import UserError
+
+Tokenizer = Any
+"""A Hugging Face tokenizer (transformers has no public type for it)."""
+
+
+def size_of(tokenizer: Tokenizer, logits: int) -> int:
+    """Ids that a model can say: its tokenizer's, without the padding rows of its head (Qwen)."""
+    return min(max(tokenizer.get_vocab().values()) + 1, logits)
+
+
+def align(
+    base: Tokenizer, size: int, other: Tokenizer, other_logits: int, name: str, mode: Literal["strict", "intersect"]
+) -> Alignment:
+    """The map from the base's first `size` ids to those of the model called `name`, which has `other_logits` logits.
+
+    strict: every base token must have the same id in the other; tokens that only the other has are cut.
+    intersect: tokens that the other lacks are unshared (combine leaves them at the base's logits).
+    Raises UserError that names the first ids that differ.
+    """
+    mine = {token: index for token, index in base.get_vocab().items() if index < size}
+    theirs = {token: index for token, index in other.get_vocab().items() if index < other_logits}
+    if all(theirs.get(token) == index for token, index in mine.items()):
+        return Alignment(size)
+    if mode == "strict":
+        raise UserError(_difference(mine, theirs, name))
+    if not any(token in theirs for token in mine):
+        raise UserError(f"the vocabularies of the base and the {name} have no token in common")
+    return _intersection(base, size, other, mine, theirs)
+
+
+def _difference(mine: Mapping[str, int], theirs: Mapping[str, int], name: str) -> str:
+    differing = sorted((index, token) for token, index in mine.items() if theirs.get(token) != index)
+    said = {index: token for token, index in theirs.items()}
+    shown = ", ".join(f"{i}: {token!r} is {said.get(i, 'nothing')!r} there" for i, token in differing[:3])
+    return (
+        f"the vocabularies of the base and the {name} differ at {len(differing)} of {len(mine)} ids ({shown}). "
+        "Use models that share a tokenizer, or --vocab intersect to combine on the shared tokens only"
+    )
+
+
+def _intersection(
+    base: Tokenizer, size: int, other: Tokenizer, mine: Mapping[str, int], theirs: Mapping[str, int]
+) -> Alignment:
+    columns = torch.zeros(size, dtype=torch.long)
+    shared = torch.zeros(size, dtype=torch.bool)
+    spelled: list[tuple[int, ...]] = [(0,)] * size
+    for token, index in mine.items():
+        if token in theirs:
+            columns[index], shared[index] = theirs[token], True
+            spelled[index] = (theirs[token],)
+        else:
+            text = base.convert_tokens_to_string([token]) or base.decode([index])
+            # a token without text (a special one) is fed as id 0, which stands for "something unknown" in most
+            spelled[index] = tuple(other.encode(text, add_special_tokens=False)) or (0,)
+    return Alignment(size, columns, shared, tuple(spelled))

@@ -1,0 +1,29 @@
+"""What the tests share: where the reference data is, and when a missing thing is a failure."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+REFERENCE = Path(os.environ.get("PROXYTUNE_REFERENCE_DATA") or ROOT.parent / "shared")
+
+
+def require_or_skip(kind: str, reason: str) -> None:
+    """Skip the test, or fail it where the comma list PROXYTUNE_REQUIRE names the kind.
+
+    Kinds: golden (reference data), gpu, tune (bitsandbytes, peft), wheel (a build), demo (its weights).
+    """
+    if kind in os.environ.get("PROXYTUNE_REQUIRE", "").split(","):
+        pytest.fail(f"PROXYTUNE_REQUIRE names '{kind}', but {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder with the golden predictions and the public data sets."""
+    if not (REFERENCE / "golden" / "manifest.json").exists():
+        require_or_skip("golden", f"no reference data in '{REFERENCE}': set PROXYTUNE_REFERENCE_DATA")
+    return REFERENCE

@@ -1,0 +1,334 @@
+"""The command line: quick help, JSON alone on stdout, and one clear line with exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from proxytune import cli, cli_run, results
+from proxytune.errors import UserError
+from tests import tiny, tiny_system
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ("demo", "generate", "eval", "score", "report", "tasks", "systems")
+GSM = {"question": "Ann has 2 nuts and finds 3. How many?", "answer": "2+3=5\n#### 5"}
+
+
+@pytest.fixture(scope="module")
+def yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny system's file."""
+    return tiny_system.write(tmp_path_factory.mktemp("system"))
+
+
+@pytest.fixture(autouse=True)
+def _somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def proxytune(*arguments: object) -> Result:
+    """Run a command in this process."""
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+
+
+def refused(result: Result, *parts: str) -> str:
+    """Check that a command ended with code 2 and one line that holds all `parts`."""
+    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and result.stdout == ""
+    assert [text for text in result.stderr.splitlines() if not text.startswith(("loading ", "note: "))] == [line]
+    for part in parts:
+        assert part in line
+    return line
+
+
+# Help
+
+
+HEAVY = "torch transformers pandas datasets peft numpy"
+
+
+def test_help_and_import_load_nothing_heavy() -> None:
+    code = f"""
+import sys
+import proxytune
+from proxytune.cli import app
+for command in {COMMANDS!r}:
+    try:
+        app([command, "--help"])
+    except SystemExit as end:
+        assert not end.code
+print([name for name in "{HEAVY}".split() if name in sys.modules])
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_is_instant() -> None:
+    """User time of `proxytune --help`, the better of two processes: a busy machine slows one down."""
+
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        done = python("from proxytune.cli import app; app(['--help'])")
+        assert done.returncode == 0 and "eval" in done.stdout
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+
+    assert min(seconds(), seconds()) < 0.5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    shown = proxytune(command, "--help")
+    assert shown.exit_code == 0 and f"Example: proxytune {command}" in " ".join(shown.stdout.split())
+
+
+def test_version_and_python_m() -> None:
+    done = python("import runpy, sys; sys.argv = ['x', '--version']; runpy.run_module('proxytune', run_name='__main__')")
+    assert done.stdout.startswith("proxytune 0.")
+
+
+# What commands print
+
+
+def test_tasks_and_systems() -> None:
+    assert "gsm" in proxytune("tasks").stdout and "demo" in proxytune("systems").stdout
+    assert set(json.loads(proxytune("tasks", "--json").stdout)["tasks"]) >= {"gsm", "truthfulqa", "truthfulqa_mc"}
+    assert json.loads(proxytune("systems", "--json").stdout)["systems"]["demo"]["alpha"] == "1"
+
+
+def short_eval(yaml: Path, *more: object) -> Result:
+    """A short evaluation of the tiny system."""
+    return proxytune("eval", "gsm", "--system", yaml, "--limit", 3, "--max-new-tokens", 6, *more)
+
+
+def test_eval_prints_stores_and_scores_again(yaml: Path, tmp_path: Path) -> None:
+    printed = short_eval(yaml, "--out", "run", "--trace", "--kv-memory", "64MB", "--batch", 2)
+    assert printed.exit_code == 0, printed.output
+    assert "exact_match" in printed.stdout and "stored in run" in printed.stdout
+    again = short_eval(yaml, "--out", "run", "--trace", "--json")
+    run = json.loads(again.stdout)
+    assert run["status"] == "done" and "done already" in again.stderr
+    assert (tmp_path / "run" / "trace.jsonl").read_text().count("\n") == 3
+    scored = json.loads(proxytune("score", "gsm", "run/predictions.jsonl", "--json").stdout)
+    assert scored["metrics"] == run["metrics"] and scored["n"] == 3
+    assert "exact_match" in proxytune("score", "gsm", "run/predictions.jsonl").stdout
+
+
+def test_eval_all_prints_the_gap(yaml: Path, tmp_path: Path) -> None:
+    found = json.loads(short_eval(yaml, "--as", "all", "--json").stdout)
+    assert set(found["runs"]) == {"base", "expert", "antiexpert", "proxy", "tuned"} and "gap_closed" in found
+    shown = short_eval(yaml, "--as", "all")
+    assert shown.exit_code == 0 and "proxy" in shown.stdout and "memory" in shown.stdout
+    assert len(results.find_runs(tmp_path / "results" / "tiny" / "gsm")) == 5
+    tables = proxytune("report", "results", "--markdown")
+    assert tables.exit_code == 0 and "| proxy |" in tables.stdout
+    written = proxytune("report", "results", "--write")
+    assert written.exit_code == 0 and (tmp_path / "results" / "README.md").exists()
+
+
+def test_the_readme_gets_the_demo_table_between_its_markers(yaml: Path, tmp_path: Path) -> None:
+    named_demo = yaml.with_name("demo.yaml")
+    named_demo.write_text(yaml.read_text())
+    assert short_eval(named_demo, "--as", "proxy").exit_code == 0
+    [folder] = (tmp_path / "results" / "demo" / "gsm" / "proxy").iterdir()
+    for path in folder.iterdir():  # as if these were the task's default settings
+        path.rename(folder.parent / path.name)
+    folder.rmdir()
+    (tmp_path / "README.md").write_text("before\n<!-- demo-table -->\nold\n<!-- /demo-table -->\nafter\n")
+    assert proxytune("report", "--write").exit_code == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n<!-- demo-table -->\n**gsm**") and text.endswith("<!-- /demo-table -->\nafter\n")
+    assert "old" not in text and "| proxy |" in text
+
+
+def test_generate_streams_and_compares(yaml: Path) -> None:
+    common = ("generate", "Ann has", "--system", yaml, "--max-new-tokens", 8)
+    streamed = proxytune(*common)
+    assert streamed.exit_code == 0, streamed.output
+    told = json.loads(proxytune(*common, "--json").stdout)["responses"]
+    assert streamed.stdout == told[0]["text"] + "\n" and len(told[0]["token_ids"]) <= 8
+    several = json.loads(proxytune(*common, "--json", "-n", 2, "--temperature", 1, "--as", "expert").stdout)
+    assert len(several["responses"]) == 2 and several["as"] == "expert"
+    compared = json.loads(proxytune(*common, "--compare", "--json").stdout)
+    assert set(compared["roles"]) == {"base", "expert", "antiexpert", "proxy", "tuned"}
+    assert compared["roles"]["proxy"] == told[0]
+    shown = proxytune(*common, "--compare")
+    assert f"{len(compared['changed'])} of {len(compared['proxy_tokens'])} tokens" in shown.stdout
+    unchanged = json.loads(proxytune(*common, "--compare", "--alpha", 0, "--json").stdout)
+    assert unchanged["changed"] == []
+    assert unchanged["roles"]["proxy"]["text"] == unchanged["roles"]["base"]["text"]
+
+
+def test_generate_reads_stdin(yaml: Path) -> None:
+    arguments = ["generate", "-", "--system", str(yaml), "--max-new-tokens", "3"]
+    assert CliRunner().invoke(cli.app, arguments, input="Ann has").exit_code == 0
+    refused(CliRunner().invoke(cli.app, arguments, input=" \n"), "prompt is empty")
+
+
+# Bad input: one clear line, exit code 2
+
+
+def write(path: str, lines: Sequence[str]) -> str:
+    """A file in the working folder."""
+    Path(path).write_text("\n".join(lines) + "\n")
+    return path
+
+
+PLAIN = [
+    (("eval", "gms"), ("Unknown task 'gms'", "Did you mean: gsm")),
+    (("score", "gms", "x.jsonl"), ("Unknown task 'gms'", "Did you mean: gsm")),
+    (("eval", "gsm", "--system", "dmo"), ("Unknown system 'dmo'", "Did you mean: demo")),
+    (("eval", "gsm", "--system", "nowhere.yaml"), ("no file 'nowhere.yaml'",)),
+    (("score", "gsm", "nowhere.jsonl"), ("no file 'nowhere.jsonl'",)),
+    (("report", "nowhere"), ("no folder 'nowhere'",)),
+    (("report", "."), ("no finished run",)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "parts"), PLAIN)
+def test_bad_names_and_files(arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    refused(proxytune(*arguments), *parts)
+
+
+OPTIONS = [
+    (("--as", "prxy"), ("Unknown role 'prxy'", "Did you mean: proxy")),
+    (("--alpha", "nan"), ("alpha = nan is out of range", "from 0 to 10")),
+    (("--alpha", "11"), ("alpha = 11 is out of range",)),
+    (("--alpha", "much"), ("alpha 'much' is not a number", "first:N")),
+    (("--alpha", "-0.5"), ("--allow-negative-alpha",)),
+    (("--alpha", "0.5", "--as", "base"), ("proxy only",)),
+    (("--data", "nowhere.jsonl"), ("no file 'nowhere.jsonl'",)),
+    (("--limit", "0"), ("--limit 0",)),
+    (("--shots", "-1"), ("--shots -1",)),
+    (("--temperature", "-1"), ("--temperature", "greater than or equal to 0")),
+    (("--temperature", "nan"), ("--temperature",)),
+    (("--top-p", "0"), ("--top-p", "greater than 0")),
+    (("--max-new-tokens", "0"), ("--max-new-tokens",)),
+    (("--kv-memory", "lots"), ("--kv-memory 'lots'", "4GB")),
+    (("--kv-memory", "1"), ("raise --kv-memory",)),
+    (("--batch", "0"), ("--batch 0",)),
+    (("--vocab", "loose"), ("--vocab 'loose'",)),
+]
+
+
+@pytest.mark.parametrize(("options", "parts"), OPTIONS)
+def test_bad_options(yaml: Path, options: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    refused(proxytune("eval", "gsm", "--system", yaml, *options), *parts)
+    assert not list(Path().rglob("predictions.jsonl")) or options == ("--kv-memory", "1")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("base: {model: x}\nexprt: {model: y}\n", ("Unknown key 'exprt'", "Did you mean: expert")),
+        ("base: {model: x, dtpe: float32}\n", ("Unknown key 'dtpe'", "Did you mean: dtype")),
+        ("base: [\n", ("cannot read 'bad.yaml'", "line")),
+        ("- base\n", ("'bad.yaml' must hold a mapping",)),
+        ("alpha: 1\n", ("base", "required")),
+        ("base: {model: x}\nalpha: .nan\n", ("nan",)),
+        ("base: {model: ./nowhere}\n", ("no model folder", "nowhere")),
+    ],
+)
+def test_bad_system_files(text: str, parts: tuple[str, ...]) -> None:
+    Path("bad.yaml").write_text(text)
+    refused(proxytune("eval", "gsm", "--system", "bad.yaml", "--as", "base", "--data", gsm_file()), *parts)
+
+
+def gsm_file() -> str:
+    """One word problem."""
+    return write("one.jsonl", [json.dumps(GSM)])
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ('{"question": "torn', ("line 2", "not JSON")),
+        ("[1]", ("line 2", "object")),
+        ('{"question": "no answer"}', ("line 2", "answer")),
+        ('{"question": 1, "answer": "#### 1"}', ("line 2", "question", "text")),
+    ],
+)
+def test_bad_data_lines_are_named(yaml: Path, line: str, parts: tuple[str, ...]) -> None:
+    bad = write("bad.jsonl", [json.dumps(GSM), line])
+    refused(proxytune("eval", "gsm", "--system", yaml, "--data", bad), "bad.jsonl", *parts)
+
+
+def test_mismatched_vocabularies(yaml: Path) -> None:
+    folder = yaml.parent / "swapped"
+    tiny.save(folder, tiny.build("llama", seed=9, hidden_size=32), tiny.tokenizer(swapped=("a", "b")))
+    other = yaml.with_name("mismatch.yaml")
+    other.write_text(yaml.read_text().replace("./expert", "./swapped"))
+    line = refused(short_eval(other), "expert")
+    assert "vocab" in line and "'a'" in line and "'b'" in line
+
+
+def test_a_prompt_longer_than_the_window(yaml: Path) -> None:
+    long = write("long.jsonl", [json.dumps({**GSM, "question": "nuts " * tiny_system.WINDOW})])
+    refused(short_eval(yaml, "--data", long), str(tiny_system.WINDOW))
+    refused(proxytune("generate", "nuts " * tiny_system.WINDOW, "--system", yaml), str(tiny_system.WINDOW))
+
+
+def test_a_folder_with_other_settings(yaml: Path) -> None:
+    assert short_eval(yaml, "--out", "run").exit_code == 0
+    refused(short_eval(yaml, "--out", "run", "--alpha", "0.5"), "alpha is 1 there and 0.5 now", "--out")
+    refused(proxytune("eval", "gsm", "--system", yaml, "--out", "run"), "limit is 3 there and unset now")
+
+
+def test_a_full_disk_loses_nothing(yaml: Path, tmp_path: Path) -> None:
+    """The operating system refuses a file beyond a size: what was stored stays, and the same command goes on."""
+    arguments = ["eval", "gsm", "--system", str(yaml), "--limit", "12", "--max-new-tokens", "6", "--batch", "2"]
+    limited = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+from proxytune.cli import app
+app(sys.argv[1:])
+"""
+    done = python(limited, *arguments, "--out", "full")
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: cannot write") and "File too large" in last and "continue" in last
+    kept = results.read_rows(tmp_path / "full")
+    assert 0 < len(kept) < 12 and (tmp_path / "full" / "predictions.jsonl").read_bytes().endswith(b"\n")
+    assert results.read_run(tmp_path / "full").status == "running"
+    freed = json.loads(proxytune(*arguments, "--out", "full", "--json").stdout)
+    whole = json.loads(proxytune(*arguments, "--out", "whole", "--json").stdout)
+    assert freed["metrics"] == whole["metrics"] and freed["cost"]["sessions"] == 2
+    assert results.read_rows(tmp_path / "full") == results.read_rows(tmp_path / "whole")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("proxytune.cli_show.tasks", fail)
+    found = proxytune("tasks")
+    assert found.exit_code == 1 and isinstance(found.exception, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4GB", 4 * 10**9), ("512 MiB", 512 * 2**20), ("1.5g", 1_500_000_000), ("1024", 1024), ("2KiB", 2048)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert cli_run.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "0", "-1GB", "4XB", "nan"])
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(UserError):
+        cli_run.parse_size(text)

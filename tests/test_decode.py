@@ -1,0 +1,288 @@
+"""The engine against the plain definition: tokens of every path must be the oracle's, in float64, token for token."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from proxytune.config import ExpertSpec, ModelSpec, Sampling, System, parse_alpha
+from proxytune.decode import Decoder
+from proxytune.errors import UserError
+from proxytune.models import Models
+from proxytune.prompts import noise_key, text_for
+from proxytune.records import Completion, Example, Prompt
+
+ROLES = {
+    "base": (1, {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}),
+    "expert": (2, {}),
+    "antiexpert": (3, {}),
+}
+
+
+def spec(folder: Path, chat: str = "none") -> ModelSpec:
+    return ModelSpec(model=str(folder), dtype="float64", chat=chat)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> System:
+    """Three random Llamas of different sizes and seeds, saved to disk."""
+    root = tmp_path_factory.mktemp("trio")
+    folders = {r: tiny.save(root / r, tiny.build("llama", seed, **shape)) for r, (seed, shape) in ROLES.items()}
+    return System(name="trio", **{role: spec(folder) for role, folder in folders.items()})
+
+
+def example(text: str, number: int = 0, **parts: Any) -> Example:
+    return Example(f"{number}", Prompt(plain=text, user=text, **parts))
+
+
+def ragged(count: int, seed: int = 0, longest: int = 30) -> list[Example]:
+    """Prompts of 1 to `longest` characters."""
+    draw = random.Random(seed)
+    return [
+        example("".join(draw.choice("abcdefg hij?0123") for _ in range(draw.randint(1, longest))), number)
+        for number in range(count)
+    ]
+
+
+_MODELS: dict[str, Models] = {}
+
+
+def decoder(system: System, role: str = "proxy", **options: Any) -> Decoder:
+    models = _MODELS.setdefault(system.model_dump_json(), Models(system))
+    return Decoder(models, system.require(role), **options)
+
+
+def by_id(found: Sequence[Completion]) -> dict[tuple[str, int], Completion]:
+    indexed = {(c.example_id, c.sample): c for c in found}
+    assert len(indexed) == len(found)
+    return indexed
+
+
+def settings_of(
+    d: Decoder, s: Sampling, e: Example, sample: int = 0, alpha: str = "1", stop: Callable[[Sequence[int]], bool] | None = None
+) -> oracle.Settings:
+    schedule = parse_alpha(alpha)
+    return oracle.Settings(
+        max_new=s.max_new_tokens,
+        alpha=schedule.at,
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        key=noise_key(s.seed, "", e.id, sample),
+        eos=frozenset([2]),
+        min_new=s.min_new_tokens,
+        stop=stop,
+    )
+
+
+def expected(d: Decoder, e: Example, s: oracle.Settings) -> tuple[list[int], str, list[float]]:
+    """The oracle's answer with the decoder's own modules, their attention set back to transformers' own."""
+    names = list(d.loaded)
+    contexts = d.contexts(e.prompt)
+    modules = {name: plain(d, name) for name in names}
+    pairs = [(t.weight, modules[t.expert], modules[t.antiexpert]) for t in d.ensemble.terms]
+    ids = [(contexts[t.expert], contexts[t.antiexpert]) for t in d.ensemble.terms]
+    return oracle.generate(modules[d.lead], pairs, contexts[d.lead], ids, s)
+
+
+_PLAIN: dict[str, Any] = {}
+
+
+def plain(d: Decoder, name: str) -> Any:
+    """A fresh copy of a model, loaded by transformers alone."""
+    from transformers import AutoModelForCausalLM
+
+    folder = str(d.loaded[name].spec.model)
+    if folder not in _PLAIN:
+        _PLAIN[folder] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        if hasattr(_PLAIN[folder].config, "num_experts_per_tok"):
+            _PLAIN[folder].set_experts_implementation("eager")
+    return _PLAIN[folder]
+
+
+def check(d: Decoder, examples: Sequence[Example], s: Sampling, alpha: str = "1", **options: Any) -> list[Completion]:
+    """Decode, and hold every response against the oracle."""
+    found = list(d.stream(examples, s, alpha=parse_alpha(alpha), **options))
+    indexed = by_id(found)
+    assert len(indexed) == len(examples) * s.n
+    for e in examples:
+        for sample in range(s.n):
+            tokens, reason, _ = expected(d, e, settings_of(d, s, e, sample, alpha))
+            got = indexed[e.id, sample]
+            assert (list(got.token_ids), got.finish_reason) == (tokens, reason), e
+    return found
+
+
+def test_hundred_ragged_prompts_greedy(trio: System) -> None:
+    check(decoder(trio), ragged(100), Sampling(max_new_tokens=12))
+
+
+SAMPLERS = [
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 0.9, "top_k": 20, "top_p": 0.6, "min_new_tokens": 4},
+]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_sampled(trio: System, sampler: dict[str, Any]) -> None:
+    check(decoder(trio), ragged(12, 1), Sampling(max_new_tokens=10, seed=3, **sampler))
+
+
+@pytest.mark.parametrize("alpha", ["0.4", "2", "first:3", "warmup:2", "linear:0:1.5:6"])
+def test_alpha_schedules(trio: System, alpha: str) -> None:
+    check(decoder(trio), ragged(10, 2), Sampling(max_new_tokens=10), alpha)
+
+
+def test_samples_of_one_prompt_share_it_and_differ(trio: System) -> None:
+    d = decoder(trio, max_batch=3)
+    found = check(d, ragged(4, 5), Sampling(max_new_tokens=8, temperature=1.0, n=5))
+    assert len({c.token_ids for c in found if c.example_id == "0"}) > 1
+    assert d.stats.prompt_tokens > 0
+
+
+def kv_bytes(d: Decoder, tokens: int) -> int:
+    """The memory in which every model's pool holds `tokens` tokens."""
+    caches = [runner.rows.spec for runner in d.ensemble.runners.values()]  # type: ignore[attr-defined]
+    return tokens * sum(cache.bytes_per_token for cache in caches)
+
+
+def test_preemption_under_a_tiny_pool_changes_nothing(trio: System) -> None:
+    examples, s = ragged(10, 6, longest=12), Sampling(max_new_tokens=40, temperature=0.8)
+    free = by_id(list(decoder(trio).stream(examples, s)))
+    d = decoder(trio, kv_memory=kv_bytes(decoder(trio), 160))
+    tight = by_id(list(d.stream(examples, s)))
+    assert d.stats.preemptions > 0
+    assert {k: c.token_ids for k, c in tight.items()} == {k: c.token_ids for k, c in free.items()}
+
+
+def test_alone_in_any_batch_in_any_order(trio: System) -> None:
+    examples, s = ragged(9, 7), Sampling(max_new_tokens=9, temperature=1.0, seed=11)
+    want = {e.id: next(iter(decoder(trio).stream([e], s))).token_ids for e in examples}
+    for batch in (1, 4, 64):
+        for order in (examples, examples[::-1]):
+            got = {c.example_id: c.token_ids for c in decoder(trio, max_batch=batch).stream(order, s)}
+            assert got == want
+
+
+def test_stop_strings_end_rows_in_the_middle_of_a_batch(trio: System) -> None:
+    d, examples = decoder(trio), ragged(12, 8)
+    free = {c.example_id: c for c in d.stream(examples, Sampling(max_new_tokens=24, temperature=1.0))}
+    stop = next(c.text[5:7] for c in free.values() if len(c.text) > 8)
+    found = list(d.stream(examples, Sampling(max_new_tokens=24, temperature=1.0, stop=(stop,))))
+    assert any(c.finish_reason == "stop" for c in found)
+    for c in found:
+        assert stop not in c.text
+        assert c.text == free[c.example_id].text.split(stop)[0]
+
+
+CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+
+
+@pytest.mark.parametrize("chat", ["llama2", "tokenizer"])
+def test_chat_expert_sees_its_own_context(trio: System, tmp_path: Path, chat: str) -> None:
+    words = tiny.tokenizer(chat_template=CHAT)
+    expert = spec(tiny.save(tmp_path / "expert", tiny.build("llama", 2), words), chat)
+    system = trio.model_copy(update={"expert": expert, "tuned": expert})
+    examples = [
+        Example(str(i), Prompt(f"{q}\nAnswer:", user=f"Say: {q}", system="Be kind." if i % 2 else None, response_prefix="Answer:"))
+        for i, q in enumerate(["why?", "what is 3?", "ab Answer: c"])
+    ]
+    check(decoder(system), examples, Sampling(max_new_tokens=8))
+    check(decoder(system, "tuned"), examples, Sampling(max_new_tokens=8))
+
+
+def test_alpha_zero_is_the_base_of_hugging_face(trio: System) -> None:
+    d, examples = decoder(trio), ragged(6, 9)
+    found = {c.example_id: c for c in d.stream(examples, Sampling(max_new_tokens=12), alpha=parse_alpha(0))}
+    base = plain(d, "base")
+    for e in examples:
+        ids = torch.tensor([d.contexts(e.prompt)["base"]])
+        out = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=2)
+        assert out[0, ids.shape[1] :].tolist() == list(found[e.id].token_ids)
+
+
+def test_equal_expert_and_antiexpert_change_nothing(trio: System) -> None:
+    same = trio.model_copy(update={"antiexpert": trio.expert})
+    examples, s = ragged(6, 10), Sampling(max_new_tokens=10, temperature=0.7)
+    base = {c.example_id: c.token_ids for c in decoder(trio, "base").stream(examples, s)}
+    assert {c.example_id: c.token_ids for c in decoder(same).stream(examples, s)} == base
+
+
+def test_trace_records_and_changes_nothing(trio: System) -> None:
+    d, examples, s = decoder(trio), ragged(5, 11), Sampling(max_new_tokens=10, temperature=1.0)
+    bare = {c.example_id: c for c in d.stream(examples, s)}
+    for c in d.stream(examples, s, trace="tokens"):
+        assert c.token_ids == bare[c.example_id].token_ids and not bare[c.example_id].trace
+        assert [t.id for t in c.trace] == list(c.token_ids)
+        assert all(set(t.probability) == {"base", "expert", "antiexpert", "proxy"} for t in c.trace)
+        logprob = sum(torch.tensor(t.probability["proxy"], dtype=torch.float64).log().item() for t in c.trace)
+        assert logprob == pytest.approx(c.logprob, abs=1e-9)
+
+
+def test_several_experts(trio: System, tmp_path: Path) -> None:
+    other = tiny.save(tmp_path / "other", tiny.build("llama", 5))
+    own = tiny.save(tmp_path / "own", tiny.build("llama", 6))
+    assert trio.expert is not None
+    experts = (
+        ExpertSpec(**trio.expert.model_dump(), weight=0.7),
+        ExpertSpec(model=str(other), dtype="float64", weight=0.5, antiexpert=spec(own)),
+    )
+    check(decoder(trio.model_copy(update={"expert": None, "experts": experts})), ragged(6, 12), Sampling(max_new_tokens=8))
+
+
+def test_forced_opener_then_own_choice(trio: System) -> None:
+    found = list(decoder(trio, "base").stream(ragged(3, 13), Sampling(max_new_tokens=8), forced=" ok"))
+    assert all(c.text.startswith(" ok") and len(c.token_ids) > 3 for c in found)
+
+
+def test_context_window_bounds_prompt_and_response(trio: System) -> None:
+    d = decoder(trio)
+    last = next(iter(d.stream([example("a" * 250)], Sampling(max_new_tokens=50, min_new_tokens=50))))
+    assert last.finish_reason == "length" and len(last.token_ids) == 256 - 251
+    with pytest.raises(UserError, match=r"301 tokens for the base, whose context window is 256"):
+        list(d.stream([example("a" * 300)], Sampling()))
+
+
+def test_prompt_that_no_pool_can_hold(trio: System) -> None:
+    d = decoder(trio, kv_memory=kv_bytes(decoder(trio), 40))
+    with pytest.raises(UserError, match=r"needs KV memory for 71 tokens of the base, but its pool holds 40"):
+        list(d.stream([example("a" * 50)], Sampling(max_new_tokens=20)))
+    with pytest.raises(UserError, match="--kv-memory"):
+        decoder(trio, kv_memory=10)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(0, 25), min_size=1, max_size=7),
+    limit=st.integers(1, 14),
+    batch=st.integers(1, 5),
+    pool=st.integers(45, 160),
+    samples=st.integers(1, 3),
+    temperature=st.sampled_from([0.0, 0.9]),
+    stop=st.sampled_from([(), ("e",), ("a", "\n")]),
+)
+def test_lengths_stops_and_pools(
+    trio: System, lengths: list[int], limit: int, batch: int, pool: int, samples: int, temperature: float, stop: Any
+) -> None:
+    """Whatever the raggedness, the stops, the batch and the pool: the tokens are those of the roomy decoder."""
+    examples = [example("abc? " * 5 + "x" * n, i) if n > 20 else example("q" * n, i) for i, n in enumerate(lengths)]
+    s = Sampling(max_new_tokens=limit, temperature=temperature, n=samples, stop=stop)
+    roomy = by_id([c for e in examples for c in decoder(trio).stream([e], s)])
+    tight = decoder(trio, max_batch=batch, kv_memory=kv_bytes(decoder(trio), pool))
+    found = by_id(list(tight.stream(examples, s)))
+    assert found.keys() == roomy.keys()
+    for where, c in found.items():
+        want = roomy[where]
+        assert (c.token_ids, c.finish_reason, c.text) == (want.token_ids, want.finish_reason, want.text)
+        assert c.logprob == pytest.approx(want.logprob, abs=1e-9)

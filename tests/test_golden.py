@@ -1,0 +1,138 @@
+"""The paper's own predictions and prompts: scores equal to the last digit, prompts to the last character."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxytune.prompts import text_for
+from proxytune.records import Prompt
+from proxytune.scoring import exact_match, last_number, mean_metric, numeric_equal, parse_letter
+from proxytune.tasks import get_task, read_source, score_file
+
+CHAT = {f"llama2-chat-{size}{form}" for size in ("7B", "13B") for form in ("", "-helpful-prompt")}
+GSM = [
+    "dexperts-13B", "dexperts-gsm-13B", "llama2-13B", "llama2-chat-13B", "llama2-chat-7B", "llama2-gsm-13B",
+    "llama2-gsm-7B", "llama2-gsm-lora-13B", "llama2-gsm-lora-13B-lr2e-5",
+]  # fmt: skip
+TRUTHFULQA = [
+    "llama2-13B",
+    *(f"{name}-helpful-prompt" for name in ("dexperts-13B", "llama2-chat-13B", "llama2-chat-7B")),
+]
+NUMERIC = {
+    "dexperts-13B": 0.27748294162244125,
+    "dexperts-gsm-13B": 0.4382107657316149,
+    "llama2-13B": 0.0667172100075815,
+    "llama2-chat-13B": 0.34420015163002277,
+    "llama2-chat-7B": 0.244882486732373,
+    "llama2-gsm-13B": 0.510235026535254,
+    "llama2-gsm-7B": 0.42153146322971946,
+    "llama2-gsm-lora-13B": 0.32297194844579225,
+    "llama2-gsm-lora-13B-lr2e-5": 0.13115996967399546,
+}
+"""Numeric equality of the stored `prediction`, which has lost the sign of whole numbers."""
+SIGNS = {"dexperts-13B": -1, "llama2-chat-13B": 1, "llama2-chat-7B": 1, "llama2-gsm-lora-13B-lr2e-5": -1}
+"""Items by which our `exact_match_numeric`, which reads the sign in the response, differs from that."""
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a gzipped JSONL file."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def metrics(path: Path) -> Any:
+    """A stored metrics file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def shown(prompt: Prompt, run: str) -> str:
+    """The text that a run's model saw, or the base in a proxy run."""
+    return text_for("llama2" if run in CHAT else "none", "direct", prompt)
+
+
+@pytest.mark.parametrize("run", GSM)
+def test_gsm_scores(reference: Path, tmp_path: Path, run: str) -> None:
+    folder = reference / "golden" / "gsm" / run
+    packed = folder / "predictions.jsonl.gz"
+    report = score_file(get_task("gsm"), packed)
+    stored = metrics(folder / "metrics.json")["exact_match"]
+    assert report.n == 1319 and report.metrics["exact_match"].value == stored
+
+    plain = tmp_path / "predictions.jsonl"
+    plain.write_bytes(gzip.decompress(packed.read_bytes()))
+    assert score_file(get_task("gsm"), plain).metrics == report.metrics
+
+    data = rows(packed)
+    assert [last_number(row["model_output"]) for row in data] == [row["prediction"] for row in data]
+    assert mean_metric([exact_match(row["prediction"], row["answer"]) for row in data]).value == stored
+    assert (
+        mean_metric([numeric_equal(row["prediction"], row["answer"]) for row in data]).value == NUMERIC[run]
+    )
+    fair = round(1319 * report.metrics["exact_match_numeric"].value)
+    assert fair == round(1319 * NUMERIC[run]) + SIGNS.get(run, 0)
+
+
+def test_gsm_data_and_prompts(reference: Path) -> None:
+    data = read_source(get_task("gsm"), str(reference / "data" / "gsm8k" / "test.jsonl"))
+    stored = rows(reference / "golden" / "gsm" / "llama2-13B" / "predictions.jsonl.gz")
+    asked = [(example.target["question"], example.target["answer"]) for example in data.examples]
+    assert asked == [(row["question"], row["answer"]) for row in stored]
+    found = sorted((reference / "golden" / "gsm").glob("*/example_prompt.txt"))
+    assert len(found) == 8
+    for path in found:
+        assert shown(data.examples[0].prompt, path.parent.name) == path.read_text(encoding="utf-8"), path
+
+
+def test_gsm_shots_from_the_train_split(reference: Path) -> None:
+    folder = reference / "data" / "gsm8k"
+    train = str(folder / "train.jsonl.gz")
+    data = read_source(get_task("gsm"), str(folder / "test.jsonl"), 5, shots=8, shots_from=train)
+    assert all(example.prompt.plain.count("\nAnswer:") == 9 for example in data.examples)
+
+
+@pytest.mark.parametrize("run", TRUTHFULQA)
+def test_truthfulqa_scores(reference: Path, run: str) -> None:
+    folder = reference / "golden" / "truthfulqa" / run
+    report = score_file(get_task("truthfulqa"), folder / "open_results.jsonl.gz")
+    assert report.n == 817 and report.headline == "GPT-true-info acc"
+    for name, value in metrics(folder / "open_metrics.json").items():
+        found = report.metrics[name].value
+        assert found == value if name.endswith("acc") else found == pytest.approx(value, abs=1e-9), name
+
+
+@pytest.mark.parametrize("run", TRUTHFULQA)
+def test_truthfulqa_mc_scores(reference: Path, run: str) -> None:
+    folder = reference / "golden" / "truthfulqa" / run
+    path = folder / "mc_results.jsonl.gz"
+    report, data = score_file(get_task("truthfulqa_mc"), path), rows(path)
+    stored = metrics(folder / "mc_metrics.json")
+    assert report.n == stored["tot"] == 817 and report.headline == "accuracy"
+    assert report.metrics["accuracy"].value == stored["acc"]
+    assert report.metrics["invalid"].value == stored["num_invalid_predictions"] / 817
+    assert report.metrics["accuracy_all"].value == sum(row["correct"] is True for row in data) / 817
+    assert [parse_letter(row["mc_output"]) for row in data] == [row["parsed_output"] for row in data]
+
+
+@pytest.mark.parametrize("run", TRUTHFULQA)
+def test_truthfulqa_prompts(reference: Path, run: str) -> None:
+    source = str(reference / "data" / "truthfulqa" / "TruthfulQA.csv")
+    folder = reference / "golden" / "truthfulqa" / run
+    examples = read_source(get_task("truthfulqa"), source).examples
+    stored = rows(folder / "open_results.jsonl.gz")
+    names = list(examples[0].target)
+    assert [e.target for e in examples] == [{name: row[name] or "" for name in names} for row in stored]
+    assert shown(examples[0].prompt, run) == (folder / "example_prompt.txt").read_text(encoding="utf-8")
+
+    examples = read_source(get_task("truthfulqa_mc"), source).examples
+    stored = rows(folder / "mc_results.jsonl.gz")
+    assert len(examples) == len(stored) == 817
+    assert [shown(example.prompt, run) for example in examples] == [row["mc_prompt"] for row in stored]
+    assert [example.target["mc_answer_idx"] for example in examples] == [
+        row["mc_answer_idx"] for row in stored
+    ]
+    assert shown(examples[0].prompt, run) == (folder / "example_mc_prompt.txt").read_text(encoding="utf-8")

@@ -1,0 +1,153 @@
+"""Tables of runs, and the paper's figures."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from proxytune import report
+from proxytune.config import ModelSpec, RunSpec, Sampling, System, parse_alpha
+from proxytune.records import Cost, Metric, Provenance, RoleMemory, Run
+
+ROOT = Path(__file__).parent.parent
+MADE = Provenance(
+    proxytune="0",
+    git_commit=None,
+    python="3",
+    packages={},
+    device="cpu",
+    platform="x",
+    threads=1,
+    command="x",
+)
+MEMORY = {
+    "base": RoleMemory(weights=8_000_000, kv_peak=1_000_000),
+    "expert": RoleMemory(weights=500_000, kv_peak=100_000),
+    "antiexpert": RoleMemory(weights=500_000, kv_peak=100_000),
+    "tuned": RoleMemory(weights=8_000_000, kv_peak=1_000_000),
+}
+
+
+def run(role: str, score: float, *, system: str = "tiny", **changes: Any) -> Run:
+    """A finished run of 100 examples."""
+    spec: dict[str, Any] = {
+        "task": "gsm", "system": System(name=system, base=ModelSpec(model="nowhere")), "role": role,
+        "alpha": parse_alpha(1), "sampling": Sampling(), "data": "generated", "data_sha256": "0" * 64, **changes,
+    }  # fmt: skip
+    metric = Metric(value=score, low=max(score - 0.05, 0), high=min(score + 0.05, 1))
+    cost = Cost(seconds=2.0, generated_tokens=1000, memory=MEMORY)
+    return Run(
+        status="done", spec=RunSpec(**spec), n=100, metrics={"exact_match": metric}, headline="exact_match",
+        cost=cost, started="now", made=MADE,
+    )  # fmt: skip
+
+
+SCORES = {"tuned": 0.9, "proxy": 0.82, "expert": 0.5, "base": 0.1, "antiexpert": 0.0}
+TRIO = [run(role, score) for role, score in SCORES.items()]
+
+
+def test_rows_come_in_order_with_gap_memory_and_pace() -> None:
+    rows = report.role_rows(TRIO)
+    assert [row.role for row in rows] == ["base", "antiexpert", "expert", "proxy", "tuned"]
+    proxy = rows[3]
+    assert proxy.gap_closed == pytest.approx(0.9) and proxy.ms_per_token == 2.0
+    assert (rows[0].memory, rows[2].memory, proxy.memory) == (9_000_000, 600_000, 10_200_000)
+    assert proxy.cells == ("tiny", "proxy", "82.0 [77.0, 87.0]", "90.0%", "10.2 MB", "2.00", "100")
+    assert [row.cells[3] for row in rows] == ["", "", "", "90.0%", ""]
+
+
+def test_the_summary_of_the_demo() -> None:
+    entry = report.summary(report.role_rows(TRIO))["tasks"]["gsm"]
+    assert entry == {
+        "n": 100, "base": 0.1, "antiexpert": 0.0, "expert": 0.5, "proxy": 0.82, "tuned": 0.9,
+        "gap_closed": pytest.approx(0.9),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [run("tuned", 0.12), run("base", 0.1)],
+        [run("tuned", 0.9)],
+        [run("tuned", 0.9), run("base", 0.1, data_sha256="1" * 64)],
+        [run("tuned", 0.9, system="other"), run("base", 0.1)],
+    ],
+    ids=["no firm gap", "no base", "other data", "other system"],
+)
+def test_no_gap_is_named_where_there_is_none(others: list[Run]) -> None:
+    rows = report.role_rows([run("proxy", 0.5), *others])
+    proxy = next(row for row in rows if row.role == "proxy")
+    assert proxy.gap_closed is None and proxy.cells[3] == "n/a"
+
+
+def test_the_forced_control_stands_beside_the_base() -> None:
+    rows = report.role_rows([*TRIO, run("base", 0.8, forced=" Exactly")])
+    assert [row.label for row in rows[:3]] == ["base", "base, opener forced", "antiexpert"]
+    assert rows[1].gap_closed == pytest.approx(0.875) and rows[4].gap_closed == pytest.approx(0.9)
+    assert report.summary(rows)["tasks"]["gsm"]["base_forced"] == 0.8
+
+
+def test_tables_name_the_system_only_where_there_are_several() -> None:
+    rows = report.role_rows(TRIO)
+    assert report.markdown_table(rows).startswith("| as | score [95%] | gap closed |")
+    both = report.role_rows([*TRIO, run("tuned", 0.6, system="mid")])
+    table = report.markdown_table(both).splitlines()
+    assert table[0].startswith("| system | as |") and table[-1].startswith(
+        "| mid | tuned | 60.0 [55.0, 65.0] |"
+    )
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(report.rich_table(rows))
+    assert "90.0%" in console.export_text()
+
+
+def test_sizes() -> None:
+    assert [report.size(n) for n in (0, 340_000, 53_000_000_000)] == ["", "0.3 MB", "53.0 GB"]
+
+
+# The paper
+
+
+def test_the_papers_headline_comes_out_of_the_stored_metrics() -> None:
+    paper = report.read_paper()
+    assert report.paper_gap_closed(paper, "2", "13B") * 100 == pytest.approx(91.05, abs=0.005)
+    assert report.paper_gap_closed(paper, "2", "70B") * 100 == pytest.approx(88.07, abs=0.005)
+
+
+def test_printed_and_stored_figures_differ_in_the_four_known_cells() -> None:
+    paper = report.read_paper()
+    tables = [report.paper_table(paper, number) for number in ("2", "3", "4", "5", "15")]
+    assert [table.count("printed") for table in tables] == [2, 0, 1, 1, 0]
+
+
+def test_stored_figures_equal_the_repositorys_files(reference: Path) -> None:
+    stored = report.read_paper()["stored"]
+    found = 0
+    for path in (reference / "golden").glob("*/*/*metrics.json"):
+        task = "truthfulqa_mc" if path.name == "mc_metrics.json" else path.parent.parent.name
+        assert stored[task]["runs"][path.parent.name] == json.loads(path.read_text()), path
+        found += 1
+    assert found == 31
+
+
+def test_the_analyses_are_whole() -> None:
+    analyses = report.read_paper()["analyses"]
+    assert [row["alpha"] for row in analyses["alpha_sweep"]["rows"]] == [k / 5 for k in range(1, 11)]
+    main = report.read_paper()["stored"]["truthfulqa"]["runs"]["dexperts-13B-helpful-prompt"]
+    assert analyses["alpha_sweep"]["rows"][4].items() >= {
+        "GPT-true acc": main["GPT-true acc"], "GPT-info acc": main["GPT-info acc"]
+    }.items()  # fmt: skip
+    rows = analyses["truthfulqa_ngrams"]["rows"]
+    assert len(rows) == 20 and all(row["token"] in row["gram"].split() for row in rows)
+
+
+def test_the_results_page_is_up_to_date() -> None:
+    page = ROOT / "results" / "README.md"
+    text = report.results_readme(report.read_paper(), report.default_runs(ROOT / "results"))
+    assert "91.05% (13B), 88.07% (70B)" in text
+    if page.exists():
+        assert page.read_text(encoding="utf-8") == text, "run: proxytune report results --write"

@@ -1,0 +1,199 @@
+"""Run folders: nothing finished gets lost, nothing gets mixed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxytune import results
+from proxytune.config import ModelSpec, RunSpec, Sampling, System, parse_alpha
+from proxytune.errors import UserError
+from proxytune.records import Metric, Provenance, Run
+from proxytune.results import RunFolder
+
+SYSTEM = System(name="tiny", base=ModelSpec(model="nowhere"))
+
+
+def spec(**changes: Any) -> RunSpec:
+    """The RunSpec of these tests with some settings changed."""
+    whole: dict[str, Any] = {
+        "task": "gsm", "system": SYSTEM, "role": "base", "alpha": parse_alpha(1), "sampling": Sampling(),
+        "data": "generated", "data_sha256": "0" * 64, **changes,
+    }  # fmt: skip
+    return RunSpec(**whole)
+
+
+def new(**changes: Any) -> Run:
+    """A Run that has just begun."""
+    made = Provenance(
+        proxytune="0", git_commit=None, python="3", packages={}, device="cpu", platform="x", threads=1, command="x"
+    )
+    return Run(status="running", spec=spec(**changes), headline="exact_match", started="now", made=made)
+
+
+def row(name: str) -> dict[str, Any]:
+    """A stored prediction; non-ASCII text and line separators belong to what models say."""
+    return {"id": name, "output": "día\u2028\n", "score": 1.0}
+
+
+def finished(folder: RunFolder) -> Run:
+    """The folder's run as it ends."""
+    return folder.run.model_copy(update={"status": "done", "n": len(folder.done), "metrics": {"m": Metric(value=1)}})
+
+
+def test_default_settings_live_in_the_plain_folder(tmp_path: Path) -> None:
+    assert results.folder_for(tmp_path, spec(), spec()) == tmp_path / "tiny" / "gsm" / "base"
+
+
+def test_other_settings_live_beside_it_each_in_its_own_folder(tmp_path: Path) -> None:
+    folders = [
+        results.folder_for(tmp_path, spec(**changes), spec())
+        for changes in ({"limit": 5}, {"limit": 6}, {"sampling": Sampling(temperature=0.5)}, {"alpha": parse_alpha("first:4")})
+    ]  # fmt: skip
+    assert len(set(folders)) == 4
+    assert all(f.parent == tmp_path / "tiny" / "gsm" / "base" for f in folders)
+    assert folders[0].name.startswith("limit=5-") and folders[2].name.startswith("temperature=0.5-")
+    assert folders[3].name.startswith("alpha=first-4-")
+
+
+def test_names_stay_inside_the_root(tmp_path: Path) -> None:
+    odd = SYSTEM.model_copy(update={"name": "../../x y"})
+    assert results.folder_for(tmp_path, spec(system=odd), spec(system=odd)).is_relative_to(tmp_path)
+    assert ".." not in str(results.folder_for(tmp_path, spec(system=odd), spec(system=odd)).relative_to(tmp_path))
+
+
+def test_a_run_is_written_read_and_sorted(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, new()) as folder:
+        for name in ("b", "c", "a"):
+            folder.append(row(name))
+        folder.finish(finished(folder), ["a", "b", "c"])
+    assert results.read_rows(tmp_path) == [row("a"), row("b"), row("c")]
+    assert results.read_run(tmp_path).status == "done"
+    assert [run.n for _, run in results.find_runs(tmp_path)] == [3]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["predictions.jsonl", "run.json"]
+
+
+def test_an_unfinished_run_continues(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, new()) as folder:
+        folder.append(row("a"))
+    with RunFolder.open(tmp_path, new()) as folder:
+        assert folder.done == {"a"} and folder.run.status == "running" and not folder.cut
+
+
+@pytest.mark.parametrize("torn", [b'{"id": "b", "out', b'{"id": "b"}', b"\xff\xfe", b"{}\n", b"\0\0\0\n"])
+def test_a_torn_last_line_is_cut_off(tmp_path: Path, torn: bytes) -> None:
+    with RunFolder.open(tmp_path, new()) as folder:
+        folder.append(row("a"))
+    with (tmp_path / "predictions.jsonl").open("ab") as file:
+        file.write(torn)
+    with RunFolder.open(tmp_path, new()) as folder:
+        assert folder.done == {"a"} and folder.cut
+        folder.append(row("b"))
+    assert results.read_rows(tmp_path) == [row("a"), row("b")]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, new()) as folder:
+        folder.append(row("a"))
+    stored = (tmp_path / "predictions.jsonl").read_bytes()
+    (tmp_path / "predictions.jsonl").write_bytes(b"oops\n" + stored)
+    with pytest.raises(UserError, match="line 1"):
+        RunFolder.open(tmp_path, new())
+
+
+def test_traces_of_unfinished_examples_are_dropped(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, new(trace="tokens")) as folder:
+        folder.append(row("a"), [{"id": "a", "sample": 0}])
+        folder._trace.append({"id": "b", "sample": 0})  # type: ignore[union-attr]  # killed before its prediction
+    with RunFolder.open(tmp_path, new(trace="tokens")) as folder:
+        folder.append(row("b"), [{"id": "b", "sample": 1}, {"id": "b", "sample": 0}])
+        folder.finish(finished(folder), ["b", "a"])
+    stored = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    assert stored == [{"id": "b", "sample": 0}, {"id": "b", "sample": 1}, {"id": "a", "sample": 0}]
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, new()) as folder:
+        folder.append(row("a"))
+    with pytest.raises(UserError, match=r"sampling\.temperature is 0\.0 there and 0\.7 now.*--out") as error:
+        RunFolder.open(tmp_path, new(sampling=Sampling(temperature=0.7)))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="data_sha256 is 000000000000... there and 111111111111... now"):
+        RunFolder.open(tmp_path, new(data_sha256="1" * 64))
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, new()) as folder:
+        folder.append(row("a"))
+        folder.finish(finished(folder), ["a"])
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with RunFolder.open(tmp_path, new()) as folder:
+        assert folder.run.status == "done"
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
+    code = "import sys; from tests.test_results import *; RunFolder.open(Path(sys.argv[1]), new())"
+    with RunFolder.open(tmp_path, new()):
+        other = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+        )
+    assert "another process is writing" in other.stderr
+    RunFolder.open(tmp_path, new()).close()
+
+
+def test_a_folder_with_predictions_of_unknown_origin_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "predictions.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="cannot be continued"):
+        RunFolder.open(tmp_path, new())
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema_version": 1}', '{"schema_version": 99}'])
+def test_a_damaged_run_is_one_clear_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        results.read_run(tmp_path)
+    assert "run.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, room = os.write, [60]
+
+    def write(fd: int, data: bytes) -> int:
+        """A disk with `room` bytes left: a partial write first, then the error."""
+        part = min(room[0], len(data))
+        if part == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        room[0] -= part
+        return real(fd, data[:part])
+
+    with RunFolder.open(tmp_path, new()) as folder:
+        folder.append(row("a"))
+        monkeypatch.setattr(os, "write", write)
+        with pytest.raises(UserError, match="No space left on device; finished examples are kept"):
+            for name in ("b", "c"):
+                folder.append(row(name))
+        monkeypatch.undo()
+    names = [r["id"] for r in results.read_rows(tmp_path)]
+    assert names == ["a", "b"]
+    with RunFolder.open(tmp_path, new()) as folder:
+        assert folder.done == set(names) and not folder.cut
+
+
+def test_run_json_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results.write_atomically(tmp_path / "x", b"old")
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match="File too large"):
+        results.write_atomically(tmp_path / "x", b"new")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("x", b"old")]
