@@ -1,7 +1,7 @@
 """proxytune: steer a large language model at decoding time with a small tuned one (proxy-tuning).
 
-At every step, logits = base + alpha * (expert - antiexpert). The public names are imported on first use, so that
-`import proxytune` and `proxytune --help` stay quick.
+At every step, logits = base + alpha * (expert - antiexpert). The public names are imported on first use, so
+that `import proxytune` and `proxytune --help` stay quick.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The command line: what a user can type. Bodies live in cli_run, cli_demo, cli_generate and cli_show and are imported when
-a command runs, so that `--help` is instant.
+"""The command line: what a user can type. Bodies live in cli_run, cli_demo, cli_generate and cli_show and are
+imported when a command runs, so that `--help` is instant.
 
-A UserError is one line on stderr and exit code 2, an interruption one line and 130; every other exception is a bug and keeps
-its traceback (exit code 1).
+A UserError is one line on stderr and exit code 2, an interruption one line and 130; every other exception is
+a bug and keeps its traceback (exit code 1).
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ app = typer.Typer(
 
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="A task; `proxytune tasks` lists them.")]
 SystemName = Annotated[
-    str, typer.Option("--system", "-s", metavar="S", help="A system's name (`proxytune systems`) or a YAML file.")
+    str,
+    typer.Option("--system", "-s", metavar="S", help="A system's name (`proxytune systems`) or a YAML file."),
 ]
 As = Annotated[str, typer.Option("--as", help="base, expert, antiexpert, tuned or proxy.")]
 AsOrAll = Annotated[str, typer.Option("--as", help="base, expert, antiexpert, tuned, proxy, or all of them.")]
@@ -60,21 +61,31 @@ Alpha = Annotated[
     typer.Option(help="0 to 10, or first:N, warmup:N, linear:FROM:TO:N. Default: the system's."),
 ]
 Negative = Annotated[
-    bool, typer.Option("--allow-negative-alpha", help="Allow alpha below 0: it undoes what the expert was tuned for.")
+    bool,
+    typer.Option(
+        "--allow-negative-alpha", help="Allow alpha below 0: it undoes what the expert was tuned for."
+    ),
 ]
 Vocab = Annotated[
-    str | None, typer.Option(help="strict (vocabularies must agree) or intersect (combine on the shared tokens).")
+    str | None,
+    typer.Option(help="strict (vocabularies must agree) or intersect (combine on the shared tokens)."),
 ]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a checkpoint.")
 ]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Cut responses after this many tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
-TopP = Annotated[float | None, typer.Option(help="Sample from the smallest set that has this probability; 1 is off.")]
+TopP = Annotated[
+    float | None, typer.Option(help="Sample from the smallest set that has this probability; 1 is off.")
+]
 TopK = Annotated[int | None, typer.Option(help="Sample among the k most probable tokens; 0 is off.")]
 Seed = Annotated[int, typer.Option(help="Of the sampling noise (and of the choice of few-shot items).")]
-Batch = Annotated[int | None, typer.Option(help="At most this many rows at a time. Default: what memory allows.")]
-KvMemory = Annotated[str | None, typer.Option(help="Memory for the KV caches, e.g. 4GB. Default: what is free.")]
+Batch = Annotated[
+    int | None, typer.Option(help="At most this many rows at a time. Default: what memory allows.")
+]
+KvMemory = Annotated[
+    str | None, typer.Option(help="Memory for the KV caches, e.g. 4GB. Default: what is free.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
@@ -86,7 +97,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _proxytune(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
     pass
 
@@ -97,7 +110,8 @@ def demo(
     out: Annotated[Path | None, typer.Option(help="Keep the runs in this folder of results.")] = None,
     json: Json = False,
 ) -> None:
-    """The main job on the embedded demo system: how much of the gap to the directly tuned model the proxy closes.
+    """The main job on the embedded demo system: how much of the gap to the directly tuned model the proxy
+    closes.
 
     Writes nothing unless --out is given.
 
@@ -122,7 +136,10 @@ def generate(
     n: Annotated[int, typer.Option("-n", help="Responses.", min=1)] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string (can be repeated).")] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="All roles side by side; the tokens that the proxy changed are marked.")
+        bool,
+        typer.Option(
+            "--compare", help="All roles side by side; the tokens that the proxy changed are marked."
+        ),
     ] = False,
     vocab: Vocab = None,
     allow_negative_alpha: Negative = False,
@@ -137,10 +154,21 @@ def generate(
 
     made = cli_run.read_system(system, vocab)
     sampling = cli_run.sampling_from(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, n=n, stop=tuple(stop or ())
-    )  # fmt: skip
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        n=n,
+        stop=tuple(stop or ()),
+    )
     asked = cli_generate.Request(
-        prompt, as_, alpha, sampling, allow_negative_alpha=allow_negative_alpha, trust_remote_code=trust_remote_code
+        prompt,
+        as_,
+        alpha,
+        sampling,
+        allow_negative_alpha=allow_negative_alpha,
+        trust_remote_code=trust_remote_code,
     )
     cli_generate.generate(made, asked, compare=compare, json_only=json)
 
@@ -152,15 +180,20 @@ def evaluate(
     as_: AsOrAll = "proxy",
     alpha: Alpha = None,
     data: Annotated[
-        str | None, typer.Option(metavar="FILE|hub", help="Where the items come from. Default: the system's, or hub.")
+        str | None,
+        typer.Option(metavar="FILE|hub", help="Where the items come from. Default: the system's, or hub."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N items.")] = None,
     shots: Annotated[int, typer.Option(help="Few-shot items before each question.")] = 0,
-    shots_from: Annotated[str | None, typer.Option(metavar="FILE", help="Draw few-shot items from this file.")] = None,
+    shots_from: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw few-shot items from this file.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run's folder. Default: results/<system>/<task>/<as>/.")
     ] = None,
-    trace: Annotated[bool, typer.Option("--trace", help="Store every token's probability under each role.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Store every token's probability under each role.")
+    ] = False,
     seed: Seed = 0,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
@@ -173,7 +206,8 @@ def evaluate(
     trust_remote_code: RemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Evaluate a system on a task, as one role or as all of them. An interrupted run is continued by the same command.
+    """Evaluate a system on a task, as one role or as all of them. An interrupted run is continued by the same
+    command.
 
     Example: proxytune eval gsm --system demo --as all --limit 100
     """
@@ -206,7 +240,8 @@ def score(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Stored predictions: .jsonl or .jsonl.gz.")],
     json: Json = False,
 ) -> None:
-    """Score stored predictions again, from their texts: ours, or the files that the paper's repository published.
+    """Score stored predictions again, from their texts: ours, or the files that the paper's repository
+    published.
 
     Example: proxytune score gsm results/demo/gsm/proxy/predictions.jsonl
     """
@@ -220,7 +255,10 @@ def report(
     results: Annotated[Path, typer.Argument(help="A folder of results.")] = Path("results"),
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of tables.")] = False,
     write: Annotated[
-        bool, typer.Option("--write", help="Write RESULTS/README.md, and the table in README.md where it has a place for it.")
+        bool,
+        typer.Option(
+            "--write", help="Write RESULTS/README.md, and the table in README.md where it has a place for it."
+        ),
     ] = False,
 ) -> None:
     """The stored runs as tables.

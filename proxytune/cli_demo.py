@@ -1,4 +1,5 @@
-"""The body of `proxytune demo`: every role of the demo system on its three tasks, a control, and a model of middle size."""
+"""The body of `proxytune demo`: every role of the demo system on its three tasks, a control, and a model of
+middle size."""
 
 from __future__ import annotations
 
@@ -49,7 +50,10 @@ def demo(*, limit: int | None, out: Path | None, json_only: bool) -> None:
         return
     for task, own in by_task(rows).items():
         console().print(_table(own, tables[task][1]))
-    print("gap closed = (proxy - base) / (tuned - base); scores in % with 95% intervals; memory is weights and KV cache")
+    print("gap closed = (proxy - base) / (tuned - base). Scores in %, with 95% intervals.")
+    print(
+        "Memory is weights and KV cache at its fullest; time is decoding time per token, all rows together."
+    )
     if out is not None:
         print(f"stored in {out}")
 
@@ -65,7 +69,9 @@ def _run_all(limit: int | None, root: Path) -> dict[str, tuple[list[Run], list[E
         extras = []
         if task in OPENERS:
             forced = dataclasses.replace(options, forced=OPENERS[task])
-            extras.append(Extra(CONTROL, "base_opener_forced", _one(system, task, "base", forced, models, root)))
+            extras.append(
+                Extra(CONTROL, "base_opener_forced", _one(system, task, "base", forced, models, root))
+            )
         tables[task] = (runs, extras)
     if middle is not None:
         middle_models = Models(middle, on_load=tell_loading)

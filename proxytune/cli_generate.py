@@ -110,10 +110,15 @@ def _compare(system: System, asked: Request, example: Example, models: Models, *
     table = Table(show_lines=True)
     for role in found:
         table.add_column(role, overflow="fold", ratio=1)
-    table.add_row(*(_marked(trace_of_proxy, plain) if role == "proxy" else Text(c.text) for role, c in found.items()))
+    table.add_row(
+        *(_marked(trace_of_proxy, plain) if role == "proxy" else Text(c.text) for role, c in found.items())
+    )
     console().print(table)
     mark = "in [brackets]" if plain else "highlighted"
-    print(f"{len(changed)} of {len(trace_of_proxy)} tokens of the proxy are not what the base would have said ({mark})")
+    print(
+        f"{len(changed)} of {len(trace_of_proxy)} tokens of the proxy "
+        f"are not what the base would have said ({mark})"
+    )
 
 
 def said(completion: Completion) -> tuple[TracedToken, ...]:

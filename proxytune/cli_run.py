@@ -17,7 +17,17 @@ from proxytune.config import ModelSpec, Sampling, System, explain, load_system
 from proxytune.errors import UserError
 from proxytune.records import Run
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +101,9 @@ def print_one(run: Run, folder: Path, *, json_only: bool) -> None:
     for name, metric in sorted(run.metrics.items(), key=lambda pair: pair[0] != run.headline):
         print(f"  {name:22} {percent(metric)}")
     if row.ms_per_token is not None:
-        told = f"{run.cost.generated_tokens} tokens in {run.cost.seconds:.1f} s ({row.ms_per_token:.2f} ms each)"
+        told = (
+            f"{run.cost.generated_tokens} tokens in {run.cost.seconds:.1f} s ({row.ms_per_token:.2f} ms each)"
+        )
         print(f"  {told}, memory {size(row.memory)}")
     print(f"stored in {folder}")
 
@@ -130,11 +142,13 @@ def read_system(name: str, vocab: str | None) -> System:
 
 
 def sampling_from(**values: Any) -> Sampling:
-    """Sampling settings of which those that are None keep their default; UserError names the one that is out of bounds."""
+    """Sampling settings of which those that are None keep their default; UserError names the one that is out
+    of bounds."""
     try:
         return Sampling(**{name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
-        raise UserError(f"--{explain(error).replace('_', '-', 1)}") from None
+        name, _, reason = explain(error).partition(": ")
+        raise UserError(f"--{name.replace('_', '-')}: {reason}") from None
 
 
 def parse_size(text: str) -> int:

@@ -1,4 +1,5 @@
-"""The bodies of the commands that show what there is: score, report, tasks, systems. None of them loads a model."""
+"""The bodies of the commands that show what there is: score, report, tasks, systems. None of them loads a
+model."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def score(task: str, file: Path, *, json_only: bool) -> None:
     if found.dropped_duplicates:
         print(f"  {found.dropped_duplicates} rows were left out: equal to an earlier row of the same id")
     if found.renumbered_ids:
-        print(f"  {found.renumbered_ids} rows share their id with a different row; they were scored separately")
+        print(
+            f"  {found.renumbered_ids} rows share their id with a different row; they were scored separately"
+        )
 
 
 def report(root: Path, *, markdown: bool, write: bool) -> None:
@@ -100,10 +103,18 @@ def systems(*, json_only: bool) -> None:
     """The systems in configs/systems."""
     found = [load_system(name) for name in system_names()]
     if json_only:
-        print_json({"systems": {system.name: system.model_dump(mode="json", exclude_none=True) for system in found}})
+        print_json(
+            {"systems": {system.name: system.model_dump(mode="json", exclude_none=True) for system in found}}
+        )
         return
     rows = [
-        (system.name, model_name(system.base), _experts(system), model_name(system.antiexpert), model_name(system.tuned))
+        (
+            system.name,
+            model_name(system.base),
+            _experts(system),
+            model_name(system.antiexpert),
+            model_name(system.tuned),
+        )
         for system in found
     ]
     _print_table(("system", "base", "expert", "antiexpert", "tuned"), rows)

@@ -1,4 +1,5 @@
-"""What a person sees while a run goes on, on stderr: a live bar in a terminal, a line now and then in a log."""
+"""What a person sees while a run goes on, on stderr: a live bar in a terminal, a line now and then in a
+log."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class Progress:
             print(f"note: {text}", file=sys.stderr, flush=True)
 
     def begin(self, total: int, done: int, scores: Sequence[float]) -> None:
-        """Start the clock for `total` examples, of which an earlier session finished `done` with these scores."""
+        """Start the clock for `total` examples, of which an earlier session finished `done` with these
+        scores."""
         self.total, self.done, self.scores = total, done, list(scores)
         self.began = self.logged = time.monotonic()
         console = Console(stderr=True)

@@ -250,11 +250,12 @@ has another figure, and a figure in brackets alone was printed but not stored.
 
 
 def results_readme(paper: Mapping[str, Any], runs: Sequence[Run]) -> str:
-    """The text of results/README.md."""
+    """The text of results/README.md: the runs of models that ship with proxytune, and the paper's tables."""
+    demo = [run for run in runs if (run.spec.system.base.model or "").startswith("demo://")]
     parts = [INTRODUCTION]
-    for task, rows in by_task(role_rows(runs)).items():
+    for task, rows in by_task(role_rows(demo)).items():
         parts += [f"### {task}: {rows[0].metric}\n", markdown_table(rows)]
-    if not runs:
+    if not demo:
         parts.append("No runs yet.\n")
     parts.append(PUBLISHED)
     for table in ("2", "3", "4", "5"):

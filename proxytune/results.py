@@ -1,8 +1,9 @@
 """Run folders: run.json, predictions.jsonl and, when traced, trace.jsonl.
 
-A run is written so that nothing that is finished gets lost: a line is appended when all samples of an example are
-done, run.json is replaced in one step, and a folder continues where it stopped. It refuses to mix settings in one
-folder, to overwrite a finished run, and to let two processes write to one folder. Nothing here imports torch.
+A run is written so that nothing that is finished gets lost: a line is appended when all samples of an example
+are done, run.json is replaced in one step, and a folder continues where it stopped. It refuses to mix
+settings in one folder, to overwrite a finished run, and to let two processes write to one folder. Nothing
+here imports torch.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def find_runs(root: Path) -> list[tuple[Path, Run]]:
 
 
 def _complete_lines(path: Path) -> list[tuple[Row, bytes]]:
-    """The whole rows of a JSONL file with their bytes. Only the last line can be torn by a kill: it is left out."""
+    """The whole rows of a JSONL file with their bytes. Only the last line can be torn by a kill: it is left
+    out."""
     rows: list[tuple[Row, bytes]] = []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):
@@ -192,7 +194,17 @@ class _Lines:
 
 # Where a run's figures come from
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "datasets", "numpy", "bitsandbytes")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "accelerate",
+    "peft",
+    "datasets",
+    "numpy",
+    "bitsandbytes",
+)
 _SECRET_NAME = re.compile(r"(?i)(key|token|secret|password|credential)$")
 _SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|github_pat_)[A-Za-z0-9_-]{8,}")
 
@@ -220,7 +232,8 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit(root: Path) -> str | None:
-    """The checkout's commit, with `+changes` when tracked files differ from it; None for an installed package."""
+    """The checkout's commit, with `+changes` when tracked files differ from it; None for an installed
+    package."""
     if not (root / ".git").exists():
         return None
     git = ["git", "-C", str(root), "--no-optional-locks"]
@@ -268,7 +281,8 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, new: Run) -> RunFolder:
-        """Create the folder for `new`, or continue the run in it. UserError: other settings, or it is in use."""
+        """Create the folder for `new`, or continue the run in it. UserError: other settings, or it is in
+        use."""
         with _told_plainly(path):
             path.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
@@ -374,7 +388,9 @@ def _stored_or_new(path: Path, new: Run) -> Run:
     """The run in the folder when it has the same settings; `new` when there is none; UserError otherwise."""
     if not (path / RUN).exists():
         if (path / PREDICTIONS).exists():
-            raise UserError(f"'{path}' has a {PREDICTIONS} but no {RUN}: it cannot be continued, choose another --out")
+            raise UserError(
+                f"'{path}' has a {PREDICTIONS} but no {RUN}: it cannot be continued, choose another --out"
+            )
         return new
     stored = read_run(path)
     changed = differences(stored.spec, new.spec)

@@ -1,7 +1,8 @@
-"""Evaluate a role of a system on a task, and generate from prompts: examples -> decoder -> rows -> scores -> Run.
+"""Evaluate a role of a system on a task, and generate from prompts: examples -> decoder -> rows -> scores ->
+Run.
 
-What is finished is stored at once (results.py); metrics are computed at the end from the stored rows, so that a run that
-was interrupted and continued says the same as one that was not.
+What is finished is stored at once (results.py); metrics are computed at the end from the stored rows, so that
+a run that was interrupted and continued says the same as one that was not.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Engine:
 
 @dataclass(frozen=True)
 class Options:
-    """What decides a run's outputs beside the system, the task and the role; None is the system's or the task's own."""
+    """What decides a run's outputs beside the system, the task and the role; None is the system's or the
+    task's own."""
 
     alpha: AlphaSchedule | float | str | None = None
     sampling: Sampling | None = None
@@ -89,7 +91,8 @@ def plan(system: System, task: str, as_: str, options: Options) -> Job:
         task=task,
         system=system,
         role=role,
-        alpha=alpha_for(system, role, options.alpha, allow_negative=options.allow_negative_alpha) or system.alpha,
+        alpha=alpha_for(system, role, options.alpha, allow_negative=options.allow_negative_alpha)
+        or system.alpha,
         sampling=settings.model_copy(update={"seed": options.seed}) if options.seed else settings,
         data=data.name,
         data_sha256=data.sha256,
@@ -135,8 +138,9 @@ def evaluate(
 ) -> Run:
     """Evaluate `system` on a task as one role, and return its Run.
 
-    Writes to `out`, or to `results/<system>/<task>/<role>/`. An unfinished run with the same settings is continued; a
-    finished one is returned as it is. Raises UserError for bad input and for a folder that holds other settings.
+    Writes to `out`, or to `results/<system>/<task>/<role>/`. An unfinished run with the same settings is
+    continued; a finished one is returned as it is. Raises UserError for bad input and for a folder that holds
+    other settings.
     """
     options = Options(
         alpha=alpha, sampling=sampling, data=data, limit=limit, shots=shots, trace=trace, seed=seed
@@ -179,14 +183,23 @@ def run_job(job: Job, path: Path, models: Models, engine: Engine) -> Run:
     """
     made = results.provenance(__version__, device_name(), torch.get_num_threads())
     new = Run(status="running", spec=job.spec, headline=job.task.headline, started=_now(), made=made)
-    with RunFolder.open(path, new) as folder, Progress(_title(job), job.task.headline, engine.progress) as progress:
+    with (
+        RunFolder.open(path, new) as folder,
+        Progress(_title(job), job.task.headline, engine.progress) as progress,
+    ):
         if folder.run.status == "done":
-            progress.note(f"'{path}' is done already: this is its stored result (delete the folder to run it again)")
+            progress.note(
+                f"'{path}' is done already: this is its stored result (delete the folder to run it again)"
+            )
             return folder.run
         if folder.cut:
-            progress.note(f"'{path / results.PREDICTIONS}': cut off a last line that was torn when the run was stopped")
+            progress.note(
+                f"'{path / results.PREDICTIONS}': cut off a last line that was torn when the run was stopped"
+            )
         if folder.run is not new:
-            progress.note(f"continuing '{path}': {len(folder.done)} of {len(job.data.examples)} examples are done")
+            progress.note(
+                f"continuing '{path}': {len(folder.done)} of {len(job.data.examples)} examples are done"
+            )
         session = Session(job, folder, continued=folder.run is not new)
         try:
             session.decode(models, engine, progress)
@@ -230,7 +243,9 @@ class Session:
         try:
             for example, completions in whole_examples(stream, todo, spec.sampling.n):
                 row = self._store(example, completions)
-                progress.advance(row["scores"].get(self.job.task.headline), self.decoder.stats.generated_tokens)
+                progress.advance(
+                    row["scores"].get(self.job.task.headline), self.decoder.stats.generated_tokens
+                )
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self.folder.save(self._so_far())
                     saved = time.monotonic()
@@ -252,7 +267,9 @@ class Session:
 
     def _scores_so_far(self) -> list[float]:
         """The headline scores of the rows that an earlier session stored."""
-        scores = (row.get("scores", {}).get(self.job.task.headline) for row in results.read_rows(self.folder.path))
+        scores = (
+            row.get("scores", {}).get(self.job.task.headline) for row in results.read_rows(self.folder.path)
+        )
         return [score for score in scores if score is not None]
 
     def _so_far(self) -> Run:
@@ -290,7 +307,8 @@ class Session:
 
 
 def prediction(task: Task, example: Example, completions: Sequence[Completion]) -> Row:
-    """The stored row of one example: the task's own columns, its scores, and every response as it was generated."""
+    """The stored row of one example: the task's own columns, its scores, and every response as it was
+    generated."""
     row = task.row(example, completions)
     responses = [
         {"text": c.text, "finish_reason": c.finish_reason, "tokens": len(c.token_ids)} for c in completions
@@ -322,13 +340,15 @@ def generate(
     allow_negative_alpha: bool = False,
     models: Models | None = None,
 ) -> list[Completion]:
-    """Responses to `prompts`, in their order (`sampling.n` in a row for each). A text is the plain prompt of all roles."""
+    """Responses to `prompts`, in their order (`sampling.n` in a row for each). A text is the plain prompt of
+    all roles."""
     if isinstance(prompts, str):
         raise UserError('prompts must be a list of texts: write generate(system, ["..."])')
     role = system.require(as_)
     schedule = alpha_for(system, role, alpha, allow_negative=allow_negative_alpha)
     examples = [
-        Example(id=str(i), prompt=Prompt(plain=p, user=p) if isinstance(p, str) else p) for i, p in enumerate(prompts)
+        Example(id=str(i), prompt=Prompt(plain=p, user=p) if isinstance(p, str) else p)
+        for i, p in enumerate(prompts)
     ]
     chosen = Sampling() if sampling is None else sampling
     found = list(Decoder(models or Models(system), role).stream(examples, chosen, alpha=schedule))
@@ -349,7 +369,9 @@ def _peaks(a: dict[str, RoleMemory], b: dict[str, RoleMemory]) -> dict[str, Role
 def _title(job: Job) -> str:
     """What the progress display calls a run."""
     alpha = f" alpha {job.spec.alpha.text}" if job.spec.role == "proxy" and job.spec.alpha.text != "1" else ""
-    return f"{job.spec.system.name} {job.spec.task} {job.spec.role}{alpha}" + (" (opener forced)" if job.spec.forced else "")
+    return f"{job.spec.system.name} {job.spec.task} {job.spec.role}{alpha}" + (
+        " (opener forced)" if job.spec.forced else ""
+    )
 
 
 def _now() -> str:

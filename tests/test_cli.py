@@ -42,7 +42,9 @@ def proxytune(*arguments: object) -> Result:
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment
+    )
 
 
 def refused(result: Result, *parts: str) -> str:
@@ -50,7 +52,9 @@ def refused(result: Result, *parts: str) -> str:
     assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
     line = result.stderr.splitlines()[-1]
     assert line.startswith("error: ") and result.stdout == ""
-    assert [text for text in result.stderr.splitlines() if not text.startswith(("loading ", "note: "))] == [line]
+    assert [text for text in result.stderr.splitlines() if not text.startswith(("loading ", "note: "))] == [
+        line
+    ]
     for part in parts:
         assert part in line
     return line
@@ -98,7 +102,9 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 
 
 def test_version_and_python_m() -> None:
-    done = python("import runpy, sys; sys.argv = ['x', '--version']; runpy.run_module('proxytune', run_name='__main__')")
+    done = python(
+        "import runpy, sys; sys.argv = ['x', '--version']; runpy.run_module('proxytune', run_name='__main__')"
+    )
     assert done.stdout.startswith("proxytune 0.")
 
 
@@ -107,7 +113,11 @@ def test_version_and_python_m() -> None:
 
 def test_tasks_and_systems() -> None:
     assert "gsm" in proxytune("tasks").stdout and "demo" in proxytune("systems").stdout
-    assert set(json.loads(proxytune("tasks", "--json").stdout)["tasks"]) >= {"gsm", "truthfulqa", "truthfulqa_mc"}
+    assert set(json.loads(proxytune("tasks", "--json").stdout)["tasks"]) >= {
+        "gsm",
+        "truthfulqa",
+        "truthfulqa_mc",
+    }
     assert json.loads(proxytune("systems", "--json").stdout)["systems"]["demo"]["alpha"] == "1"
 
 
@@ -152,7 +162,9 @@ def test_the_readme_gets_the_demo_table_between_its_markers(yaml: Path, tmp_path
     (tmp_path / "README.md").write_text("before\n<!-- demo-table -->\nold\n<!-- /demo-table -->\nafter\n")
     assert proxytune("report", "--write").exit_code == 0
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("before\n<!-- demo-table -->\n**gsm**") and text.endswith("<!-- /demo-table -->\nafter\n")
+    assert text.startswith("before\n<!-- demo-table -->\n**gsm**") and text.endswith(
+        "<!-- /demo-table -->\nafter\n"
+    )
     assert "old" not in text and "| proxy |" in text
 
 
@@ -232,6 +244,9 @@ def test_bad_options(yaml: Path, options: tuple[str, ...], parts: tuple[str, ...
     assert not list(Path().rglob("predictions.jsonl")) or options == ("--kv-memory", "1")
 
 
+SPEC = "{model: ./nowhere}"
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
@@ -240,13 +255,17 @@ def test_bad_options(yaml: Path, options: tuple[str, ...], parts: tuple[str, ...
         ("base: [\n", ("cannot read 'bad.yaml'", "line")),
         ("- base\n", ("'bad.yaml' must hold a mapping",)),
         ("alpha: 1\n", ("base", "required")),
-        ("base: {model: x}\nalpha: .nan\n", ("nan",)),
+        (
+            f"base: {SPEC}\nexpert: {SPEC}\nantiexpert: {SPEC}\nalpha: .nan\n",
+            ("alpha = nan is out of range",),
+        ),
         ("base: {model: ./nowhere}\n", ("no model folder", "nowhere")),
     ],
 )
 def test_bad_system_files(text: str, parts: tuple[str, ...]) -> None:
     Path("bad.yaml").write_text(text)
-    refused(proxytune("eval", "gsm", "--system", "bad.yaml", "--as", "base", "--data", gsm_file()), *parts)
+    role = "proxy" if "antiexpert" in text else "base"
+    refused(proxytune("eval", "gsm", "--system", "bad.yaml", "--as", role, "--data", gsm_file()), *parts)
 
 
 def gsm_file() -> str:
@@ -290,11 +309,23 @@ def test_a_folder_with_other_settings(yaml: Path) -> None:
 
 
 def test_a_full_disk_loses_nothing(yaml: Path, tmp_path: Path) -> None:
-    """The operating system refuses a file beyond a size: what was stored stays, and the same command goes on."""
-    arguments = ["eval", "gsm", "--system", str(yaml), "--limit", "12", "--max-new-tokens", "6", "--batch", "2"]
+    """The operating system refuses a file beyond a size: what was stored stays, and the same command goes
+    on."""
+    arguments = [
+        "eval",
+        "gsm",
+        "--system",
+        str(yaml),
+        "--limit",
+        "12",
+        "--max-new-tokens",
+        "6",
+        "--batch",
+        "2",
+    ]
     limited = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
 from proxytune.cli import app
 app(sys.argv[1:])
 """

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from proxytune.core.cache import PagedCache
 from proxytune.config import ExpertSpec, ModelSpec, Sampling, System, parse_alpha
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
@@ -122,6 +123,14 @@ def check(d: Decoder, examples: Sequence[Example], s: Sampling, alpha: str = "1"
     return found
 
 
+@pytest.fixture(params=["slots", "pages"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both KV layouts on the CPU; pages are what CUDA uses."""
+    if request.param == "pages":
+        monkeypatch.setattr("proxytune.decode.SlotCache", PagedCache)
+    return str(request.param)
+
+
 def test_hundred_ragged_prompts_greedy(trio: System) -> None:
     check(decoder(trio), ragged(100), Sampling(max_new_tokens=12))
 
@@ -144,7 +153,7 @@ def test_alpha_schedules(trio: System, alpha: str) -> None:
     check(decoder(trio), ragged(10, 2), Sampling(max_new_tokens=10), alpha)
 
 
-def test_samples_of_one_prompt_share_it_and_differ(trio: System) -> None:
+def test_samples_of_one_prompt_share_it_and_differ(trio: System, layout: str) -> None:
     d = decoder(trio, max_batch=3)
     found = check(d, ragged(4, 5), Sampling(max_new_tokens=8, temperature=1.0, n=5))
     assert len({c.token_ids for c in found if c.example_id == "0"}) > 1
@@ -157,7 +166,7 @@ def kv_bytes(d: Decoder, tokens: int) -> int:
     return tokens * sum(cache.bytes_per_token for cache in caches)
 
 
-def test_preemption_under_a_tiny_pool_changes_nothing(trio: System) -> None:
+def test_preemption_under_a_tiny_pool_changes_nothing(trio: System, layout: str) -> None:
     examples, s = ragged(10, 6, longest=12), Sampling(max_new_tokens=40, temperature=0.8)
     free = by_id(list(decoder(trio).stream(examples, s)))
     d = decoder(trio, kv_memory=kv_bytes(decoder(trio), 160))
@@ -166,7 +175,7 @@ def test_preemption_under_a_tiny_pool_changes_nothing(trio: System) -> None:
     assert {k: c.token_ids for k, c in tight.items()} == {k: c.token_ids for k, c in free.items()}
 
 
-def test_alone_in_any_batch_in_any_order(trio: System) -> None:
+def test_alone_in_any_batch_in_any_order(trio: System, layout: str) -> None:
     examples, s = ragged(9, 7), Sampling(max_new_tokens=9, temperature=1.0, seed=11)
     want = {e.id: next(iter(decoder(trio).stream([e], s))).token_ids for e in examples}
     for batch in (1, 4, 64):
@@ -262,18 +271,18 @@ def test_prompt_that_no_pool_can_hold(trio: System) -> None:
         decoder(trio, kv_memory=10)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(0, 25), min_size=1, max_size=7),
     limit=st.integers(1, 14),
     batch=st.integers(1, 5),
-    pool=st.integers(45, 160),
+    pool=st.integers(80, 200),
     samples=st.integers(1, 3),
     temperature=st.sampled_from([0.0, 0.9]),
     stop=st.sampled_from([(), ("e",), ("a", "\n")]),
 )
 def test_lengths_stops_and_pools(
-    trio: System, lengths: list[int], limit: int, batch: int, pool: int, samples: int, temperature: float, stop: Any
+    trio: System, layout: str, lengths: list[int], limit: int, batch: int, pool: int, samples: int, temperature: float, stop: Any
 ) -> None:
     """Whatever the raggedness, the stops, the batch and the pool: the tokens are those of the roomy decoder."""
     examples = [example("abc? " * 5 + "x" * n, i) if n > 20 else example("q" * n, i) for i, n in enumerate(lengths)]

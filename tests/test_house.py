@@ -1,4 +1,5 @@
-"""The house: sizes of files and functions, what the package declares, and a wheel that works in an empty folder."""
+"""The house: sizes of files and functions, what the package declares, and a wheel that works in an empty
+folder."""
 
 from __future__ import annotations
 
@@ -29,7 +30,11 @@ def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_functions_stay_small(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE
-    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions(path) if f.end_lineno - f.lineno >= MAX_FUNCTION}
+    long = {
+        f.name: f.end_lineno - f.lineno + 1
+        for f in functions(path)
+        if f.end_lineno - f.lineno >= MAX_FUNCTION
+    }
     assert long == {}
 
 
@@ -37,7 +42,9 @@ def test_files_and_functions_stay_small(path: Path) -> None:
 def test_modules_and_public_names_are_documented(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree), "a module says what it owns"
-    public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
+    public = [
+        n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")
+    ]
     assert [n.name for n in public if not ast.get_docstring(n)] == []
 
 
@@ -47,8 +54,15 @@ def test_no_drawers_for_leftovers() -> None:
 
 def test_every_dependency_is_constrained() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
-    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    asked = [
+        *project["dependencies"],
+        *(d for extra in project["optional-dependencies"].values() for d in extra),
+    ]
+    pinned = {
+        line.split("==")[0].lower()
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
     names = {re.split(r"[\[>=<~! ]", requirement)[0].lower() for requirement in asked}
     assert names - {"build"} <= pinned
 
@@ -61,12 +75,26 @@ def test_make_help_lists_the_targets() -> None:
 
 def test_system_files_are_shipped() -> None:
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel["force-include"] == {"configs": "proxytune/configs", "results/paper.json": "proxytune/results/paper.json"}
+    assert wheel["force-include"] == {
+        "configs": "proxytune/configs",
+        "results/paper.json": "proxytune/results/paper.json",
+    }
 
 
 def wheel_or_reason(folder: Path) -> Path:
-    """Build the wheel into `folder`. Where a build is impossible (no registry), skip, or fail when PROXYTUNE_REQUIRE says so."""
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    """Build the wheel into `folder`. Where a build is impossible (no registry), skip, or fail when
+    PROXYTUNE_REQUIRE says so."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(folder),
+        str(ROOT),
+    ]
     built = subprocess.run(command, capture_output=True, text=True)
     if built.returncode != 0:
         reason = f"the wheel was not built: {built.stderr.strip()[-500:]}"
@@ -81,7 +109,17 @@ def test_the_installed_wheel_runs_the_demo_in_an_empty_folder(tmp_path: Path) ->
     site, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
     wheel = wheel_or_reason(tmp_path)
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(site),
+        str(wheel),
+    ]
     subprocess.run(install, check=True)
 
     def proxytune(*arguments: str) -> str:

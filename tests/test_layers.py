@@ -1,4 +1,5 @@
-"""Imports point down: every import of the package is read from the source and compared with the layers of the design."""
+"""Imports point down: every import of the package is read from the source and compared with the layers of the
+design."""
 
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ ORDER = [
     "config",
     "records",
     "core",
+    "vocabulary families",
     "models blackbox demo",
     "prompts",
     "decode scoring sandbox judges",
     "tasks",
-    "results",
+    "results progress",
     "run",
     "scale analysis tune lmeval serve",
     "report demo_build",
@@ -30,7 +32,8 @@ ORDER = [
 ]
 LAYERS = {name: number for number, names in enumerate(ORDER) for name in names.split()}
 FOLDERS = {"core", "tasks", "demo"}
-"""Inside these, files may import each other; so may the files into which one module was split (cli, cli_show)."""
+"""Inside these, files may import each other; so may the files into which one module was split (cli,
+cli_show)."""
 NOT_IN_CORE = {"transformers", "pathlib", "json", "httpx", "yaml", "os", "tokenizers"}
 LIGHT = {"errors", "config", "records", "results", "cli"}
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "pandas"}
@@ -45,7 +48,8 @@ def unit(module: str) -> str:
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name inside the package -> file. The package's own __init__ is not part of the graph: it only names the API."""
+    """Dotted name inside the package -> file. The package's own __init__ is not part of the graph: it only
+    names the API."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts

@@ -142,6 +142,8 @@ def build(family: str, seed: int = 0, scale: float = 0.4, **changes: Any) -> tor
     config.dtype = torch.float64
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).double().eval()
+    if hasattr(config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")  # grouped_mm refuses float64
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

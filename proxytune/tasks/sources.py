@@ -92,7 +92,7 @@ def _text(path: Path) -> str:
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig", "surrogatepass")  # as results.py writes
     except FileNotFoundError:
         raise UserError(f"no file '{path}'") from None
     except IsADirectoryError:
