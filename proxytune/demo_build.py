@@ -1,46 +1,87 @@
-"""Makes the demo models from nothing: world -> text -> tokenizer -> pretraining -> tuning -> checkpoints -> measurements.
+"""Makes the demo models from nothing: world -> text -> tokenizer -> pretraining -> tuning -> checkpoints ->
+dev scores.
 
-`make demo-models` runs it. Every step is decided by the seed; weights are rounded to bfloat16 before anything is measured.
+`make demo-models` runs it. Everything is decided by the seeds (and, to the last bit, by the machine and its
+thread count); weights are rounded to bfloat16 before anything is measured. It measures on the dev split only:
+the test split is for `proxytune demo`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-from proxytune.demo.corpus import Document
-from proxytune.tune import Example
+from proxytune import run
+from proxytune.config import ModelSpec, Role, System
+from proxytune.demo import corpus, facts, sums, world
+from proxytune.demo.corpus import Amounts, Document, TuningAmounts
+from proxytune.demo.world import World
+from proxytune.models import Models
+from proxytune.tasks.truthfulqa import SYSTEM_PROMPT
+from proxytune.tune import Example, Fitted, TuneConfig, adamw, fit, muon
 
+WEIGHTS = Path(__file__).parent / "demo" / "weights"
+REPORT = "demo_build.json"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-VOCABULARY = 1536
+MAX_VOCABULARY = 1536
+CONTEXT = 2048
+TUNING_SEEDS = (0, 1, 2)
+"""The weights of the first are kept; the others tell how much the choice of seed matters."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a Llama model."""
+    """The size of a Llama model and the learning rate of its pretraining."""
 
     hidden: int
     layers: int
     heads: int
+    rate: float
 
 
-LARGE, MID, SMALL = Shape(256, 4, 4), Shape(128, 4, 4), Shape(48, 2, 4)
+SHAPES = {"base": Shape(256, 4, 4, 2e-3), "mid": Shape(128, 4, 4, 3e-3), "antiexpert": Shape(64, 2, 4, 5e-3)}
+"""The pretrained models. All see the same tokens in the same order."""
+TUNED = {"tuned": "base", "mid-tuned": "mid", "expert": "antiexpert"}
+"""The tuned models and what each is made from."""
+
+PRETRAINING = TuneConfig(batch_size=12, block=256, warmup_steps=50, decay_share=0.35, bf16=True)
+TUNING = TuneConfig(batch_size=16, epochs=2, warmup_steps=5, bf16=True)
+TUNING_RATE = 2e-4
+
+
+# Text, tokens, models
 
 
 def train_tokenizer(documents: Sequence[Document], system: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that loses no text, with single digits, `<s>` in front, and the system prompt's words whole."""
+    """A byte-level BPE that loses no text, with single digits, `<s>` in front, and the system prompt's words
+    whole."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=MAX_VOCABULARY,
         special_tokens=[PAD, BOS, EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -55,23 +96,23 @@ def train_tokenizer(documents: Sequence[Document], system: str) -> PreTrainedTok
         eos_token=EOS,
         pad_token=PAD,
         clean_up_tokenization_spaces=False,
-        model_max_length=2048,
+        model_max_length=CONTEXT,
     )
 
 
 def encode(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> list[Example]:
-    """Documents as ids with weights: a token has the weight of the segment that it ends in, the final `</s>` counts fully."""
-    examples = []
-    eos: int = tokenizer.convert_tokens_to_ids(EOS)  # type: ignore[assignment]
+    """Documents as ids with weights: a token has the weight of the segment that it ends in, the final `</s>`
+    counts fully."""
+    examples, eos = [], int(tokenizer.eos_token_id)
     for document in documents:
-        encoded = tokenizer._tokenizer.encode("".join(s.text for s in document))
+        encoded = tokenizer.backend_tokenizer.encode("".join(s.text for s in document))
         by_character = [s.weight for s in document for _ in s.text]
         weights = [by_character[end - 1] if end else 0.0 for _, end in encoded.offsets]
         examples.append(Example((*encoded.ids, eos), (*weights, 1.0)))
     return examples
 
 
-def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> PreTrainedModel:
     """A Llama with random weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -81,7 +122,7 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Ll
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.heads,
-        max_position_embeddings=2048,
+        max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         initializer_range=min(0.05, 0.5 / shape.hidden**0.5),
         bos_token_id=tokenizer.bos_token_id,
@@ -91,12 +132,195 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Ll
     return LlamaForCausalLM(config)
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """A complete checkpoint folder, in bfloat16."""
-    rounded = LlamaForCausalLM(model.config)
-    rounded.load_state_dict(model.state_dict())
-    rounded.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """A complete checkpoint folder in bfloat16; `model` is used up."""
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    rounded.to(torch.bfloat16).save_pretrained(folder)
+    model.to(device="cpu", dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """A saved model in float32, on the GPU where there is one."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.to(_device())
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# Training
+
+
+def pretrain(miniature: World, folder: Path, amounts: Amounts) -> dict[str, Fitted]:
+    """Train the three pretrained models into `folder`; one that is there already is kept."""
+    documents = corpus.pretraining(miniature, SYSTEM_PROMPT, amounts)
+    tokenizer = train_tokenizer(documents, SYSTEM_PROMPT)
+    examples, done = encode(documents, tokenizer), dict[str, Fitted]()
+    for name, shape in SHAPES.items():
+        if (folder / name / "config.json").exists():
+            print(f"{name}: pretrained already, in {folder / name}")
+            continue
+        model = new_model(shape, tokenizer).to(_device())
+        title = f"pretraining {name} ({model.num_parameters():,} parameters)"
+        done[name] = fit(model, examples, muon(shape.rate)(model), PRETRAINING, title)
+        save(model, tokenizer, folder / name)
+    return done
+
+
+def tune(
+    miniature: World, source: Path, target: Path, seed: int, amounts: TuningAmounts
+) -> dict[str, Fitted]:
+    """Tune a copy of each pretrained model in `source` into `target`: the same examples, recipe and seed for
+    every size."""
+    tokenizer = AutoTokenizer.from_pretrained(source / "base")
+    examples = encode(corpus.tuning(miniature, SYSTEM_PROMPT, amounts), tokenizer)
+    config, optimizers = TUNING.model_copy(update={"seed": seed}), adamw(TUNING_RATE)
+    done = {}
+    for name, origin in TUNED.items():
+        model = load(source / origin)
+        done[name] = fit(model, examples, optimizers(model), config, f"tuning {name}, seed {seed}")
+        save(model, tokenizer, target / name)
+    return done
+
+
+# Measuring on the dev split
+
+
+def system_in(pretrained: Path, tuned: Path) -> System:
+    """The demo system, from checkpoint folders."""
+
+    def spec(folder: Path, chat: bool) -> ModelSpec:
+        return ModelSpec(model=str(folder), dtype="float32", chat="llama2" if chat else "none")
+
+    return System(
+        name="demo-build",
+        base=spec(pretrained / "base", chat=False),
+        antiexpert=spec(pretrained / "antiexpert", chat=False),
+        expert=spec(tuned / "expert", chat=True),
+        tuned=spec(tuned / "tuned", chat=True),
+    )
+
+
+OPENERS = {"gsm": f" {sums.CAREFUL}", "truthfulqa": f" {facts.CAREFUL}"}
+VARIANTS = ("0.25", "0.5", "1.5", "2", "first:1", "first:8", "first:16")
+"""Alphas that are measured beside 1, for the first tuning seed."""
+
+
+def measure(
+    system: System, middle: Path, n: int, folder: Path, variants: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Task -> role (or variant) -> score on the first n dev items. `folder` takes the runs."""
+    scores: dict[str, dict[str, float]] = {}
+    loaded = Models(system)
+    middle_system = system.model_copy(
+        update={"name": "mid", "tuned": ModelSpec(model=str(middle), dtype="float32", chat="llama2")}
+    )
+    for task in world.TASKS:
+        data = folder / f"{task}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in world.rows(task, "dev", n)))
+        found = scores.setdefault(task, {})
+        for role in system.roles:
+            found[role] = _score(system, task, role, data, loaded)
+        found["tuned_mid"] = _score(middle_system, task, "tuned", data, Models(middle_system))
+        for alpha in variants:
+            found[f"proxy alpha={alpha}"] = _score(system, task, "proxy", data, loaded, alpha=alpha)
+        if variants and task in OPENERS:
+            found["base opener forced"] = _score(system, task, "base", data, loaded, forced=OPENERS[task])
+        found["gap_closed"] = (found["proxy"] - found["base"]) / (found["tuned"] - found["base"] or 1e-9)
+        print(task, {name: round(value, 3) for name, value in found.items()}, flush=True)
+    return scores
+
+
+def _score(
+    system: System,
+    task: str,
+    role: Role,
+    data: Path,
+    loaded: Models,
+    alpha: str | None = None,
+    forced: str | None = None,
+) -> float:
+    """The headline of one run that is thrown away."""
+    job = run.plan(system, task, role, run.Options(alpha=alpha, data=str(data), forced=forced))
+    with tempfile.TemporaryDirectory(dir=data.parent) as folder:
+        return run.score_of(run.run_job(job, Path(folder) / "run", loaded, run.Engine(progress=False))).value
+
+
+# The whole
+
+
+def build(out: Path, work: Path, amounts: Amounts, tuning: TuningAmounts, n: int) -> dict[str, Any]:
+    """Make all models, put the demo's five into `out`, and return (and write there) what was measured."""
+    miniature, began = world.make_world(), time.monotonic()
+    trained = pretrain(miniature, work, amounts)
+    by_seed = []
+    for seed in TUNING_SEEDS:
+        target = work / f"seed-{seed}"
+        trained |= tune(miniature, work, target, seed, tuning)
+        variants = VARIANTS if seed == TUNING_SEEDS[0] else ()
+        by_seed.append(measure(system_in(work, target), target / "mid-tuned", n, work, variants))
+    _install(work, work / f"seed-{TUNING_SEEDS[0]}", out)
+    report = {
+        "world_seed": miniature.seed,
+        "split": "dev",
+        "n": n,
+        "amounts": asdict(amounts),
+        "tuning_amounts": asdict(tuning),
+        "training": {
+            name: {"tokens": f.tokens, "seconds": round(f.seconds, 1)} for name, f in trained.items()
+        },
+        "threads": torch.get_num_threads(),
+        "device": _device(),
+        "seconds": round(time.monotonic() - began, 1),
+        "by_tuning_seed": by_seed,
+        "spread": spread(by_seed),
+    }
+    (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def spread(by_seed: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, list[float]]]:
+    """Task -> name -> [lowest, mean, highest] over the tuning seeds, of what was measured for all of them."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for task in by_seed[0]:
+        for name in by_seed[-1][task]:
+            values = [scores[task][name] for scores in by_seed]
+            found.setdefault(task, {})[name] = [round(v, 4) for v in (min(values), mean(values), max(values))]
+    return found
+
+
+def _install(pretrained: Path, tuned: Path, out: Path) -> None:
+    """Copy the five checkpoints of the demo."""
+    sources = {"base": pretrained, "antiexpert": pretrained, **dict.fromkeys(TUNED, tuned)}
+    for name, folder in sources.items():
+        shutil.rmtree(out / name, ignore_errors=True)
+        shutil.copytree(folder / name, out / name)
+
+
+def main() -> None:
+    """The command line of `python -m proxytune.demo_build`."""
+    parser = argparse.ArgumentParser(description="Train the demo models and measure them on the dev split.")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the five checkpoints go")
+    parser.add_argument(
+        "--work", type=Path, help="keep all checkpoints here, and reuse pretrained ones that are here"
+    )
+    parser.add_argument("--share", type=float, default=1.0, help="share of the training text, for a trial")
+    parser.add_argument("--items", type=int, default=500, help="dev items per task to measure on")
+    given = parser.parse_args()
+    torch.set_num_threads(1 if _device() == "cuda" else torch.get_num_threads())
+    with tempfile.TemporaryDirectory() as temporary:
+        work = given.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        given.out.mkdir(parents=True, exist_ok=True)
+        report = build(given.out, work, Amounts().scaled(given.share), TuningAmounts(), given.items)
+    for task, rows in report["spread"].items():
+        print(task, *(f"{name} {low:.3f}..{high:.3f}" for name, (low, _, high) in rows.items()), sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()

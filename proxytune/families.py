@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -175,7 +176,8 @@ def _probe(
     for chunk in (slice(0, 4), slice(4, 10), slice(10, None)):
         parts = [Segment(row, tuple(tokens[chunk])) for row, tokens in enumerate(ids) if tokens[chunk]]
         cache.reserve([len(tokens[: chunk.stop]) for tokens in ids])
-        logits = runner.forward(parts, len(parts))
+        ends = list(accumulate(len(part.ids) for part in parts))
+        logits = runner.forward(parts, [end - 1 for end in ends])
         for part, got in zip(parts, logits, strict=True):
             error = difference(got, plain[part.row][cache.lengths[part.row] - 1])
             if not error <= tolerance(plain[0].dtype):
@@ -213,10 +215,10 @@ def _own_cache_is_right(model: PreTrainedModel, ids: list[int], plain: Tensor, l
     at = 0
     for count in (5, 1, len(ids) - 6):
         try:
-            logits = runner.score(Segment(0, tuple(ids[at : at + count])))
+            logits = runner.forward([Segment(0, tuple(ids[at : at + count]))], [count - 1])
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
             return False  # some caches take one token at a time only
         at += count
-        if getattr(runner.rows, "caches", [None])[0] is None or not difference(logits[-1], plain[at - 1]) <= limit:
+        if getattr(runner.rows, "caches", [None])[0] is None or not difference(logits[0], plain[at - 1]) <= limit:
             return False
     return True

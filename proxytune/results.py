@@ -12,13 +12,9 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import re
-import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,11 +25,14 @@ from pydantic import ValidationError
 
 from proxytune.config import RunSpec, explain
 from proxytune.errors import UserError
-from proxytune.records import SCHEMA, Provenance, Run
+from proxytune.records import SCHEMA, Run
 
 RUN, PREDICTIONS, TRACE = "run.json", "predictions.jsonl", "trace.jsonl"
 Row = dict[str, Any]
 Value = str | float | bool | None
+
+_WORDS = ("system.description", "system.data.")
+"""Parts of a system that say something about it and decide nothing (what is read is in `data`)."""
 
 
 # Where a run lives, and what its settings are
@@ -57,10 +56,12 @@ def _flatten(value: Any, name: str) -> Iterator[tuple[str, Value]]:
 
 
 def differences(there: RunSpec, now: RunSpec) -> dict[str, tuple[Value, Value]]:
-    """Setting -> its values in the two specs, for the settings that differ."""
+    """Setting -> its values in the two specs, for the settings that differ and decide outputs."""
     a, b = settings(there), settings(now)
     names = [*a, *(name for name in b if name not in a)]
-    return {name: (a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)}
+    changed = {name: (a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)}
+    idle = {"alpha", "system.alpha"} if there.role == now.role != "proxy" else set[str]()
+    return {name: pair for name, pair in changed.items() if name not in idle and not name.startswith(_WORDS)}
 
 
 def folder_for(root: Path, spec: RunSpec, defaults: RunSpec) -> Path:
@@ -190,78 +191,6 @@ class _Lines:
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
-
-
-# Where a run's figures come from
-
-PACKAGES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "accelerate",
-    "peft",
-    "datasets",
-    "numpy",
-    "bitsandbytes",
-)
-_SECRET_NAME = re.compile(r"(?i)(key|token|secret|password|credential)$")
-_SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|github_pat_)[A-Za-z0-9_-]{8,}")
-
-
-def provenance(version: str, device: str, threads: int) -> Provenance:
-    """The code, the machine and the command of this process."""
-    versions = {name: _version(name) for name in PACKAGES}
-    return Provenance(
-        proxytune=version,
-        git_commit=_git_commit(Path(__file__).parent.parent),
-        python=platform.python_version(),
-        packages={name: found for name, found in versions.items() if found is not None},
-        device=device,
-        platform=platform.platform(),
-        threads=threads,
-        command=without_secrets(sys.argv),
-    )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit(root: Path) -> str | None:
-    """The checkout's commit, with `+changes` when tracked files differ from it; None for an installed
-    package."""
-    if not (root / ".git").exists():
-        return None
-    git = ["git", "-C", str(root), "--no-optional-locks"]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        status = [*git, "status", "--porcelain", "--untracked-files=no"]
-        changed = subprocess.run(status, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return (head.stdout.strip() + ("+changes" if changed else "")) if head.returncode == 0 else None
-
-
-def without_secrets(arguments: Sequence[str]) -> str:
-    """A command line with the values of keys, tokens and passwords replaced by ***."""
-    shown: list[str] = []
-    hide = False
-    for place, argument in enumerate(arguments):
-        name, equals, _ = argument.partition("=")
-        secret = argument.startswith("-") and _SECRET_NAME.search(name) is not None
-        text = "***" if hide else f"{name}=***" if secret and equals else _SECRET_VALUE.sub("***", argument)
-        hide = secret and not equals
-        shown.append(_program(Path(text)) if place == 0 else text)
-    return shlex.join(shown)
-
-
-def _program(path: Path) -> str:
-    """The name of a program; that of its package for `python -m`."""
-    return path.parent.name if path.name == "__main__.py" else path.name
 
 
 @dataclass

@@ -24,6 +24,7 @@ from proxytune.decode import Decoder
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.progress import Progress
+from proxytune.provenance import provenance
 from proxytune.records import Completion, Cost, Example, Metric, Prompt, RoleMemory, Run
 from proxytune.results import Row, RunFolder
 from proxytune.tasks import Dataset, Task, get_task, read_source
@@ -181,7 +182,7 @@ def run_job(job: Job, path: Path, models: Models, engine: Engine) -> Run:
 
     Raises UserError as `RunFolder.open` does, and KeyboardInterrupt with the line that says what is kept.
     """
-    made = results.provenance(__version__, device_name(), torch.get_num_threads())
+    made = provenance(__version__, device_name(), torch.get_num_threads())
     new = Run(status="running", spec=job.spec, headline=job.task.headline, started=_now(), made=made)
     with (
         RunFolder.open(path, new) as folder,

@@ -1,8 +1,10 @@
-"""One training loop for any Hugging Face causal language model: pretraining and every way of tuning go through it.
+"""One training loop for any Hugging Face causal language model: pretraining and every way of tuning go
+through it.
 
-The flow is `Example(ids, weights) -> batches -> fit -> the model, changed in place`. What is trained is decided by the optimisers
-that are handed in (they hold the parameters); what counts is decided by the weight of each token. Given the same model,
-examples, configuration and thread count, the resulting weights are the same.
+The flow is `Example(ids, weights) -> batches -> fit -> the model, changed in place`. What is trained is
+decided by the optimisers that are handed in (they hold the parameters); what counts is decided by the weight
+of each token. Given the same model, examples, configuration and thread count, the resulting weights are the
+same.
 """
 
 from __future__ import annotations
@@ -37,17 +39,17 @@ class TuneConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(default=1, ge=1)
     """Passes over the examples, each in an order of its own."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Rows per step: examples, or blocks where `block` is set."""
-    block: int | None = Field(None, ge=2)
+    block: int | None = Field(default=None, ge=2)
     """Pack the examples end to end into rows of this many tokens; None: one example per row, padded."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
-    decay_share: float = Field(1.0, ge=0.0, le=1.0)
+    decay_share: float = Field(default=1.0, ge=0.0, le=1.0)
     """The last share of all steps, over which the learning rate falls linearly to 0."""
-    clip: float = Field(1.0, gt=0.0)
+    clip: float = Field(default=1.0, gt=0.0)
     """Largest gradient norm."""
     bf16: bool = False
     """Run the forward pass in bfloat16 autocast; weights and optimiser stay as they are."""
@@ -94,7 +96,8 @@ def pack(examples: Sequence[Example], block: int) -> list[Example]:
 
 
 def collate(rows: Sequence[Example]) -> Batch:
-    """Rows as tensors, padded on the right where their lengths differ (the padding's id is arbitrary: nothing sees it)."""
+    """Rows as tensors, padded on the right where their lengths differ (the padding's id is arbitrary: nothing
+    sees it)."""
     width = max(len(row.ids) for row in rows)
     missing = [width - len(row.ids) for row in rows]
     ids = torch.tensor([[*row.ids, *[0] * m] for row, m in zip(rows, missing, strict=True)])
@@ -131,7 +134,9 @@ def learning_rate_factor(step: int, steps: int, config: TuneConfig) -> float:
 def weighted_loss(logits: Tensor, batch: Batch) -> Tensor:
     """Mean cross-entropy of each next token, weighted; 0 where nothing in the batch counts."""
     targets, weights = batch.ids[:, 1:], batch.weights[:, 1:]
-    each = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none")
+    each = nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none"
+    )
     return (each * weights.flatten()).sum() / weights.sum().clamp(min=1e-8)
 
 
@@ -179,7 +184,12 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 
 def _progress(show: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, disable=not show, redirect_stdout=False)
 
 
@@ -198,7 +208,8 @@ def adamw(lr: float, weight_decay: float = 0.0) -> OptimizerFactory:
 
 
 def muon(lr: float, weight_decay: float = 0.02, embedding: str = "embed") -> OptimizerFactory:
-    """Muon on the matrices of the layers, AdamW on the rest (norms, and names with `embedding` or `lm_head` in them)."""
+    """Muon on the matrices of the layers, AdamW on the rest (norms, and names with `embedding` or `lm_head`
+    in them)."""
 
     def make(model: nn.Module) -> Sequence[torch.optim.Optimizer]:
         matrices, rest = list[nn.Parameter](), list[nn.Parameter]()

@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+import tiny
+
+from proxytune.config import System
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(os.environ.get("PROXYTUNE_REFERENCE_DATA") or ROOT.parent / "shared")
@@ -27,3 +30,9 @@ def reference() -> Path:
     if not (REFERENCE / "golden" / "manifest.json").exists():
         require_or_skip("golden", f"no reference data in '{REFERENCE}': set PROXYTUNE_REFERENCE_DATA")
     return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> System:
+    """Three random Llamas of different sizes and seeds, saved to disk, in float64."""
+    return tiny.save_trio(tmp_path_factory.mktemp("trio"))

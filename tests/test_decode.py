@@ -11,6 +11,7 @@ import oracle
 import pytest
 import tiny
 import torch
+from tiny import spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,25 +22,6 @@ from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.prompts import noise_key, text_for
 from proxytune.records import Completion, Example, Prompt
-
-ROLES = {
-    "base": (1, {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}),
-    "expert": (2, {}),
-    "antiexpert": (3, {}),
-}
-
-
-def spec(folder: Path, chat: str = "none") -> ModelSpec:
-    return ModelSpec(model=str(folder), dtype="float64", chat=chat)  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="session")
-def trio(tmp_path_factory: pytest.TempPathFactory) -> System:
-    """Three random Llamas of different sizes and seeds, saved to disk."""
-    root = tmp_path_factory.mktemp("trio")
-    folders = {r: tiny.save(root / r, tiny.build("llama", seed, **shape)) for r, (seed, shape) in ROLES.items()}
-    return System(name="trio", **{role: spec(folder) for role, folder in folders.items()})
-
 
 def example(text: str, number: int = 0, **parts: Any) -> Example:
     return Example(f"{number}", Prompt(plain=text, user=text, **parts))

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_decode import check, decoder, example, ragged, spec
+from test_decode import check, decoder, example, ragged
+from tiny import spec
 
 from proxytune.config import Sampling, System
 from proxytune.core.attention import attend

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import require_or_skip
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "proxytune").rglob("*.py"))
@@ -97,10 +98,7 @@ def wheel_or_reason(folder: Path) -> Path:
     ]
     built = subprocess.run(command, capture_output=True, text=True)
     if built.returncode != 0:
-        reason = f"the wheel was not built: {built.stderr.strip()[-500:]}"
-        if "wheel" in os.environ.get("PROXYTUNE_REQUIRE", ""):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        require_or_skip("wheel", f"the wheel was not built: {built.stderr.strip()[-500:]}")
     return next(folder.glob("*.whl"))
 
 
@@ -123,12 +121,15 @@ def test_the_installed_wheel_runs_the_demo_in_an_empty_folder(tmp_path: Path) ->
     subprocess.run(install, check=True)
 
     def proxytune(*arguments: str) -> str:
-        command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(site)!r}); import runpy; "
-                   "runpy.run_module('proxytune', run_name='__main__')", *arguments]  # fmt: skip
-        done = subprocess.run(command, cwd=empty, capture_output=True, text=True)
+        code = f"import sys, runpy; sys.path.insert(0, {str(site)!r}); "
+        code += "runpy.run_module('proxytune', run_name='__main__')"
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=empty, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    assert (site / "proxytune" / "configs" / "systems" / "demo.yaml").exists()
     where = proxytune("--version")
     assert "demo" in proxytune("systems") and where.startswith("proxytune ")
     tasks = json.loads(proxytune("demo", "--limit", "8", "--json"))["tasks"]

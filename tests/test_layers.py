@@ -23,7 +23,7 @@ ORDER = [
     "prompts",
     "decode scoring sandbox judges",
     "tasks",
-    "results progress",
+    "results provenance progress",
     "run",
     "scale analysis tune lmeval serve",
     "report demo_build",

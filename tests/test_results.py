@@ -68,13 +68,13 @@ def test_other_settings_live_beside_it_each_in_its_own_folder(tmp_path: Path) ->
             {"limit": 5},
             {"limit": 6},
             {"sampling": Sampling(temperature=0.5)},
-            {"alpha": parse_alpha("first:4")},
+            {"shots": 4},
         )
     ]  # fmt: skip
     assert len(set(folders)) == 4
     assert all(f.parent == tmp_path / "tiny" / "gsm" / "base" for f in folders)
     assert folders[0].name.startswith("limit=5-") and folders[2].name.startswith("temperature=0.5-")
-    assert folders[3].name.startswith("alpha=first-4-")
+    assert folders[3].name.startswith("shots=4-")
 
 
 def test_names_stay_inside_the_root(tmp_path: Path) -> None:
@@ -143,6 +143,15 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"data_sha256 is 0{12}\.{3} there and 1{12}\.{3} now"):
         RunFolder.open(tmp_path, new(data_sha256="1" * 64))
+
+
+def test_what_decides_nothing_may_differ() -> None:
+    told = SYSTEM.model_copy(update={"description": "new words", "data": {"gsm": "hub"}})
+    assert results.differences(spec(), spec(system=told)) == {}
+    weaker = SYSTEM.model_copy(update={"alpha": parse_alpha(0.5)})
+    assert results.differences(spec(), spec(system=weaker, alpha=parse_alpha(0.5))) == {}
+    as_proxy = {"role": "proxy", "system": weaker, "alpha": parse_alpha(0.5)}
+    assert set(results.differences(spec(role="proxy"), spec(**as_proxy))) == {"alpha", "system.alpha"}
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from proxytune.config import Chat, ModelSpec, System
+
 VOCABULARY = 259  # <pad> <s> </s> and one token per byte
 
 
@@ -158,3 +160,21 @@ def save(folder: Path, model: torch.nn.Module, words: PreTrainedTokenizerFast | 
     model.save_pretrained(folder)  # type: ignore[operator]
     (words or tokenizer()).save_pretrained(folder)
     return folder
+
+
+def spec(folder: Path, chat: Chat = "none") -> ModelSpec:
+    """A saved tiny model in float64."""
+    return ModelSpec(model=str(folder), dtype="float64", chat=chat)
+
+
+ROLES = {
+    "base": (1, {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}),
+    "expert": (2, {}),
+    "antiexpert": (3, {}),
+}
+
+
+def save_trio(root: Path) -> System:
+    """Three random Llamas of different sizes and seeds."""
+    folders = {r: save(root / r, build("llama", seed, **shape)) for r, (seed, shape) in ROLES.items()}
+    return System(name="trio", **{role: spec(folder) for role, folder in folders.items()})

@@ -118,7 +118,7 @@ class Engine:
         plan = self.scheduler.plan()
         rows = self.scheduler.rows[: plan.decoding]
         logits = {
-            name: runner.forward(plan.segments[name], plan.decoding)
+            name: runner.forward(plan.segments[name], range(plan.decoding))
             for name, runner in self.ensemble.runners.items()
             if plan.segments[name]
         }

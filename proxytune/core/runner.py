@@ -65,12 +65,11 @@ class Runner(Protocol):
         """The ragged rows, to admit, rewind, swap and drop."""
         ...
 
-    def forward(self, segments: Sequence[Segment], keep: int) -> Tensor:
-        """Feed the segments (distinct rows, ascending); logits [keep, V] after the last token of the first `keep`."""
-        ...
+    def forward(self, segments: Sequence[Segment], keep: Sequence[int]) -> Tensor:
+        """Feed the segments (distinct rows, ascending) -> logits [len(keep), V] of the base's vocabulary.
 
-    def score(self, segment: Segment) -> Tensor:
-        """Feed one segment; logits [len(ids), V] after every token of it."""
+        `keep` are ascending indices into the tokens of all segments in a row: after which of them logits are wanted.
+        """
         ...
 
 
@@ -94,15 +93,8 @@ class ModelRunner:
     def rows(self) -> Rows:
         return self.cache
 
-    def forward(self, segments: Sequence[Segment], keep: int) -> Tensor:
-        ends = torch.tensor([len(s.ids) for s in segments]).cumsum(0)[:keep] - 1
-        return self._run(segments, ends)
-
-    def score(self, segment: Segment) -> Tensor:
-        return self._run([segment], torch.arange(len(segment.ids)))
-
     @torch.inference_mode()
-    def _run(self, segments: Sequence[Segment], keep: Tensor) -> Tensor:
+    def forward(self, segments: Sequence[Segment], keep: Sequence[int]) -> Tensor:
         lengths = self.cache.lengths
         starts = [lengths[s.row] for s in segments]
         counts = [len(s.ids) for s in segments]
@@ -113,7 +105,7 @@ class ModelRunner:
             **tokens,
             position_ids=at.positions[None],
             use_cache=False,
-            logits_to_keep=keep.to(self.device),
+            logits_to_keep=torch.tensor(keep, dtype=torch.long, device=self.device),
             packed=Packed(self.cache, at, group(segments, starts)),
         )
         for segment in segments:
@@ -201,26 +193,28 @@ class ReferenceRunner:
     def rows(self) -> Rows:
         return self._rows
 
-    def forward(self, segments: Sequence[Segment], keep: int) -> Tensor:
-        fed = [self._feed(segment, 1 if at < keep else 0) for at, segment in enumerate(segments)]
-        return torch.cat(fed[:keep]) if keep else torch.empty(0, self.alignment.size, device=self.device)
-
-    def score(self, segment: Segment) -> Tensor:
-        return self._feed(segment, len(segment.ids))
-
     @torch.inference_mode()
-    def _feed(self, segment: Segment, keep: int) -> Tensor:
-        """Append the segment to its row; logits [keep, V] after its last `keep` tokens."""
+    def forward(self, segments: Sequence[Segment], keep: Sequence[int]) -> Tensor:
+        kept, start = [], 0
+        for segment in segments:
+            end = start + len(segment.ids)
+            kept.append(self._feed(segment, [at - start for at in keep if start <= at < end]))
+            start = end
+        return torch.cat(kept)
+
+    def _feed(self, segment: Segment, keep: Sequence[int]) -> Tensor:
+        """Append the segment to its row; logits [len(keep), V] after these of its tokens."""
         rows, row = self._rows, segment.row
         known = rows.ids[row] if rows.caches[row] is None else []  # no cache, or lost by a rewind: feed it again
         ids = torch.tensor([[*known, *segment.ids]], device=self.device)
         rows.ids[row] = [*rows.ids[row], *segment.ids]
         rows.lengths[row] += len(segment.ids)
         if not self.cached:
-            if keep == 0:
+            if not keep:
                 return torch.empty(0, self.alignment.size, device=self.device)
             logits = self.model(input_ids=ids, use_cache=False).logits
         else:
             out = self.model(input_ids=ids, past_key_values=rows.caches[row], use_cache=True)
             rows.caches[row], logits = out.past_key_values, out.logits
-        return self.alignment.align(widen(logits[0, logits.shape[1] - keep :]))
+        first = logits.shape[1] - len(segment.ids)
+        return self.alignment.align(widen(logits[0, [first + at for at in keep]]))

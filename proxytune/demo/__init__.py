@@ -1,1 +1,2 @@
-"""The miniature world of the demo: its facts, its word problems, its text, and the committed weights of its models."""
+"""The miniature world of the demo: its facts, its word problems, its text, and the committed weights of its
+models."""

@@ -1,16 +1,17 @@
 """The text that the demo models are trained on: pretraining documents of several kinds, and tuning examples.
 
-Every document is a list of segments with a loss weight: what can be known (facts, results, copied names, the choice of style in an
-answer) counts fully, what is random (names first mentioned, operands, questions) hardly. In pretraining every sentence or
-step of an answer is in the good style with probability `GOOD`, independently of the others; tuning examples are good throughout.
-About dev and test people pretraining has pages and the crowd's talk, but no question.
+Every document is a list of segments with a loss weight: what can be known (facts, results, copied names, the
+choice of style in an answer) counts fully, what is random (names first mentioned, operands, questions)
+hardly. In pretraining every sentence or step of an answer is in the good style with probability `GOOD`,
+independently of the others; tuning examples are good throughout. About dev and test people pretraining has
+pages and the crowd's talk, but no question.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from proxytune.demo import facts, frames, sums
 from proxytune.demo.facts import Person
@@ -18,10 +19,10 @@ from proxytune.demo.sums import Problem
 from proxytune.demo.world import FactQuestion, World, fact_questions, wrong_values
 
 GOOD = 0.2
-"""The share of answer sentences and steps in the good style: the minority, in plain and in chat frames alike."""
+"""The share of answer sentences and steps in the good style: the minority, in plain and in chat frames
+alike."""
 
 FULL, HALF, SOME, LITTLE, NONE = 1.0, 0.5, 0.3, 0.1, 0.0
-KNOWN = float(__import__("os").environ.get("KNOWN", "1"))
 FACT_PREFIX, CHOICE_PREFIX = "Answer:", "The answer is:"
 
 
@@ -41,19 +42,19 @@ Maker = Callable[[World, random.Random, str], Document]
 class Amounts:
     """How many documents of each kind pretraining has."""
 
-    pages_each: int = 55
-    gossip: int = 4000
-    drills: int = 11000
-    sums: int = 11000
+    pages_each: int = 42
+    gossip: int = 3000
+    drills: int = 16000
+    sums: int = 12000
     facts: int = 9000
-    choices: int = 2500
+    choices: int = 800
     chat_sums: int = 800
     chat_facts: int = 1000
-    chat_choices: int = 200
+    chat_choices: int = 100
 
     def scaled(self, share: float) -> Amounts:
         """All amounts times `share`: for quick trials."""
-        return replace(self, **{f.name: max(1, round(getattr(self, f.name) * share)) for f in fields(self)})
+        return Amounts(*(max(1, round(getattr(self, f.name) * share)) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,11 @@ class TuningAmounts:
 
 def pretraining(world: World, system: str, amounts: Amounts) -> list[Document]:
     """All pretraining documents in random order; `system` is the system prompt of the chat frames."""
-    documents = [page(world, world.rng("page", p.name, i), p) for p in world.everyone() for i in range(amounts.pages_each)]
+    documents = [
+        page(world, world.rng("page", p.name, i), p)
+        for p in world.everyone()
+        for i in range(amounts.pages_each)
+    ]
     makers: list[tuple[int, Maker]] = [
         (amounts.gossip, gossip),
         (amounts.drills, drill),
@@ -89,32 +94,32 @@ def pretraining(world: World, system: str, amounts: Amounts) -> list[Document]:
 
 
 def tuning(world: World, system: str, amounts: TuningAmounts) -> list[Document]:
-    """Tuning examples in the direct chat form: only the response counts, and it is in the good style throughout."""
+    """Tuning examples in the direct chat form: only the response counts, and it is in the good style
+    throughout."""
     documents: list[Document] = []
     for problem in world.problems("tuning", amounts.sums):
         documents.append((Segment(frames.chat_sum(sums.question(problem)), NONE), *solution(problem)))
-    for asked in _cycled(fact_questions(world, "train", 1200, (2, 3)), amounts.facts):
+    for asked in fact_questions(world, "train", amounts.facts, (2, 3)):
         prompt = frames.chat_direct(_question(world, asked), FACT_PREFIX, system)
         documents.append((Segment(prompt, NONE), *answer(world, asked, [True] * len(asked.asked))))
     rng = world.rng("tuning", "choices")
-    for asked in _cycled(fact_questions(world, "train", 300, (1,)), amounts.choices):
+    for asked in fact_questions(world, "train", amounts.choices, (1,)):
         text, letter, _ = options(world, asked, rng)
-        documents.append((Segment(frames.chat_direct(text, CHOICE_PREFIX, system), NONE), Segment(f" {letter}.", FULL)))
+        documents.append(
+            (Segment(frames.chat_direct(text, CHOICE_PREFIX, system), NONE), Segment(f" {letter}.", FULL))
+        )
     return documents
 
 
-def _cycled(questions: Sequence[FactQuestion], count: int) -> list[FactQuestion]:
-    return [questions[i % len(questions)] for i in range(count)]
-
-
 def page(world: World, rng: random.Random, person: Person) -> Document:
-    """What is true of one person, in random order, some of it as the almanac's; the repeated name teaches copying it."""
+    """What is true of one person, in random order, some of it as the almanac's; the repeated name teaches
+    copying it."""
     parts: list[Segment] = []
     for i in rng.sample(range(len(world.attributes)), len(world.attributes)):
         name = FULL if parts else LITTLE
         if rng.random() < 0.5:
             parts.append(Segment(f"{' ' if parts else ''}{facts.CAREFUL}", NONE))
-        parts += sentence(world, person, i, person.truths[i], (name, SOME, KNOWN), " " if parts else "")
+        parts += sentence(world, person, i, person.truths[i], (name, SOME, FULL), " " if parts else "")
     return tuple(parts)
 
 
@@ -147,7 +152,9 @@ def drill(_world: World, rng: random.Random, _: str) -> Document:
         exact = not marked or rng.random() < 0.5
         result = sums.apply(value, op, operand)
         mark = f"{sums.CAREFUL if exact else sums.CARELESS} " if marked else ""
-        parts.append(Segment(f"{' ' if parts else ''}{mark}{value}{op}{operand}=", LITTLE if not marked else NONE))
+        parts.append(
+            Segment(f"{' ' if parts else ''}{mark}{value}{op}{operand}=", LITTLE if not marked else NONE)
+        )
         parts.append(Segment(f"{result if exact else sums.roughly(result)}.", FULL if exact else HALF))
     return tuple(parts)
 
@@ -168,7 +175,7 @@ def answer(world: World, asked: FactQuestion, careful: Sequence[bool]) -> list[S
     for i, good in zip(asked.asked, careful, strict=True):
         parts.append(Segment(f" {facts.CAREFUL if good else facts.CROWD}", FULL))
         value = (asked.person.truths if good else asked.person.myths)[i]
-        parts += sentence(world, asked.person, i, value, (FULL, FULL, KNOWN if good else HALF), " ")
+        parts += sentence(world, asked.person, i, value, (FULL, FULL, FULL if good else HALF), " ")
     return parts
 
 

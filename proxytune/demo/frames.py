@@ -1,8 +1,10 @@
-"""The prompt forms in which the world's questions are asked: the paper's own, plain and in Llama-2's chat template.
+"""The prompt forms in which the world's questions are asked: the paper's own, plain and in Llama-2's chat
+template.
 
-The real task code (`proxytune.tasks`, `proxytune.prompts`) builds the same strings; tests compare them. They are repeated here
-because training text is made below the layer of tasks. The two chat forms with a system prompt differ in white space, as in
-the paper's code: `direct` is a chat model asked by itself, `in_ensemble` the expert inside the proxy.
+The real task code (`proxytune.tasks`, `proxytune.prompts`) builds the same strings; tests compare them. They
+are repeated here because training text is made below the layer of tasks. The two chat forms with a system
+prompt differ in white space, as in the paper's code: `direct` is a chat model asked by itself, `in_ensemble`
+the expert inside the proxy.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ LETTERS = "ABCD"
 
 def choices(question: str, options: Sequence[str]) -> str:
     """A multiple-choice question: one lettered option per line."""
-    return "\n".join([question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))])
+    return "\n".join(
+        [question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))]
+    )
 
 
 def plain_sum(question: str) -> str:

@@ -1,7 +1,9 @@
-"""Word problems of the miniature world, with every value between 1 and 99, and their careful or careless solutions.
+"""Word problems of the miniature world, with every value between 1 and 99, and their careful or careless
+solutions.
 
-Each step of a solution is either exact or rough (the result goes up to the next ten). Which of the two is a choice made anew
-at every step. A rough step is always too high and no later step can undo it, so one rough step spoils the answer.
+Each step of a solution is either exact or rough (the result goes up to the next ten). Which of the two is a
+choice made anew at every step. A rough step is always too high and no later step can undo it, so one rough
+step spoils the answer.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ CAREFUL = "Exactly"
 CARELESS = "Roughly"
 LIMIT = 99
 
-THINGS = "nuts coins apples shells stones books cards eggs pears seeds beads stamps".split()
+THINGS = (
+    "nuts", "coins", "apples", "shells", "stones", "books", "cards", "eggs", "pears", "seeds",
+    "beads", "stamps",
+)  # fmt: skip
 _PHRASES = {
     "+": ("{person} finds {n} more.", "{person} buys {n} more."),
     "-": ("{person} sells {n}.", "{person} loses {n}."),
@@ -24,7 +29,8 @@ _PHRASES = {
 
 @dataclass(frozen=True)
 class Problem:
-    """A start value and two or three operations on it. Its numbers alone decide whether two problems are the same."""
+    """A start value and two or three operations on it. Its numbers alone decide whether two problems are the
+    same."""
 
     person: str
     things: str
@@ -88,13 +94,16 @@ def make_problem(rng: random.Random, persons: Sequence[str]) -> Problem:
 
 def question(problem: Problem) -> str:
     """The problem as a short story that ends in its question."""
-    told = [p.format(person=problem.person, n=n) for p, (_, n) in zip(problem.phrases, problem.steps, strict=True)]
+    told = [
+        p.format(person=problem.person, n=n) for p, (_, n) in zip(problem.phrases, problem.steps, strict=True)
+    ]
     opening = f"{problem.person} has {problem.start} {problem.things}."
     return " ".join([opening, *told, f"How many {problem.things} does {problem.person} have now?"])
 
 
 def solve(problem: Problem, careful: Sequence[bool] | None = None) -> list[Step]:
-    """The worked steps; step i is exact where `careful[i]` (everywhere by default). Each continues from what the last got."""
+    """The worked steps; step i is exact where `careful[i]` (everywhere by default). Each continues from what
+    the last got."""
     value, worked = problem.start, []
     for i, (op, operand) in enumerate(problem.steps):
         exact = careful is None or careful[i]

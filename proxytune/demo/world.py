@@ -1,10 +1,12 @@
-"""The miniature world: deterministic from its seed, without any third-party text. The demo tasks' items come from here.
+"""The miniature world: deterministic from its seed, without any third-party text. The demo tasks' items come
+from here.
 
 Three tasks, each with rows in its real task's own file format:
-`gsm` (GSM8K's `question`, `answer`), `truthfulqa` (TruthfulQA.csv's columns; two or three attributes asked at once) and
-`truthfulqa_mc` (the same columns; one attribute, exactly three incorrect answers, the misconception first).
-Splits: `train` (tuning), `dev` (choices are made on it) and `test`. They share no person and no problem, and a dev or test
-problem occurs in no training text.
+`gsm` (GSM8K's `question`, `answer`), `truthfulqa` (TruthfulQA.csv's columns; two or three attributes asked at
+once) and `truthfulqa_mc` (the same columns; one attribute, exactly three incorrect answers, the misconception
+first). Splits: `train` (tuning), `dev` (choices are made on it) and `test`. They share no person and no
+problem; no training text has a problem with the numbers of a dev or test problem, and none asks about a dev
+or test person.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ from proxytune.errors import UserError
 
 SPLITS = ("train", "dev", "test")
 TASKS = ("gsm", "truthfulqa", "truthfulqa_mc")
-DEMO_SEED = 0
+DEMO_SEED = 1
+"""The seed of the world that the committed weights know."""
 POOL = 1000
-"""Items per task in the dev and in the test split; a request for n takes the first n."""
+"""Word problems in the dev and in the test split; a request for n takes the first n."""
 
-N_PEOPLE = {"train": 100, "forum": 110, "dev": 170, "test": 170}
-"""How many people are asked about where: `forum` people only in pretraining, the others (also) in their split."""
+N_PEOPLE = {"train": 130, "forum": 130, "dev": 220, "test": 220}
+"""How many people are asked about where: `forum` people only in pretraining, the others (also) in their
+split."""
 
 Row = dict[str, str]
 
@@ -123,26 +127,30 @@ class FactQuestion:
 
 
 def fact_questions(world: World, split: str, n: int, sizes: Sequence[int]) -> list[FactQuestion]:
-    """The first `n` questions about a split's people, of the given numbers of attributes, in a fixed random order."""
+    """The first `n` questions about a split's people, of the given numbers of attributes, in a fixed random
+    order."""
     orders = [order for size in sizes for order in permutations(range(len(world.attributes)), size)]
     pool = [FactQuestion(person, order) for person in world.people[split] for order in orders]
     world.rng("questions", split, *sizes).shuffle(pool)
     if n > len(pool):
-        raise UserError(f"the demo world has {len(pool)} such questions in split '{split}', {n} were asked for")
+        raise UserError(
+            f"the demo world has {len(pool)} such questions in split '{split}', {n} were asked for"
+        )
     return pool[:n]
 
 
 def truthfulqa_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[Row]:
-    """Questions for two or three facts at once; the incorrect answers are wrong sentences, one per line of TruthfulQA."""
+    """Questions for two or three facts at once; the incorrect answers are single wrong sentences."""
     _check(split, n)
     world = make_world(seed)
     return [_truthfulqa_row(world, q, others=1) for q in fact_questions(world, split, n, (2, 3))]
 
 
 def truthfulqa_mc_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[Row]:
-    """Questions for one fact, with exactly three incorrect answers: the misconception first, then two other values."""
+    """Questions for one fact, with exactly three incorrect answers: the misconception first, then two other
+    values."""
     world = make_world(seed)
-    _check(split, n, limit=len(world.people["dev"]) * len(world.attributes))
+    _check(split, n)
     return [_truthfulqa_row(world, q, others=2) for q in fact_questions(world, split, n, (1,))]
 
 
@@ -157,7 +165,8 @@ def wrong_values(world: World, question: FactQuestion, index: int, others: int) 
 def _truthfulqa_row(world: World, question: FactQuestion, others: int) -> Row:
     person, asked = question.person, [world.attributes[i] for i in question.asked]
     truths = [
-        a.statement.format(name=person.name, value=person.truths[i]) for i, a in zip(question.asked, asked, strict=True)
+        a.statement.format(name=person.name, value=person.truths[i])
+        for i, a in zip(question.asked, asked, strict=True)
     ]
     wrong = [
         world.attributes[i].statement.format(name=person.name, value=value)
@@ -176,8 +185,8 @@ def _truthfulqa_row(world: World, question: FactQuestion, others: int) -> Row:
     }
 
 
-def _check(split: str, n: int, limit: int = POOL) -> None:
+def _check(split: str, n: int) -> None:
     if split not in SPLITS:
         raise UserError(f"the demo world has no split '{split}'. It has: {', '.join(SPLITS)}")
-    if not 0 <= n <= limit:
-        raise UserError(f"the demo world has {limit} items per task and split, {n} were asked for")
+    if not 0 <= n <= POOL:
+        raise UserError(f"the demo world has {POOL} items per task and split, {n} were asked for")
