@@ -1,4 +1,5 @@
-"""What a user can set, declared once: the same field is the YAML key, the help text and the entry in run.json.
+"""What a user can set, declared once: the same field is the YAML key, the help text and the entry in
+run.json.
 
 Unknown keys are errors everywhere. Nothing here imports torch."""
 
@@ -10,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from proxytune.errors import UserError, did_you_mean
 
@@ -32,9 +41,8 @@ class Record(BaseModel):
 class AlphaSchedule(Record):
     """The strength of the expert-minus-antiexpert shift at each position of the response.
 
-    Written as a number (`0.5`) or `first:N[:A]` (A for the first N tokens, then 0), `warmup:N[:A]` (0 for N tokens,
-    then A), `linear:FROM:TO:N` (from FROM to TO over N tokens, then TO). A is 1 unless given.
-    """
+    Written as a number (`0.5`) or `first:N[:A]` (A for the first N tokens, then 0), `warmup:N[:A]` (0 for N
+    tokens, then A), `linear:FROM:TO:N` (from FROM to TO over N tokens, then TO). A is 1 unless given."""
 
     kind: Literal["constant", "first", "warmup", "linear"] = "constant"
     start: float = 1.0
@@ -72,7 +80,9 @@ class AlphaSchedule(Record):
         """
         for value in (self.start, self.end):
             if not math.isfinite(value) or abs(value) > MAX_ALPHA:
-                raise UserError(f"alpha = {value:g} is out of range: it must be a finite number from 0 to {MAX_ALPHA:g}")
+                raise UserError(
+                    f"alpha = {value:g} is out of range: it must be a finite number from 0 to {MAX_ALPHA:g}"
+                )
             if value < 0 and not allow_negative:
                 raise UserError(
                     f"alpha = {value:g} is negative: it would undo what the expert was tuned for. "
@@ -82,7 +92,8 @@ class AlphaSchedule(Record):
 
 
 def parse_alpha(value: object) -> AlphaSchedule:
-    """`0.5`, `"first:16"`, `"warmup:100"`, `"linear:0:1:200"` or a schedule itself -> AlphaSchedule (UserError if not)."""
+    """`0.5`, `"first:16"`, `"warmup:100"`, `"linear:0:1:200"` or a schedule itself -> AlphaSchedule
+    (UserError if not)."""
     if isinstance(value, AlphaSchedule):
         return value
     kind, *parts = str(value).split(":")
@@ -98,11 +109,15 @@ def parse_alpha(value: object) -> AlphaSchedule:
                 return AlphaSchedule(start=float(number), end=float(number))
     except (ValueError, ValidationError):
         pass
-    raise UserError(f"alpha '{value}' is not a number from 0 to {MAX_ALPHA:g}, first:N, warmup:N or linear:FROM:TO:N")
+    raise UserError(
+        f"alpha '{value}' is not a number from 0 to {MAX_ALPHA:g}, first:N, warmup:N or linear:FROM:TO:N"
+    )
 
 
 Alpha = Annotated[
-    AlphaSchedule, BeforeValidator(parse_alpha), PlainSerializer(lambda schedule: schedule.text, return_type=str)
+    AlphaSchedule,
+    BeforeValidator(parse_alpha),
+    PlainSerializer(lambda schedule: schedule.text, return_type=str),
 ]
 
 
@@ -122,7 +137,8 @@ class Sampling(Record):
     n: int = Field(default=1, ge=1)
     """Responses per prompt; the prompt is computed once for all of them."""
     seed: int = 0
-    """Together with the example's id, the sample and the position it decides the noise; batch and order do not."""
+    """Together with the example's id, the sample and the position it decides the noise; batch and order do
+    not."""
     stop: tuple[str, ...] = ()
     """A response ends before the first of these strings, however it is tokenised (finish_reason `stop`)."""
     ban: tuple[str, ...] = ()
@@ -137,7 +153,8 @@ class ModelSpec(Record):
     model: str | None = None
     """A folder, a hub id, or demo://NAME for a model that ships with proxytune."""
     adapter: str | None = None
-    """A PEFT folder (LoRA or prompt tuning). Without `model` it sits on the antiexpert and shares its weights."""
+    """A PEFT folder (LoRA or prompt tuning). Without `model` it sits on the antiexpert and shares its
+    weights."""
     dtype: DType = "auto"
     """The dtype of the weights; auto is the checkpoint's own."""
     device_map: str | dict[str, int | str] | None = None
@@ -145,7 +162,8 @@ class ModelSpec(Record):
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load the weights quantised by bitsandbytes."""
     chat: Chat = "none"
-    """The prompt format: none (plain text), llama2 (the paper's), tokenizer (the chat template in the checkpoint)."""
+    """The prompt format: none (plain text), llama2 (the paper's), tokenizer (the chat template in the
+    checkpoint)."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
@@ -209,7 +227,8 @@ class System(Record):
             "expert": bool(self.expert_specs),
             "antiexpert": self.antiexpert is not None,
             "tuned": self.tuned is not None,
-            "proxy": bool(self.expert_specs) and all(e.antiexpert or self.antiexpert for e in self.expert_specs),
+            "proxy": bool(self.expert_specs)
+            and all(e.antiexpert or self.antiexpert for e in self.expert_specs),
         }
         return tuple(role for role in ROLES if have[role])
 
@@ -219,11 +238,12 @@ class System(Record):
             raise did_you_mean("role", role, ROLES)
         if role not in self.roles:
             raise UserError(f"system '{self.name}' cannot run as '{role}': it has {', '.join(self.roles)}")
-        return role  # type: ignore[return-value]
+        return role
 
 
 class RunSpec(Record):
-    """Everything that decides a run's outputs. Two runs with equal specs are the same run; resume relies on it."""
+    """Everything that decides a run's outputs. Two runs with equal specs are the same run; resume relies on
+    it."""
 
     task: str
     system: System
@@ -241,7 +261,8 @@ class RunSpec(Record):
 
 
 def shipped(relative: str) -> Path:
-    """A file or folder that ships with proxytune: inside the installed package, or at the root of the checkout."""
+    """A file or folder that ships with proxytune: inside the installed package, or at the root of the
+    checkout."""
     package = Path(__file__).parent
     inside = package / relative
     return inside if inside.exists() else package.parent / relative
@@ -277,7 +298,8 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
 
 
 def parse_system(content: Mapping[str, Any], path: Path) -> System:
-    """A System from a YAML mapping. Model folders that begin with ./ or ../ are taken from the YAML file's folder."""
+    """A System from a YAML mapping. Model folders that begin with ./ or ../ are taken from the YAML file's
+    folder."""
     raw = {"name": path.stem, **content}
     for role in ("base", "expert", "antiexpert", "tuned"):
         if isinstance(raw.get(role), Mapping):

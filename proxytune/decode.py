@@ -1,14 +1,13 @@
 """One role, or the proxy, of a System, ready to decode: examples in, completions out.
 
-Here text meets the core: contexts per role, alignment of vocabularies, the plan of KV memory, stops and traces."""
+Here text meets the core: contexts per role, alignment of vocabularies, the plan of KV memory, stops and
+traces."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.core.cache import CacheSpec, KVCache, PagedCache, SlotCache
@@ -31,7 +30,8 @@ from proxytune.records import Completion, Example, FinishReason, Prompt, RoleMem
 from proxytune.vocabulary import align, size_of
 
 MAX_ROWS = 128
-"""Rows decoded together unless told otherwise: past that, matrix products are compute-bound everywhere we measured."""
+"""Rows decoded together unless told otherwise: past that, matrix products are compute-bound everywhere we
+measured."""
 KV_SHARE = 0.5
 """Share of the free CPU memory that KV pools may grow into; they take it only as they fill."""
 KV_SHARE_GPU = 0.85
@@ -77,9 +77,8 @@ class Decoder:
     ) -> None:
         """Load what the role needs and plan the KV pools.
 
-        `max_batch` rows are decoded together; `kv_memory` bytes bound all KV pools together (by default a share of
-        what is free). UserError if vocabularies do not match or the memory holds no useful pool.
-        """
+        `max_batch` rows are decoded together; `kv_memory` bytes bound all KV pools together (by default a
+        share of what is free). UserError if vocabularies do not match or the memory holds no useful pool."""
         self.models, self.role = models, role
         self.loaded = {name: models.get(name) for name in models.names(role)}
         self.lead = next(iter(self.loaded))
@@ -171,9 +170,9 @@ class Decoder:
     ) -> Iterator[Completion]:
         """Completions in the order in which they finish, sampling.n per example.
 
-        `alpha` overrides the system's. `task` and the example's id are part of the randomness key. `forced` is text
-        with which every response begins. Raises UserError before anything is decoded if a prompt does not fit.
-        """
+        `alpha` overrides the system's. `task` and the example's id are part of the randomness key. `forced`
+        is text with which every response begins. Raises UserError before anything is decoded if a prompt does
+        not fit."""
         strength = self.models.system.alpha if alpha is None else alpha
         streams: dict[tuple[str, int], TextStream] = {}
 
@@ -209,7 +208,12 @@ class Decoder:
                 yield completion
 
     def _requests(
-        self, examples: Sequence[Example], sampling: Sampling, alpha: AlphaSchedule, task: str, forced: str | None
+        self,
+        examples: Sequence[Example],
+        sampling: Sampling,
+        alpha: AlphaSchedule,
+        task: str,
+        forced: str | None,
     ) -> Iterator[Request]:
         eos = self._eos()
         banned = single_tokens(self.tokenizer, sampling.ban, self._size)
@@ -268,8 +272,12 @@ class Decoder:
             TracedToken(
                 text=said(item.token),
                 id=item.token,
-                probability={name: p for name, p in item.probability.items() if not (single and name == "proxy")},
-                top={name: said(token) for name, token in item.top.items() if not (single and name == "proxy")},
+                probability={
+                    name: p for name, p in item.probability.items() if not (single and name == "proxy")
+                },
+                top={
+                    name: said(token) for name, token in item.top.items() if not (single and name == "proxy")
+                },
                 alpha=item.alpha,
             )
             for item in result.trace

@@ -1,5 +1,5 @@
-"""Errors that a user can mend. A `UserError` is shown as one line with exit code 2; every other exception is a bug
-and keeps its traceback."""
+"""Errors that a user can mend. A `UserError` is shown as one line with exit code 2; every other exception is
+a bug and keeps its traceback."""
 
 from __future__ import annotations
 

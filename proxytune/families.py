@@ -1,9 +1,9 @@
 """Which path a model family may take: our packed attention where it is shown to be right, or its own forward.
 
-Many families ignore a registered attention function, apply sliding windows only through the mask that we do not
-receive, or rotate by the length of the call. Nothing here goes by a family's name: a model is asked what it stores,
-what reaches our function is held against what its configuration promises, and then two ragged rows, in two chunks,
-are held against one plain forward."""
+Many families ignore a registered attention function, apply sliding windows only through the mask that we do
+not receive, or rotate by the length of the call. Nothing here goes by a family's name: a model is asked what
+it stores, what reaches our function is held against what its configuration promises, and then two ragged
+rows, in two chunks, are held against one plain forward."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ FIXED_ROPE = {"default", "linear", "llama3", "yarn", "proportional"}
 UNBOUNDED = 1 << 20
 """Context window of models that name none (ALiBi, state space)."""
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
-"""Largest difference between packed and plain logits, in standard deviations of the logits. Rounding stays far
-below, and a wrong window, position or mask far above; half precision is coarse, so there the other checks count."""
+"""Largest difference between packed and plain logits, in standard deviations of the logits. Rounding stays
+far below, and a wrong window, position or mask far above; half precision is coarse, so there the other checks
+count."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,8 @@ def examine(model: PreTrainedModel) -> Family:
 def context_window(config: Any) -> tuple[int, str | None]:
     """Most tokens that a model takes, and why its rotation rules the packed path out, if it does.
 
-    Where frequencies change with the length of the call ("dynamic", "longrope"), a cache is only right up to the
-    length that the model was first trained for: that is the window then.
-    """
+    Where frequencies change with the length of the call ("dynamic", "longrope"), a cache is only right up to
+    the length that the model was first trained for: that is the window then."""
     text = config.get_text_config()
     window = int(getattr(text, "max_position_embeddings", None) or UNBOUNDED)
     for rope in _rope_parameters(getattr(text, "rope_parameters", None)):
@@ -201,7 +201,9 @@ def _reference(model: PreTrainedModel, window: int, reason: str) -> Family:
     plain = plain_logits(model, ids)
     limit = tolerance(plain.dtype)
     if difference(plain_logits(model, ids[:6])[-1], plain[5]) > limit:
-        raise UserError(f"{type(model).__name__} is not a causal language model: later tokens change earlier logits")
+        raise UserError(
+            f"{type(model).__name__} is not a causal language model: later tokens change earlier logits"
+        )
     return Family("reference", window, reason, cached=_own_cache_is_right(model, ids, plain, limit))
 
 
@@ -219,6 +221,9 @@ def _own_cache_is_right(model: PreTrainedModel, ids: list[int], plain: Tensor, l
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
             return False  # some caches take one token at a time only
         at += count
-        if getattr(runner.rows, "caches", [None])[0] is None or not difference(logits[0], plain[at - 1]) <= limit:
+        if (
+            getattr(runner.rows, "caches", [None])[0] is None
+            or not difference(logits[0], plain[at - 1]) <= limit
+        ):
             return False
     return True

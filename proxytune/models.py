@@ -1,7 +1,8 @@
-"""Loads the models of a System: dtype, device, quantisation, adapters. safetensors only; remote code only when asked.
+"""Loads the models of a System: dtype, device, quantisation, adapters. safetensors only; remote code only
+when asked.
 
-Every model is loaded once, however many roles need it, and an expert that is an adapter on the antiexpert shares the
-antiexpert's weights."""
+Every model is loaded once, however many roles need it, and an expert that is an adapter on the antiexpert
+shares the antiexpert's weights."""
 
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ class Loaded:
     @property
     def device(self) -> torch.device:
         """Where ids go in."""
-        return self.module.get_input_embeddings().weight.device
+        device: torch.device = self.module.get_input_embeddings().weight.device
+        return device
 
     @property
     def vocabulary(self) -> int:
@@ -183,7 +185,9 @@ class Models:
     def _host(self, name: str, spec: ModelSpec) -> str:
         own = next((anti for expert, anti, _ in self.terms() if expert == name), None)
         if own is None or not isinstance(spec, ExpertSpec):
-            raise UserError(f"the {name} has an adapter but no model: only an expert can sit on the antiexpert's weights")
+            raise UserError(
+                f"the {name} has an adapter but no model: only an expert can sit on the antiexpert's weights"
+            )
         return own
 
     def _load_adapter_on(self, host_name: str, name: str, spec: ModelSpec) -> Loaded:
@@ -220,14 +224,17 @@ def load_tokenizer(spec: ModelSpec, *, trust_remote_code: bool = False) -> Token
     assert spec.model is not None
     try:
         return AutoTokenizer.from_pretrained(
-            resolve(spec.model), revision=spec.revision, trust_remote_code=spec.trust_remote_code or trust_remote_code
+            resolve(spec.model),
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code or trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the tokenizer of '{spec.model}': {_first_line(error)}") from None
 
 
 def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a spec in evaluation mode. UserError if it cannot be found, is no safetensors or does not fit."""
+    """The model of a spec in evaluation mode. UserError if it cannot be found, is no safetensors or does not
+    fit."""
     assert spec.model is not None
     location = resolve(spec.model)
     remote = spec.trust_remote_code or trust_remote_code
@@ -249,7 +256,9 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model '{spec.model}': {_first_line(error)}") from None
     if spec.dtype == "float64":
-        with suppress(AttributeError, ValueError):  # only mixtures of experts have it; grouped_mm refuses float64
+        with suppress(
+            AttributeError, ValueError
+        ):  # only mixtures of experts have it; grouped_mm refuses float64
             module.set_experts_implementation("eager")
     module.eval()
     for parameter in module.parameters():
@@ -265,7 +274,10 @@ def _quantization(spec: ModelSpec) -> BitsAndBytesConfig | None:
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = torch.bfloat16 if spec.dtype == "auto" else getattr(torch, spec.dtype)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
     )
 
 
@@ -276,14 +288,21 @@ def _check_memory(spec: ModelSpec, config: Any, remote: bool) -> float:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
     transformers_logging.set_verbosity(level)
-    numbers = sum(p.numel() for p in skeleton.parameters())
+    numbers: int = sum(p.numel() for p in skeleton.parameters())
     dtype = (config.dtype or torch.float32) if spec.dtype == "auto" else getattr(torch, spec.dtype)
     per_number = {"none": dtype.itemsize, "8bit": 1.0, "4bit": 0.5}[spec.quantization]
-    need, free = numbers * per_number, free_memory(spec.device_map if isinstance(spec.device_map, str) else None)
-    if need > free and spec.device_map in (None, "cpu", "auto"):  # a map of the user's own says where things go
+    need, free = (
+        numbers * per_number,
+        free_memory(spec.device_map if isinstance(spec.device_map, str) else None),
+    )
+    if need > free and spec.device_map in (
+        None,
+        "cpu",
+        "auto",
+    ):  # a map of the user's own says where things go
         raise UserError(
-            f"'{spec.model}' needs {need / GIB:.1f} GiB for {numbers / 1e9:.2f}e9 weights, and {free / GIB:.1f} GiB "
-            "are free: use a smaller dtype, quantization: 8bit or 4bit, or a device_map over several devices"
+            f"'{spec.model}' needs {need / GIB:.1f} GiB for {numbers / 1e9:.2f}e9 weights, and "
+            f"{free / GIB:.1f} GiB are free: use a smaller dtype, quantization: 8bit or 4bit, or a device_map over several devices"
         )
     return need
 
@@ -313,7 +332,9 @@ def _refuse_soft_prompt_on_reference(name: str, family: Family, virtual: Tensor 
         raise UserError(f"the {name} is a soft prompt on a model that takes the slow path ({family.reason})")
 
 
-def _attach(module: PreTrainedModel, spec: ModelSpec, name: str, peft: Any | None) -> tuple[Any, Tensor | None]:
+def _attach(
+    module: PreTrainedModel, spec: ModelSpec, name: str, peft: Any | None
+) -> tuple[Any, Tensor | None]:
     """Attach the adapter `spec.adapter` under `name`. -> the PeftModel, and the soft prompt if it is one."""
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     from peft import PeftConfig, PeftModel
@@ -325,7 +346,9 @@ def _attach(module: PreTrainedModel, spec: ModelSpec, name: str, peft: Any | Non
         config = PeftConfig.from_pretrained(folder)
         if config.is_prompt_learning:
             if config.peft_type not in {"PROMPT_TUNING", "P_TUNING"}:
-                raise UserError(f"adapter '{folder}' is {config.peft_type.value}: LoRA and prompt tuning are supported")
+                raise UserError(
+                    f"adapter '{folder}' is {config.peft_type.value}: LoRA and prompt tuning are supported"
+                )
             # prompt learning leaves the module itself alone: all it adds is a table of embeddings
             table = PeftModel.from_pretrained(module, folder, adapter_name=name).get_prompt(batch_size=1)
             return None, table[0].detach()

@@ -1,9 +1,9 @@
 """From text to ids and back: chat templates, every role's context, stop strings, streaming text.
 
-Base and antiexpert see the plain prompt. A chat model's context has two forms, both as the paper's code makes them
-(reference: its eval/templates.py and modeling/dexperts.py): `direct`, when it is evaluated as itself, is made from
-the user's message; `in_ensemble`, the expert inside the proxy, is made from the plain prompt with the response prefix
-taken out."""
+Base and antiexpert see the plain prompt. A chat model's context has two forms, both as the paper's code makes
+them (reference: its eval/templates.py and modeling/dexperts.py): `direct`, when it is evaluated as itself, is
+made from the user's message; `in_ensemble`, the expert inside the proxy, is made from the plain prompt with
+the response prefix taken out."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def text_for(chat: Chat, form: Form, prompt: Prompt, tokenizer: Tokenizer = None
     messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
     messages.append({"role": "user", "content": message})
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError("chat: tokenizer needs a chat template in the checkpoint: set `chat: llama2` or `chat: none`")
+        raise UserError(
+            "chat: tokenizer needs a chat template in the checkpoint: set `chat: llama2` or `chat: none`"
+        )
     templated: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return templated + prompt.response_prefix
 
@@ -51,18 +53,21 @@ def _llama2(form: Form, message: str, system: str | None) -> str:
 
 
 def context(spec: ModelSpec, tokenizer: Tokenizer, form: Form, prompt: Prompt) -> tuple[int, ...]:
-    """The ids that a role sees before the response. A chat template of the tokenizer brings its own special tokens."""
+    """The ids that a role sees before the response. A chat template of the tokenizer brings its own special
+    tokens."""
     text = text_for(spec.chat, form, prompt, tokenizer)
     return tuple(tokenizer.encode(text, add_special_tokens=spec.chat != "tokenizer"))
 
 
 def form_of(model: str, role: Role) -> Form:
-    """Inside the proxy the experts see the ensemble form; whatever is evaluated as itself sees the direct one."""
+    """Inside the proxy the experts see the ensemble form; whatever is evaluated as itself sees the direct
+    one."""
     return "in_ensemble" if role == "proxy" and model.startswith("expert") else "direct"
 
 
 def noise_key(seed: int, task: str, example_id: str, sample: int) -> int:
-    """The 64-bit key of a response's noise, signed. Alpha and role are not in it, so that comparisons share noise."""
+    """The 64-bit key of a response's noise, signed. Alpha and role are not in it, so that comparisons share
+    noise."""
     content = "\x1f".join((str(seed), task, example_id, str(sample)))
     digest = hashlib.blake2b(content.encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
@@ -75,7 +80,8 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 class ResponseText:
-    """Decodes responses as continuations: SentencePiece decoders drop a leading space that belongs to the response."""
+    """Decodes responses as continuations: SentencePiece decoders drop a leading space that belongs to the
+    response."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -96,9 +102,8 @@ def cut(text: str, stops: Sequence[str]) -> str:
 def stop_predicate(text_of: ResponseText, stops: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
     """Whether a response contains a stop string, looked for in its text, however it was tokenised.
 
-    Only as many last tokens are decoded as a stop string that ends in the newest one can span: a token stands for a
-    byte at least, and a few more cover letters that a byte sequence is cut in.
-    """
+    Only as many last tokens are decoded as a stop string that ends in the newest one can span: a token stands
+    for a byte at least, and a few more cover letters that a byte sequence is cut in."""
     if not stops:
         return None
     reach = max(len(stop.encode("utf-8")) for stop in stops) + 8
@@ -111,7 +116,8 @@ def stop_predicate(text_of: ResponseText, stops: Sequence[str]) -> Callable[[Seq
 
 
 def single_tokens(tokenizer: Tokenizer, texts: Sequence[str], size: int) -> frozenset[int]:
-    """The ids that say exactly one of these texts, with or without a space before it. UserError if a text has none."""
+    """The ids that say exactly one of these texts, with or without a space before it. UserError if a text has
+    none."""
     wanted = {text: False for text in texts}
     found = set()
     if wanted:

@@ -1,7 +1,7 @@
 """The frozen records that flow through proxytune:
 
-Example -> Prompt -> Contexts (ids per role) -> engine -> Completion (+ Trace) -> Score -> Run (JSON) -> report
-"""
+Example -> Prompt -> Contexts (ids per role) -> engine -> Completion (+ Trace) -> Score -> Run (JSON) ->
+report"""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ class Completion:
     """What was generated, in the base's ids, end-of-sequence and stop string included."""
     finish_reason: FinishReason
     logprob: float
-    """Sum of the log-probabilities (natural) of the tokens under the combined distribution, before bans and warping."""
+    """Sum of the log-probabilities (natural) of the tokens under the combined distribution, before bans and
+    warping."""
     trace: tuple[TracedToken, ...] = ()
 
 

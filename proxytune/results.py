@@ -70,7 +70,8 @@ def folder_for(root: Path, spec: RunSpec, defaults: RunSpec) -> Path:
     changed = {name: now for name, (_, now) in differences(defaults, spec).items() if name != "data_sha256"}
     if not changed:
         return folder
-    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+    content = {**changed, "data_sha256": spec.data_sha256 if "data" in changed else ""}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     label = ",".join(f"{name.rpartition('.')[2]}={value}" for name, value in changed.items())
     return folder / f"{_plain(label)[:40].strip('-,=')}-{digest}"
 

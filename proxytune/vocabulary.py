@@ -16,13 +16,19 @@ Tokenizer = Any
 
 def size_of(tokenizer: Tokenizer, logits: int) -> int:
     """Ids that a model can say: its tokenizer's, without the padding rows of its head (Qwen)."""
-    return min(max(tokenizer.get_vocab().values()) + 1, logits)
+    return min(int(max(tokenizer.get_vocab().values())) + 1, logits)
 
 
 def align(
-    base: Tokenizer, size: int, other: Tokenizer, other_logits: int, name: str, mode: Literal["strict", "intersect"]
+    base: Tokenizer,
+    size: int,
+    other: Tokenizer,
+    other_logits: int,
+    name: str,
+    mode: Literal["strict", "intersect"],
 ) -> Alignment:
-    """The map from the base's first `size` ids to those of the model called `name`, which has `other_logits` logits.
+    """The map from the base's first `size` ids to those of the model called `name`, which has `other_logits`
+    logits.
 
     strict: every base token must have the same id in the other; tokens that only the other has are cut.
     intersect: tokens that the other lacks are unshared (combine leaves them at the base's logits).
@@ -44,7 +50,8 @@ def _difference(mine: Mapping[str, int], theirs: Mapping[str, int], name: str) -
     said = {index: token for token, index in theirs.items()}
     shown = ", ".join(f"{i}: {token!r} is {said.get(i, 'nothing')!r} there" for i, token in differing[:3])
     return (
-        f"the vocabularies of the base and the {name} differ at {len(differing)} of {len(mine)} ids ({shown}). "
+        f"the vocabularies of the base and the {name} differ at {len(differing)} of {len(mine)} ids "
+        f"({shown}). "
         "Use models that share a tokenizer, or --vocab intersect to combine on the shared tokens only"
     )
 
@@ -61,6 +68,7 @@ def _intersection(
             spelled[index] = (theirs[token],)
         else:
             text = base.convert_tokens_to_string([token]) or base.decode([index])
-            # a token without text (a special one) is fed as id 0, which stands for "something unknown" in most
+            # a token without text (a special one) is fed as id 0, which stands for "something unknown" in
+            # most
             spelled[index] = tuple(other.encode(text, add_special_tokens=False)) or (0,)
     return Alignment(size, columns, shared, tuple(spelled))

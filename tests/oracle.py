@@ -1,4 +1,5 @@
-"""The plain definition, written independently of proxytune: one example, full forwards without any cache, float64."""
+"""The plain definition, written independently of proxytune: one example, full forwards without any cache,
+float64."""
 
 from __future__ import annotations
 
@@ -69,7 +70,9 @@ def pick(logits: torch.Tensor, s: Settings, position: int) -> int:
             if rank > 0 and mass >= s.top_p:
                 z[token] = -math.inf
             mass += probability[token].item()
-    scores = [z[t].item() + noise(s.key, position, t) if z[t] > -math.inf else -math.inf for t in range(len(z))]
+    scores = [
+        z[t].item() + noise(s.key, position, t) if z[t] > -math.inf else -math.inf for t in range(len(z))
+    ]
     return max(range(len(z)), key=lambda t: scores[t])
 
 
@@ -87,7 +90,9 @@ def generate(
         z = last_logits(base, [*base_ids, *out])
         delta = torch.zeros_like(z)
         for (weight, expert, antiexpert), (expert_ids, anti_ids) in zip(pairs, pair_ids, strict=True):
-            delta += weight * (last_logits(expert, [*expert_ids, *out]) - last_logits(antiexpert, [*anti_ids, *out]))
+            delta += weight * (
+                last_logits(expert, [*expert_ids, *out]) - last_logits(antiexpert, [*anti_ids, *out])
+            )
         z = z + s.alpha(len(out)) * delta
         top = z.topk(2).values
         margins.append(float(top[0] - top[1]))

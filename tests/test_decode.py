@@ -1,4 +1,5 @@
-"""The engine against the plain definition: tokens of every path must be the oracle's, in float64, token for token."""
+"""The engine against the plain definition: tokens of every path must be the oracle's, in float64, token for
+token."""
 
 from __future__ import annotations
 
@@ -11,17 +12,18 @@ import oracle
 import pytest
 import tiny
 import torch
-from tiny import spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import spec
 
+from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
 from proxytune.core.cache import PagedCache
-from proxytune.config import ExpertSpec, ModelSpec, Sampling, System, parse_alpha
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
 from proxytune.models import Models
-from proxytune.prompts import noise_key, text_for
+from proxytune.prompts import noise_key
 from proxytune.records import Completion, Example, Prompt
+
 
 def example(text: str, number: int = 0, **parts: Any) -> Example:
     return Example(f"{number}", Prompt(plain=text, user=text, **parts))
@@ -51,7 +53,12 @@ def by_id(found: Sequence[Completion]) -> dict[tuple[str, int], Completion]:
 
 
 def settings_of(
-    d: Decoder, s: Sampling, e: Example, sample: int = 0, alpha: str = "1", stop: Callable[[Sequence[int]], bool] | None = None
+    d: Decoder,
+    s: Sampling,
+    e: Example,
+    sample: int = 0,
+    alpha: str = "1",
+    stop: Callable[[Sequence[int]], bool] | None = None,
 ) -> oracle.Settings:
     schedule = parse_alpha(alpha)
     return oracle.Settings(
@@ -92,7 +99,9 @@ def plain(d: Decoder, name: str) -> Any:
     return _PLAIN[folder]
 
 
-def check(d: Decoder, examples: Sequence[Example], s: Sampling, alpha: str = "1", **options: Any) -> list[Completion]:
+def check(
+    d: Decoder, examples: Sequence[Example], s: Sampling, alpha: str = "1", **options: Any
+) -> list[Completion]:
     """Decode, and hold every response against the oracle."""
     found = list(d.stream(examples, s, alpha=parse_alpha(alpha), **options))
     indexed = by_id(found)
@@ -186,7 +195,15 @@ def test_chat_expert_sees_its_own_context(trio: System, tmp_path: Path, chat: st
     expert = spec(tiny.save(tmp_path / "expert", tiny.build("llama", 2), words), chat)
     system = trio.model_copy(update={"expert": expert, "tuned": expert})
     examples = [
-        Example(str(i), Prompt(f"{q}\nAnswer:", user=f"Say: {q}", system="Be kind." if i % 2 else None, response_prefix="Answer:"))
+        Example(
+            str(i),
+            Prompt(
+                f"{q}\nAnswer:",
+                user=f"Say: {q}",
+                system="Be kind." if i % 2 else None,
+                response_prefix="Answer:",
+            ),
+        )
         for i, q in enumerate(["why?", "what is 3?", "ab Answer: c"])
     ]
     check(decoder(system), examples, Sampling(max_new_tokens=8))
@@ -199,7 +216,9 @@ def test_alpha_zero_is_the_base_of_hugging_face(trio: System) -> None:
     base = plain(d, "base")
     for e in examples:
         ids = torch.tensor([d.contexts(e.prompt)["base"]])
-        out = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=2)
+        out = base.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=2
+        )
         assert out[0, ids.shape[1] :].tolist() == list(found[e.id].token_ids)
 
 
@@ -229,7 +248,11 @@ def test_several_experts(trio: System, tmp_path: Path) -> None:
         ExpertSpec(**trio.expert.model_dump(), weight=0.7),
         ExpertSpec(model=str(other), dtype="float64", weight=0.5, antiexpert=spec(own)),
     )
-    check(decoder(trio.model_copy(update={"expert": None, "experts": experts})), ragged(6, 12), Sampling(max_new_tokens=8))
+    check(
+        decoder(trio.model_copy(update={"expert": None, "experts": experts})),
+        ragged(6, 12),
+        Sampling(max_new_tokens=8),
+    )
 
 
 def test_forced_opener_then_own_choice(trio: System) -> None:
@@ -264,10 +287,21 @@ def test_prompt_that_no_pool_can_hold(trio: System) -> None:
     stop=st.sampled_from([(), ("e",), ("a", "\n")]),
 )
 def test_lengths_stops_and_pools(
-    trio: System, layout: str, lengths: list[int], limit: int, batch: int, pool: int, samples: int, temperature: float, stop: Any
+    trio: System,
+    layout: str,
+    lengths: list[int],
+    limit: int,
+    batch: int,
+    pool: int,
+    samples: int,
+    temperature: float,
+    stop: Any,
 ) -> None:
-    """Whatever the raggedness, the stops, the batch and the pool: the tokens are those of the roomy decoder."""
-    examples = [example("abc? " * 5 + "x" * n, i) if n > 20 else example("q" * n, i) for i, n in enumerate(lengths)]
+    """Whatever the raggedness, the stops, the batch and the pool: the tokens are those of the roomy
+    decoder."""
+    examples = [
+        example("abc? " * 5 + "x" * n, i) if n > 20 else example("q" * n, i) for i, n in enumerate(lengths)
+    ]
     s = Sampling(max_new_tokens=limit, temperature=temperature, n=samples, stop=stop)
     roomy = by_id([c for e in examples for c in decoder(trio).stream([e], s)])
     tight = decoder(trio, max_batch=batch, kv_memory=kv_bytes(decoder(trio), pool))

@@ -1,5 +1,5 @@
-"""Every model family: tokens of the packed path equal the plain definition, and what the packed path would get wrong
-is found out at load and takes the exact slow path, or is refused. Never a wrong token."""
+"""Every model family: tokens of the packed path equal the plain definition, and what the packed path would
+get wrong is found out at load and takes the exact slow path, or is refused. Never a wrong token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from proxytune.families import context_window, examine
 
 def family_trio(family: str, folder: Path) -> System:
     """Base, expert and antiexpert of one family with different weights."""
-    roles = {role: tiny.save(folder / role, tiny.build(family, seed)) for seed, role in enumerate(("base", "expert", "antiexpert"))}
+    roles = {
+        role: tiny.save(folder / role, tiny.build(family, seed))
+        for seed, role in enumerate(("base", "expert", "antiexpert"))
+    }
     return System(name=family, **{role: spec(path) for role, path in roles.items()})
 
 
@@ -36,7 +39,8 @@ def test_packed(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", tiny.REFERENCE)
 def test_reference(family: str, tmp_path: Path) -> None:
-    """These ignore our attention, hide a window in the mask or keep other state: exact all the same, and announced."""
+    """These ignore our attention, hide a window in the mask or keep other state: exact all the same, and
+    announced."""
     d = decoder(family_trio(family, tmp_path), max_batch=3)
     assert {model.family.path for model in d.loaded.values()} == {"reference"}
     assert len(d.notes()) == 3 and "slow exact path" in d.notes()[0]
@@ -77,14 +81,19 @@ def test_length_dependent_rope_is_held_to_its_original_length(kind: str, tmp_pat
 
 
 def test_unknown_rope_without_an_original_length_is_not_trusted() -> None:
-    config = SimpleNamespace(max_position_embeddings=64, rope_parameters={"rope_type": "new", "rope_theta": 1.0})
+    config = SimpleNamespace(
+        max_position_embeddings=64, rope_parameters={"rope_type": "new", "rope_theta": 1.0}
+    )
     window, reason = context_window(SimpleNamespace(get_text_config=lambda: config))
     assert window == 64 and reason is not None and "'new'" in reason
 
 
 @pytest.mark.parametrize("family", [f for f in tiny.REFERENCE if f != "qwen2-moe-windows"])
-def test_a_family_that_claims_support_is_still_found_out(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The flag is necessary, not sufficient: the other checks of the guard catch each of these by themselves."""
+def test_a_family_that_claims_support_is_still_found_out(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flag is necessary, not sufficient: the other checks of the guard catch each of these by
+    themselves."""
     model = tiny.build(family)
     monkeypatch.setattr(type(model), "_supports_attention_backend", True, raising=False)
     assert examine(model).path == "reference"
@@ -93,7 +102,9 @@ def test_a_family_that_claims_support_is_still_found_out(family: str, monkeypatc
 def test_a_wrong_mask_is_found_by_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last check: logits. Here the attention function itself is made to lose the scaling."""
 
-    def lossy(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, **rest: Any) -> Any:
+    def lossy(
+        module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, **rest: Any
+    ) -> Any:
         return attend(module, query, key, value, mask, scaling=1.0, **rest)
 
     from transformers import AttentionInterface

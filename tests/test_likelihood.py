@@ -25,7 +25,9 @@ def items_for(d: Decoder, seed: int = 0) -> list[Continuation]:
     """Contexts with one to four continuations of 1 to 12 tokens."""
     draw = random.Random(seed)
     return [
-        Continuation(d.contexts(e.prompt), tuple(draw.randrange(3, 259) for _ in range(draw.randint(1, 12))), (e.id, n))
+        Continuation(
+            d.contexts(e.prompt), tuple(draw.randrange(3, 259) for _ in range(draw.randint(1, 12))), (e.id, n)
+        )
         for e in ragged(6, seed)
         for n in range(draw.randint(1, 4))
     ]
@@ -36,7 +38,9 @@ def expected(d: Decoder, item: Continuation, alpha: object) -> tuple[list[float]
     schedule = parse_alpha(alpha)
     values, greedy = [], True
     for position, token in enumerate(item.ids):
-        views = {n: oracle.last_logits(plain(d, n), [*item.contexts[n], *item.ids[:position]]) for n in d.loaded}
+        views = {
+            n: oracle.last_logits(plain(d, n), [*item.contexts[n], *item.ids[:position]]) for n in d.loaded
+        }
         z = views[d.lead]
         for term in d.ensemble.terms:
             z = z + schedule.at(position) * term.weight * (views[term.expert] - views[term.antiexpert])
@@ -89,7 +93,9 @@ def test_a_small_pool_gives_the_same(trio: System) -> None:
     tight = decoder(trio, kv_memory=kv_bytes(d, 60))
     items = items_for(d, 3)
     roomy = torch.cat([f.logprobs for f in likelihoods(d.ensemble, items, ALPHAS)], 1)
-    assert torch.allclose(torch.cat([f.logprobs for f in likelihoods(tight.ensemble, items, ALPHAS)], 1), roomy)
+    assert torch.allclose(
+        torch.cat([f.logprobs for f in likelihoods(tight.ensemble, items, ALPHAS)], 1), roomy
+    )
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers(trio: System) -> None:

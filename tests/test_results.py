@@ -72,6 +72,8 @@ def test_other_settings_live_beside_it_each_in_its_own_folder(tmp_path: Path) ->
         )
     ]  # fmt: skip
     assert len(set(folders)) == 4
+    files = [{"data": "test.jsonl", "data_sha256": digit * 64} for digit in "12"]
+    assert len({results.folder_for(tmp_path, spec(**changes), spec()) for changes in files}) == 2
     assert all(f.parent == tmp_path / "tiny" / "gsm" / "base" for f in folders)
     assert folders[0].name.startswith("limit=5-") and folders[2].name.startswith("temperature=0.5-")
     assert folders[3].name.startswith("shots=4-")

@@ -14,7 +14,9 @@ from proxytune.config import Chat, ModelSpec, System
 VOCABULARY = 259  # <pad> <s> </s> and one token per byte
 
 
-def tokenizer(chat_template: str | None = None, swapped: tuple[str, str] | None = None) -> PreTrainedTokenizerFast:
+def tokenizer(
+    chat_template: str | None = None, swapped: tuple[str, str] | None = None
+) -> PreTrainedTokenizerFast:
     """One token per byte; `<s>` is put first. `swapped` exchanges the ids of two tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
@@ -26,7 +28,11 @@ def tokenizer(chat_template: str | None = None, swapped: tuple[str, str] | None 
     raw.decoder = decoders.ByteLevel()
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=chat_template
+        tokenizer_object=raw,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=chat_template,
     )
 
 
@@ -76,7 +82,10 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3-moe": ("qwen3_moe", {**_MIXTURE, "head_dim": 8}),
-    "gpt-oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 6}),
+    "gpt-oss": (
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 6},
+    ),
     "deepseek-v3": (
         "deepseek_v3",
         {

@@ -1,8 +1,9 @@
 """The attention that Hugging Face modules call in our forwards: packed tokens, ragged rows, our KV cache.
 
-One call carries T tokens of several rows, [1, H, T, D]. `Packed` says which tokens belong to which rows; it travels
-as a keyword argument of the model's forward, so that several engines can run in one process. Rows with equal query
-length form a group, and a group is one attention call: decode is one group, every prefill chunk another."""
+One call carries T tokens of several rows, [1, H, T, D]. `Packed` says which tokens belong to which rows; it
+travels as a keyword argument of the model's forward, so that several engines can run in one process. Rows
+with equal query length form a group, and a group is one attention call: decode is one group, every prefill
+chunk another."""
 
 from __future__ import annotations
 
@@ -38,11 +39,13 @@ class Group:
 
     @property
     def from_start(self) -> bool:
-        """Whether nothing was cached before, so that plain causal attention is right (SDPA aligns it upper left)."""
+        """Whether nothing was cached before, so that plain causal attention is right (SDPA aligns it upper
+        left)."""
         return all(length == self.query for length in self.lengths)
 
     def mask(self, window: int | None, like: Tensor) -> Tensor | None:
-        """Additive mask [count, 1, query, longest] for a sliding window (None: full); None if nothing is hidden."""
+        """Additive mask [count, 1, query, longest] for a sliding window (None: full); None if nothing is
+        hidden."""
         where = (window, like.dtype, like.device)
         if where not in self.masks:
             self.masks[where] = self._make_mask(window, like)
@@ -120,7 +123,7 @@ def attend(
     for group in packed.groups:
         keys, values = packed.cache.read(layer, group.first, group.count, group.longest)
         tokens = slice(group.start, group.start + group.count * group.query)
-        q = query[0, :, tokens].unflatten(1, (group.count, group.query)).transpose(0, 1)  # [R, H, q, Dk]
+        q = query[0, :, tokens].reshape(query.shape[1], group.count, group.query, -1).transpose(0, 1)
         keys, values = keys.to(q.dtype), values.to(q.dtype)
         if softcap is None and s_aux is None:
             result = _fused(q, keys, values, group, sliding_window, scaling)
@@ -136,7 +139,9 @@ def _fused(
     """SDPA, with grouped queries only where there are any and without a mask where causality says it all."""
     grouped = q.shape[1] != keys.shape[1]
     if group.from_start and (window is None or group.query <= window):
-        return scaled_dot_product_attention(q, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
+        return scaled_dot_product_attention(
+            q, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped
+        )
     mask = group.mask(window, q)
     return scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped)
 
@@ -153,7 +158,9 @@ def _explicit(
     """Attention written out, for what SDPA lacks: soft-capped scores (Gemma 2) and sinks (gpt-oss)."""
     group = q.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    scores = q @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)  # [R, H, q, L]
+    scores = (
+        q @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    )  # [R, H, q, L]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:

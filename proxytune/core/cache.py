@@ -1,11 +1,12 @@
-"""The KV cache of one model behind one small interface: ragged rows, rewind, prompt KV shared between samples.
+"""The KV cache of one model behind one small interface: ragged rows, rewind, prompt KV shared between
+samples.
 
-Two layouts. `SlotCache` (CPU): every row owns a contiguous slot and the rows stay compact, so that attention reads a
-view; when a row outgrows its slot the pool is laid out anew with fewer, longer slots. `PagedCache` (CUDA): rows are
-lists of pages, and rows that share a prompt share its full pages.
+Two layouts. `SlotCache` (CPU): every row owns a contiguous slot and the rows stay compact, so that attention
+reads a view; when a row outgrows its slot the pool is laid out anew with fewer, longer slots. `PagedCache`
+(CUDA): rows are lists of pages, and rows that share a prompt share its full pages.
 
-A row is an index 0..n-1. Lengths count committed tokens; what lies beyond a row's length is stale but finite (pools
-start as zeros), is masked by attention and overwritten later, so a rewind only moves a length."""
+A row is an index 0..n-1. Lengths count committed tokens; what lies beyond a row's length is stale but finite
+(pools start as zeros), is masked by attention and overwritten later, so a rewind only moves a length."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The shape of a cache: one LayerShape per attention layer, the pool's size in tokens, dtype and device."""
+    """The shape of a cache: one LayerShape per attention layer, the pool's size in tokens, dtype and
+    device."""
 
     layers: tuple[LayerShape, ...]
     tokens: int
@@ -52,16 +54,21 @@ class CacheSpec:
 
 @dataclass
 class Placement:
-    """Where the tokens of one packed forward go: row and position of each, and flat indices made on first use."""
+    """Where the tokens of one packed forward go: row and position of each, and flat indices made on first
+    use."""
 
     rows: Tensor  # [T]
     positions: Tensor  # [T]
     flat: dict[object, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: torch.device) -> Placement:
+    def of(
+        cls, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: torch.device
+    ) -> Placement:
         """Token j of part i goes to row rows[i], position starts[i] + j."""
-        at = torch.tensor([p for s, n in zip(starts, counts, strict=True) for p in range(s, s + n)], device=device)
+        at = torch.tensor(
+            [p for s, n in zip(starts, counts, strict=True) for p in range(s, s + n)], device=device
+        )
         row = torch.tensor([r for r, n in zip(rows, counts, strict=True) for _ in range(n)], device=device)
         return cls(row, at)
 
@@ -128,8 +135,8 @@ def round_up(value: int, granule: int) -> int:
 
 
 def zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that cost memory only where they are used: numpy's come untouched from the operating system, torch's
-    are written."""
+    """Zeros that cost memory only where they are used: numpy's come untouched from the operating system,
+    torch's are written."""
     if device.type != "cpu":
         return torch.zeros(count, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(count * dtype.itemsize, dtype=np.uint8)).view(dtype)
@@ -242,8 +249,8 @@ class SlotCache:
 class PagedCache:
     """Pages of PAGE tokens, [pages, PAGE, H, D] per layer, and a list of pages per row.
 
-    Full pages of a shared prompt have one owner count per row; only a page that a row may still write is its own.
-    """
+    Full pages of a shared prompt have one owner count per row; only a page that a row may still write is its
+    own."""
 
     def __init__(self, spec: CacheSpec) -> None:
         self.spec = spec
@@ -296,12 +303,15 @@ class PagedCache:
             page = self._free.pop()
             self._owners[page] = 1
             self.tables[-1].append(page)
+            self._peak_pages = max(self._peak_pages, self.pages - len(self._free))
             for pool in (tensor for pools in self._pools for tensor in pools):
                 pool[page, :rest] = pool[self.tables[source][whole], :rest]
 
     def rewind(self, row: int, length: int) -> None:
         self.lengths[row] = length
         self._release(row, round_up(length, PAGE) // PAGE)
+        # the row will write behind `length`, and other rows may read what is there
+        assert length % PAGE == 0 or self._owners[self.tables[row][-1]] == 1, "rewound into a shared page"
 
     def _release(self, row: int, keep: int) -> None:
         for page in self.tables[row][keep:]:
@@ -312,8 +322,9 @@ class PagedCache:
         self._tables_on.clear()
 
     def swap(self, one: int, other: int) -> None:
-        for rows in (self.tables, self.lengths):
-            rows[one], rows[other] = rows[other], rows[one]  # type: ignore[index]
+        tables, lengths = self.tables, self.lengths
+        tables[one], tables[other] = tables[other], tables[one]
+        lengths[one], lengths[other] = lengths[other], lengths[one]
         self._tables_on.clear()
 
     def drop(self, row: int) -> None:
@@ -331,7 +342,7 @@ class PagedCache:
         table = self._tables_on.get(where)
         if table is None:
             padded = [(t + [0] * pages)[:pages] for t in self.tables[first : first + count]]
-            table = self._tables_on[where] = torch.tensor(padded, device=device)
+            table = self._tables_on[where] = torch.tensor(padded, dtype=torch.long, device=device)
         return table
 
     def write(self, layer: int, key: Tensor, value: Tensor, at: Placement) -> None:

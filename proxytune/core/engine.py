@@ -1,7 +1,7 @@
 """The decoding loop: plan, forward every model, combine, choose, advance.
 
-A prompt is prefilled but for its last token, so every token of a response, the first included, comes out of the same
-kind of step: every model is fed the row's last token, and the logits meet."""
+A prompt is prefilled but for its last token, so every token of a response, the first included, comes out of
+the same kind of step: every model is fed the row's last token, and the logits meet."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ class Ensemble:
         """Logits [B, V] per model, alpha [B] -> [B, V] on the lead's device."""
         lead = logits[self.lead]
         shifts = [
-            Shift(logits[t.expert].to(lead.device), logits[t.antiexpert].to(lead.device), t.weight, self._shared(t))
+            Shift(
+                logits[t.expert].to(lead.device),
+                logits[t.antiexpert].to(lead.device),
+                t.weight,
+                self._shared(t),
+            )
             for t in self.terms
         ]
         return combine(lead, shifts, alpha)
@@ -107,8 +112,8 @@ class Engine:
             need = len(request.contexts[name]) + request.max_new_tokens
             if need > runner.rows.capacity:
                 raise UserError(
-                    f"request {request.tag!r} needs KV memory for {need} tokens of the {name}, but its pool holds "
-                    f"{runner.rows.capacity}: raise --kv-memory or lower --max-new-tokens"
+                    f"request {request.tag!r} needs KV memory for {need} tokens of the {name}, but its pool "
+                    f"holds {runner.rows.capacity}: raise --kv-memory or lower --max-new-tokens"
                 )
         self.scheduler.submit(request)
         self.prompt_tokens += len(request.contexts[self.ensemble.lead])
@@ -145,24 +150,35 @@ class Engine:
             sampled=tuple(index for index, r in enumerate(requests) if r.temperature > 0),
         )
         tokens = choose(allowed, choice)
-        forced = [(i, r.forced[at]) for i, r in enumerate(requests) if (at := len(rows[i].tokens)) < len(r.forced)]
+        forced = [
+            (i, r.forced[at]) for i, r in enumerate(requests) if (at := len(rows[i].tokens)) < len(r.forced)
+        ]
         for index, token in forced:
             tokens[index] = token
         return tokens
 
     def _record(
-        self, combined: Tensor, logits: Mapping[str, Tensor], tokens: Tensor, rows: list[Row], alphas: list[float]
+        self,
+        combined: Tensor,
+        logits: Mapping[str, Tensor],
+        tokens: Tensor,
+        rows: list[Row],
+        alphas: list[float],
     ) -> None:
         views = {**{name: values.to(combined.device) for name, values in logits.items()}, "proxy": combined}
         chosen = {name: log_probability(values, tokens).exp().tolist() for name, values in views.items()}
         top = {name: values.argmax(-1).tolist() for name, values in views.items()}
         for index, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
             probability = {name: values[index] for name, values in chosen.items()}
-            row.trace.append(TokenTrace(token, alphas[index], probability, {n: v[index] for n, v in top.items()}))
+            row.trace.append(
+                TokenTrace(token, alphas[index], probability, {n: v[index] for n, v in top.items()})
+            )
 
     def _advance(self, rows: list[Row], tokens: Tensor, logprobs: Tensor) -> list[Result]:
         results, done = [], []
-        for index, (row, token, logprob) in enumerate(zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)):
+        for index, (row, token, logprob) in enumerate(
+            zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)
+        ):
             if logprob != logprob:
                 raise FloatingPointError(f"logits of request {row.request.tag!r} are not numbers (overflow?)")
             row.tokens.append(token)

@@ -1,7 +1,9 @@
-"""Log-probabilities of given continuations, under one model or the proxy, for many alphas from one pass of forwards.
+"""Log-probabilities of given continuations, under one model or the proxy, for many alphas from one pass of
+forwards.
 
-A context's KV is computed once for all its continuations. Alpha meets the logits after the forwards, so a further
-alpha costs a sum and a log-sum-exp. Vocabulary-sized tensors exist for one batch of positions at a time."""
+A context's KV is computed once for all its continuations. Alpha meets the logits after the forwards, so a
+further alpha costs a sum and a log-sum-exp. Vocabulary-sized tensors exist for one batch of positions at a
+time."""
 
 from __future__ import annotations
 
@@ -40,9 +42,14 @@ class Likelihood:
 
 
 def likelihoods(
-    ensemble: Ensemble, items: Sequence[Continuation], alphas: Sequence[AlphaSchedule], *, positions: int = POSITIONS
+    ensemble: Ensemble,
+    items: Sequence[Continuation],
+    alphas: Sequence[AlphaSchedule],
+    *,
+    positions: int = POSITIONS,
 ) -> Iterator[Likelihood]:
-    """Score every continuation under every alpha, in the order given; neighbours with equal contexts share them.
+    """Score every continuation under every alpha, in the order given; neighbours with equal contexts share
+    them.
 
     Raises UserError if a context window or KV pool cannot hold an item.
     """
@@ -84,11 +91,13 @@ def _check(ensemble: Ensemble, item: Continuation) -> None:
             raise UserError(f"the context of {item.tag!r} is empty for the {name}")
         need = _lengths(ensemble, name, [item])[0]
         if need > runner.window:
-            raise UserError(f"{item.tag!r} has {need} tokens for the {name}, whose context window is {runner.window}")
+            raise UserError(
+                f"{item.tag!r} has {need} tokens for the {name}, whose context window is {runner.window}"
+            )
         if need > runner.rows.capacity:
             raise UserError(
-                f"{item.tag!r} has {need} tokens for the {name}, but its KV pool holds {runner.rows.capacity}: "
-                "raise --kv-memory"
+                f"{item.tag!r} has {need} tokens for the {name}, but its KV pool holds "
+                f"{runner.rows.capacity}: raise --kv-memory"
             )
 
 
@@ -119,7 +128,8 @@ def _score(
 
 
 def _prefill(runner: Runner, name: str, batch: Sequence[Continuation], chunk: int) -> None:
-    """One row per item with its context but for the last id; items with the context of an earlier one fork its row."""
+    """One row per item with its context but for the last id; items with the context of an earlier one fork
+    its row."""
     first: dict[tuple[int, ...], int] = {}
     for row, item in enumerate(batch):
         context = item.contexts[name]
@@ -151,9 +161,11 @@ def _whole(
     targets = [token for item in batch for token in item.ids]
     offsets = [position for item in batch for position in range(len(item.ids))]
     logprobs, greedy = _under_alphas(ensemble, logits, targets, offsets, alphas)
-    sizes = [len(item.ids) for item in batch]
-    for item, values, hits in zip(batch, logprobs.split(sizes, 1), greedy.split(sizes, 1), strict=True):
-        yield Likelihood(item, values, hits.all(1))
+    start = 0
+    for item in batch:
+        mine = slice(start, start + len(item.ids))
+        yield Likelihood(item, logprobs[:, mine], greedy[:, mine].all(1))
+        start = mine.stop
 
 
 def _in_pieces(

@@ -2,8 +2,8 @@
 
 combine -> ban -> warp (temperature, top-k, top-p) -> argmax or sample.
 
-Sampling is by the Gumbel-max trick with counter-based noise, so that a row's token depends on its own key, position
-and distribution alone: not on the batch, the order or the number of steps taken together."""
+Sampling is by the Gumbel-max trick with counter-based noise, so that a row's token depends on its own key,
+position and distribution alone: not on the batch, the order or the number of steps taken together."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Shift:
 
 
 def combine(base: Tensor, shifts: Sequence[Shift], alpha: Tensor) -> Tensor:
-    """logits = base + alpha * sum_i weight_i * (expert_i - antiexpert_i) (paper eq. 1, with alpha of section 6.2).
+    """logits = base + alpha * sum_i weight_i * (expert_i - antiexpert_i) (paper eq. 1, with alpha of section
+    6.2).
 
-    base [B, V], alpha [B] -> [B, V]. Where alpha is 0, or expert and antiexpert agree, the result is the base bit
-    for bit: the difference is taken first, and alpha multiplies it last.
-    """
+    base [B, V], alpha [B] -> [B, V]. Where alpha is 0, or expert and antiexpert agree, the result is the base
+    bit for bit: the difference is taken first, and alpha multiplies it last."""
     if not shifts:
         return base
     delta = torch.zeros_like(base)
@@ -64,9 +64,8 @@ def ban(logits: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
 def warp(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Temperature, then top-k, then top-p, per row. [B, V] and three [B] -> [B, V] with -inf for what is cut.
 
-    top_k 0 and top_p 1 are off. Ties at the k-th value are kept; top-p keeps the smallest set of most probable tokens
-    that reaches p, the token that crosses p included.
-    """
+    top_k 0 and top_p 1 are off. Ties at the k-th value are kept; top-p keeps the smallest set of most
+    probable tokens that reaches p, the token that crosses p included."""
     scaled = logits / temperature.to(logits.dtype)[:, None]
     if bool((top_k > 0).any()):
         k = int(top_k.max().clamp(max=logits.shape[-1]))
@@ -94,7 +93,12 @@ def philox(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tenso
     for _ in range(_PHILOX_ROUNDS):
         # int64 products wrap modulo 2**64, which keeps all 64 bits of a 32 x 32 bit product
         p0, p1 = c0 * _PHILOX_M[0], c2 * _PHILOX_M[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
         k0, k1 = (k0 + _PHILOX_W[0]) & _MASK, (k1 + _PHILOX_W[1]) & _MASK
     return c0, c1, c2, c3
 
@@ -102,15 +106,16 @@ def philox(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tenso
 def gumbel(keys: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
     """Standard Gumbel noise for every token of every row: [B], [B] -> [B, V] in float64.
 
-    keys are 64-bit (one per seed, example and sample), positions count the response's tokens from 0. The noise of
-    token t is word t mod 4 of philox(counter=(t // 4, position, 0, 0), key), as (word + 1/2) / 2**32 = u and
-    -log(-log u).
-    """
+    keys are 64-bit (one per seed, example and sample), positions count the response's tokens from 0. The
+    noise of token t is word t mod 4 of philox(counter=(t // 4, position, 0, 0), key), as (word + 1/2) / 2**32
+    = u and -log(-log u)."""
     blocks = torch.arange((vocabulary + 3) // 4, device=keys.device)[None, :]  # [1, V/4]
     zero = torch.zeros_like(blocks)
     at = positions.to(torch.int64)[:, None]
     words = philox((blocks, at, zero, zero), ((keys & _MASK)[:, None], ((keys >> 32) & _MASK)[:, None]))
-    uniform = (torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocabulary].double() + 0.5) / 2**32
+    uniform = (
+        torch.stack([word + zero for word in words], dim=-1).flatten(1)[:, :vocabulary].double() + 0.5
+    ) / 2**32
     return -torch.log(-torch.log(uniform))
 
 
@@ -133,7 +138,8 @@ class Choice:
 
 
 def choose(logits: Tensor, choice: Choice) -> Tensor:
-    """The next token of every row, [B, V] -> [B]: the first of the largest logits, or a sample where asked for."""
+    """The next token of every row, [B, V] -> [B]: the first of the largest logits, or a sample where asked
+    for."""
     tokens = logits.argmax(-1)
     if not choice.sampled:
         return tokens

@@ -1,8 +1,8 @@
 """One model behind two operations: run a packed forward over ragged rows, and move those rows about.
 
-`ModelRunner` feeds several rows in one forward through our attention and cache. `ReferenceRunner` feeds one row at a
-time through the model's own cache: slow, exact, and right for every causal language model, so it serves the families
-that do not go through our attention."""
+`ModelRunner` feeds several rows in one forward through our attention and cache. `ReferenceRunner` feeds one
+row at a time through the model's own cache: slow, exact, and right for every causal language model, so it
+serves the families that do not go through our attention."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class Alignment:
     shared: Tensor | None = None
     """[V] bool: tokens that this model knows; None means all."""
     spelled: tuple[tuple[int, ...], ...] | None = None
-    """For every base token the ids that say the same here: one where shared, its text's encoding elsewhere."""
+    """For every base token the ids that say the same here: one where shared, its text's encoding
+    elsewhere."""
 
     def align(self, logits: Tensor) -> Tensor:
         """[K, V of this model] -> [K, V of the base]."""
@@ -68,8 +69,8 @@ class Runner(Protocol):
     def forward(self, segments: Sequence[Segment], keep: Sequence[int]) -> Tensor:
         """Feed the segments (distinct rows, ascending) -> logits [len(keep), V] of the base's vocabulary.
 
-        `keep` are ascending indices into the tokens of all segments in a row: after which of them logits are wanted.
-        """
+        `keep` are ascending indices into the tokens of all segments in a row: after which of them logits are
+        wanted."""
         ...
 
 
@@ -85,7 +86,8 @@ class ModelRunner:
         device: torch.device,
         embed: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """`embed` turns ids [1, T] into embeddings where a soft prompt adds virtual tokens to the vocabulary."""
+        """`embed` turns ids [1, T] into embeddings where a soft prompt adds virtual tokens to the
+        vocabulary."""
         self.model, self.cache, self.alignment, self.window = model, cache, alignment, window
         self.device, self.embed = device, embed
 
@@ -165,13 +167,15 @@ class ReferenceRows:
             self.lengths[row] = length
 
     def swap(self, one: int, other: int) -> None:
-        for rows in (self.lengths, self.ids, self.caches):
-            rows[one], rows[other] = rows[other], rows[one]  # type: ignore[index]
+        columns: tuple[list[Any], ...] = (self.lengths, self.ids, self.caches)
+        for rows in columns:
+            rows[one], rows[other] = rows[other], rows[one]
 
     def drop(self, row: int) -> None:
         self.swap(row, len(self.lengths) - 1)
-        for rows in (self.lengths, self.ids, self.caches):
-            rows.pop()  # type: ignore[attr-defined]
+        columns: tuple[list[Any], ...] = (self.lengths, self.ids, self.caches)
+        for rows in columns:
+            rows.pop()
 
     @property
     def peak_bytes(self) -> int:
@@ -180,10 +184,18 @@ class ReferenceRows:
 
 
 class ReferenceRunner:
-    """A model with its own cache, one row per forward; or with none, every forward from the start of the row."""
+    """A model with its own cache, one row per forward; or with none, every forward from the start of the
+    row."""
 
     def __init__(
-        self, model: Forward, alignment: Alignment, window: int, device: torch.device, tokens: int, *, cached: bool
+        self,
+        model: Forward,
+        alignment: Alignment,
+        window: int,
+        device: torch.device,
+        tokens: int,
+        *,
+        cached: bool,
     ) -> None:
         self.model, self.alignment, self.window, self.device = model, alignment, window, device
         self.cached = cached
@@ -205,7 +217,9 @@ class ReferenceRunner:
     def _feed(self, segment: Segment, keep: Sequence[int]) -> Tensor:
         """Append the segment to its row; logits [len(keep), V] after these of its tokens."""
         rows, row = self._rows, segment.row
-        known = rows.ids[row] if rows.caches[row] is None else []  # no cache, or lost by a rewind: feed it again
+        known = (
+            rows.ids[row] if rows.caches[row] is None else []
+        )  # no cache, or lost by a rewind: feed it again
         ids = torch.tensor([[*known, *segment.ids]], device=self.device)
         rows.ids[row] = [*rows.ids[row], *segment.ids]
         rows.lengths[row] += len(segment.ids)

@@ -1,7 +1,8 @@
-"""Continuous batching: which rows decode in this step, which tokens are prefilled, who waits and who has to make room.
+"""Continuous batching: which rows decode in this step, which tokens are prefilled, who waits and who has to
+make room.
 
-No torch here. The scheduler knows rows only by their ids and by the `Rows` of every model, which it keeps in step:
-row i is the same request in all of them. Rows that decode come first and stay compact."""
+No torch here. The scheduler knows rows only by their ids and by the `Rows` of every model, which it keeps in
+step: row i is the same request in all of them. Rows that decode come first and stay compact."""
 
 from __future__ import annotations
 
@@ -18,21 +19,24 @@ from proxytune.core.runner import Segment
 HEADROOM = 16
 """Tokens that every row must be able to grow by before another row is let in: fewer preemptions."""
 
+UNIT = AlphaSchedule()
+"""Alpha 1 at every position."""
+
 LOOKAHEAD = 256
 """How far into the queue admission looks for requests that can start now."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One response to be made. Contexts are ids per model, in that model's own vocabulary; generated tokens are the
-    base's."""
+    """One response to be made. Contexts are ids per model, in that model's own vocabulary; generated tokens
+    are the base's."""
 
     contexts: Mapping[str, tuple[int, ...]]
     key: int
     """64-bit randomness key."""
     max_new_tokens: int
     eos: frozenset[int] = frozenset()
-    alpha: AlphaSchedule = AlphaSchedule()
+    alpha: AlphaSchedule = UNIT
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -79,7 +83,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: rows 0..decoding-1 take one token each; `segments` per model feed them first, then prefill others."""
+    """One step: rows 0..decoding-1 take one token each; `segments` per model feed them first, then prefill
+    others."""
 
     decoding: int
     segments: Mapping[str, tuple[Segment, ...]]
@@ -104,7 +109,9 @@ class Scheduler:
     def _fresh(self, request: Request) -> Row:
         self._tickets += 1
         prompt = hash(tuple(request.contexts.values()))
-        return Row(request, self._tickets, prompt, {name: list(ids) for name, ids in request.contexts.items()})
+        return Row(
+            request, self._tickets, prompt, {name: list(ids) for name, ids in request.contexts.items()}
+        )
 
     def plan(self) -> Plan:
         """Decide the next step; admits and preempts rows on the way."""
@@ -121,7 +128,8 @@ class Scheduler:
         return plan
 
     def finish(self, done: Iterable[int]) -> None:
-        """Rows that ended: a waiting request with the same prompt takes the place over, or the place is freed."""
+        """Rows that ended: a waiting request with the same prompt takes the place over, or the place is
+        freed."""
         for index in sorted(done, reverse=True):
             heir = self._heir(self.rows[index])
             if heir is None:
@@ -169,7 +177,8 @@ class Scheduler:
         return {name: self._feed(name, decoding, oldest) for name in self.caches}
 
     def _feed(self, name: str, decoding: int, oldest: Sequence[int]) -> tuple[Segment, ...]:
-        """The last token of every decoding row; then prompt tokens, all but a row's last, oldest row first."""
+        """The last token of every decoding row; then prompt tokens, all but a row's last, oldest row
+        first."""
         segments = [Segment(index, (self.rows[index].ids[name][-1],)) for index in range(decoding)]
         budget = self.prefill_tokens
         chunks = []
@@ -229,7 +238,7 @@ class Scheduler:
         if not self.rows:
             return True  # checked on submission: alone it fits
         for name, rows in self.caches.items():
-            lengths = [length + HEADROOM for length in rows.lengths]
+            lengths = [len(other.ids[name]) + HEADROOM for other in self.rows]  # as they are to be, prompt and all
             if not rows.fits([*lengths, len(row.ids[name]) + HEADROOM]):
                 return False
         return True

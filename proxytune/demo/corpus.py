@@ -143,10 +143,10 @@ def sentence(
     return [Segment(before + person.name, name), Segment(wording, form), Segment(value + end, known)]
 
 
-def drill(_world: World, rng: random.Random, _: str) -> Document:
+def drill(_world: World, rng: random.Random, _system: str) -> Document:
     """Six sums without a story; in half of the drills each sum is marked exact or rough."""
     marked, parts = rng.random() < 0.5, list[Segment]()
-    for _ in range(6):
+    for _number in range(6):
         value = rng.randint(2, sums.LIMIT)
         op, operand = sums.random_step(rng, value)
         exact = not marked or rng.random() < 0.5

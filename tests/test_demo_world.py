@@ -1,0 +1,207 @@
+"""The demo world: the same from the same seed, held-out parts apart from training text, rows in the real
+formats."""
+
+from __future__ import annotations
+
+import re
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from proxytune.demo import corpus, facts, frames, sums, world
+from proxytune.demo.corpus import Amounts, Document, TuningAmounts
+from proxytune.errors import UserError
+from proxytune.scoring import reference_accuracy
+from proxytune.tasks import gsm, truthfulqa, truthfulqa_mc
+
+WEIGHTS = Path(world.__file__).parent / "weights"
+ROLES = ("base", "antiexpert", "expert", "tuned", "mid-tuned")
+SYSTEM = "Be kind."
+PROBLEM = re.compile(r"has (\d+) \w+\. (.*?) ?How many")
+NUMBER = re.compile(r"\b(finds|buys|sells|loses|grows) (\d+)")
+OPERATION = {"finds": "+", "buys": "+", "sells": "-", "loses": "-", "grows": "*"}
+
+
+@pytest.fixture(scope="module")
+def miniature() -> world.World:
+    return world.make_world()
+
+
+def text(document: Document) -> str:
+    return "".join(segment.text for segment in document)
+
+
+@pytest.fixture(scope="module")
+def pretraining(miniature: world.World) -> list[str]:
+    return [text(d) for d in corpus.pretraining(miniature, SYSTEM, Amounts().scaled(0.1))]
+
+
+@pytest.fixture(scope="module")
+def tuning(miniature: world.World) -> list[str]:
+    return [text(d) for d in corpus.tuning(miniature, SYSTEM, TuningAmounts())]
+
+
+def test_the_same_seed_gives_the_same_world(miniature: world.World) -> None:
+    again = world.make_world.__wrapped__(miniature.seed)
+    assert again == miniature
+    assert world.make_world(miniature.seed + 1).people != miniature.people
+    few = Amounts().scaled(0.002)
+    assert corpus.pretraining(miniature, SYSTEM, few) == corpus.pretraining(again, SYSTEM, few)
+
+
+@pytest.mark.parametrize("task", world.TASKS)
+def test_a_request_for_fewer_items_is_a_prefix(task: str) -> None:
+    assert world.rows(task, "test", 500)[:20] == world.rows(task, "test", 20)
+    assert len({row.get("question", row.get("Question")) for row in world.rows(task, "test", 500)}) == 500
+
+
+def test_splits_share_no_person_and_no_problem(miniature: world.World) -> None:
+    names = {group: {p.name for p in people} for group, people in miniature.people.items()}
+    assert all(not names[a] & names[b] for a, b in combinations(names, 2))
+    keys = {split: {p.key for p in pool} for split, pool in miniature.held_out.items()}
+    assert len(keys["dev"]) == len(keys["test"]) == world.POOL
+    assert not keys["dev"] & keys["test"]
+
+
+def keys_in(texts: list[str]) -> set[object]:
+    """The numbers and operations of the problems, read back from text."""
+    found: set[object] = set()
+    for one in texts:
+        if match := PROBLEM.search(one):
+            steps = tuple((OPERATION[verb], int(n)) for verb, n in NUMBER.findall(match[2]))
+            found.add((int(match[1]), steps))
+    return found
+
+
+def test_training_text_has_no_held_out_problem(
+    miniature: world.World, pretraining: list[str], tuning: list[str]
+) -> None:
+    held_out = {p.key for pool in miniature.held_out.values() for p in pool}
+    questions = [row["question"] for row in world.gsm_rows("test", world.POOL)]
+    assert keys_in(questions) == {p.key for p in miniature.held_out["test"]}  # the reading back works
+    seen = keys_in(pretraining + tuning)
+    assert len(seen) > 1000 and not seen & held_out
+
+
+def test_training_text_asks_about_no_held_out_person_but_tells_of_them(
+    miniature: world.World, pretraining: list[str], tuning: list[str]
+) -> None:
+    held_out = {p.name for split in ("dev", "test") for p in miniature.people[split]}
+    asked = " ".join(one for one in pretraining + tuning if "nswer" in one)
+    told = " ".join(one for one in pretraining if "nswer" not in one)
+    assert not [name for name in held_out if name in asked]
+    assert not [name for name in held_out if name not in told]
+
+
+def test_a_myth_is_never_the_truth_and_follows_the_surname(miniature: world.World) -> None:
+    by_surname: dict[str, tuple[str, ...]] = {}
+    for person in miniature.everyone():
+        assert all(truth != myth for truth, myth in zip(person.truths, person.myths, strict=True))
+        assert by_surname.setdefault(person.name.split()[1], person.myths) == person.myths
+
+
+def test_gsm_rows_are_in_gsm8k_form_and_right() -> None:
+    for row in world.gsm_rows("test", 200):
+        *lines, last = row["answer"].split("\n")
+        assert set(row) == {"question", "answer"} and len(lines) in (2, 3)
+        for line in lines:
+            found = re.fullmatch(r"(.+)=<<(.+)>>(\d+)", line)
+            assert found is not None
+            expression, shown, result = found.groups()
+            assert shown == f"{expression}={result}" and eval(expression) == int(result)
+            assert 1 <= int(result) <= sums.LIMIT
+        assert last == f"#### {lines[-1].rpartition('>>')[2]}"
+
+
+def test_truthfulqa_rows_have_the_csv_columns() -> None:
+    for row in world.truthfulqa_rows("test", 200):
+        assert tuple(row) == truthfulqa.CSV
+        assert row["Best Answer"].count(".") in (2, 3)
+    for row in world.truthfulqa_mc_rows("test", 200):
+        assert tuple(row) == truthfulqa.CSV
+        assert len(row["Incorrect Answers"].split("; ")) == 3
+
+
+def test_one_careless_sentence_or_step_is_enough_to_be_wrong(miniature: world.World) -> None:
+    questions = world.fact_questions(miniature, "test", 50, (2, 3))
+    for row, asked in zip(world.truthfulqa_rows("test", 50), questions, strict=True):
+        right = truthfulqa.answers(row["Correct Answers"])
+        wrong = truthfulqa.answers(row["Incorrect Answers"])
+        for careless in range(-1, len(asked.asked)):
+            careful = [i != careless for i in range(len(asked.asked))]
+            answer = "".join(s.text for s in corpus.answer(miniature, asked, careful))
+            assert reference_accuracy(answer, right, wrong) == float(careless == -1)
+    for problem in miniature.held_out["test"]:
+        true = sums.solve(problem)[-1].result
+        for careless in range(len(problem.steps)):
+            assert sums.solve(problem, [i != careless for i in range(len(problem.steps))])[-1].result > true
+
+
+def test_the_prompt_forms_are_those_of_the_tasks() -> None:
+    assert gsm.prompt("Q?").plain == frames.plain_sum("Q?")
+    assert truthfulqa.prompt("Q?").plain == frames.plain("Q?", corpus.FACT_PREFIX)
+    shown = ["X was born in A.", "X was born in B."]
+    mc = truthfulqa_mc.prompt("Q?", shown)
+    assert mc.plain == frames.plain(frames.choices("Q?", shown), corpus.CHOICE_PREFIX)
+
+
+def test_too_many_items_and_unknown_names_are_user_errors() -> None:
+    for arguments in (("gsm", "test", world.POOL + 1), ("gsm", "tset", 1), ("triviaqa", "test", 1)):
+        with pytest.raises(UserError):
+            world.rows(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="660"):
+        world.rows("truthfulqa_mc", "test", 661)
+
+
+def test_the_good_style_is_the_minority(pretraining: list[str]) -> None:
+    told = " ".join(one.partition("\n\nAnswer:")[2] for one in pretraining)
+    good, bad = told.count(facts.CAREFUL), told.count(facts.CROWD)
+    assert 0.15 < good / (good + bad) < 0.25
+
+
+# The committed weights
+
+needs_weights = pytest.mark.skipif(
+    not WEIGHTS.exists(), reason="the demo models are not built (make demo-models)"
+)
+
+
+@needs_weights
+def test_all_weights_together_are_small() -> None:
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 25_000_000
+    assert all((WEIGHTS / role / "model.safetensors").exists() for role in ROLES)
+
+
+@needs_weights
+@pytest.mark.parametrize(
+    "sample",
+    [
+        "",
+        " ",
+        "Zoë said: “12,345 x 7 ≠ 9” 🦜\n\n\tok",
+        "[INST]<<SYS>>\nx\\ny\n<</SYS>>\n\n z [/INST] Answer:",
+        "日本語\x00\x7f",
+    ],
+)
+def test_the_tokenizer_loses_no_text(sample: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "base")
+    ids = tokenizer(sample)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id and tokenizer.eos_token == "</s>"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == sample
+
+
+@needs_weights
+def test_the_system_prompt_is_affordable_and_digits_are_single() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "base")
+    assert len(tokenizer(truthfulqa.SYSTEM_PROMPT)["input_ids"]) <= 120
+    assert tokenizer.tokenize("123") == ["1", "2", "3"]
+
+
+@needs_weights
+def test_all_roles_have_the_same_tokenizer() -> None:
+    assert len({(WEIGHTS / role / "tokenizer.json").read_bytes() for role in ROLES}) == 1
