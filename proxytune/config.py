@@ -27,7 +27,7 @@ Role = Literal["base", "expert", "antiexpert", "tuned", "proxy"]
 ROLES: tuple[Role, ...] = get_args(Role)
 Chat = Literal["none", "llama2", "tokenizer"]
 DType = Literal["float64", "float32", "bfloat16", "float16", "auto"]
-TraceKind = Literal["off", "tokens", "agreement"]
+TraceKind = Literal["off", "tokens"]
 
 MAX_ALPHA = 10.0
 

@@ -291,18 +291,14 @@ def _check_memory(spec: ModelSpec, config: Any, remote: bool) -> float:
     numbers: int = sum(p.numel() for p in skeleton.parameters())
     dtype = (config.dtype or torch.float32) if spec.dtype == "auto" else getattr(torch, spec.dtype)
     per_number = {"none": dtype.itemsize, "8bit": 1.0, "4bit": 0.5}[spec.quantization]
-    need, free = (
-        numbers * per_number,
-        free_memory(spec.device_map if isinstance(spec.device_map, str) else None),
-    )
-    if need > free and spec.device_map in (
-        None,
-        "cpu",
-        "auto",
-    ):  # a map of the user's own says where things go
+    need = float(numbers * per_number)
+    free = free_memory(spec.device_map if isinstance(spec.device_map, str) else None)
+    planned_by_user = spec.device_map not in (None, "cpu", "auto")  # a map of one's own says where things go
+    if need > free and not planned_by_user:
         raise UserError(
             f"'{spec.model}' needs {need / GIB:.1f} GiB for {numbers / 1e9:.2f}e9 weights, and "
-            f"{free / GIB:.1f} GiB are free: use a smaller dtype, quantization: 8bit or 4bit, or a device_map over several devices"
+            f"{free / GIB:.1f} GiB are free: use a smaller dtype, quantization: 8bit or 4bit, or a device_map "
+            "over several devices"
         )
     return need
 

@@ -18,6 +18,7 @@ from tiny import spec
 
 from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
 from proxytune.core.cache import PagedCache
+from proxytune.core.runner import ModelRunner
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
 from proxytune.models import Models
@@ -149,6 +150,24 @@ def test_samples_of_one_prompt_share_it_and_differ(trio: System, layout: str) ->
     found = check(d, ragged(4, 5), Sampling(max_new_tokens=8, temperature=1.0, n=5))
     assert len({c.token_ids for c in found if c.example_id == "0"}) > 1
     assert d.stats.prompt_tokens > 0
+
+
+def test_prompt_kv_is_computed_once_for_all_samples(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model is fed each prompt once, and then one token per step and sample: nothing twice."""
+    d = decoder(trio, max_batch=7)
+    fed: dict[int, int] = {}
+    forward = ModelRunner.forward
+
+    def count(self: ModelRunner, segments: Sequence[Any], keep: Sequence[int]) -> torch.Tensor:
+        fed[id(self)] = fed.get(id(self), 0) + sum(len(segment.ids) for segment in segments)
+        return forward(self, segments, keep)
+
+    monkeypatch.setattr(ModelRunner, "forward", count)
+    examples = ragged(3, 5)
+    found = list(d.stream(examples, Sampling(max_new_tokens=6, temperature=1.0, n=10)))
+    prompts = sum(len(d.contexts(e.prompt)["base"]) - 1 for e in examples)
+    responses = sum(len(c.token_ids) for c in found)
+    assert set(fed.values()) == {prompts + responses}
 
 
 def kv_bytes(d: Decoder, tokens: int) -> int:

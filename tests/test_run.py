@@ -232,17 +232,18 @@ def wait_for_rows(path: Path, count: int, process: subprocess.Popen[str]) -> Non
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_process_is_continued(yaml: Path, tmp_path: Path, how: signal.Signals) -> None:
-    command = [
-        sys.executable, "-m", "proxytune", "eval", "gsm", "--system", str(yaml), "--limit", "20",
-        "--batch", "2",
-        "--max-new-tokens", "40", "--json", "--out",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def test_a_killed_process_is_continued(
+    yaml: Path, system: System, models: Models, tmp_path: Path, how: signal.Signals
+) -> None:
+    options = ["--limit", "20", "--batch", "2", "--max-new-tokens", "40", "--out", str(tmp_path / "killed")]
     process = subprocess.Popen(
-        [*command, str(tmp_path / "killed")], cwd=tmp_path, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-m", "proxytune", "eval", "gsm", "--system", str(yaml), *options],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     wait_for_rows(tmp_path / "killed" / results.PREDICTIONS, 4, process)
     process.send_signal(how)
     _, told = process.communicate()
@@ -250,12 +251,7 @@ def test_a_killed_process_is_continued(yaml: Path, tmp_path: Path, how: signal.S
     if how == signal.SIGINT:
         assert "20 examples are kept" in told.splitlines()[-1] and "Traceback" not in told
     assert results.read_run(tmp_path / "killed").status == "running"
-    done = {}
-    for name in ("killed", "whole"):
-        again = subprocess.run(
-            [*command, str(tmp_path / name)], cwd=tmp_path, env=environment, text=True, capture_output=True
-        )
-        assert again.returncode == 0, again.stderr
-        done[name] = json.loads(again.stdout)
-    assert done["killed"]["metrics"] == done["whole"]["metrics"] and done["killed"]["cost"]["sessions"] == 2
+    same = {"limit": 20, "max_batch": 2, "sampling": Sampling(max_new_tokens=40)}
+    done = {name: evaluate(system, models, tmp_path / name, **same) for name in ("killed", "whole")}
+    assert done["killed"].metrics == done["whole"].metrics and done["killed"].cost.sessions == 2
     assert results.read_rows(tmp_path / "killed") == results.read_rows(tmp_path / "whole")
