@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -30,6 +31,8 @@ DType = Literal["float64", "float32", "bfloat16", "float16", "auto"]
 TraceKind = Literal["off", "tokens"]
 
 MAX_ALPHA = 10.0
+MIN_TEMPERATURE = 1e-3
+"""Lowest temperature above 0: below it logits overflow, and sampling is greedy anyway."""
 
 
 class Record(BaseModel):
@@ -145,6 +148,20 @@ class Sampling(Record):
     """Strings whose single-token forms (with and without a leading space) are never generated."""
     ban_first: tuple[str, ...] = ()
     """The same, for the first token of the response only."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _zero_or_not(cls, value: float) -> float:
+        if 0 < value < MIN_TEMPERATURE:
+            raise ValueError(f"{value:g} is below {MIN_TEMPERATURE:g}: use 0 for greedy decoding")
+        return value
+
+    @field_validator("stop", "ban", "ban_first")
+    @classmethod
+    def _no_empty_text(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value:
+            raise ValueError("an empty string would match everywhere")
+        return value
 
 
 class ModelSpec(Record):

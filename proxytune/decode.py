@@ -246,7 +246,8 @@ class Decoder:
         ids = getattr(listed, "eos_token_id", None)
         extra = ids if isinstance(ids, list) else [] if ids is None else [ids]
         own = self.tokenizer.eos_token_id
-        return frozenset([*extra, *([] if own is None else [own])])
+        known = [*extra, *([] if own is None else [own])]
+        return frozenset(token for token in known if token < self._size)  # padding is never said
 
     def _completion(self, result: Result, sampling: Sampling) -> Completion:
         tag = result.request.tag

@@ -12,7 +12,6 @@ import argparse
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,11 +36,14 @@ from proxytune.demo import corpus, facts, sums, world
 from proxytune.demo.corpus import Amounts, Document, TuningAmounts
 from proxytune.demo.world import World
 from proxytune.models import Models
+from proxytune.records import Metric
+from proxytune.scoring import gap_closed
 from proxytune.tasks.truthfulqa import SYSTEM_PROMPT
 from proxytune.tune import Example, Fitted, TuneConfig, adamw, fit, muon
 
 WEIGHTS = Path(__file__).parent / "demo" / "weights"
 REPORT = "demo_build.json"
+TRAINED = "trained.json"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 MAX_VOCABULARY = 1536
 CONTEXT = 2048
@@ -132,8 +134,8 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -
     return LlamaForCausalLM(config)
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """A complete checkpoint folder in bfloat16; `model` is used up."""
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, fitted: Fitted, folder: Path) -> None:
+    """A complete checkpoint folder in bfloat16, with what it was trained on; `model` is used up."""
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -141,6 +143,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
     )
     model.to(device="cpu", dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    trained = {"parameters": model.num_parameters(), "tokens": fitted.tokens, "device": _device()}
+    (folder / TRAINED).write_text(json.dumps(trained) + "\n")
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -156,36 +160,30 @@ def _device() -> str:
 # Training
 
 
-def pretrain(miniature: World, folder: Path, amounts: Amounts) -> dict[str, Fitted]:
+def pretrain(miniature: World, folder: Path, amounts: Amounts) -> None:
     """Train the three pretrained models into `folder`; one that is there already is kept."""
     documents = corpus.pretraining(miniature, SYSTEM_PROMPT, amounts)
     tokenizer = train_tokenizer(documents, SYSTEM_PROMPT)
-    examples, done = encode(documents, tokenizer), dict[str, Fitted]()
+    examples = encode(documents, tokenizer)
     for name, shape in SHAPES.items():
-        if (folder / name / "config.json").exists():
-            print(f"{name}: pretrained already, in {folder / name}")
-            continue
-        model = new_model(shape, tokenizer).to(_device())
-        title = f"pretraining {name} ({model.num_parameters():,} parameters)"
-        done[name] = fit(model, examples, muon(shape.rate)(model), PRETRAINING, title)
-        save(model, tokenizer, folder / name)
-    return done
+        if not (folder / name / TRAINED).exists():
+            model = new_model(shape, tokenizer).to(_device())
+            title = f"pretraining {name} ({model.num_parameters():,} parameters)"
+            fitted = fit(model, examples, muon(shape.rate)(model), PRETRAINING, title)
+            save(model, tokenizer, fitted, folder / name)
 
 
-def tune(
-    miniature: World, source: Path, target: Path, seed: int, amounts: TuningAmounts
-) -> dict[str, Fitted]:
-    """Tune a copy of each pretrained model in `source` into `target`: the same examples, recipe and seed for
-    every size."""
+def tune(miniature: World, source: Path, target: Path, seed: int, amounts: TuningAmounts) -> None:
+    """Tune a copy of each pretrained model in `source` into `target`: the same examples, recipe and seed
+    for every size. One that is there already is kept."""
     tokenizer = AutoTokenizer.from_pretrained(source / "base")
     examples = encode(corpus.tuning(miniature, SYSTEM_PROMPT, amounts), tokenizer)
     config, optimizers = TUNING.model_copy(update={"seed": seed}), adamw(TUNING_RATE)
-    done = {}
     for name, origin in TUNED.items():
-        model = load(source / origin)
-        done[name] = fit(model, examples, optimizers(model), config, f"tuning {name}, seed {seed}")
-        save(model, tokenizer, target / name)
-    return done
+        if not (target / name / TRAINED).exists():
+            model = load(source / origin)
+            fitted = fit(model, examples, optimizers(model), config, f"tuning {name}, seed {seed}")
+            save(model, tokenizer, fitted, target / name)
 
 
 # Measuring on the dev split
@@ -211,28 +209,29 @@ VARIANTS = ("0.25", "0.5", "1.5", "2", "first:1", "first:8", "first:16")
 """Alphas that are measured beside 1, for the first tuning seed."""
 
 
-def measure(
-    system: System, middle: Path, n: int, folder: Path, variants: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    """Task -> role (or variant) -> score on the first n dev items. `folder` takes the runs."""
-    scores: dict[str, dict[str, float]] = {}
+Scores = dict[str, float | None]
+
+
+def measure(system: System, middle: Path, n: int, folder: Path, variants: Sequence[str]) -> dict[str, Scores]:
+    """Task -> role (or variant) -> score on the first n dev items. `folder` takes the files."""
+    scores: dict[str, Scores] = {}
     loaded = Models(system)
-    middle_system = system.model_copy(
-        update={"name": "mid", "tuned": ModelSpec(model=str(middle), dtype="float32", chat="llama2")}
-    )
+    chat = ModelSpec(model=str(middle), dtype="float32", chat="llama2")
+    middle_system = system.model_copy(update={"name": "demo-build-mid", "tuned": chat})
     for task in world.TASKS:
         data = folder / f"{task}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in world.rows(task, "dev", n)))
-        found = scores.setdefault(task, {})
-        for role in system.roles:
-            found[role] = _score(system, task, role, data, loaded)
-        found["tuned_mid"] = _score(middle_system, task, "tuned", data, Models(middle_system))
+        by_role = {role: _score(system, task, role, data, loaded) for role in system.roles}
+        found: Scores = {role: metric.value for role, metric in by_role.items()}
+        found["gap_closed"] = gap_closed(by_role["base"], by_role["proxy"], by_role["tuned"])
+        found["tuned_mid"] = _score(middle_system, task, "tuned", data, Models(middle_system)).value
         for alpha in variants:
-            found[f"proxy alpha={alpha}"] = _score(system, task, "proxy", data, loaded, alpha=alpha)
+            found[f"proxy alpha={alpha}"] = _score(system, task, "proxy", data, loaded, alpha=alpha).value
         if variants and task in OPENERS:
-            found["base opener forced"] = _score(system, task, "base", data, loaded, forced=OPENERS[task])
-        found["gap_closed"] = (found["proxy"] - found["base"]) / (found["tuned"] - found["base"] or 1e-9)
-        print(task, {name: round(value, 3) for name, value in found.items()}, flush=True)
+            opener = OPENERS[task]
+            found["base_opener_forced"] = _score(system, task, "base", data, loaded, forced=opener).value
+        scores[task] = found
+        print(task, {name: value and round(value, 3) for name, value in found.items()}, flush=True)
     return scores
 
 
@@ -244,11 +243,11 @@ def _score(
     loaded: Models,
     alpha: str | None = None,
     forced: str | None = None,
-) -> float:
+) -> Metric:
     """The headline of one run that is thrown away."""
     job = run.plan(system, task, role, run.Options(alpha=alpha, data=str(data), forced=forced))
     with tempfile.TemporaryDirectory(dir=data.parent) as folder:
-        return run.score_of(run.run_job(job, Path(folder) / "run", loaded, run.Engine(progress=False))).value
+        return run.score_of(run.run_job(job, Path(folder) / "run", loaded, run.Engine(progress=False)))
 
 
 # The whole
@@ -256,27 +255,23 @@ def _score(
 
 def build(out: Path, work: Path, amounts: Amounts, tuning: TuningAmounts, n: int) -> dict[str, Any]:
     """Make all models, put the demo's five into `out`, and return (and write there) what was measured."""
-    miniature, began = world.make_world(), time.monotonic()
-    trained = pretrain(miniature, work, amounts)
-    by_seed = []
+    miniature, by_seed = world.make_world(), list[dict[str, Scores]]()
+    pretrain(miniature, work, amounts)
     for seed in TUNING_SEEDS:
         target = work / f"seed-{seed}"
-        trained |= tune(miniature, work, target, seed, tuning)
+        tune(miniature, work, target, seed, tuning)
         variants = VARIANTS if seed == TUNING_SEEDS[0] else ()
         by_seed.append(measure(system_in(work, target), target / "mid-tuned", n, work, variants))
-    _install(work, work / f"seed-{TUNING_SEEDS[0]}", out)
+    first = work / f"seed-{TUNING_SEEDS[0]}"
+    _install(work, first, out)
+    folders = [*(work / name for name in SHAPES), *(first / name for name in TUNED)]
     report = {
         "world_seed": miniature.seed,
         "split": "dev",
         "n": n,
-        "amounts": asdict(amounts),
-        "tuning_amounts": asdict(tuning),
-        "training": {
-            name: {"tokens": f.tokens, "seconds": round(f.seconds, 1)} for name, f in trained.items()
-        },
-        "threads": torch.get_num_threads(),
-        "device": _device(),
-        "seconds": round(time.monotonic() - began, 1),
+        "pretraining": {"documents": asdict(amounts), **PRETRAINING.model_dump()},
+        "tuning": {"examples": asdict(tuning), "rate": TUNING_RATE, **TUNING.model_dump(exclude={"seed"})},
+        "models": {folder.name: json.loads((folder / TRAINED).read_text()) for folder in folders},
         "by_tuning_seed": by_seed,
         "spread": spread(by_seed),
     }
@@ -284,13 +279,15 @@ def build(out: Path, work: Path, amounts: Amounts, tuning: TuningAmounts, n: int
     return report
 
 
-def spread(by_seed: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, list[float]]]:
+def spread(by_seed: Sequence[Mapping[str, Scores]]) -> dict[str, dict[str, list[float]]]:
     """Task -> name -> [lowest, mean, highest] over the tuning seeds, of what was measured for all of them."""
     found: dict[str, dict[str, list[float]]] = {}
     for task in by_seed[0]:
-        for name in by_seed[-1][task]:
-            values = [scores[task][name] for scores in by_seed]
-            found.setdefault(task, {})[name] = [round(v, 4) for v in (min(values), mean(values), max(values))]
+        for name in by_seed[0][task]:
+            values = [value for scores in by_seed if (value := scores[task].get(name)) is not None]
+            if len(values) == len(by_seed):
+                figures = (min(values), mean(values), max(values))
+                found.setdefault(task, {})[name] = [round(value, 4) for value in figures]
     return found
 
 
@@ -300,6 +297,8 @@ def _install(pretrained: Path, tuned: Path, out: Path) -> None:
     for name, folder in sources.items():
         shutil.rmtree(out / name, ignore_errors=True)
         shutil.copytree(folder / name, out / name)
+        for file in (out / name).iterdir():
+            file.chmod(0o644)  # save_pretrained keeps the weights from other users
 
 
 def main() -> None:
@@ -307,17 +306,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo models and measure them on the dev split.")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the five checkpoints go")
     parser.add_argument(
-        "--work", type=Path, help="keep all checkpoints here, and reuse pretrained ones that are here"
+        "--work", type=Path, help="keep all checkpoints here, and go on from those that are here"
     )
-    parser.add_argument("--share", type=float, default=1.0, help="share of the training text, for a trial")
+    parser.add_argument("--share", type=float, default=1.0, help="share of all training text, for a trial")
     parser.add_argument("--items", type=int, default=500, help="dev items per task to measure on")
     given = parser.parse_args()
-    torch.set_num_threads(1 if _device() == "cuda" else torch.get_num_threads())
+    torch.set_num_threads(1)  # as for the committed weights; a second thread hardly helps models this small
     with tempfile.TemporaryDirectory() as temporary:
         work = given.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         given.out.mkdir(parents=True, exist_ok=True)
-        report = build(given.out, work, Amounts().scaled(given.share), TuningAmounts(), given.items)
+        amounts, tuning = Amounts().scaled(given.share), TuningAmounts().scaled(given.share)
+        report = build(given.out, work, amounts, tuning, given.items)
     for task, rows in report["spread"].items():
         print(task, *(f"{name} {low:.3f}..{high:.3f}" for name, (low, _, high) in rows.items()), sep="\n  ")
 

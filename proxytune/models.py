@@ -6,6 +6,7 @@ shares the antiexpert's weights."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -15,6 +16,8 @@ from typing import Any
 
 import psutil
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import logging as transformers_logging
@@ -30,6 +33,8 @@ DEMO_SCHEME = "demo://"
 GIB = 2**30
 SMALL = GIB
 """Bytes of weights under which loading takes no time worth a progress bar."""
+BAD_CHECKPOINT = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
+"""What transformers and peft raise for a checkpoint that is absent, damaged or needs a missing package."""
 
 
 @dataclass
@@ -150,7 +155,9 @@ class Models:
         needed = {name for role in keep for name in self.names(role)}
         shared = {self._loaded[name].shared_with for name in needed if name in self._loaded}
         for name in set(self._loaded) - needed - shared:
-            del self._loaded[name]
+            model = self._loaded.pop(name)
+            if model.adapter is not None and model.adapters.peft is not None:
+                model.adapters.peft.delete_adapter(model.adapter)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -243,7 +250,7 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
         config = AutoConfig.from_pretrained(location, revision=spec.revision, trust_remote_code=remote)
         size = _check_memory(spec, config, remote)
         (disable_progress_bar if size < SMALL else enable_progress_bar)()
-        module = AutoModelForCausalLM.from_pretrained(
+        module, report = AutoModelForCausalLM.from_pretrained(
             location,
             config=config,
             revision=spec.revision,
@@ -252,9 +259,14 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
             dtype=spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype),
             device_map=spec.device_map or {"": "cuda:0" if torch.cuda.is_available() else "cpu"},
             quantization_config=quantization,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except BAD_CHECKPOINT as error:
         raise UserError(f"cannot load the model '{spec.model}': {_first_line(error)}") from None
+    if missing := sorted(report["missing_keys"]):  # transformers only warns, and makes them up at random
+        raise UserError(
+            f"'{spec.model}' lacks {len(missing)} weights of its architecture, {missing[0]} first"
+        )
     if spec.dtype == "float64":
         with suppress(
             AttributeError, ValueError
@@ -270,6 +282,7 @@ def _quantization(spec: ModelSpec) -> BitsAndBytesConfig | None:
     if spec.quantization == "none":
         return None
     needs_extra(f"quantization {spec.quantization}", "bitsandbytes", "tune")
+    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # a warning per layer and forward
     if spec.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = torch.bfloat16 if spec.dtype == "auto" else getattr(torch, spec.dtype)
@@ -294,11 +307,12 @@ def _check_memory(spec: ModelSpec, config: Any, remote: bool) -> float:
     need = float(numbers * per_number)
     free = free_memory(spec.device_map if isinstance(spec.device_map, str) else None)
     planned_by_user = spec.device_map not in (None, "cpu", "auto")  # a map of one's own says where things go
-    if need > free and not planned_by_user:
+    smaller_than_it_looks = getattr(config, "quantization_config", None) is not None  # stored quantised
+    if need > free and not planned_by_user and not smaller_than_it_looks:
         raise UserError(
             f"'{spec.model}' needs {need / GIB:.1f} GiB for {numbers / 1e9:.2f}e9 weights, and "
-            f"{free / GIB:.1f} GiB are free: use a smaller dtype, quantization: 8bit or 4bit, or a device_map "
-            "over several devices"
+            f"{free / GIB:.1f} GiB are free: use a smaller dtype, quantization: 8bit or 4bit, or a "
+            "device_map over several devices"
         )
     return need
 
@@ -338,6 +352,8 @@ def _attach(
     folder = spec.adapter or ""
     if not (Path(folder) / "adapter_config.json").is_file() and Path(folder).exists():
         raise UserError(f"no adapter_config.json in '{folder}': is it a PEFT folder?")
+    if Path(folder).exists() and not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise UserError(f"no adapter_model.safetensors in '{folder}': pickled weights are not loaded")
     try:
         config = PeftConfig.from_pretrained(folder)
         if config.is_prompt_learning:
@@ -348,11 +364,16 @@ def _attach(
             # prompt learning leaves the module itself alone: all it adds is a table of embeddings
             table = PeftModel.from_pretrained(module, folder, adapter_name=name).get_prompt(batch_size=1)
             return None, table[0].detach()
+        if spec.model is None and getattr(config, "bias", "none") != "none":
+            raise UserError(
+                f"adapter '{folder}' changes biases (bias: {config.bias}), which the antiexpert shares: "
+                "give the expert its own `model`"
+            )
         if peft is not None:
             peft.load_adapter(folder, adapter_name=name)
             return peft, None
         return PeftModel.from_pretrained(module, folder, adapter_name=name).eval(), None
-    except (OSError, ValueError) as error:
+    except BAD_CHECKPOINT as error:
         raise UserError(f"cannot load the adapter '{folder}': {_first_line(error)}") from None
 
 

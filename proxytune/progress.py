@@ -1,16 +1,18 @@
-"""What a person sees while a run goes on, on stderr: a live bar in a terminal, a line now and then in a
-log."""
+"""What a person sees on stderr as a run goes on: a live bar in a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
+from rich.text import Text
 
 LOG_SECONDS = 10.0
 
@@ -22,47 +24,62 @@ class Progress:
         self.title = title
         self.score = score
         self.shown = shown
-        self.total = self.done = self.here = self.tokens = 0
+        self.total = self.done = self.here = 0
         self.scores: list[float] = []
-        self.began = self.logged = time.monotonic()
+        self.tokens: Callable[[], int] = int
+        self.began = time.monotonic()
         self._bar: Bar | None = None
+        self._ended = threading.Event()
+        self._log: threading.Thread | None = None
 
     def note(self, text: str) -> None:
         """Something worth knowing that is no error."""
         if self.shown:
-            print(f"note: {text}", file=sys.stderr, flush=True)
+            self._line(f"note: {text}")
 
-    def begin(self, total: int, done: int, scores: Sequence[float]) -> None:
-        """Start the clock for `total` examples, of which an earlier session finished `done` with these
-        scores."""
-        self.total, self.done, self.scores = total, done, list(scores)
-        self.began = self.logged = time.monotonic()
+    def begin(self, total: int, done: int, scores: Sequence[float], tokens: Callable[[], int]) -> None:
+        """Start the clock for `total` examples, of which `done` with these scores are from before.
+
+        `tokens` tells how many were generated so far in this session.
+        """
+        self.total, self.done, self.scores, self.tokens = total, done, list(scores), tokens
+        self.began = time.monotonic()
         console = Console(stderr=True)
         if self.shown and console.is_terminal:
-            name, told = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[told]}")
-            self._bar = Bar(name, BarColumn(bar_width=24), told, console=console, transient=True)
-            self._bar.add_task(self.title, total=total, completed=self.done, told="")
+            name = TextColumn("{task.description}", markup=False)
+            self._bar = Bar(name, BarColumn(bar_width=12), _Told(self), console=console, transient=True)
+            self._bar.add_task(self.title, total=total, completed=self.done)
             self._bar.start()
+        elif self.shown:
+            self._log = threading.Thread(target=self._keep_log, daemon=True)
+            self._log.start()
 
-    def advance(self, score: float | None, tokens: int) -> None:
-        """One more example is finished; `tokens` were generated in this session so far."""
+    def _keep_log(self) -> None:
+        """A line now and then, also while no example is finished yet."""
+        while not self._ended.wait(LOG_SECONDS):
+            self._line(f"{self.title}: {self.told()}")
+
+    def advance(self, score: float | None) -> None:
+        """One more example is finished."""
         self.done += 1
         self.here += 1
-        self.tokens = tokens
         if score is not None:
             self.scores.append(score)
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self.done, told=self.told())
-        elif self.shown and time.monotonic() - self.logged > LOG_SECONDS:
-            self.logged = time.monotonic()
-            print(f"{self.title}: {self.told()}", file=sys.stderr, flush=True)
+            self._bar.update(self._bar.task_ids[0], completed=self.done)
 
-    def told(self) -> str:
+    def told(self, *, ended: bool = False) -> str:
         """The state in one line."""
         seconds = max(time.monotonic() - self.began, 1e-9)
-        left = seconds / self.here * (self.total - self.done) if self.here else 0.0
-        score = f", {self.score} {sum(self.scores) / len(self.scores):.3f}" if self.scores else ""
-        return f"{self.done}/{self.total}, {self.tokens / seconds:.0f} tokens/s, {clock(left)} left{score}"
+        parts = [f"{self.done}/{self.total}", f"{self.tokens() / seconds:.0f} tokens/s"]
+        if self.here and not ended:
+            parts.append(f"{clock(seconds / self.here * (self.total - self.done))} left")
+        if self.scores:
+            parts.append(f"{self.score} {sum(self.scores) / len(self.scores):.3f}")
+        return ", ".join([*parts, clock(seconds)] if ended else parts)
+
+    def _line(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -70,12 +87,27 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
+        if self._log is not None:
+            self._log.join()
         if self._bar is not None:
             self._bar.stop()
         if self.shown and self.here and kind is None:
-            seconds = time.monotonic() - self.began
-            told = self.told().replace(f", {clock(0)} left", "")
-            print(f"{self.title}: {told}, {clock(seconds)}", file=sys.stderr, flush=True)
+            self._line(f"{self.title}: {self.told(ended=True)}")
+
+
+class _Told(ProgressColumn):
+    """The state, read whenever the bar is drawn."""
+
+    max_refresh = 0.5
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(Column(no_wrap=True))
+        self.progress = progress
+
+    def render(self, task: Task) -> Text:
+        """The cell."""
+        return Text(self.progress.told())
 
 
 def clock(seconds: float) -> str:

@@ -241,6 +241,8 @@ class RunFolder:
         if self.run.spec.trace != "off":
             self._drop_unfinished_traces()
             self._trace = _Lines(self.path / TRACE)
+        else:
+            (self.path / TRACE).unlink(missing_ok=True)
 
     def _drop_unfinished_traces(self) -> None:
         """A trace is written before its prediction: one whose prediction is missing will be made again."""
@@ -324,6 +326,8 @@ def _stored_or_new(path: Path, new: Run) -> Run:
         return new
     stored = read_run(path)
     changed = differences(stored.spec, new.spec)
+    if changed and stored.status == "running" and not read_rows(path):
+        return new  # it was stopped before anything was finished: there is nothing to mix with
     if changed:
         pairs = [(name, _shown(old), _shown(now)) for name, (old, now) in changed.items()]
         told = "; ".join(f"{name} is {old} there and {now} now" for name, old, now in pairs)

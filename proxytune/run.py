@@ -82,6 +82,7 @@ class Options:
 def plan(system: System, task: str, as_: str, options: Options) -> Job:
     """Check all settings of a run and read its examples; UserError where something does not fit."""
     found, role = get_task(task), system.require(as_)
+    alpha = alpha_for(system, role, options.alpha, allow_negative=options.allow_negative_alpha)
     usual = system.data.get(task, "hub")
     source = usual if options.data is None else options.data
     data = read_source(
@@ -92,8 +93,7 @@ def plan(system: System, task: str, as_: str, options: Options) -> Job:
         task=task,
         system=system,
         role=role,
-        alpha=alpha_for(system, role, options.alpha, allow_negative=options.allow_negative_alpha)
-        or system.alpha,
+        alpha=alpha or system.alpha,
         sampling=settings.model_copy(update={"seed": options.seed}) if options.seed else settings,
         data=data.name,
         data_sha256=data.sha256,
@@ -228,10 +228,11 @@ class Session:
         todo = [example for example in self.job.data.examples if example.id not in done]
         if not todo:
             return
-        progress.begin(len(self.job.data.examples), len(done), self._scores_so_far())
         self.decoder = Decoder(models, spec.role, max_batch=engine.max_batch, kv_memory=engine.kv_memory)
         for note in self.decoder.notes():
             progress.note(note)
+        stats, n = self.decoder.stats, len(self.job.data.examples)
+        progress.begin(n, len(done), self._scores_so_far(), lambda: stats.generated_tokens)
         stream = self.decoder.stream(
             todo,
             spec.sampling,
@@ -244,9 +245,7 @@ class Session:
         try:
             for example, completions in whole_examples(stream, todo, spec.sampling.n):
                 row = self._store(example, completions)
-                progress.advance(
-                    row["scores"].get(self.job.task.headline), self.decoder.stats.generated_tokens
-                )
+                progress.advance(row["scores"].get(self.job.task.headline))
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self.folder.save(self._so_far())
                     saved = time.monotonic()

@@ -1,4 +1,4 @@
-"""Both KV layouts against a plain model: a row is a list of numbers, and what is read back must be those numbers."""
+"""Both KV layouts against a plain model: a row is a list of numbers, and these must be read back."""
 
 from __future__ import annotations
 
@@ -187,8 +187,6 @@ TestPages = PagedMachine.TestCase
 TestPages.settings = _SETTINGS
 
 
-
-
 def test_slots_grow_with_their_rows_and_keep_their_content() -> None:
     cache, model = make(SlotCache, 4096), [[] for _ in range(3)]  # type: list[list[int]]
     fresh = count(1)
@@ -205,7 +203,7 @@ def test_slots_grow_with_their_rows_and_keep_their_content() -> None:
     assert shapes[0] == (4096 // SLOT_GRANULE, SLOT_GRANULE)
     lengths = [length for _, length in shapes]
     assert lengths == sorted(lengths) and len(set(lengths)) >= 4
-    # a fourth row no longer fits into slots that long; with shorter rows the pool is laid out for more of them
+    # a fourth row does not fit into slots that long; with shorter rows the pool is laid out for more
     assert not cache.fits([1300] * 4)
     cache.rewind(0, 5), cache.rewind(1, 7), cache.rewind(2, 0)
     model = [row[:length] for row, length in zip(model, (5, 7, 0), strict=True)]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,9 @@ def _weights() -> None:
         require_or_skip("demo", "the demo's weights are not here (make demo-models)")
 
 
-def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in `folder`."""
-    command = [sys.executable, "-m", "proxytune", "demo", *arguments]
+def proxytune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in `folder`."""
+    command = [sys.executable, "-m", "proxytune", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -32,7 +33,7 @@ def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_small_demo_has_the_promised_form(tmp_path: Path) -> None:
-    tasks = json.loads(demo(tmp_path, "--limit", "8", "--json").stdout)["tasks"]
+    tasks = json.loads(proxytune(tmp_path, "demo", "--limit", "8", "--json").stdout)["tasks"]
     assert list(tasks) == ["gsm", "truthfulqa", "truthfulqa_mc"]
     for name, task in tasks.items():
         assert task["n"] == 8 and all(0 <= task[role] <= 1 for role in ROLES) and "gap_closed" in task
@@ -42,7 +43,7 @@ def test_a_small_demo_has_the_promised_form(tmp_path: Path) -> None:
 
 
 def test_a_small_demo_prints_tables_and_keeps_runs_when_asked(tmp_path: Path) -> None:
-    shown = demo(tmp_path, "--limit", "4", "--out", "kept").stdout
+    shown = proxytune(tmp_path, "demo", "--limit", "4", "--out", "kept").stdout
     for text in (
         "gsm: exact_match",
         "base, opener forced",
@@ -52,13 +53,55 @@ def test_a_small_demo_prints_tables_and_keeps_runs_when_asked(tmp_path: Path) ->
     ):
         assert text in shown
     assert len(list((tmp_path / "kept" / "demo" / "gsm").rglob("run.json"))) == len(ROLES) + 1
-    again = demo(tmp_path, "--limit", "4", "--out", "kept")
+    again = proxytune(tmp_path, "demo", "--limit", "4", "--out", "kept")
     assert again.stdout == shown and "done already" in again.stderr
+
+
+def test_the_demo_models_take_real_questions(tmp_path: Path, reference: Path) -> None:
+    data = str(reference / "data" / "gsm8k" / "test.jsonl")
+    done = proxytune(
+        tmp_path, "eval", "gsm", "--data", data, "--limit", "50", "--max-new-tokens", "64", "--json"
+    )
+    assert json.loads(done.stdout)["n"] == 50
+
+
+def test_the_demo_models_take_any_character(tmp_path: Path) -> None:
+    odd = {"question": "Zoë 有 3 🍎\u2028 and\ttwo \x7f. How many?", "answer": "#### 5"}
+    (tmp_path / "odd.jsonl").write_text(json.dumps(odd) + "\n")
+    done = proxytune(
+        tmp_path, "eval", "gsm", "--data", "odd.jsonl", "--max-new-tokens", "64", "--as", "all", "--json"
+    )
+    assert json.loads(done.stdout)["n"] == 1
+
+
+@pytest.mark.slow
+def test_a_demo_run_killed_half_way_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
+    demo = (ROOT / "configs" / "systems" / "demo.yaml").read_text(encoding="utf-8")
+    (tmp_path / "demo64.yaml").write_text(demo.replace("float32", "float64"))  # where batches decide nothing
+    settings = ("--system", "demo64.yaml", "--limit", "200", "--batch", "8")
+    command = ("eval", "gsm", *settings, "--json", "--out")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "proxytune", *command, "killed"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    stored = tmp_path / "killed" / "predictions.jsonl"
+    while not stored.exists() or stored.read_bytes().count(b"\n") < 100:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    done = {name: json.loads(proxytune(tmp_path, *command, name).stdout) for name in ("killed", "whole")}
+    assert done["killed"]["metrics"] == done["whole"]["metrics"] and done["killed"]["cost"]["sessions"] == 2
+    assert stored.read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
 
 
 @pytest.mark.slow
 def test_the_proxy_closes_the_gap(tmp_path: Path) -> None:
-    tasks = json.loads(demo(tmp_path, "--json").stdout)["tasks"]
+    tasks = json.loads(proxytune(tmp_path, "demo", "--json").stdout)["tasks"]
     for name in ("gsm", "truthfulqa"):
         task = tasks[name]
         assert task["n"] >= 500 and task["base"] < task["expert"] < task["proxy"], (name, task)

@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from proxytune.core.logits import Choice, Shift, ban, choose, combine, gumbel, log_probability, philox, warp, widen
+from proxytune.core.logits import (
+    Choice,
+    Shift,
+    ban,
+    choose,
+    combine,
+    gumbel,
+    log_probability,
+    philox,
+    warp,
+    widen,
+)
 
 INF = float("inf")
 
@@ -97,7 +108,9 @@ def choice(rows: int, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.0, 
     )
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 0, 1.0), (2.0, 4, 1.0), (1.0, 0, 0.7)])
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 0, 1.0), (2.0, 4, 1.0), (1.0, 0, 0.7)]
+)
 def test_sampled_frequencies_follow_the_distribution(temperature: float, top_k: int, top_p: float) -> None:
     draws = 20_000
     logits = torch.tensor([2.0, 1.5, 1.0, 0.3, 0.0, -0.5, -2.0])
@@ -162,7 +175,7 @@ def test_unshared_tokens_stay_at_the_base() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), -INF, INF])
 def test_bad_columns_do_not_leak(bad: float) -> None:
-    """What an expert says of a token cannot reach a row whose alpha is 0, a token that is not shared, or a neighbour."""
+    """What an expert says of a token cannot reach a row with alpha 0, an unshared token, or a neighbour."""
     broken = EXPERT.clone()
     broken[0, 2] = bad
     rows, alpha = BASE.repeat(2, 1), torch.tensor([0.0, 1.0])
@@ -198,7 +211,9 @@ def test_ban_touches_its_pairs_only_and_copies() -> None:
 def test_log_probability() -> None:
     got = log_probability(BASE.repeat(4, 1), torch.arange(4))
     assert got.exp().sum().item() == pytest.approx(1)
-    assert got[3].item() == pytest.approx(math.log(math.exp(0.1) / sum(map(math.exp, BASE[0].tolist()))), abs=1e-6)
+    assert got[3].item() == pytest.approx(
+        math.log(math.exp(0.1) / sum(map(math.exp, BASE[0].tolist()))), abs=1e-6
+    )
 
 
 def warped(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -278,7 +293,10 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     def among(picked: list[int]) -> list[int]:
         at = torch.tensor(picked)
         sampled = tuple(index for index, row in enumerate(picked) if heat[row] > 0)
-        part = Choice(*(getattr(full, name)[at] for name in ("temperature", "top_k", "top_p", "keys", "positions")), sampled)
+        part = Choice(
+            *(getattr(full, name)[at] for name in ("temperature", "top_k", "top_p", "keys", "positions")),
+            sampled,
+        )
         return choose(logits[at], part).tolist()
 
     for row in range(rows):

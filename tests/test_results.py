@@ -147,6 +147,13 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
         RunFolder.open(tmp_path, new(data_sha256="1" * 64))
 
 
+def test_a_run_without_rows_gives_way(tmp_path: Path) -> None:
+    RunFolder.open(tmp_path, new(trace="tokens")).close()
+    with RunFolder.open(tmp_path, new(limit=5)) as folder:
+        assert folder.run.spec.limit == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["predictions.jsonl", "run.json"]
+
+
 def test_what_decides_nothing_may_differ() -> None:
     told = SYSTEM.model_copy(update={"description": "new words", "data": {"gsm": "hub"}})
     assert results.differences(spec(), spec(system=told)) == {}

@@ -109,7 +109,8 @@ class Engine:
                 )
             request = replace(request, max_new_tokens=min(request.max_new_tokens, room))
         for name, runner in self.ensemble.runners.items():
-            need = len(request.contexts[name]) + request.max_new_tokens
+            response = request.max_new_tokens * runner.alignment.longest
+            need = min(runner.window, len(request.contexts[name]) + response)
             if need > runner.rows.capacity:
                 raise UserError(
                     f"request {request.tag!r} needs KV memory for {need} tokens of the {name}, but its pool "
@@ -187,13 +188,18 @@ class Engine:
                 ids.extend(self.ensemble.runners[name].alignment.spell(token))
             if self.on_token is not None:
                 self.on_token(row.request, token)
-            reason = finish_reason(row)
+            reason = finish_reason(row) or self._full(row)
             if reason is not None:
                 results.append(Result(row.request, tuple(row.tokens), reason, row.logprob, tuple(row.trace)))
                 done.append(index)
         self.generated_tokens += len(rows)
         self.scheduler.finish(done)
         return results
+
+    def _full(self, row: Row) -> str | None:
+        """length where a model's window is full first: spelled out, a token can take several ids."""
+        full = any(len(ids) > self.ensemble.runners[name].window for name, ids in row.ids.items())
+        return "length" if full else None
 
 
 def banned(rows: list[Row]) -> tuple[list[int], list[int]]:

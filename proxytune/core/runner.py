@@ -49,6 +49,11 @@ class Alignment:
             return logits[:, : self.size]
         return logits[:, self.columns.to(logits.device)]
 
+    @property
+    def longest(self) -> int:
+        """Most ids that one base token takes here."""
+        return 1 if self.spelled is None else max(map(len, self.spelled))
+
     def spell(self, token: int) -> tuple[int, ...]:
         """The ids to feed this model after base token `token`."""
         return (token,) if self.spelled is None else self.spelled[token]

@@ -238,7 +238,7 @@ class Scheduler:
         if not self.rows:
             return True  # checked on submission: alone it fits
         for name, rows in self.caches.items():
-            lengths = [len(other.ids[name]) + HEADROOM for other in self.rows]  # as they are to be, prompt and all
+            lengths = [len(other.ids[name]) + HEADROOM for other in self.rows]  # once their prompts are in
             if not rows.fits([*lengths, len(row.ids[name]) + HEADROOM]):
                 return False
         return True

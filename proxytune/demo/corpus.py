@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 
 from proxytune.demo import facts, frames, sums
 from proxytune.demo.facts import Person
@@ -54,7 +54,7 @@ class Amounts:
 
     def scaled(self, share: float) -> Amounts:
         """All amounts times `share`: for quick trials."""
-        return Amounts(*(max(1, round(getattr(self, f.name) * share)) for f in fields(self)))
+        return Amounts(**_scaled(asdict(self), share))
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,14 @@ class TuningAmounts:
     sums: int = 400
     facts: int = 400
     choices: int = 120
+
+    def scaled(self, share: float) -> TuningAmounts:
+        """All amounts times `share`: for quick trials."""
+        return TuningAmounts(**_scaled(asdict(self), share))
+
+
+def _scaled(amounts: dict[str, int], share: float) -> dict[str, int]:
+    return {name: max(1, round(amount * share)) for name, amount in amounts.items()}
 
 
 def pretraining(world: World, system: str, amounts: Amounts) -> list[Document]:
