@@ -298,7 +298,8 @@ def load_system(name_or_path: str | Path) -> System:
             error = did_you_mean("system", str(name_or_path), system_names())
             raise UserError(f"{error}. Or give the path of a .yaml file")
         path = shipped("configs/systems") / f"{name_or_path}.yaml"
-    return parse_system(read_yaml(path), path)
+        return parse_system(read_yaml(path), path, Path.cwd())
+    return parse_system(read_yaml(path), path, path.parent)
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
@@ -314,15 +315,15 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def parse_system(content: Mapping[str, Any], path: Path) -> System:
-    """A System from a YAML mapping. Model folders that begin with ./ or ../ are taken from the YAML file's
-    folder."""
+def parse_system(content: Mapping[str, Any], path: Path, folder: Path) -> System:
+    """A System from the YAML mapping of `path`. Model folders that begin with ./ or ../ are taken from `folder`:
+    that of the YAML file, or where one stands for a system that ships with proxytune."""
     raw = {"name": path.stem, **content}
     for role in ("base", "expert", "antiexpert", "tuned"):
         if isinstance(raw.get(role), Mapping):
-            raw[role] = _beside(raw[role], path.parent)
+            raw[role] = _beside(raw[role], folder)
     if isinstance(raw.get("experts"), list):
-        raw["experts"] = [_beside(e, path.parent) if isinstance(e, Mapping) else e for e in raw["experts"]]
+        raw["experts"] = [_beside(e, folder) if isinstance(e, Mapping) else e for e in raw["experts"]]
     try:
         return System.model_validate(raw)
     except ValidationError as error:

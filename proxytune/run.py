@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -337,11 +337,18 @@ def generate(
     as_: str = "proxy",
     sampling: Sampling | None = None,
     alpha: AlphaSchedule | float | str | None = None,
+    speculate: Literal["auto", "off"] | int = "auto",
     allow_negative_alpha: bool = False,
     models: Models | None = None,
 ) -> list[Completion]:
     """Responses to `prompts`, in their order (`sampling.n` in a row for each). A text is the plain prompt of
-    all roles."""
+    all roles.
+
+    `speculate` never changes the tokens. This version decodes without speculation, which is what "auto" and
+    "off" (or 0) give; a draft length above 0 is a UserError.
+    """
+    if speculate not in ("auto", "off", 0):
+        raise UserError(f"speculate = {speculate!r}: this version decodes plainly; give 'auto' or 'off'")
     if isinstance(prompts, str):
         raise UserError('prompts must be a list of texts: write generate(system, ["..."])')
     role = system.require(as_)

@@ -17,7 +17,8 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_system_parses_by_name_and_by_path(path: Path) -> None:
+def test_a_system_parses_by_name_and_by_path(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(FOLDER)  # relative folders: by name from here, by path from beside the file
     system = load_system(path)
     assert system == load_system(path.stem) and system.name == path.stem and system.description
     assert set(system.data) <= set(TASKS)
@@ -60,3 +61,17 @@ def test_only_chat_models_have_a_chat_form() -> None:
 def test_an_unknown_system_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"Did you mean: .*llama2-13b-chat"):
         load_system("llama2-13b-chatt")
+
+
+def test_relative_folders_of_shipped_systems_are_taken_from_where_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tuned = load_system("llama2-13b-gsm").tuned
+    assert tuned is not None and tuned.model == str(tmp_path / "models" / "llama2-gsm-13b")
+
+
+def test_relative_folders_of_a_file_are_taken_from_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: {model: ./big}\n")
+    assert load_system(path).base.model == str(tmp_path / "big")

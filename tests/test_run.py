@@ -255,3 +255,10 @@ def test_a_killed_process_is_continued(
     done = {name: evaluate(system, models, tmp_path / name, **same) for name in ("killed", "whole")}
     assert done["killed"].metrics == done["whole"].metrics and done["killed"].cost.sessions == 2
     assert results.read_rows(tmp_path / "killed") == results.read_rows(tmp_path / "whole")
+
+
+def test_speculation_is_not_promised_before_it_exists(system: System) -> None:
+    plain = run.generate(system, ["ab"], sampling=Sampling(max_new_tokens=4), speculate="off")
+    assert run.generate(system, ["ab"], sampling=Sampling(max_new_tokens=4)) == plain
+    with pytest.raises(UserError, match="decodes plainly"):
+        run.generate(system, ["ab"], speculate=4)
