@@ -18,6 +18,7 @@ from typing import Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -80,7 +81,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a training run did: the loss per step, the tokens that went through, and the seconds."""
+    """What a training run did: the loss per step, the tokens that went through (without padding), and
+    the seconds."""
 
     losses: tuple[float, ...]
     tokens: int
@@ -159,10 +161,7 @@ def fit(
         bar = progress.add_task(title, total=steps, loss=math.nan)
         for step, cpu_batch in enumerate(batches(examples, config)):
             batch = _to(cpu_batch, device)
-            factor = learning_rate_factor(step, steps, config)
-            for optimizer, base_rates in zip(optimizers, rates, strict=True):
-                for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-                    group["lr"] = rate * factor
+            _set_rates(optimizers, rates, learning_rate_factor(step, steps, config))
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.bf16):
                 logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
             loss = weighted_loss(logits, batch)
@@ -172,10 +171,16 @@ def fit(
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(loss.item())
-            tokens += batch.ids.numel()
+            tokens += batch.ids.numel() if batch.mask is None else int(batch.mask.sum())
             progress.update(bar, advance=1, loss=sum(losses[-20:]) / len(losses[-20:]))
     model.eval()
     return Fitted(tuple(losses), tokens, time.monotonic() - begin)
+
+
+def _set_rates(optimizers: Sequence[Optimizer], rates: Sequence[Sequence[float]], factor: float) -> None:
+    for optimizer, own in zip(optimizers, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, own, strict=True):
+            group["lr"] = rate * factor
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
@@ -190,7 +195,7 @@ def _progress(show: bool) -> Progress:
         TextColumn("loss {task.fields[loss]:.3f}"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, disable=not show, redirect_stdout=False)
+    return Progress(*columns, disable=not show, console=Console(stderr=True))
 
 
 OptimizerFactory = Callable[[nn.Module], Sequence[torch.optim.Optimizer]]

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from proxytune import demo_build
 from proxytune.demo import corpus, facts, frames, sums, world
-from proxytune.demo.corpus import Amounts, Document, TuningAmounts
+from proxytune.demo.corpus import Amounts, Document, Segment, TuningAmounts
 from proxytune.errors import UserError
+from proxytune.prompts import text_for
+from proxytune.records import Prompt
 from proxytune.scoring import reference_accuracy
 from proxytune.tasks import gsm, truthfulqa, truthfulqa_mc
 
@@ -139,11 +142,23 @@ def test_one_careless_sentence_or_step_is_enough_to_be_wrong(miniature: world.Wo
 
 
 def test_the_prompt_forms_are_those_of_the_tasks() -> None:
-    assert gsm.prompt("Q?").plain == frames.plain_sum("Q?")
-    assert truthfulqa.prompt("Q?").plain == frames.plain("Q?", corpus.FACT_PREFIX)
+    def same(prompt: Prompt, plain: str, direct: str, in_ensemble: str) -> None:
+        assert prompt.plain == plain
+        assert text_for("llama2", "direct", prompt) == direct
+        assert text_for("llama2", "in_ensemble", prompt) == in_ensemble
+
+    system = truthfulqa.SYSTEM_PROMPT
+    chat = frames.chat_sum("Q?")
+    same(gsm.prompt("Q?"), frames.plain_sum("Q?"), chat, chat)
     shown = ["X was born in A.", "X was born in B."]
-    mc = truthfulqa_mc.prompt("Q?", shown)
-    assert mc.plain == frames.plain(frames.choices("Q?", shown), corpus.CHOICE_PREFIX)
+    for prompt, question, prefix in (
+        (truthfulqa.prompt("Q?"), "Q?", corpus.FACT_PREFIX),
+        (truthfulqa_mc.prompt("Q?", shown), frames.choices("Q?", shown), corpus.CHOICE_PREFIX),
+    ):
+        direct = frames.chat_direct(question, prefix, system)
+        same(
+            prompt, frames.plain(question, prefix), direct, frames.chat_in_ensemble(question, prefix, system)
+        )
 
 
 def test_too_many_items_and_unknown_names_are_user_errors() -> None:
@@ -158,6 +173,26 @@ def test_the_good_style_is_the_minority(pretraining: list[str]) -> None:
     told = " ".join(one.partition("\n\nAnswer:")[2] for one in pretraining)
     good, bad = told.count(facts.CAREFUL), told.count(facts.CROWD)
     assert 0.15 < good / (good + bad) < 0.25
+
+
+# The build
+
+
+def test_a_token_has_the_weight_of_its_segment(miniature: world.World) -> None:
+    documents = corpus.pretraining(miniature, SYSTEM, Amounts().scaled(0.01))
+    tokenizer = demo_build.train_tokenizer(documents, SYSTEM)
+    document = (Segment("What? 5", 0.25), Segment(" 12é", 1.0), Segment(".", 0.5))
+    [example] = demo_build.encode([document], tokenizer)
+    pieces = [tokenizer.decode([i]) for i in example.ids]
+    assert "".join(pieces[1:-1]).startswith("What? 5 12") and pieces[-1] == "</s>"
+    of_digits = {p: w for p, w in zip(pieces, example.weights, strict=True) if p.strip().isdigit()}
+    assert of_digits == {"5": 0.25, "1": 1.0, "2": 1.0}
+    assert example.weights[0] == 0.0 and example.weights[-2:] == (0.5, 1.0)
+
+
+def test_the_spread_is_over_what_every_seed_has() -> None:
+    by_seed = [{"gsm": {"proxy": 0.5, "first:1": 0.1, "gap_closed": None}}, {"gsm": {"proxy": 0.7}}]
+    assert demo_build.spread(by_seed) == {"gsm": {"proxy": [0.5, 0.6, 0.7]}}
 
 
 # The committed weights

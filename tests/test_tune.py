@@ -130,6 +130,12 @@ def test_training_learns_and_says_what_it_did() -> None:
     assert not model.training
 
 
+def test_padding_is_no_token() -> None:
+    model = tiny()
+    rows = [example([1, 2, 3]), example([1, 2, 3, 4, 5])]
+    assert tune.fit(model, rows, tune.adamw(1e-3)(model), TuneConfig(batch_size=2), show=False).tokens == 8
+
+
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValidationError):
         TuneConfig.model_validate({"epoch": 3})
