@@ -141,6 +141,8 @@ def generate(
             "--compare", help="All roles side by side; the tokens that the proxy changed are marked."
         ),
     ] = False,
+    batch: Batch = None,
+    kv_memory: KvMemory = None,
     vocab: Vocab = None,
     allow_negative_alpha: Negative = False,
     trust_remote_code: RemoteCode = False,
@@ -148,7 +150,8 @@ def generate(
 ) -> None:
     """Stream a response.
 
-    Example: proxytune generate "What does Hibe Vebir play?" --system demo --compare
+    Example: proxytune generate $'Answer the following question.\\n\\nQuestion: Mukis has 26 nuts. Mukis buys
+    2 more. How many nuts does Mukis have now?\\nAnswer:' --system demo --compare
     """
     from proxytune import cli_generate, cli_run
 
@@ -167,6 +170,8 @@ def generate(
         as_,
         alpha,
         sampling,
+        batch=batch,
+        kv_memory=None if kv_memory is None else cli_run.parse_size(kv_memory),
         allow_negative_alpha=allow_negative_alpha,
         trust_remote_code=trust_remote_code,
     )

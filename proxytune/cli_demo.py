@@ -15,14 +15,12 @@ from rich.table import Table
 from proxytune import run
 from proxytune.cli_run import console, print_json, tell_loading
 from proxytune.config import Role, System, load_system, system_names
-from proxytune.demo import facts, sums
+from proxytune.demo.world import OPENERS
 from proxytune.models import Models
 from proxytune.records import Run
 from proxytune.report import COLUMNS, RoleRow, by_task, role_rows, summary
 
 TASKS = ("gsm", "truthfulqa", "truthfulqa_mc")
-OPENERS = {"gsm": f" {sums.CAREFUL}", "truthfulqa": f" {facts.CAREFUL}"}
-"""How a careful answer begins; a letter has no opener."""
 CONTROL = "base, opener forced"
 MIDDLE = "tuned, middle size"
 
@@ -84,7 +82,7 @@ def _run_all(limit: int | None, root: Path) -> dict[str, tuple[list[Run], list[E
 def _one(system: System, task: str, role: Role, options: run.Options, models: Models, root: Path) -> Run:
     """One run in its folder under `root`."""
     job = run.plan(system, task, role, options)
-    return run.run_job(job, job.folder(root), models, run.Engine())
+    return run.run_job(job, job.folder(root), models, run.Resources())
 
 
 def _table(rows: list[RoleRow], extras: list[Extra]) -> Table:

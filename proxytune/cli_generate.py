@@ -29,6 +29,9 @@ class Request:
     as_: str
     alpha: str | None
     sampling: Sampling
+    batch: int | None
+    kv_memory: int | None
+    """Bytes for the KV pools of all models."""
     allow_negative_alpha: bool
     trust_remote_code: bool
 
@@ -39,6 +42,13 @@ class Request:
         if not text.strip():
             raise UserError("the prompt is empty")
         return Example(id="0", prompt=Prompt(plain=text, user=text))
+
+    def decoder(self, models: Models, role: Role) -> Decoder:
+        """The decoder of a role; says on stderr what a user should know about its models."""
+        made = Decoder(models, role, max_batch=self.batch, kv_memory=self.kv_memory)
+        for note in made.notes():
+            print(f"note: {note}", file=sys.stderr)
+        return made
 
 
 def generate(system: System, asked: Request, *, compare: bool, json_only: bool) -> None:
@@ -51,7 +61,7 @@ def generate(system: System, asked: Request, *, compare: bool, json_only: bool) 
         return
     role = system.require(asked.as_)
     alpha = alpha_for(system, role, asked.alpha, allow_negative=asked.allow_negative_alpha)
-    decoder = Decoder(models, role)
+    decoder = asked.decoder(models, role)
     printer = _Printer(sys.stdout) if asked.sampling.n == 1 and not json_only else None
     stream = decoder.stream([example], asked.sampling, alpha=alpha, on_text=printer.hear if printer else None)
     found = sorted(stream, key=lambda completion: completion.sample)
@@ -98,7 +108,7 @@ def _compare(system: System, asked: Request, example: Example, models: Models, *
         own = asked.alpha if role == "proxy" else None
         alpha = alpha_for(system, role, own, allow_negative=asked.allow_negative_alpha)
         trace: TraceKind = "tokens" if role == "proxy" else "off"
-        [found[role]] = Decoder(models, role).stream([example], one, alpha=alpha, trace=trace)
+        [found[role]] = asked.decoder(models, role).stream([example], one, alpha=alpha, trace=trace)
     trace_of_proxy = said(found["proxy"])
     changed = [place for place, token in enumerate(trace_of_proxy) if is_changed(token)]
     if json_only:

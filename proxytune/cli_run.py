@@ -68,7 +68,7 @@ def evaluate(system: System, asked: Request, *, json_only: bool) -> None:
     from proxytune.models import Models
 
     models = Models(system, trust_remote_code=asked.trust_remote_code, on_load=tell_loading)
-    engine = run.Engine(max_batch=asked.batch, kv_memory=bytes_for_kv)
+    resources = run.Resources(max_batch=asked.batch, kv_memory=bytes_for_kv)
     options = run.Options(
         alpha=asked.alpha,
         sampling=sampling,
@@ -81,12 +81,14 @@ def evaluate(system: System, asked: Request, *, json_only: bool) -> None:
         allow_negative_alpha=asked.allow_negative_alpha,
     )
     if asked.as_ == "all":
-        runs = run.evaluate_all(system, asked.task, options, out=asked.out, engine=engine, models=models)
+        runs = run.evaluate_all(
+            system, asked.task, options, out=asked.out, resources=resources, models=models
+        )
         print_all(list(runs.values()), json_only=json_only)
     else:
         job = run.plan(system, asked.task, asked.as_, options)
         folder = asked.out or job.folder(run.RESULTS)
-        print_one(run.run_job(job, folder, models, engine), folder, json_only=json_only)
+        print_one(run.run_job(job, folder, models, resources), folder, json_only=json_only)
 
 
 def print_one(run: Run, folder: Path, *, json_only: bool) -> None:

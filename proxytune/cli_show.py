@@ -4,6 +4,7 @@ model."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from rich.text import Text
 from proxytune.cli_run import console, print_json
 from proxytune.config import ModelSpec, System, load_system, system_names
 from proxytune.errors import UserError
-from proxytune.results import find_runs, write_atomically
+from proxytune.records import Run
+from proxytune.results import write_atomically
 
 DEMO_TABLE = re.compile(r"(<!-- demo-table -->\n).*?(<!-- /demo-table -->)", re.DOTALL)
 
@@ -44,13 +46,14 @@ def report(root: Path, *, markdown: bool, write: bool) -> None:
 
     if not root.is_dir():
         raise UserError(f"no folder '{root}': `proxytune eval` makes it, or name another")
-    runs = tables.default_runs(root)
     if write:
+        runs, _ = tables.main_runs(_published(root))
         write_atomically(root / "README.md", tables.results_readme(tables.read_paper(), runs).encode())
         print(f"wrote {root / 'README.md'}")
-        _write_demo_table(Path("README.md"), root)
+        _write_demo_table(Path("README.md"), runs)
         return
-    rows = tables.role_rows(runs or [run for _, run in find_runs(root)])
+    runs, others = tables.main_runs(root)
+    rows = tables.role_rows(runs)
     if not rows:
         raise UserError(f"no finished run in '{root}': `proxytune eval` makes one")
     for task, own in tables.by_task(rows).items():
@@ -58,14 +61,23 @@ def report(root: Path, *, markdown: bool, write: bool) -> None:
             print(f"### {task}: {own[0].metric}\n\n{tables.markdown_table(own)}")
         else:
             console().print(tables.rich_table(own))
+    if others:
+        print(f"{others} finished runs with other settings are not shown: name their folder to see them")
 
 
-def _write_demo_table(path: Path, root: Path) -> None:
+def _published(root: Path) -> Path:
+    """Where the runs lie that the README files are about: a folder of their own in the checkout, so that
+    one's own runs never meet them."""
+    own = root / "published"
+    return own if own.is_dir() else root
+
+
+def _write_demo_table(path: Path, found: Sequence[Run]) -> None:
     """Put the demo's tables between the markers of the README, where there are markers."""
     from proxytune import report as tables
 
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    runs = [run for run in tables.default_runs(root) if run.spec.system.name == "demo"]
+    runs = [run for run in found if run.spec.system.name in ("demo", "demo-mid")]
     if not runs or not DEMO_TABLE.search(text):
         return
     parts = [
@@ -129,10 +141,11 @@ def _experts(system: System) -> str:
 
 
 def model_name(spec: ModelSpec | None) -> str:
-    """How a table names a model."""
+    """How a table names a model; folders under the one where the user stands as the user would write them."""
     if spec is None:
         return ""
-    return spec.model or f"adapter {spec.adapter}"
+    name = spec.model or f"adapter {spec.adapter}"
+    return name.replace(f"{Path.cwd()}/", "./")
 
 
 def _print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:

@@ -66,15 +66,16 @@ class AlphaSchedule(Record):
     @property
     def text(self) -> str:
         """The form that `parse_alpha` reads back."""
+        start, end = (repr(value).removesuffix(".0") for value in (self.start, self.end))
         match self.kind:
             case "constant":
-                return f"{self.end:g}"
+                return end
             case "first":
-                return f"first:{self.length}" + ("" if self.start == 1 else f":{self.start:g}")
+                return f"first:{self.length}" + ("" if self.start == 1 else f":{start}")
             case "warmup":
-                return f"warmup:{self.length}" + ("" if self.end == 1 else f":{self.end:g}")
+                return f"warmup:{self.length}" + ("" if self.end == 1 else f":{end}")
             case "linear":
-                return f"linear:{self.start:g}:{self.end:g}:{self.length}"
+                return f"linear:{start}:{end}:{self.length}"
 
     def check(self, *, allow_negative: bool = False) -> AlphaSchedule:
         """Raise UserError unless every alpha is finite and within bounds.
@@ -316,8 +317,8 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
 
 
 def parse_system(content: Mapping[str, Any], path: Path, folder: Path) -> System:
-    """A System from the YAML mapping of `path`. Model folders that begin with ./ or ../ are taken from `folder`:
-    that of the YAML file, or where one stands for a system that ships with proxytune."""
+    """A System from the YAML mapping of `path`. Model folders that begin with ./ or ../ are taken from
+    `folder`: that of the YAML file, or where one stands for a system that ships with proxytune."""
     raw = {"name": path.stem, **content}
     for role in ("base", "expert", "antiexpert", "tuned"):
         if isinstance(raw.get(role), Mapping):
@@ -348,6 +349,8 @@ def explain(error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"]) or "value"
     if first["type"] == "extra_forbidden":
         *parents, key = where.split(".")
+        if error.title != "System":
+            return f"unknown key '{where}'"
         record = System if not parents else ExpertSpec if parents[0] == "experts" else ModelSpec
         return str(did_you_mean("key", key, record.model_fields))
     message = first["msg"].removeprefix("Value error, ")

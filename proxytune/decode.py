@@ -80,6 +80,7 @@ class Decoder:
         `max_batch` rows are decoded together; `kv_memory` bytes bound all KV pools together (by default a
         share of what is free). UserError if vocabularies do not match or the memory holds no useful pool."""
         self.models, self.role = models, role
+        models.check(models.names(role))
         self.loaded = {name: models.get(name) for name in models.names(role)}
         self.lead = next(iter(self.loaded))
         head = self.loaded[self.lead]
@@ -241,13 +242,13 @@ class Decoder:
                 )
 
     def _eos(self) -> frozenset[int]:
-        """The end-of-sequence ids of the lead: its tokenizer's, and those of its generation settings."""
-        listed = self.loaded[self.lead].module.generation_config
-        ids = getattr(listed, "eos_token_id", None)
-        extra = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        own = self.tokenizer.eos_token_id
-        known = [*extra, *([] if own is None else [own])]
-        return frozenset(token for token in known if token < self._size)  # padding is never said
+        """The end-of-sequence ids, as the base's: those of the lead, and those of the experts, which may end
+        in a way of their own (a chat model's end of turn)."""
+        ids = own_eos(self.loaded[self.lead])
+        for term in self.ensemble.terms:
+            alignment = self.ensemble.runners[term.expert].alignment
+            ids |= {mine for eos in own_eos(self.loaded[term.expert]) for mine in alignment.spelt_by(eos)}
+        return frozenset(token for token in ids if token < self._size)  # padding is never said
 
     def _completion(self, result: Result, sampling: Sampling) -> Completion:
         tag = result.request.tag
@@ -283,3 +284,11 @@ class Decoder:
             )
             for item in result.trace
         )
+
+
+def own_eos(model: Loaded) -> set[int]:
+    """A model's end-of-sequence ids: its tokenizer's, and those of its generation settings."""
+    ids = getattr(model.module.generation_config, "eos_token_id", None)
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    own = model.tokenizer.eos_token_id
+    return {*listed, *([] if own is None else [own])}

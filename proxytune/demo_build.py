@@ -32,7 +32,7 @@ from transformers import (
 
 from proxytune import run
 from proxytune.config import ModelSpec, Role, System
-from proxytune.demo import corpus, facts, sums, world
+from proxytune.demo import corpus, world
 from proxytune.demo.corpus import Amounts, Document, TuningAmounts
 from proxytune.demo.world import World
 from proxytune.models import Models
@@ -204,7 +204,6 @@ def system_in(pretrained: Path, tuned: Path) -> System:
     )
 
 
-OPENERS = {"gsm": f" {sums.CAREFUL}", "truthfulqa": f" {facts.CAREFUL}"}
 VARIANTS = ("0.25", "0.5", "1.5", "2", "first:1", "first:8", "first:16")
 """Alphas that are measured beside 1, for the first tuning seed."""
 
@@ -227,8 +226,8 @@ def measure(system: System, middle: Path, n: int, folder: Path, variants: Sequen
         found["tuned_mid"] = _score(middle_system, task, "tuned", data, Models(middle_system)).value
         for alpha in variants:
             found[f"proxy alpha={alpha}"] = _score(system, task, "proxy", data, loaded, alpha=alpha).value
-        if variants and task in OPENERS:
-            opener = OPENERS[task]
+        if variants and task in world.OPENERS:
+            opener = world.OPENERS[task]
             found["base_opener_forced"] = _score(system, task, "base", data, loaded, forced=opener).value
         scores[task] = found
         print(task, {name: value and round(value, 3) for name, value in found.items()}, flush=True)
@@ -247,7 +246,7 @@ def _score(
     """The headline of one run that is thrown away."""
     job = run.plan(system, task, role, run.Options(alpha=alpha, data=str(data), forced=forced))
     with tempfile.TemporaryDirectory(dir=data.parent) as folder:
-        return run.score_of(run.run_job(job, Path(folder) / "run", loaded, run.Engine(progress=False)))
+        return run.score_of(run.run_job(job, Path(folder) / "run", loaded, run.Resources(progress=False)))
 
 
 # The whole

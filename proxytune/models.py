@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from proxytune.config import ExpertSpec, ModelSpec, Role, System
 from proxytune.core.runner import Forward
 from proxytune.errors import UserError, needs_extra
-from proxytune.families import Family, examine
+from proxytune.families import UNBOUNDED, Family, examine
 from proxytune.vocabulary import Tokenizer
 
 DEMO_SCHEME = "demo://"
@@ -161,6 +161,26 @@ class Models:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def check(self, names: Collection[str]) -> None:
+        """UserError, before anything is loaded, if a model is not there or these models do not fit
+        together."""
+        specs = {name: self.spec(name) for name in names if name not in self._loaded}
+        needs: dict[str, float] = {}
+        for name, spec in specs.items():
+            if spec.model is not None:
+                config = load_config(spec, trust_remote_code=self.trust_remote_code)
+                if _placed_by_us(spec, config):
+                    remote = spec.trust_remote_code or self.trust_remote_code
+                    needs[name] = weights_needed(spec, config, remote)
+        everywhere = "auto" if any(spec.device_map == "auto" for spec in specs.values()) else None
+        free = free_memory(everywhere)
+        if len(needs) > 1 and sum(needs.values()) > free:
+            parts = " + ".join(f"{name} {need / GIB:.1f}" for name, need in needs.items())
+            raise UserError(
+                f"the weights of {parts} = {sum(needs.values()) / GIB:.1f} GiB do not fit into the "
+                f"{free / GIB:.1f} GiB that are free: {SMALLER}"
+            )
+
     def spec(self, name: str) -> ModelSpec:
         """The spec of the model of that name."""
         for (expert, antiexpert, _), spec in zip(self.terms(), self.system.expert_specs, strict=True):
@@ -230,11 +250,13 @@ def load_tokenizer(spec: ModelSpec, *, trust_remote_code: bool = False) -> Token
     """The tokenizer that lies beside a model."""
     assert spec.model is not None
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             resolve(spec.model),
             revision=spec.revision,
             trust_remote_code=spec.trust_remote_code or trust_remote_code,
         )
+        tokenizer.model_max_length = UNBOUNDED  # our own check of the length names the numbers
+        return tokenizer
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the tokenizer of '{spec.model}': {_first_line(error)}") from None
 
@@ -246,8 +268,8 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
     location = resolve(spec.model)
     remote = spec.trust_remote_code or trust_remote_code
     quantization = _quantization(spec)
+    config = load_config(spec, trust_remote_code=trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(location, revision=spec.revision, trust_remote_code=remote)
         size = _check_memory(spec, config, remote)
         (disable_progress_bar if size < SMALL else enable_progress_bar)()
         module, report = AutoModelForCausalLM.from_pretrained(
@@ -296,6 +318,21 @@ def _quantization(spec: ModelSpec) -> BitsAndBytesConfig | None:
 
 def _check_memory(spec: ModelSpec, config: Any, remote: bool) -> float:
     """Bytes of the weights; UserError with the numbers if they cannot fit into what is free."""
+    need = weights_needed(spec, config, remote)
+    free = free_memory(spec.device_map if isinstance(spec.device_map, str) else None)
+    if need > free and _placed_by_us(spec, config):
+        raise UserError(
+            f"'{spec.model}' needs {need / GIB:.1f} GiB for its weights, and {free / GIB:.1f} GiB are free: "
+            + SMALLER
+        )
+    return need
+
+
+SMALLER = "use a smaller dtype, quantization: 8bit or 4bit, or a device_map over several devices"
+
+
+def weights_needed(spec: ModelSpec, config: Any, remote: bool) -> float:
+    """Bytes that a model's weights will take, from its configuration alone."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     with torch.device("meta"):
@@ -304,17 +341,26 @@ def _check_memory(spec: ModelSpec, config: Any, remote: bool) -> float:
     numbers: int = sum(p.numel() for p in skeleton.parameters())
     dtype = (config.dtype or torch.float32) if spec.dtype == "auto" else getattr(torch, spec.dtype)
     per_number = {"none": dtype.itemsize, "8bit": 1.0, "4bit": 0.5}[spec.quantization]
-    need = float(numbers * per_number)
-    free = free_memory(spec.device_map if isinstance(spec.device_map, str) else None)
-    planned_by_user = spec.device_map not in (None, "cpu", "auto")  # a map of one's own says where things go
-    smaller_than_it_looks = getattr(config, "quantization_config", None) is not None  # stored quantised
-    if need > free and not planned_by_user and not smaller_than_it_looks:
-        raise UserError(
-            f"'{spec.model}' needs {need / GIB:.1f} GiB for {numbers / 1e9:.2f}e9 weights, and "
-            f"{free / GIB:.1f} GiB are free: use a smaller dtype, quantization: 8bit or 4bit, or a "
-            "device_map over several devices"
+    return float(numbers * per_number)
+
+
+def _placed_by_us(spec: ModelSpec, config: Any) -> bool:
+    """Whether the estimate counts: no device map of the user's own, and not stored quantised (smaller than it
+    looks)."""
+    return spec.device_map in (None, "cpu", "auto") and getattr(config, "quantization_config", None) is None
+
+
+def load_config(spec: ModelSpec, *, trust_remote_code: bool = False) -> Any:
+    """A model's configuration. UserError if there is none."""
+    assert spec.model is not None
+    try:
+        return AutoConfig.from_pretrained(
+            resolve(spec.model),
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code or trust_remote_code,
         )
-    return need
+    except BAD_CHECKPOINT as error:
+        raise UserError(f"cannot load the model '{spec.model}': {_first_line(error)}") from None
 
 
 def free_memory(where: str | None = None) -> int:

@@ -56,6 +56,10 @@ def context(spec: ModelSpec, tokenizer: Tokenizer, form: Form, prompt: Prompt) -
     """The ids that a role sees before the response. A chat template of the tokenizer brings its own special
     tokens."""
     text = text_for(spec.chat, form, prompt, tokenizer)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"a prompt is not valid Unicode: {error.reason} at character {error.start}") from None
     return tuple(tokenizer.encode(text, add_special_tokens=spec.chat != "tokenizer"))
 
 

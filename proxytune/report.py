@@ -74,11 +74,22 @@ def size(count: int) -> str:
 # Rows
 
 
-def default_runs(root: Path) -> list[Run]:
-    """The finished runs in `root/<system>/<task>/<as>`, those with default settings, and the forced
-    controls."""
+def main_runs(root: Path) -> tuple[list[Run], int]:
+    """The finished runs that a table is about, and how many others there are.
+
+    Per system and task these are the runs with default settings (`root/<system>/<task>/<as>`) and the
+    controls on the same examples; where no run has default settings, all of them.
+    """
     found = find_runs(root)
-    return [run for folder, run in found if run.spec.forced or len(folder.relative_to(root).parts) == 3]
+    usual = [run for folder, run in found if len(folder.relative_to(root).parts) == 3 and not run.spec.forced]
+    data = {(run.spec.system.name, run.spec.task): run.spec.data_sha256 for run in usual}
+
+    def shown(run: Run) -> bool:
+        own = data.get((run.spec.system.name, run.spec.task))
+        return own is None or run in usual or bool(run.spec.forced and run.spec.data_sha256 == own)
+
+    main = [run for _, run in found if shown(run)]
+    return main, len(found) - len(main)
 
 
 def role_rows(runs: Sequence[Run]) -> list[RoleRow]:

@@ -108,9 +108,18 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def find_runs(root: Path) -> list[tuple[Path, Run]]:
-    """Every finished run under `root` with its folder, in the order of the folders' names."""
-    found = ((path.parent, read_run(path.parent)) for path in sorted(root.rglob(RUN)))
-    return [(folder, run) for folder, run in found if run.status == "done"]
+    """Every finished run under `root` with its folder, in the order of the folders' names. One that cannot be
+    read (another version's, say) is left out with a note."""
+    found = []
+    for path in sorted(root.rglob(RUN)):
+        try:
+            run = read_run(path.parent)
+        except UserError as error:
+            print(f"note: left out: {error}", file=sys.stderr)
+            continue
+        if run.status == "done":
+            found.append((path.parent, run))
+    return found
 
 
 def _complete_lines(path: Path) -> list[tuple[Row, bytes]]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -52,7 +54,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Engine:
+class Resources:
     """How a run is computed; nothing here changes its outputs."""
 
     max_batch: int | None = None
@@ -82,6 +84,8 @@ class Options:
 def plan(system: System, task: str, as_: str, options: Options) -> Job:
     """Check all settings of a run and read its examples; UserError where something does not fit."""
     found, role = get_task(task), system.require(as_)
+    for named in system.data:
+        get_task(named)  # a mistyped task there would silently mean the hub
     alpha = alpha_for(system, role, options.alpha, allow_negative=options.allow_negative_alpha)
     usual = system.data.get(task, "hub")
     source = usual if options.data is None else options.data
@@ -148,7 +152,7 @@ def evaluate(
     )
     job = plan(system, task, as_, options)
     folder = Path(out) if out is not None else job.folder(RESULTS)
-    return run_job(job, folder, models or Models(system), Engine(max_batch, kv_memory, progress))
+    return run_job(job, folder, models or Models(system), Resources(max_batch, kv_memory, progress))
 
 
 def evaluate_all(
@@ -157,7 +161,7 @@ def evaluate_all(
     options: Options,
     *,
     out: str | Path | None = None,
-    engine: Engine | None = None,
+    resources: Resources | None = None,
     models: Models | None = None,
 ) -> dict[Role, Run]:
     """Evaluate every role that the system has; each model is loaded once. `out` gets one folder per role.
@@ -173,11 +177,11 @@ def evaluate_all(
         if role == "tuned":
             own_models.release(keep=[role])
         folder = Path(out) / role if out is not None else job.folder(RESULTS)
-        runs[role] = run_job(job, folder, own_models, engine or Engine())
+        runs[role] = run_job(job, folder, own_models, resources or Resources())
     return runs
 
 
-def run_job(job: Job, path: Path, models: Models, engine: Engine) -> Run:
+def run_job(job: Job, path: Path, models: Models, resources: Resources) -> Run:
     """Start or continue a run in the folder `path`, and return it finished.
 
     Raises UserError as `RunFolder.open` does, and KeyboardInterrupt with the line that says what is kept.
@@ -186,7 +190,7 @@ def run_job(job: Job, path: Path, models: Models, engine: Engine) -> Run:
     new = Run(status="running", spec=job.spec, headline=job.task.headline, started=_now(), made=made)
     with (
         RunFolder.open(path, new) as folder,
-        Progress(_title(job), job.task.headline, engine.progress) as progress,
+        Progress(_title(job), job.task.headline, resources.progress) as progress,
     ):
         if folder.run.status == "done":
             progress.note(
@@ -202,8 +206,9 @@ def run_job(job: Job, path: Path, models: Models, engine: Engine) -> Run:
                 f"continuing '{path}': {len(folder.done)} of {len(job.data.examples)} examples are done"
             )
         session = Session(job, folder, continued=folder.run is not new)
+        folder.save(folder.run.model_copy(update={"cost": session.before}))  # a kill must not undo the count
         try:
-            session.decode(models, engine, progress)
+            session.decode(models, resources, progress)
         except KeyboardInterrupt:
             done, n = len(folder.done), len(job.data.examples)
             raise KeyboardInterrupt(
@@ -222,13 +227,15 @@ class Session:
         self.before = before.model_copy(update={"sessions": before.sessions + 1}) if continued else before
         self.decoder: Decoder | None = None
 
-    def decode(self, models: Models, engine: Engine, progress: Progress) -> None:
+    def decode(self, models: Models, resources: Resources, progress: Progress) -> None:
         """Decode, score and store the examples that are missing."""
         spec, done = self.job.spec, self.folder.done
         todo = [example for example in self.job.data.examples if example.id not in done]
         if not todo:
             return
-        self.decoder = Decoder(models, spec.role, max_batch=engine.max_batch, kv_memory=engine.kv_memory)
+        self.decoder = Decoder(
+            models, spec.role, max_batch=resources.max_batch, kv_memory=resources.kv_memory
+        )
         for note in self.decoder.notes():
             progress.note(note)
         stats, n = self.decoder.stats, len(self.job.data.examples)
@@ -339,27 +346,43 @@ def generate(
     alpha: AlphaSchedule | float | str | None = None,
     speculate: Literal["auto", "off"] | int = "auto",
     allow_negative_alpha: bool = False,
+    max_batch: int | None = None,
+    kv_memory: int | None = None,
     models: Models | None = None,
 ) -> list[Completion]:
     """Responses to `prompts`, in their order (`sampling.n` in a row for each). A text is the plain prompt of
-    all roles.
+    all roles. `kv_memory` is in bytes, for all KV pools together.
 
     `speculate` never changes the tokens. This version decodes without speculation, which is what "auto" and
     "off" (or 0) give; a draft length above 0 is a UserError.
     """
     if speculate not in ("auto", "off", 0):
         raise UserError(f"speculate = {speculate!r}: this version decodes plainly; give 'auto' or 'off'")
-    if isinstance(prompts, str):
+    if isinstance(prompts, str) or not all(isinstance(prompt, str | Prompt) for prompt in prompts):
         raise UserError('prompts must be a list of texts: write generate(system, ["..."])')
     role = system.require(as_)
     schedule = alpha_for(system, role, alpha, allow_negative=allow_negative_alpha)
-    examples = [
-        Example(id=str(i), prompt=Prompt(plain=p, user=p) if isinstance(p, str) else p)
-        for i, p in enumerate(prompts)
-    ]
+    examples = named_by_content([Prompt(plain=p, user=p) if isinstance(p, str) else p for p in prompts])
     chosen = Sampling() if sampling is None else sampling
-    found = list(Decoder(models or Models(system), role).stream(examples, chosen, alpha=schedule))
-    return sorted(found, key=lambda completion: (int(completion.example_id), completion.sample))
+    decoder = Decoder(models or Models(system), role, max_batch=max_batch, kv_memory=kv_memory)
+    for note in decoder.notes():
+        warnings.warn(note, stacklevel=2)
+    place = {example.id: i for i, example in enumerate(examples)}
+    found = list(decoder.stream(examples, chosen, alpha=schedule))
+    return sorted(found, key=lambda completion: (place[completion.example_id], completion.sample))
+
+
+def named_by_content(prompts: Sequence[Prompt]) -> list[Example]:
+    """Examples whose ids, and so whose sampling noise, depend on the prompt and on how often it came before:
+    not on what else is asked, or in which order."""
+    seen: dict[Prompt, int] = {}
+    examples = []
+    for prompt in prompts:
+        seen[prompt] = seen.get(prompt, 0) + 1
+        content = repr(dataclasses.astuple(prompt)).encode("utf-8", "backslashreplace")
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        examples.append(Example(id=f"{digest}-{seen[prompt]}", prompt=prompt))
+    return examples
 
 
 def device_name() -> str:

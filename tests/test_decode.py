@@ -330,3 +330,24 @@ def test_lengths_stops_and_pools(
         want = roomy[where]
         assert (c.token_ids, c.finish_reason, c.text) == (want.token_ids, want.finish_reason, want.text)
         assert c.logprob == pytest.approx(want.logprob, abs=1e-9)
+
+
+def test_the_proxy_also_ends_where_the_expert_does(trio: System, tmp_path: Path) -> None:
+    """A chat expert ends its turn with a token of its own; the base's end-of-sequence alone would let it
+    ramble."""
+    model = tiny.build("llama", 2)
+    model.generation_config.eos_token_id = [40, 2]  # type: ignore[union-attr]
+    system = trio.model_copy(update={"expert": spec(tiny.save(tmp_path / "expert", model))})
+    found = list(decoder(system).stream(ragged(40), Sampling(max_new_tokens=60, temperature=2.0)))
+    ended = [c for c in found if 40 in c.token_ids]
+    assert ended and all(
+        c.finish_reason == "eos" and c.token_ids.index(40) == len(c.token_ids) - 1 for c in ended
+    )
+
+
+def test_models_that_do_not_fit_together_are_refused_before_loading(
+    trio: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxytune.models.free_memory", lambda where=None: 500_000)
+    with pytest.raises(UserError, match=r"base 0\.0 \+ expert 0\.0 \+ antiexpert 0\.0 = .* are free"):
+        Decoder(Models(trio), "proxy")

@@ -162,3 +162,12 @@ def test_the_papers_half_of_the_committed_page_is_up_to_date() -> None:
         assert committed.partition("## The paper")[2] == text.partition("## The paper")[2], (
             "run: proxytune report results --write"
         )
+
+
+def test_a_run_that_cannot_be_read_is_left_out_with_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "run.json").write_text("{")
+    assert report.main_runs(tmp_path) == ([], 0)
+    assert "left out" in capsys.readouterr().err

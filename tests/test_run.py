@@ -176,7 +176,9 @@ def test_alpha_is_the_proxys(system: System) -> None:
 
 def test_all_roles_in_one_go(system: System, tmp_path: Path) -> None:
     options = run.Options(sampling=SHORT, limit=3, alpha=0.5)
-    runs = run.evaluate_all(system, "truthfulqa_mc", options, out=tmp_path, engine=run.Engine(progress=False))
+    runs = run.evaluate_all(
+        system, "truthfulqa_mc", options, out=tmp_path, resources=run.Resources(progress=False)
+    )
     assert list(runs) == ["base", "expert", "antiexpert", "proxy", "tuned"]
     assert {folder.name for folder, _ in results.find_runs(tmp_path)} == set(runs)
     assert runs["proxy"].spec.alpha.text == "0.5" and runs["base"].spec.alpha.text == "1"
@@ -184,7 +186,7 @@ def test_all_roles_in_one_go(system: System, tmp_path: Path) -> None:
 
 def test_forced_text_begins_every_response(system: System, models: Models, tmp_path: Path) -> None:
     job = run.plan(system, "gsm", "base", run.Options(sampling=SHORT, limit=2, forced=" Exactly"))
-    run.run_job(job, tmp_path, models, run.Engine(progress=False))
+    run.run_job(job, tmp_path, models, run.Resources(progress=False))
     assert all(row["responses"][0]["text"].startswith(" Exactly") for row in results.read_rows(tmp_path))
 
 
@@ -203,7 +205,8 @@ def test_generate_keeps_the_order_of_prompts(system: System, models: Models) -> 
     sampling = Sampling(max_new_tokens=5, n=2, temperature=1.0)
     prompts = ["a long prompt that takes its time", "b", "short"]
     outs = run.generate(system, prompts, sampling=sampling, models=models)
-    assert [(o.example_id, o.sample) for o in outs] == [(str(i), s) for i in range(3) for s in range(2)]
+    assert [o.sample for o in outs] == [0, 1] * 3
+    assert [o.example_id for o in outs[::2]] == [o.example_id for o in outs[1::2]]
     alone = run.generate(system, prompts[:1], sampling=sampling, models=models)
     assert [o.token_ids for o in alone] == [o.token_ids for o in outs[:2]]
     with pytest.raises(UserError, match="list of texts"):
@@ -262,3 +265,25 @@ def test_speculation_is_not_promised_before_it_exists(system: System) -> None:
     assert run.generate(system, ["ab"], sampling=Sampling(max_new_tokens=4)) == plain
     with pytest.raises(UserError, match="decodes plainly"):
         run.generate(system, ["ab"], speculate=4)
+
+
+def test_sampled_text_does_not_depend_on_what_else_is_asked(system: System, models: Models) -> None:
+    hot = Sampling(max_new_tokens=6, temperature=1.0)
+    one, other = run.generate(system, ["a", "b"], sampling=hot, models=models)
+    assert [c.text for c in run.generate(system, ["b", "a"], sampling=hot, models=models)] == [
+        other.text,
+        one.text,
+    ]
+    twice = run.generate(system, ["a", "a"], sampling=hot, models=models)
+    assert twice[0].text == one.text and twice[1].token_ids != one.token_ids
+
+
+def test_a_mistyped_task_under_data_is_refused(system: System, tmp_path: Path) -> None:
+    wrong = system.model_copy(update={"data": {"gms": "generated"}})
+    with pytest.raises(UserError, match="Did you mean: gsm"):
+        run.evaluate(wrong, "gsm", out=tmp_path)
+
+
+def test_invalid_unicode_is_one_line(system: System, models: Models) -> None:
+    with pytest.raises(UserError, match="not valid Unicode"):
+        run.generate(system, ["a\ud800b"], models=models)

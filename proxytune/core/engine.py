@@ -5,7 +5,7 @@ the same kind of step: every model is fed the row's last token, and the logits m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,13 +82,6 @@ class Engine:
         caches = {name: runner.rows for name, runner in ensemble.runners.items()}
         self.scheduler = Scheduler(caches, max_rows, prefill_tokens)
         self.prompt_tokens = self.generated_tokens = 0
-
-    def run(self, requests: Iterable[Request]) -> Iterator[Result]:
-        """Results in the order in which they finish."""
-        for request in requests:
-            self.submit(request)
-        while self.busy:
-            yield from self.step()
 
     @property
     def busy(self) -> bool:

@@ -54,6 +54,13 @@ class Alignment:
         """Most ids that one base token takes here."""
         return 1 if self.spelled is None else max(map(len, self.spelled))
 
+    def spelt_by(self, token: int) -> list[int]:
+        """The base tokens that are fed as this one id."""
+        if self.columns is None or self.shared is None:
+            return [token]
+        found: list[int] = ((self.columns == token) & self.shared).nonzero().flatten().tolist()
+        return found
+
     def spell(self, token: int) -> tuple[int, ...]:
         """The ids to feed this model after base token `token`."""
         return (token,) if self.spelled is None else self.spelled[token]

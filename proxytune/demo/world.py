@@ -24,6 +24,8 @@ from proxytune.errors import UserError
 
 SPLITS = ("train", "dev", "test")
 TASKS = ("gsm", "truthfulqa", "truthfulqa_mc")
+OPENERS = {"gsm": f" {sums.CAREFUL}", "truthfulqa": f" {facts.CAREFUL}"}
+"""How a careful answer begins: what the control forces on the base. A letter has no opener."""
 DEMO_SEED = 1
 """The seed of the world that the committed weights know."""
 POOL = 1000
