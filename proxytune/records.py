@@ -80,6 +80,8 @@ class Metric(BaseModel):
     value: float
     low: float | None = None
     high: float | None = None
+    unit: Literal["share", "percent", "number"] = "share"
+    """share: 0 to 1. percent: 0 to 100. number: a count, a length."""
 
 
 class Provenance(BaseModel):

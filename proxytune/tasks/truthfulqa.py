@@ -94,5 +94,5 @@ TASK = Task(
     score_row=score,
     metric_names=("reference_accuracy",),
     headline="reference_accuracy",
-    judged_headline="GPT-true-info acc",
+    judged_headlines=("GPT-true-info acc",),
 )
