@@ -154,8 +154,8 @@ def reference_accuracy(response: str, correct: Iterable[str], incorrect: Iterabl
     return 1.0
 
 
-def parse_letter(text: str) -> str:
-    """The option that a multiple-choice response begins with, A to D, or "" (invalid).
+def parse_letter(text: str, letters: str = CHOICES) -> str:
+    """The option that a multiple-choice response begins with, one of `letters`, or "" (invalid).
 
     The rule of all published runs: delete `(`, `\\begin{blockquote}`, `\\begin{code}`, strip on the left,
     first character. (The newest code of the paper's repository deletes four more strings, which changes one
@@ -164,7 +164,7 @@ def parse_letter(text: str) -> str:
     for deleted in _MC_DELETED:
         text = text.replace(deleted, "")
     first = text.lstrip()[:1]
-    return first if first and first in CHOICES else ""
+    return first if first and first in letters else ""
 
 
 # Uncertainty
