@@ -191,6 +191,10 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="The run's folder. Default: results/<system>/<task>/<as>/.")
     ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(help="generate, or likelihood: compare given answers by their log-probabilities."),
+    ] = "generate",
     trace: Annotated[
         bool, typer.Option("--trace", help="Store every token's probability under each role.")
     ] = False,
@@ -225,6 +229,7 @@ def evaluate(
         shots_from=shots_from,
         out=out,
         trace=trace,
+        mode=mode,
         seed=seed,
         batch=batch,
         kv_memory=kv_memory,

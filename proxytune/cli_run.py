@@ -8,12 +8,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from rich.console import Console
 
-from proxytune.config import ModelSpec, Sampling, System, explain, load_system
+from proxytune.config import Mode, ModelSpec, Sampling, System, explain, load_system
 from proxytune.errors import UserError
 from proxytune.records import Run
 
@@ -45,6 +45,7 @@ class Request:
     shots_from: str | None
     out: Path | None
     trace: bool
+    mode: str
     seed: int
     batch: int | None
     kv_memory: str | None
@@ -56,7 +57,8 @@ def evaluate(system: System, asked: Request, *, json_only: bool) -> None:
     """Run one role, or all of them, and print the result."""
     from proxytune.tasks import get_task
 
-    usual = get_task(asked.task).sampling  # an unknown task must not wait for torch
+    mode = read_mode(asked.mode)
+    usual = get_task(asked.task, mode).sampling  # an unknown task must not wait for torch
     if asked.as_ != "all":
         system.require(asked.as_)
     sampling = sampling_from(**{**usual.model_dump(), **asked.changed}) if asked.changed else None
@@ -77,6 +79,7 @@ def evaluate(system: System, asked: Request, *, json_only: bool) -> None:
         shots=asked.shots,
         shots_from=asked.shots_from,
         trace="tokens" if asked.trace else "off",
+        mode=mode,
         seed=asked.seed,
         allow_negative_alpha=asked.allow_negative_alpha,
     )
@@ -139,6 +142,14 @@ def read_system(name: str, vocab: str | None) -> System:
     if vocab not in ("strict", "intersect"):
         raise UserError(f"--vocab '{vocab}' must be strict or intersect")
     return system.model_copy(update={"vocab": vocab})
+
+
+def read_mode(text: str) -> Mode:
+    """The value of --mode."""
+    for mode in get_args(Mode):
+        if text == mode:
+            return mode  # type: ignore[no-any-return]
+    raise UserError(f"--mode '{text}' must be {' or '.join(get_args(Mode))}")
 
 
 def sampling_from(**values: Any) -> Sampling:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from proxytune import __version__, results
-from proxytune.config import AlphaSchedule, Role, RunSpec, Sampling, System, TraceKind, parse_alpha
+from proxytune.config import AlphaSchedule, Mode, Role, RunSpec, Sampling, System, TraceKind, parse_alpha
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
 from proxytune.models import Models
@@ -76,12 +76,15 @@ class Options:
     seed: int = 0
     """Of the sampling noise and of the few-shot items; 0 leaves the seed of `sampling`."""
     forced: str | None = None
+    mode: Mode = "generate"
     allow_negative_alpha: bool = False
 
 
 def plan(system: System, task: str, as_: str, options: Options) -> Job:
     """Check all settings of a run and read its examples; UserError where something does not fit."""
-    found, role = get_task(task), system.require(as_)
+    found, role = get_task(task, options.mode), system.require(as_)
+    if options.mode == "likelihood" and options.trace != "off":
+        raise UserError("a trace is of generated tokens: leave --trace out with --mode likelihood")
     usual = system.data.get(task, "hub")
     source = usual if options.data is None else options.data
     data = read_source(
@@ -100,9 +103,10 @@ def plan(system: System, task: str, as_: str, options: Options) -> Job:
         limit=options.limit,
         shots=options.shots,
         trace=options.trace,
+        mode=options.mode,
         forced=options.forced,
     )
-    plain: dict[str, Any] = {"limit": None, "shots": 0, "trace": "off", "forced": None}
+    plain: dict[str, Any] = {"limit": None, "shots": 0, "trace": "off", "mode": "generate", "forced": None}
     usual_name = usual if usual in ("generated", "hub") else Path(usual).name
     plain |= {"alpha": system.alpha, "sampling": found.sampling, "data": usual_name}
     return Job(found, data, spec, spec.model_copy(update=plain))
@@ -131,6 +135,7 @@ def evaluate(
     shots: int = 0,
     out: str | Path | None = None,
     trace: TraceKind = "off",
+    mode: Mode = "generate",
     seed: int = 0,
     max_batch: int | None = None,
     kv_memory: int | None = None,
@@ -144,7 +149,7 @@ def evaluate(
     other settings.
     """
     options = Options(
-        alpha=alpha, sampling=sampling, data=data, limit=limit, shots=shots, trace=trace, seed=seed
+        alpha=alpha, sampling=sampling, data=data, limit=limit, shots=shots, trace=trace, mode=mode, seed=seed
     )
     job = plan(system, task, as_, options)
     folder = Path(out) if out is not None else job.folder(RESULTS)
@@ -232,17 +237,12 @@ class Session:
         self.decoder = Decoder(models, spec.role, max_batch=engine.max_batch, kv_memory=engine.kv_memory)
         for note in self.decoder.notes():
             progress.note(note)
-        stream = self.decoder.stream(
-            todo,
-            spec.sampling,
-            alpha=spec.alpha if spec.role == "proxy" else None,
-            task=spec.task,
-            trace=spec.trace,
-            forced=spec.forced,
-        )
+        for note in self.job.data.notes:
+            progress.note(note)
+        counts = {example.id: self._responses(example) for example in todo}
         saved = time.monotonic()
         try:
-            for example, completions in whole_examples(stream, todo, spec.sampling.n):
+            for example, completions in whole_examples(self._stream(todo), todo, counts):
                 row = self._store(example, completions)
                 progress.advance(
                     row["scores"].get(self.job.task.headline), self.decoder.stats.generated_tokens
@@ -254,6 +254,22 @@ class Session:
             with contextlib.suppress(UserError):  # the disk may be what failed
                 self.folder.save(self._so_far())
             raise
+
+    def _responses(self, example: Example) -> int:
+        """How many completions an example gets."""
+        texts = self.job.task.continuations
+        return self.job.spec.sampling.n if texts is None else len(texts(example))
+
+    def _stream(self, todo: Sequence[Example]) -> Iterator[Completion]:
+        """Completions of the missing examples: generated, or given texts with their log-probabilities."""
+        assert self.decoder is not None
+        spec = self.job.spec
+        alpha = spec.alpha if spec.role == "proxy" else None
+        if self.job.task.continuations is not None:
+            return self.decoder.likelihoods(todo, self.job.task.continuations, alpha=alpha)
+        return self.decoder.stream(
+            todo, spec.sampling, alpha=alpha, task=spec.task, trace=spec.trace, forced=spec.forced
+        )
 
     def _store(self, example: Example, completions: Sequence[Completion]) -> Row:
         """Append the row of one finished example, and its traces."""
@@ -318,15 +334,15 @@ def prediction(task: Task, example: Example, completions: Sequence[Completion]) 
 
 
 def whole_examples(
-    stream: Iterator[Completion], examples: Sequence[Example], n: int
+    stream: Iterator[Completion], examples: Sequence[Example], counts: Mapping[str, int]
 ) -> Iterator[tuple[Example, list[Completion]]]:
-    """Each example with its n completions in order, as soon as the last of them is there."""
+    """Each example with its completions in order, as soon as the last of its `counts` is there."""
     by_id = {example.id: example for example in examples}
     waiting: dict[str, list[Completion]] = {}
     for completion in stream:
         group = waiting.setdefault(completion.example_id, [])
         group.append(completion)
-        if len(group) == n:
+        if len(group) == counts[completion.example_id]:
             del waiting[completion.example_id]
             yield by_id[completion.example_id], sorted(group, key=lambda c: c.sample)
 

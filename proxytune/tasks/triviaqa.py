@@ -57,19 +57,19 @@ def _question(row: Row) -> str | None:
 
 
 def _answers(row: Row) -> list[Any]:
-    """The accepted spellings of a row."""
+    """The accepted spellings of a row, the usual one first where the row tells it."""
     given = row.get("answer") or row.get("Answer")
     if isinstance(given, Mapping):
         found = given.get("aliases") or given.get("Aliases") or []
         human = given.get("HumanAnswers") or []
         value = given.get("value") or given.get("Value")
-        return list(dict.fromkeys([*found, *human, *([value] if value else [])]))
+        return list(dict.fromkeys([*([value] if value else []), *found, *human]))
     if isinstance(row.get("completion"), str):
         return [row["completion"].strip()]
     listed = row.get("answers") or row.get("golden_answers") or row.get("aliases")
     if not isinstance(listed, list):
         return []
-    return listed if not isinstance(given, str) or given in listed else [given, *listed]
+    return list(dict.fromkeys([given, *listed])) if isinstance(given, str) else listed
 
 
 # Prompts and rows
