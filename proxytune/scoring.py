@@ -221,3 +221,21 @@ def gap_closed(base: Metric, proxy: Metric, tuned: Metric) -> float | None:
     if gap.low is None or gap.high is None or gap.low <= 0 <= gap.high:
         return None
     return (proxy.value - base.value) / gap.value
+
+
+# Generated code (paper section 4.3; Chen et al. 2021, "Evaluating Large Language Models Trained on Code")
+
+
+def pass_at_k(n: int, passed: int, k: int) -> float | None:
+    """The unbiased estimate that one of k samples passes, from n samples of which `passed` did: the share of the
+    k-subsets that hold one. None for fewer than k samples."""
+    if n < k:
+        return None
+    return 1 - math.comb(n - passed, k) / math.comb(n, k)
+
+
+def clean_code(text: str) -> str:
+    """A code response as the paper stores it: no line that begins with `assert` or `print` (spaces aside), no
+    white space at the end."""
+    kept = (line for line in text.split("\n") if not line.strip().startswith(("assert", "print")))
+    return "\n".join(kept).rstrip()

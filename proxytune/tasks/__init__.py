@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from proxytune.config import Mode
 from proxytune.errors import UserError, did_you_mean
-from proxytune.tasks import alpaca_farm, gsm, realtimeqa, toxigen, triviaqa, truthfulqa, truthfulqa_mc
+from proxytune.tasks import (
+    alpaca_farm,
+    ds1000,
+    gsm,
+    humaneval,
+    realtimeqa,
+    toxigen,
+    triviaqa,
+    truthfulqa,
+    truthfulqa_mc,
+)
 from proxytune.tasks.base import Dataset, ScoreReport, Task, read_source, score_file
 
 __all__ = ["TASKS", "Dataset", "ScoreReport", "Task", "get_task", "read_source", "score_file"]
@@ -17,6 +27,8 @@ TASKS: dict[str, Task] = {
         toxigen.TASK,
         truthfulqa.TASK,
         truthfulqa_mc.TASK,
+        humaneval.TASK,
+        ds1000.TASK,
         triviaqa.TASK,
         realtimeqa.TASK,
     )

@@ -20,6 +20,7 @@ from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Metric
 from proxytune.scoring import mean_metrics
+from proxytune.tasks.execution import Execution
 from proxytune.tasks.sources import (
     GENERATED,
     Hub,
@@ -70,6 +71,10 @@ class Task:
     prepare: Callable[[Table], Table] | None = None
     """Published rows, whichever way they were published, -> the columns above; the paper's choice of rows, in
     its order."""
+    gather: Callable[[Table], Table] | None = None
+    """Rows of a predictions file that hold one sample each -> one row per example."""
+    execute: Callable[[Sequence[Row], Execution], list[Row]] | None = None
+    """Runs the code in stored rows and gives the rows with their verdicts; None for a task without code."""
     identity: str | None = None
     """The column that names an item. Equal rows of one name are dropped, different ones numbered."""
     continuations: Callable[[Example], Sequence[str]] | None = None
@@ -201,13 +206,22 @@ class ScoreReport(BaseModel):
     """Rows that share their id with a different row; they are scored as `id#2`, `id#3`, ..."""
     metrics: dict[str, Metric]
     headline: str
+    execution: dict[str, int | str] | None = None
+    """Where code was run: the backend, and the counts of `Execution`."""
 
 
-def score_file(task: Task, path: Path) -> ScoreReport:
-    """Score the rows of a predictions file, ours or the paper's, plain or gzip, from their texts alone."""
-    table = read_file(path).require(task.scored)
+def score_file(task: Task, path: Path, execution: Execution | None = None) -> ScoreReport:
+    """Score the rows of a predictions file, ours or the paper's, plain or gzip, from their texts alone.
+
+    Code is run anew where an `execution` is given; otherwise stored verdicts count.
+    """
+    table = read_file(path)
+    table = (table if task.gather is None else task.gather(table)).require(task.scored)
     kept, dropped, renumbered = unique_rows(table.rows)
-    metrics = task.metrics(list(kept.values()))
+    rows = list(kept.values())
+    if execution is not None and task.execute is not None:
+        rows = task.execute(rows, execution)
+    metrics = task.metrics(rows)
     return ScoreReport(
         task=task.name,
         file=str(path),
@@ -216,5 +230,6 @@ def score_file(task: Task, path: Path) -> ScoreReport:
         renumbered_ids=renumbered,
         metrics=metrics,
         headline=task.headline_of(metrics),
+        execution=None if execution is None else execution.report(),
     )
 
