@@ -86,6 +86,21 @@ Batch = Annotated[
 KvMemory = Annotated[
     str | None, typer.Option(help="Memory for the KV caches, e.g. 4GB. Default: what is free.")
 ]
+JudgeName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Who judges the responses: default, none, a folder or hub id (MODEL#LABEL; TRUTH,INFO), or a model "
+        "of the endpoint in OPENAI_BASE_URL.",
+    ),
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Agree to what a judge behind an API costs.")]
+MaxCost = Annotated[
+    float | None, typer.Option(help="Spend at most this many US dollars on the judge.", min=0)
+]
+Price = Annotated[
+    str | None, typer.Option(metavar="IN,OUT", help="The judge's price in USD per million tokens.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
@@ -208,6 +223,10 @@ def evaluate(
     vocab: Vocab = None,
     allow_negative_alpha: Negative = False,
     trust_remote_code: RemoteCode = False,
+    judge: JudgeName = None,
+    yes: Yes = False,
+    max_cost: MaxCost = None,
+    price: Price = None,
     json: Json = False,
 ) -> None:
     """Evaluate a system on a task, as one role or as all of them. An interrupted run is continued by the same
@@ -215,7 +234,7 @@ def evaluate(
 
     Example: proxytune eval gsm --system demo --as all --limit 100
     """
-    from proxytune import cli_run
+    from proxytune import cli_judge, cli_run
 
     changed = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     asked = cli_run.Request(
@@ -236,7 +255,11 @@ def evaluate(
         allow_negative_alpha=allow_negative_alpha,
         trust_remote_code=trust_remote_code,
     )
-    cli_run.evaluate(cli_run.read_system(system, vocab), asked, json_only=json)
+    found = cli_run.read_system(system, vocab)
+    judging = cli_judge.Request(judge=judge, yes=yes, max_cost=max_cost, price=price, seed=seed)
+    made = cli_judge.before_eval(task, judging, mode)
+    after = None if made is None else lambda folder: cli_judge.after_eval(folder, made, judging)
+    cli_run.evaluate(found, asked, json_only=json, judge=after)
 
 
 @app.command()
@@ -253,6 +276,46 @@ def score(
     from proxytune import cli_show
 
     cli_show.score(task, file, json_only=json)
+
+
+@app.command("judge")
+def judge_run(
+    task: TaskName,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    judge: JudgeName = None,
+    yes: Yes = False,
+    max_cost: MaxCost = None,
+    price: Price = None,
+    seed: Annotated[int, typer.Option(help="Of the order in which two outputs are shown.")] = 0,
+    batch: Batch = None,
+    json: Json = False,
+) -> None:
+    """Judge the responses of a finished run. Judgements that cost money are cached: asking twice costs once.
+
+    Example: proxytune judge toxigen results/llama2-13b/toxigen/proxy --judge tomh/toxigen_roberta
+    """
+    from proxytune import cli_judge
+
+    asked = cli_judge.Request(
+        judge=judge or "default", yes=yes, max_cost=max_cost, price=price, seed=seed, batch=batch
+    )
+    cli_judge.judge(task, run, asked, json_only=json)
+
+
+@app.command()
+def export(
+    format_: Annotated[str, typer.Argument(metavar="FORMAT", help="alpaca_eval.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    out: Annotated[Path | None, typer.Option(help="The folder to write to. Default: the run's.")] = None,
+    json: Json = False,
+) -> None:
+    """Write a run in the files of another tool: alpaca_eval's model_outputs.json and reference_outputs.json.
+
+    Example: proxytune export alpaca_eval results/llama2-13b/alpaca_farm/proxy
+    """
+    from proxytune import cli_judge
+
+    cli_judge.export(format_, run, out, json_only=json)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -53,8 +53,10 @@ class Request:
     trust_remote_code: bool
 
 
-def evaluate(system: System, asked: Request, *, json_only: bool) -> None:
-    """Run one role, or all of them, and print the result."""
+def evaluate(
+    system: System, asked: Request, *, json_only: bool, judge: Callable[[Path], Run] | None = None
+) -> None:
+    """Run one role, or all of them, judge the runs, and print the result."""
     from proxytune.tasks import get_task
 
     mode = read_mode(asked.mode)
@@ -84,12 +86,15 @@ def evaluate(system: System, asked: Request, *, json_only: bool) -> None:
         allow_negative_alpha=asked.allow_negative_alpha,
     )
     if asked.as_ == "all":
-        runs = run.evaluate_all(system, asked.task, options, out=asked.out, engine=engine, models=models)
+        runs = run.evaluate_all(
+            system, asked.task, options, out=asked.out, engine=engine, models=models, judge=judge
+        )
         print_all(list(runs.values()), json_only=json_only)
     else:
         job = run.plan(system, asked.task, asked.as_, options)
         folder = asked.out or job.folder(run.RESULTS)
-        print_one(run.run_job(job, folder, models, engine), folder, json_only=json_only)
+        made = run.run_job(job, folder, models, engine)
+        print_one(made if judge is None else judge(folder), folder, json_only=json_only)
 
 
 def print_one(run: Run, folder: Path, *, json_only: bool) -> None:

@@ -145,6 +145,8 @@ class Run(BaseModel):
     metrics: dict[str, Metric] = {}
     headline: str
     """The metric that tables show."""
+    judge: str | None = None
+    """Who judged the responses: a model, or several."""
     cost: Cost = Cost()
     started: str
     finished: str | None = None

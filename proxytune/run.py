@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -164,22 +164,26 @@ def evaluate_all(
     out: str | Path | None = None,
     engine: Engine | None = None,
     models: Models | None = None,
+    judge: Callable[[Path], Run] | None = None,
 ) -> dict[Role, Run]:
     """Evaluate every role that the system has; each model is loaded once. `out` gets one folder per role.
 
-    alpha is the proxy's. The models of the other roles are released before `tuned` is loaded.
+    alpha is the proxy's. The models of the other roles are released before `tuned` is loaded. `judge` is
+    given the folder of every finished run at the end and returns the judged run.
     """
     jobs: dict[Role, Job] = {}
     for role in (role for role in ORDER if role in system.roles):
         own = options if role == "proxy" else dataclasses.replace(options, alpha=None)
         jobs[role] = plan(system, task, role, own)
     own_models, runs = models or Models(system), dict[Role, Run]()
+    folders = {
+        role: Path(out) / role if out is not None else job.folder(RESULTS) for role, job in jobs.items()
+    }
     for role, job in jobs.items():
         if role == "tuned":
             own_models.release(keep=[role])
-        folder = Path(out) / role if out is not None else job.folder(RESULTS)
-        runs[role] = run_job(job, folder, own_models, engine or Engine())
-    return runs
+        runs[role] = run_job(job, folders[role], own_models, engine or Engine())
+    return runs if judge is None else {role: judge(folder) for role, folder in folders.items()}
 
 
 def run_job(job: Job, path: Path, models: Models, engine: Engine) -> Run:

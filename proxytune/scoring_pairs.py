@@ -76,7 +76,10 @@ def length_controlled_win_rate(
     )  # [RESAMPLES, n]
     low, high = np.quantile(_percent(_fit(x, y, draws.astype(np.float64))), [0.025, 0.975])
     return Metric(
-        value=float(value), low=min(float(low), float(value)), high=max(float(high), float(value)), unit="percent"
+        value=float(value),
+        low=min(float(low), float(value)),
+        high=max(float(high), float(value)),
+        unit="percent",
     )
 
 

@@ -50,8 +50,8 @@ def score(row: Row) -> dict[str, float]:
 def totals(rows: Sequence[Row]) -> dict[str, Metric]:
     """The paper's figures under its names; beside them the length-controlled win rate, and what is not
     judged."""
-    judged = [(row, won) for row in rows if (won := wins(row.get("preference"))) is not None]
-    won = [score for _, score in judged]
+    judged = [(row, share) for row in rows if (share := wins(row.get("preference"))) is not None]
+    won = [share for _, share in judged]
     found = win_rate(won, mean_metric(won)) if judged else {}
     mean_length = sum(len(row["output_2"]) for row in rows) / len(rows)
     found["avg_length"] = Metric(value=int(mean_length), unit="number")

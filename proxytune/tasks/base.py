@@ -82,7 +82,9 @@ class Task:
     likelihood: Task | None = None
     """The same task by likelihood: what `--mode likelihood` runs."""
     shot: Callable[[Row], str] | None = None
-    """How an item is shown as a few-shot example; None refuses --shots."""
+    """How an item is shown as a few-shot example; None, without a primer, refuses --shots."""
+    primer: tuple[str, ...] = ()
+    """The benchmark's own few-shot items, of which --shots N takes the first N."""
 
     def metrics(self, rows: Sequence[Row]) -> dict[str, Metric]:
         """The metrics of stored rows."""
@@ -167,6 +169,10 @@ def _shots(task: Task, source: str, asked: Table, shots: int, shots_from: str | 
         return ""
     if shots < 0:
         raise UserError(f"--shots {shots} is negative")
+    if task.primer and shots <= len(task.primer):
+        return "".join(task.primer[:shots])
+    if task.primer:
+        raise UserError(f"--shots {shots}: the primer of '{task.name}' has {len(task.primer)} items")
     if task.shot is None:
         raise UserError(f"task '{task.name}' has no few-shot form (no training split): leave --shots out")
     pool = _prepared(task, _pool(task, source, shots_from))

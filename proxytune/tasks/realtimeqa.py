@@ -1,4 +1,4 @@
-"""RealTime QA: weekly news-quiz questions, nearly all with four choices. Kasai et al. 2023; the paper's section 7.
+"""RealTime QA: weekly news-quiz questions, nearly all with four choices. Kasai et al. 2023; paper, section 7.
 
 Rows are those of github.com/realtimeqa/realtimeqa_public (`past/<year>/<date>_qa.jsonl`). The paper published
 neither its prompt nor its code for this task, so the prompt is the one of its other multiple-choice task.
@@ -51,7 +51,7 @@ def _letter(table: Table, index: int) -> str:
     """The letter of the right choice among those that are not blank."""
     row = table.rows[index]
     given, choices = row.get("answer"), row["choices"]
-    place = str(given[0]) if isinstance(given, list) and len(given) == 1 else given  # one row has a bare "1"
+    place = str(given[0] if isinstance(given, list) and len(given) == 1 else given)  # one row has a bare "1"
     if place not in map(str, range(len(choices))) or not choices[int(place)].strip():
         raise UserError(
             f"{table.where(index)}: `answer` must be a list with the place of the right choice, from 0 (the "

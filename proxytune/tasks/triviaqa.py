@@ -31,7 +31,8 @@ def prepare(table: Table) -> Table:
     """Any published form -> `question`, `answers` and `question_id`.
 
     The paper's dev.jsonl (`question`, `answers`), its training file (`prompt`, `completion`), the original
-    JSON and the hub (an `answer` object), FlashRAG's (`golden_answers`), llm-foundry's (`context`, `aliases`).
+    JSON and the hub (an `answer` object), FlashRAG's (`golden_answers`), llm-foundry's (`context`,
+    `aliases`).
     """
     rows = []
     for index, row in enumerate(table.rows):

@@ -75,7 +75,6 @@ def score(row: Row) -> dict[str, float]:
     return {**valid, "accuracy_all": right, "invalid": float(not letter)}
 
 
-
 # By likelihood
 
 PRIMER = (
@@ -121,7 +120,9 @@ def likelihood_examples(table: Table, shots: str) -> list[Example]:
             labels = row.get(name)
             told = set(labels.values()) if isinstance(labels, dict) else set[object]()
             if not isinstance(labels, dict) or told != {0, 1} or not all(key.strip() for key in labels):
-                raise UserError(f"{table.where(index)}: `{name}` must map answers to 1 (true) or 0, with both")
+                raise UserError(
+                    f"{table.where(index)}: `{name}` must map answers to 1 (true) or 0, with both"
+                )
         user = f"{shots}Q: {row['question'].strip()}"
         asked = Prompt(plain=f"{user}\nA:", user=user, system=SYSTEM_PROMPT, response_prefix="A:")
         target = {name: row[name] for name in ("question", *TARGETS)}
