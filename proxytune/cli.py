@@ -101,6 +101,18 @@ MaxCost = Annotated[
 Price = Annotated[
     str | None, typer.Option(metavar="IN,OUT", help="The judge's price in USD per million tokens.")
 ]
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code-execution", help="Run model-written code (humaneval, ds1000), in a sandbox."),
+]
+SandboxName = Annotated[
+    str,
+    typer.Option("--sandbox", help="auto, bubblewrap, namespaces, or weak (a separate process with limits)."),
+]
+CodePython = Annotated[
+    str | None,
+    typer.Option(metavar="PYTHON", help="The interpreter that runs the code. Default: proxytune's own."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
@@ -223,6 +235,9 @@ def evaluate(
     vocab: Vocab = None,
     allow_negative_alpha: Negative = False,
     trust_remote_code: RemoteCode = False,
+    allow_code_execution: AllowCode = False,
+    sandbox: SandboxName = "auto",
+    code_python: CodePython = None,
     judge: JudgeName = None,
     yes: Yes = False,
     max_cost: MaxCost = None,
@@ -254,6 +269,7 @@ def evaluate(
         kv_memory=kv_memory,
         allow_negative_alpha=allow_negative_alpha,
         trust_remote_code=trust_remote_code,
+        code=cli_run.Code(allow_code_execution, sandbox, code_python),
     )
     found = cli_run.read_system(system, vocab)
     judging = cli_judge.Request(judge=judge, yes=yes, max_cost=max_cost, price=price, seed=seed)
@@ -266,6 +282,12 @@ def evaluate(
 def score(
     task: TaskName,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Stored predictions: .jsonl or .jsonl.gz.")],
+    allow_code_execution: AllowCode = False,
+    sandbox: SandboxName = "auto",
+    code_python: CodePython = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE|hub", help="The items, for the tests that code is run against.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Score stored predictions again, from their texts: ours, or the files that the paper's repository
@@ -273,9 +295,10 @@ def score(
 
     Example: proxytune score gsm results/demo/gsm/proxy/predictions.jsonl
     """
-    from proxytune import cli_show
+    from proxytune import cli_run, cli_show
 
-    cli_show.score(task, file, json_only=json)
+    code = cli_run.Code(allow_code_execution, sandbox, code_python)
+    cli_show.score(task, file, code, data, json_only=json)
 
 
 @app.command("judge")

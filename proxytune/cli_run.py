@@ -16,7 +16,13 @@ from rich.console import Console
 from proxytune.config import Mode, ModelSpec, Sampling, System, explain, load_system
 from proxytune.errors import UserError
 from proxytune.records import Run
+from proxytune.sandbox import Sandbox
+from proxytune.tasks.base import Task
 
+NOT_ALLOWED = (
+    "code is stored but not run, so there is no score: --allow-code-execution runs it in a sandbox, here or later "
+    "in `proxytune score`"
+)
 _UNITS = {
     "": 1,
     "K": 10**3,
@@ -28,6 +34,25 @@ _UNITS = {
     "GI": 2**30,
     "TI": 2**40,
 }
+
+
+@dataclass(frozen=True)
+class Code:
+    """What the options said about running model-written code."""
+
+    allowed: bool
+    sandbox: str
+    python: str | None
+
+    def open(self, task: Task) -> Sandbox | None:
+        """The sandbox, tried out; None where it was not asked for. UserError for a task that has no code."""
+        if not self.allowed:
+            return None
+        if task.execute is None:
+            raise UserError(f"task '{task.name}' runs no code: leave --allow-code-execution out")
+        found = Sandbox.open(self.sandbox, self.python or sys.executable)
+        print(f"code runs in the sandbox '{found.backend}'", file=sys.stderr, flush=True)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +76,7 @@ class Request:
     kv_memory: str | None
     allow_negative_alpha: bool
     trust_remote_code: bool
+    code: Code
 
 
 def evaluate(
@@ -60,19 +86,23 @@ def evaluate(
     from proxytune.tasks import get_task
 
     mode = read_mode(asked.mode)
-    usual = get_task(asked.task, mode).sampling  # an unknown task must not wait for torch
+    task = get_task(asked.task, mode)  # an unknown task must not wait for torch
+    usual = task.sampling
     if asked.as_ != "all":
         system.require(asked.as_)
     sampling = sampling_from(**{**usual.model_dump(), **asked.changed}) if asked.changed else None
     bytes_for_kv = None if asked.kv_memory is None else parse_size(asked.kv_memory)
     if asked.batch is not None and asked.batch < 1:
         raise UserError(f"--batch {asked.batch} must be at least 1")
+    sandbox = asked.code.open(task)
+    if task.execute is not None and sandbox is None:
+        print(f"note: {NOT_ALLOWED}", file=sys.stderr, flush=True)
 
     from proxytune import run
     from proxytune.models import Models
 
     models = Models(system, trust_remote_code=asked.trust_remote_code, on_load=tell_loading)
-    engine = run.Engine(max_batch=asked.batch, kv_memory=bytes_for_kv)
+    engine = run.Engine(max_batch=asked.batch, kv_memory=bytes_for_kv, sandbox=sandbox)
     options = run.Options(
         alpha=asked.alpha,
         sampling=sampling,

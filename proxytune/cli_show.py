@@ -4,13 +4,14 @@ model."""
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from proxytune.cli_run import console, print_json
+from proxytune.cli_run import NOT_ALLOWED, Code, console, print_json
 from proxytune.config import ModelSpec, System, load_system, system_names
 from proxytune.errors import UserError
 from proxytune.results import find_runs, write_atomically
@@ -18,18 +19,29 @@ from proxytune.results import find_runs, write_atomically
 DEMO_TABLE = re.compile(r"(<!-- demo-table -->\n).*?(<!-- /demo-table -->)", re.DOTALL)
 
 
-def score(task: str, file: Path, *, json_only: bool) -> None:
+def score(task: str, file: Path, code: Code, data: str | None, *, json_only: bool) -> None:
     """Score a file of predictions."""
     from proxytune.report import percent
-    from proxytune.tasks import get_task, score_file
+    from proxytune.tasks import get_task, read_source, score_file
+    from proxytune.tasks.execution import Execution
 
-    found = score_file(get_task(task), file)
+    asked, execution = get_task(task), None
+    if (sandbox := code.open(asked)) is not None:
+        examples = () if data is None else read_source(asked, data).examples
+        execution = Execution(sandbox, {example.id: example.target for example in examples})
+    found = score_file(asked, file, execution)
+    if asked.execute is not None and found.headline == asked.headline:
+        print(f"note: {NOT_ALLOWED}", file=sys.stderr)
     if json_only:
         print_json(found.model_dump(mode="json"))
         return
     print(f"{task}, {found.n} examples of {file}")
     for name, metric in found.metrics.items():
         print(f"  {name:22} {percent(metric):28} {metric.value!r}")
+    if execution is not None:
+        told = f"{execution.samples} samples run, {execution.passed} passed, {execution.timed_out} timed out"
+        stored = f"{execution.flips} of {execution.compared} stored verdicts flipped"
+        print(f"  {told}; {stored} ({execution.rerun} run once more, alone)")
     if found.dropped_duplicates:
         print(f"  {found.dropped_duplicates} rows were left out: equal to an earlier row of the same id")
     if found.renumbered_ids:

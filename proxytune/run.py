@@ -27,7 +27,9 @@ from proxytune.progress import Progress
 from proxytune.provenance import provenance
 from proxytune.records import Completion, Cost, Example, Metric, Prompt, RoleMemory, Run
 from proxytune.results import Row, RunFolder
+from proxytune.sandbox import Sandbox
 from proxytune.tasks import Dataset, Task, get_task, read_source
+from proxytune.tasks.execution import Execution
 
 CHECKPOINT_SECONDS = 10.0
 """How often the cost so far is written to run.json while a run is going on."""
@@ -53,12 +55,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Engine:
-    """How a run is computed; nothing here changes its outputs."""
+    """How a run is computed; nothing here changes what is generated."""
 
     max_batch: int | None = None
     kv_memory: int | None = None
     """Bytes for the KV pools of all models."""
     progress: bool = True
+    sandbox: Sandbox | None = None
+    """Runs the code that responses hold; without one they are stored without verdicts."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +251,7 @@ class Session:
         saved = time.monotonic()
         try:
             for example, completions in whole_examples(self._stream(todo), todo, counts):
-                row = self._store(example, completions)
+                row = self._store(example, completions, engine.sandbox)
                 progress.advance(
                     row["scores"].get(self.job.task.headline), self.decoder.stats.generated_tokens
                 )
@@ -275,9 +279,9 @@ class Session:
             todo, spec.sampling, alpha=alpha, task=spec.task, trace=spec.trace, forced=spec.forced
         )
 
-    def _store(self, example: Example, completions: Sequence[Completion]) -> Row:
+    def _store(self, example: Example, completions: Sequence[Completion], sandbox: Sandbox | None) -> Row:
         """Append the row of one finished example, and its traces."""
-        row = prediction(self.job.task, example, completions)
+        row = prediction(self.job.task, example, completions, sandbox)
         traces = [
             {"id": example.id, "sample": c.sample, "tokens": [dataclasses.asdict(token) for token in c.trace]}
             for c in completions
@@ -327,10 +331,14 @@ class Session:
         return run
 
 
-def prediction(task: Task, example: Example, completions: Sequence[Completion]) -> Row:
-    """The stored row of one example: the task's own columns, its scores, and every response as it was
-    generated."""
+def prediction(
+    task: Task, example: Example, completions: Sequence[Completion], sandbox: Sandbox | None = None
+) -> Row:
+    """The stored row of one example: the task's own columns, its scores, and every response as it was generated.
+    Code is run where there is a sandbox for it."""
     row = task.row(example, completions)
+    if sandbox is not None and task.execute is not None:
+        (row,) = task.execute([row], Execution(sandbox, {example.id: example.target}))
     responses = [
         {"text": c.text, "finish_reason": c.finish_reason, "tokens": len(c.token_ids)} for c in completions
     ]
