@@ -90,8 +90,8 @@ JudgeName = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="Who judges the responses: default, none, a folder or hub id (MODEL#LABEL; TRUTH,INFO), or a model "
-        "of the endpoint in OPENAI_BASE_URL.",
+        help="Who judges the responses: default, none, a folder or hub id (MODEL#LABEL; TRUTH,INFO), or a "
+        "model of the endpoint in OPENAI_BASE_URL.",
     ),
 ]
 Yes = Annotated[bool, typer.Option("--yes", help="Agree to what a judge behind an API costs.")]
@@ -286,7 +286,8 @@ def score(
     sandbox: SandboxName = "auto",
     code_python: CodePython = None,
     data: Annotated[
-        str | None, typer.Option(metavar="FILE|hub", help="The items, for the tests that code is run against.")
+        str | None,
+        typer.Option(metavar="FILE|hub", help="The items, with the tests to run code against."),
     ] = None,
     json: Json = False,
 ) -> None:

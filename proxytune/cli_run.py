@@ -20,8 +20,8 @@ from proxytune.sandbox import Sandbox
 from proxytune.tasks.base import Task
 
 NOT_ALLOWED = (
-    "code is stored but not run, so there is no score: --allow-code-execution runs it in a sandbox, here or later "
-    "in `proxytune score`"
+    "code is stored but not run, so there is no score: --allow-code-execution runs it in a sandbox, here or "
+    "later in `proxytune score`"
 )
 _UNITS = {
     "": 1,

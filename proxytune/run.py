@@ -334,8 +334,8 @@ class Session:
 def prediction(
     task: Task, example: Example, completions: Sequence[Completion], sandbox: Sandbox | None = None
 ) -> Row:
-    """The stored row of one example: the task's own columns, its scores, and every response as it was generated.
-    Code is run where there is a sandbox for it."""
+    """The stored row of one example: the task's own columns, its scores, and every response as it was
+    generated. Code is run where there is a sandbox for it."""
     row = task.row(example, completions)
     if sandbox is not None and task.execute is not None:
         (row,) = task.execute([row], Execution(sandbox, {example.id: example.target}))

@@ -3,36 +3,37 @@ command line does only with --allow-code-execution.
 
 Backends, best first (`auto` takes the first that starts here, never `weak`):
 
-- `bubblewrap` (`bwrap`) and `namespaces` (the same by our own hand, sandbox_namespaces.py): own process, mount,
-  network and IPC namespaces; a root that holds only the system's libraries and the interpreter, read-only; a
-  private /tmp in memory; no network; the user nobody; hard limits (rlimit) on memory, processes, file size, open
-  files and CPU. The worker is process 1: nothing inside can kill it, and everything inside ends with it.
-- `weak`: a separate process in its own folder with the limits and a clean environment, and, where proxytune runs
-  as root, as the user nobody. Only against accidents: the code can read what that user can read, open the
-  network, write where that user may, and hide from the clean-up.
+- `bubblewrap` (`bwrap`) and `namespaces` (the same by our own hand, sandbox_namespaces.py): own process,
+  mount, network and IPC namespaces; a root that holds only the system's libraries and the interpreter,
+  read-only; a private /tmp in memory; no network; the user nobody; hard limits (rlimit) on memory,
+  processes, file size, open files and CPU. The worker is process 1: nothing inside can kill it, and
+  everything inside ends with it.
+- `weak`: a separate process in its own folder with the limits and a clean environment, and, where proxytune
+  runs as root, as the user nobody. Only against accidents: the code can read what that user can read, open
+  the network, write where that user may, and hide from the clean-up.
 
-`run` gives a job a sandbox of its own that starts empty and is thrown away: about 40 ms a start. `run_together`
-gives several jobs one sandbox, for code whose imports take longer than that (DS-1000: the samples of one problem).
-There everything that a job left running or wrote is killed and deleted before the next, and the worker cannot be
-traced; but a job that found a way into the worker would decide the verdicts of those after it (in `weak` nothing is
-cleaned in between, so each job gets its own). Nothing is shared with the host but two pipes: files go in and come
-out as bytes, and the host never unpickles them.
+`run` gives a job a sandbox of its own that starts empty and is thrown away: about 40 ms a start.
+`run_together` gives several jobs one sandbox, for code whose imports take longer than that (DS-1000: the
+samples of one problem). There everything that a job left running or wrote is killed and deleted before the
+next, and the worker cannot be traced; but a job that found a way into the worker would decide the verdicts
+of those after it (in `weak` nothing is cleaned in between, so each job gets its own). Nothing is shared
+with the host but two pipes: files go in and come out as bytes, and the host never unpickles them.
 
-What this does not protect from: a bug in the kernel (there is no seccomp filter, and no virtual machine); use of
-all cores, and of `Limits.memory` times the number of processes (no cgroup is needed, so none bounds the sum);
-side channels; readable system files under /usr and /etc/ld.so.cache; the interpreter's own site-packages.
+What this does not protect from: a bug in the kernel (there is no seccomp filter, and no virtual machine);
+use of all cores, and of `Limits.memory` times the number of processes (no cgroup is needed, so none bounds
+the sum); side channels; readable system files under /usr and /etc/ld.so.cache; the interpreter's own
+site-packages.
 
-What no checker in the program's own process can stop, here as in the paper's harness: code that wants to pass can
-return objects that equal everything, patch builtins that the test uses (`abs`, `all`), replace the function that
-checks it, or find the worker's token in the frames of the interpreter and report `passed`. An exit, a printed
-verdict, a killed parent or a message without the token never count as passing.
+What no checker in the program's own process can stop, here as in the paper's harness: code that wants to
+pass can return objects that equal everything, patch builtins that the test uses (`abs`, `all`), replace the
+function that checks it, or find the worker's token in the frames of the interpreter and report `passed`. An
+exit, a printed verdict, a killed parent or a message without the token never count as passing.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
-import functools
 import json
 import os
 import secrets
@@ -50,26 +51,27 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from proxytune.errors import UserError
+from proxytune.sandbox_root import (
+    MARK,
+    MIB,
+    NOBODY,
+    Interpreter,
+    bubblewrap,
+    environment,
+    namespaces,
+    reachable,
+    weak,
+)
 
 Backend = Literal["bubblewrap", "namespaces", "weak"]
 Choice = Literal["auto", "bubblewrap", "namespaces", "weak"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 
-MIB = 1 << 20
 START_SECONDS = 30.0
 """How long a sandbox may take to start, and to hand over its files."""
 MAX_FILES, MAX_REPORT = 32 * MIB, 1024 * MIB
 """Bytes of files that come back from a job, and all that a sandbox may send."""
-MARK = "PROXYTUNE_SANDBOX"
-"""The variable by which `weak` finds what a job left running."""
-NOBODY = 65534
 LOST = "failed: the sandbox ended without a verdict"
-
-_HERE = Path(__file__).parent
-_WORKER = _HERE / "sandbox_worker.py"
-_INSIDE = "/proxytune_worker.py"
-_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
-_ETC = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime", "/etc/fonts")
 
 
 @dataclass(frozen=True)
@@ -124,32 +126,6 @@ class Outcome:
         return all(result == "passed" for result in self.results)
 
 
-@dataclass(frozen=True)
-class Interpreter:
-    """The Python that runs programs, and the folders that it needs."""
-
-    executable: str
-    folders: tuple[str, ...]
-    packages: tuple[str, ...]
-
-    @classmethod
-    @functools.cache
-    def find(cls, executable: str) -> Interpreter:
-        """Ask an interpreter where it lives; UserError if it is none."""
-        ask = (
-            "import json, sys, sysconfig; p = sysconfig.get_paths(); "
-            "print(json.dumps([[sys.prefix, sys.base_prefix], sorted({p['purelib'], p['platlib']})]))"
-        )
-        try:
-            command = [executable, "-I", "-c", ask]
-            said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-            prefixes, packages = json.loads(said)
-        except (OSError, subprocess.SubprocessError, ValueError) as error:
-            raise UserError(f"'{executable}' is no Python interpreter that starts: {error}") from None
-        own = (path for path in prefixes if not path.startswith("/usr") and path != "/")
-        return cls(executable, tuple(dict.fromkeys(own)), tuple(packages))
-
-
 class Sandbox:
     """One backend, ready to run jobs; `open` finds one that works here."""
 
@@ -174,8 +150,8 @@ class Sandbox:
         if choice != "auto":
             raise UserError(f"--sandbox does not work here: {tried[0]}")
         raise UserError(
-            f"no sandbox works here ({'; '.join(tried)}). Install bubblewrap (apt-get install bubblewrap), or say "
-            "--sandbox weak: a separate process with limits that can still read your files and use the network"
+            f"no sandbox works here ({'; '.join(tried)}). Install bubblewrap (apt-get install bubblewrap), "
+            "or say --sandbox weak: a process with limits, which can read your files and use the network"
         )
 
     def limited(self, limits: Limits) -> Sandbox:
@@ -186,7 +162,7 @@ class Sandbox:
         """Why this backend does not work here, or None."""
         if self.backend == "bubblewrap" and shutil.which("bwrap") is None:
             return "bwrap is not installed"
-        if self.backend == "weak" and os.geteuid() == 0 and not _reachable(self.python):
+        if self.backend == "weak" and os.geteuid() == 0 and not reachable(self.python):
             return (
                 f"as root it runs code as the user nobody, who cannot read '{self.python.executable}': "
                 "run as another user, or name an interpreter that everybody can read"
@@ -212,8 +188,8 @@ class Sandbox:
         return self.run_together([job])[0]
 
     def run_together(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """Run jobs in one sandbox, one after another; those whose sandbox was lost before their turn get one of
-        their own. A sandbox that did not start (a crowded machine) is tried once more."""
+        """Run jobs in one sandbox, one after another; those whose sandbox was lost before their turn get
+        one of their own. A sandbox that did not start (a crowded machine) is tried once more."""
         if self.backend == "weak" and len(jobs) > 1:
             return [self.run(job) for job in jobs]
         try:
@@ -244,7 +220,7 @@ class Sandbox:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env=_environment(folder, secret),
+                env=environment(folder, secret),
                 start_new_session=True,
             )
             stack.callback(self._stop, process, secret)
@@ -254,6 +230,7 @@ class Sandbox:
     def _request(self, jobs: Sequence[Job], secret: str) -> dict[str, Any]:
         """The line that the worker reads."""
         limits = self.limits
+        texts = [{name: base64.b64encode(data).decode() for name, data in job.files.items()} for job in jobs]
         return {
             "secret": secret,
             "drop": os.geteuid() == 0,
@@ -261,11 +238,11 @@ class Sandbox:
             "imports": list(dict.fromkeys(name for job in jobs for name in job.imports)),
             "jobs": [
                 {
-                    "files": {name: base64.b64encode(content).decode() for name, content in job.files.items()},
+                    "files": files,
                     "programs": [vars(program) for program in job.programs],
                     "collect": job.collect,
                 }
-                for job in jobs
+                for job, files in zip(jobs, texts, strict=True)
             ],
             "collect_bytes": MAX_FILES,
             "limits": {
@@ -275,22 +252,13 @@ class Sandbox:
 
     def _command(self) -> list[str]:
         """The command line of the backend."""
-        python = [self.python.executable, "-I", "-S"]
-        if self.backend == "weak":
-            return [*python, str(_WORKER)]
-        if self.backend == "bubblewrap":
-            return [*_bubblewrap(self.python, self.limits), *python, _INSIDE]
-        links, read_only = _visible(self.python)
-        layout = {
-            "python": self.python.executable,
-            "worker_inside": _INSIDE,
-            "links": links,
-            "read_only": read_only,
-            "tmp_bytes": self.limits.tmp_bytes,
-            "shm_bytes": 64 * MIB,
-        }
-        # the launcher is ours, and only the worker runs in the interpreter that was asked for
-        return [sys.executable, "-I", "-S", str(_HERE / "sandbox_namespaces.py"), json.dumps(layout)]
+        match self.backend:
+            case "bubblewrap":
+                return bubblewrap(self.python, self.limits.tmp_bytes)
+            case "namespaces":
+                return namespaces(self.python, self.limits.tmp_bytes)
+            case "weak":
+                return weak(self.python)
 
     def _stop(self, process: subprocess.Popen[bytes], mark: str) -> None:
         """End everything that the job started. The worker ends itself when its stdin does."""
@@ -309,63 +277,6 @@ class Sandbox:
 
 class _NotStarted(Exception):
     """The worker never said that it was ready."""
-
-
-def _environment(folder: str, mark: str) -> dict[str, str]:
-    """All that a sandboxed process knows of the environment."""
-    threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
-    quiet = {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3", "MPLBACKEND": "Agg"}
-    own = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder, "TMPDIR": folder, MARK: mark}
-    return {**own, **threads, **quiet}
-
-
-def _visible(python: Interpreter) -> tuple[dict[str, str], dict[str, str]]:
-    """What of the host's file system is there inside: links, and path -> path inside, read-only."""
-    links = {path: os.readlink(path) for path in _SYSTEM if os.path.islink(path)}
-    folders = [path for path in _SYSTEM if os.path.isdir(path) and path not in links]
-    paths = [*folders, *(path for path in _ETC if os.path.exists(path)), *python.folders]
-    return links, {**{os.path.realpath(path): path for path in paths}, str(_WORKER): _INSIDE}
-
-
-@functools.cache
-def _bubblewrap_options() -> str:
-    """What this bwrap can do."""
-    return subprocess.run(["bwrap", "--help"], capture_output=True, text=True, timeout=60).stdout
-
-
-def _bubblewrap(python: Interpreter, limits: Limits) -> list[str]:
-    """bwrap with its options. As root there is no user namespace: the worker becomes nobody, so that the limit
-    on processes counts (it never does for root)."""
-    known = _bubblewrap_options()
-    sized = ["--size", str(limits.tmp_bytes)] if "--size" in known else []
-    shared = ["--size", str(64 * MIB)] if "--size" in known else []
-    command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-    command += ["--die-with-parent", "--as-pid-1"]
-    if os.geteuid() == 0:
-        command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-    else:
-        command += ["--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY)]
-        command += ["--disable-userns"] if "--disable-userns" in known else []
-    links, read_only = _visible(python)
-    for path, target in links.items():
-        command += ["--symlink", target, path]
-    parents = {str(parent): None for inside in read_only.values() for parent in reversed(Path(inside).parents)}
-    for parent in parents:
-        if parent != "/" and parent not in read_only:
-            command += ["--perms", "0755", "--dir", parent]
-    for path, inside in read_only.items():
-        command += ["--ro-bind", path, inside]
-    command += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", *shared, "--tmpfs", "/dev/shm"]
-    command += ["--perms", "1777", *sized, "--tmpfs", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/"]
-    return [*command, "--chdir", "/tmp", "--"]
-
-
-def _reachable(python: Interpreter) -> bool:
-    """Whether every user can get at the interpreter and its library."""
-    real = Path(python.executable).resolve()
-    paths = [Path(python.executable).absolute(), real, *map(Path, python.folders), _WORKER.resolve()]
-    folders = {parent for path in paths for parent in path.parents}
-    return all(folder.stat().st_mode & 0o001 for folder in folders)
 
 
 # Talking to the worker

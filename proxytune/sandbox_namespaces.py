@@ -1,8 +1,9 @@
-"""The launcher of the `namespaces` backend: makes the namespaces and the small root, then becomes the worker.
+"""The launcher of the `namespaces` backend: makes the namespaces and the small root, then becomes the
+worker.
 
 Standard library only (ctypes speaks to the kernel, Linux 5.12 or newer); started by sandbox.py with a bare
-interpreter and the layout as JSON in its argument. Without root it makes a user namespace first. The worker is
-process 1 of its own process namespace: nothing inside can kill it, and everything inside ends with it.
+interpreter and the layout as JSON in its argument. Without root it makes a user namespace first. The worker
+is process 1 of its own process namespace: nothing inside can kill it, and everything inside ends with it.
 Manual pages: unshare(2), pivot_root(2), mount_setattr(2), capabilities(7).
 """
 
@@ -62,7 +63,11 @@ def main() -> None:
     spaces = NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS | NEWCGROUP
     call("unshare", spaces if uid == 0 else spaces | NEWUSER)
     if uid != 0:
-        for name, content in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {uid} 1"), ("gid_map", f"{NOBODY} {gid} 1")):
+        for name, content in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{NOBODY} {uid} 1"),
+            ("gid_map", f"{NOBODY} {gid} 1"),
+        ):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(content)
     child = os.fork()

@@ -1,15 +1,16 @@
 """What runs inside a sandbox: programs, one forked process each, and a report of how they ended.
 
-sandbox.py starts this file with a bare interpreter (`python -I -S`): standard library only, Python 3.7 or newer
-(DS-1000 pins 3.7). The request is the first line of stdin, JSON; stdin then stays open as the lifeline: when it
-ends, so does everything here. Reports go to stdout, a line per job, behind the secret of the request. Where this
-is process 1 of its own namespace, everything that a job left running or wrote is gone before the next begins.
-Nothing here isolates anything by itself; see sandbox.py for what does.
+sandbox.py starts this file with a bare interpreter (`python -I -S`): standard library only, Python 3.7 or
+newer (DS-1000 pins 3.7). The request is the first line of stdin, JSON; stdin then stays open as the
+lifeline: when it ends, so does everything here. Reports go to stdout, a line per job, behind the secret of
+the request. Where this is process 1 of its own namespace, everything that a job left running or wrote is
+gone before the next begins. Nothing here isolates anything by itself; see sandbox.py for what does.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import fnmatch
 import json
 import os
@@ -97,10 +98,8 @@ def write_files(files: dict[str, str]) -> None:
 
 def try_import(name: str) -> None:
     """Load a module before forking, so that programs need not; one that fails will fail in them."""
-    try:
+    with contextlib.suppress(BaseException):
         __import__(name)
-    except BaseException:
-        pass
 
 
 def run(program: dict[str, Any], limits: dict[str, int], null: int, channel: int) -> tuple[str, float]:

@@ -227,8 +227,8 @@ def gap_closed(base: Metric, proxy: Metric, tuned: Metric) -> float | None:
 
 
 def pass_at_k(n: int, passed: int, k: int) -> float | None:
-    """The unbiased estimate that one of k samples passes, from n samples of which `passed` did: the share of the
-    k-subsets that hold one. None for fewer than k samples."""
+    """The unbiased estimate that one of k samples passes, from n samples of which `passed` did: the share
+    of the k-subsets that hold one. None for fewer than k samples."""
     if n < k:
         return None
     return 1 - math.comb(n - passed, k) / math.comb(n, k)

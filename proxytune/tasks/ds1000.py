@@ -1,14 +1,15 @@
 """DS-1000: data-science problems over seven libraries. Lai et al. 2023; the paper's section 4.3.
 
-The paper takes 200 of the 1,000 problems in Completion mode (`DataFrame.sample(200, random_state=42)` over the
-libraries in the order of `LIBRARIES`), 20 samples at temperature 0.8 and top-p 0.95; the prompt is the problem's
-text, ended by a line break. pass@10 is its metric; by library also pass@10, by kind of perturbation the plain
-share of samples that pass.
+The paper takes 200 of the 1,000 problems in Completion mode (`DataFrame.sample(200, random_state=42)` over
+the libraries in the order of `LIBRARIES`), 20 samples at temperature 0.8 and top-p 0.95; the prompt is the
+problem's text, ended by a line break. pass@10 is its metric; by library also pass@10, by kind of
+perturbation the plain share of samples that pass.
 
-Both releases are read. The folder release (one row per problem, what the paper used): `test_generate_pickle`
-writes each case's input and answer, the sample takes the place of `[insert]` in `code_context`, and `test_code`
-compares what it wrote. The newer one on the hub: `code_context` defines `test_execution`. The published figures
-need the libraries of 2022 (Python 3.7.10, numpy 1.21.6, pandas 1.3.5, ...): `--code-python` names an interpreter.
+Both releases are read. The folder release (one row per problem, what the paper used):
+`test_generate_pickle` writes each case's input and answer, the sample takes the place of `[insert]` in
+`code_context`, and `test_code` compares what it wrote. The newer one on the hub: `code_context` defines
+`test_execution`. The published figures need the libraries of 2022 (Python 3.7.10, numpy 1.21.6, pandas
+1.3.5, ...): `--code-python` names an interpreter.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import numpy as np
 from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Prompt
-from proxytune.sandbox import MIB, Job, Limits, Outcome, Program
+from proxytune.sandbox import Job, Limits, Outcome, Program
+from proxytune.sandbox_root import MIB
 from proxytune.scoring import clean_code, pass_at_k
 from proxytune.tasks.base import Task
 from proxytune.tasks.execution import Execution
@@ -92,7 +94,7 @@ def examples(table: Table, shots: str) -> list[Example]:
         if not isinstance(row.get("problem_id"), int):
             raise UserError(f"{table.where(index)}: `problem_id` must be the number of the problem")
         if not is_new(row) and not isinstance(row.get("test_code"), str):
-            raise UserError(f"{table.where(index)}: no field 'test_code', and no `test_execution` in the context")
+            raise UserError(f"{table.where(index)}: no field 'test_code' (and no newer form)")
         text = row["prompt"] if row["prompt"].endswith("\n") else row["prompt"] + "\n"
         made.append(Example(id=name_of(row), prompt=Prompt(plain=text, user=text), target=row))
     return made
@@ -117,8 +119,8 @@ def stored(example: Example, completions: Sequence[Completion]) -> Row:
 
 
 def score(row: Row) -> dict[str, float]:
-    """pass@10 overall and of the row's library, pass@1, and the share that passes under its perturbation; or that
-    the row was not run."""
+    """pass@10 overall and of the row's library, pass@1, and the share that passes under its perturbation;
+    or that the row was not run."""
     passed = row.get("passed")
     if not isinstance(passed, list) or not passed:
         return {"not_run": 1.0}
@@ -133,8 +135,8 @@ def score(row: Row) -> dict[str, float]:
 
 
 def execute(rows: Sequence[Row], execution: Execution) -> list[Row]:
-    """The rows with `passed` and `result` of every sample. The samples of one problem share a sandbox, because
-    their imports take longer than they do."""
+    """The rows with `passed` and `result` of every sample. The samples of one problem share a sandbox,
+    because their imports take longer than they do."""
     sandbox = execution.sandbox.limited(LIMITS)
     items = [_item_of(row, execution.items) for row in rows]
     for row, item in zip(rows, items, strict=True):
@@ -172,7 +174,7 @@ def cases(item: Row) -> range:
 
 
 def answer_jobs(item: Row) -> list[Job]:
-    """The job that writes the inputs and answers of a problem; none in the newer release, which holds them."""
+    """The job that writes a problem's inputs and answers; none in the newer release, which has them."""
     if is_new(item):
         return []
     code = item["test_generate_pickle"]
@@ -186,8 +188,8 @@ def _extra(item: Row) -> dict[str, bytes]:
 
 
 def sample_job(item: Row, answer: Outcome | None, solution: str) -> Job:
-    """One sample: its program for every case, then the check. What the sample writes meets the answers only in
-    the check; a plot's answer is read by the problem's own program."""
+    """One sample: its program for every case, then the check. What the sample writes meets the answers only
+    in the check; a plot's answer is read by the problem's own program."""
     imports = tuple(
         dict.fromkeys(
             name
@@ -204,9 +206,7 @@ def sample_job(item: Row, answer: Outcome | None, solution: str) -> Job:
     given = {name: content for name, content in answer.files.items() if plot or name.startswith("input/")}
     program = item["code_context"].replace("[insert]", solution)
     runs = [Program(program, CASE_SECONDS, argv=("--test_case", str(case))) for case in cases(item)]
-    wanted = [
-        base64.b64encode(answer.files.get(f"ans/ans{case}.pkl", b"")).decode() for case in cases(item)
-    ]
+    wanted = [base64.b64encode(answer.files.get(f"ans/ans{case}.pkl", b"")).decode() for case in cases(item)]
     call = (item["test_code"], solution, int(item["test_type"]) == 3, wanted)
     check = Program(f"{_CHECK.read_text(encoding='utf-8')}\ncheck(*{call!r})\n", CASE_SECONDS)
     return Job((*runs, check), FOLDERS | _extra(item) | given, imports=imports)

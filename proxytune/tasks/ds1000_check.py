@@ -1,8 +1,8 @@
 """What decides inside the sandbox whether a DS-1000 sample passed: `check(...)` returns or raises.
 
-ds1000.py sends this file's text with a call below it, so it stands alone: standard library only, Python 3.7 or
-newer. The results that it unpickles were written by model-written code: a hostile one runs here, in the sandbox,
-where it can decide its own verdict and nothing else.
+ds1000.py sends this file's text with a call below it, so it stands alone: standard library only, Python 3.7
+or newer. The results that it unpickles were written by model-written code: a hostile one runs here, in the
+sandbox, where it can decide its own verdict and nothing else.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 
 def check(test_code: str, solution: str, string_test: bool, answers: list[str]) -> None:
-    """Compare the results of all cases with the answers (pickles in base64, "" for none), by the problem's own
-    test."""
+    """Compare the results of all cases with the answers (pickles in base64, "" for none), by the problem's
+    own test."""
     sys.modules.setdefault("parser", old_parser())
     module = types.ModuleType("test_code")
     sys.modules["test_code"] = module
@@ -40,8 +40,8 @@ def without_prints(solution: str) -> str:
 
 
 def old_parser() -> types.ModuleType:
-    """A stand-in for the module `parser`, gone since Python 3.10: `st2list(suite(code))` gives the tokens, which
-    is all that the tests look for in the tree."""
+    """A stand-in for the module `parser`, gone since Python 3.10: `st2list(suite(code))` gives the tokens,
+    which is all that the tests look for in the tree."""
 
     def suite(code: str) -> str:
         ast.parse(code)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from proxytune.sandbox import Sandbox
@@ -22,7 +22,8 @@ class Execution:
     compared: int = 0
     """Samples that had a verdict before."""
     rerun: int = 0
-    """Samples that were run once more, alone and with a longer limit, because a time-out made the difference."""
+    """Samples that were run once more, alone and with a longer limit, because a time-out made the
+    difference."""
     flips: int = 0
     """Samples whose verdict is another one than before."""
 

@@ -1,9 +1,10 @@
-"""HumanEval: Python functions from their docstrings, run against unit tests. Chen et al. 2021; the paper's 4.3.
+"""HumanEval: Python functions from their docstrings, run against unit tests. Chen et al. 2021; the paper's
+4.3.
 
-Prompt and rules are the paper's: the problem's text verbatim for every model (no chat format), 20 samples at
-temperature 0.8 and top-p 0.95, 512 tokens, cut at the next top-level statement; lines that begin with assert or
-print are dropped. A sample passes if problem, completion and tests together run to their end within 3 seconds.
-pass@10 is the paper's metric; pass@1 stands beside it.
+Prompt and rules are the paper's: the problem's text verbatim for every model (no chat format), 20 samples
+at temperature 0.8 and top-p 0.95, 512 tokens, cut at the next top-level statement; lines that begin with
+assert or print are dropped. A sample passes if problem, completion and tests together run to their end
+within 3 seconds. pass@10 is the paper's metric; pass@1 stands beside it.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def stored(example: Example, completions: Sequence[Completion]) -> Row:
 
 
 def gather(table: Table) -> Table:
-    """One row per problem: rows with a `completion` (and perhaps `passed` and `result`) are put together in their
-    order."""
+    """One row per problem: rows with a `completion` (and perhaps `passed` and `result`) are put together in
+    their order."""
     table.require(("task_id", "prompt"))
     found: dict[str, tuple[int, Row]] = {}
     for index, row in enumerate(table.rows):
@@ -98,7 +99,9 @@ def program(item: Mapping[str, str], completion: str, seconds: float = SECONDS) 
 def execute(rows: Sequence[Row], execution: Execution) -> list[Row]:
     """The rows with `passed` and `result` of every completion, each run in a sandbox of its own."""
     programs = [
-        program(item_of(row, execution.items), completion) for row in rows for completion in row["completions"]
+        program(item_of(row, execution.items), completion)
+        for row in rows
+        for completion in row["completions"]
     ]
     outcomes = execution.sandbox.map([Job((one,))] for one in programs)
     results = [outcome.results[0] for (outcome,) in outcomes]
@@ -139,8 +142,8 @@ def settle(
 ) -> list[str]:
     """Final results, and the account of them.
 
-    A result that differs from the stored verdict where one of the two is a time-out says more about the machine
-    than about the code: such a sample is run once more, alone and with a longer limit.
+    A result that differs from the stored verdict where one of the two is a time-out says more about the
+    machine than about the code: such a sample is run once more, alone and with a longer limit.
     """
     final = list(results)
     alone = Sandbox(execution.sandbox.backend, execution.sandbox.python.executable, workers=1)
