@@ -86,6 +86,18 @@ Batch = Annotated[
 KvMemory = Annotated[
     str | None, typer.Option(help="Memory for the KV caches, e.g. 4GB. Default: what is free.")
 ]
+Data = Annotated[
+    str | None,
+    typer.Option(metavar="FILE|hub", help="Where the items come from. Default: the system's, or hub."),
+]
+Limit = Annotated[int | None, typer.Option(help="Only the first N items.")]
+Shots = Annotated[int, typer.Option(help="Few-shot items before each question.")]
+ShotsFrom = Annotated[str | None, typer.Option(metavar="FILE", help="Draw few-shot items from this file.")]
+Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: results/<system>/<task>/<as>/.")]
+ModeName = Annotated[
+    str, typer.Option(help="generate, or likelihood: compare given answers by their log-probabilities.")
+]
+Trace = Annotated[bool, typer.Option("--trace", help="Store every token's probability under each role.")]
 JudgeName = Annotated[
     str | None,
     typer.Option(
@@ -206,25 +218,13 @@ def evaluate(
     system: SystemName = "demo",
     as_: AsOrAll = "proxy",
     alpha: Alpha = None,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="FILE|hub", help="Where the items come from. Default: the system's, or hub."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N items.")] = None,
-    shots: Annotated[int, typer.Option(help="Few-shot items before each question.")] = 0,
-    shots_from: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Draw few-shot items from this file.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The run's folder. Default: results/<system>/<task>/<as>/.")
-    ] = None,
-    mode: Annotated[
-        str,
-        typer.Option(help="generate, or likelihood: compare given answers by their log-probabilities."),
-    ] = "generate",
-    trace: Annotated[
-        bool, typer.Option("--trace", help="Store every token's probability under each role.")
-    ] = False,
+    data: Data = None,
+    limit: Limit = None,
+    shots: Shots = 0,
+    shots_from: ShotsFrom = None,
+    out: Out = None,
+    mode: ModeName = "generate",
+    trace: Trace = False,
     seed: Seed = 0,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
@@ -271,11 +271,8 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         code=cli_run.Code(allow_code_execution, sandbox, code_python),
     )
-    found = cli_run.read_system(system, vocab)
     judging = cli_judge.Request(judge=judge, yes=yes, max_cost=max_cost, price=price, seed=seed)
-    made = cli_judge.before_eval(task, judging, mode)
-    after = None if made is None else lambda folder: cli_judge.after_eval(folder, made, judging)
-    cli_run.evaluate(found, asked, json_only=json, judge=after)
+    cli_judge.evaluate(cli_run.read_system(system, vocab), asked, judging, json_only=json)
 
 
 @app.command()

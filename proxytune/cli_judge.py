@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from proxytune.cli_run import Request as EvalRequest
+from proxytune.cli_run import evaluate as run_roles
 from proxytune.cli_run import print_json, print_one
+from proxytune.config import System
 from proxytune.errors import UserError, did_you_mean
 from proxytune.results import write_atomically
 
@@ -72,8 +75,15 @@ def make(task_name: str, asked: Request) -> Judge | PairwiseJudge | None:
     return made
 
 
+def evaluate(system: System, asked: EvalRequest, judging: Request, *, json_only: bool) -> None:
+    """`proxytune eval`: check the judge, run one role or all of them, judge the runs."""
+    made = before_eval(asked.task, judging, asked.mode)
+    after = None if made is None else lambda folder: after_eval(folder, made, judging)
+    run_roles(system, asked, json_only=json_only, judge=after)
+
+
 def before_eval(task_name: str, asked: Request, mode: str) -> Judge | PairwiseJudge | None:
-    """The judge of an evaluation that is about to start; UserError now rather than after hours of decoding."""
+    """The judge of an evaluation that is about to start; UserError now, not after hours of decoding."""
     from proxytune.tasks import get_task
 
     if mode == "likelihood" or (asked.judge is None and get_task(task_name).headline != "unjudged"):
@@ -81,8 +91,8 @@ def before_eval(task_name: str, asked: Request, mode: str) -> Judge | PairwiseJu
     made = make(task_name, asked)
     if made is not None and _costs(made) and not asked.yes and not sys.stdin.isatty():
         raise UserError(
-            "the judge of this task costs money: add --yes (and --max-cost USD), or --judge none to judge later "
-            "with `proxytune judge`"
+            "the judge of this task costs money: add --yes (and --max-cost USD), or --judge none to judge "
+            "later with `proxytune judge`"
         )
     return made
 

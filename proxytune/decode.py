@@ -227,7 +227,7 @@ class Decoder:
         *,
         alpha: AlphaSchedule | None = None,
     ) -> Iterator[Completion]:
-        """The log-probability of each of an example's texts after its prompt, as completions numbered in order.
+        """The log-probability of each of an example's texts after its prompt, as numbered completions.
 
         A text is tokenised as a continuation; nothing follows it (no end-of-sequence)."""
         strength = self.models.system.alpha if alpha is None else alpha
@@ -254,7 +254,7 @@ class Decoder:
             )
 
     def _continued(self, text: str) -> tuple[int, ...]:
-        """The ids of a text that goes on after other text: SentencePiece would put a second space before it."""
+        """The ids of a text that goes on after other text: SentencePiece would add a space before it."""
         anchor = self.tokenizer.encode("a", add_special_tokens=False)
         ids = self.tokenizer.encode("a" + text, add_special_tokens=False)
         if ids[: len(anchor)] != anchor:  # the text's beginning melts into the anchor

@@ -233,8 +233,8 @@ class PairwiseJudge:
             for start in range(0, len(todo), 2 * self.workers):
                 wave = todo[start : start + 2 * self.workers]
                 self._afford(spent, [pairs[place] for place in wave], done, len(pairs))
-                for place, (found[place], usd) in zip(wave, pool.map(ask, wave), strict=True):
-                    spent, done = spent + usd, done + 1
+                for place, (preference, usd) in zip(wave, pool.map(ask, wave), strict=True):
+                    found[place], spent, done = preference, spent + usd, done + 1
                     if on_progress is not None:
                         on_progress(done, len(pairs))
         return [{"annotator": f"proxytune/{self.model}", "preference": p} for p in found]
@@ -245,8 +245,8 @@ class PairwiseJudge:
         usd = self._usd(letters // CHARACTERS_PER_TOKEN, REPLY_TOKENS * len(wave)) or 0.0
         if self.max_cost is not None and spent + usd > self.max_cost:
             raise UserError(
-                f"--max-cost {self.max_cost:g}: {spent:.4f} USD are spent after {done} of {total} judgements, "
-                "which are kept; the same command with a higher limit continues"
+                f"--max-cost {self.max_cost:g}: {spent:.4f} USD are spent, {done} of {total} judgements are "
+                "kept; the same command with a higher limit continues"
             )
 
     def _cache(self) -> Judgements:

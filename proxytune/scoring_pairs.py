@@ -21,7 +21,7 @@ STEPS = 30
 
 
 def wins(preference: object) -> float | None:
-    """An annotation's `preference` -> 1 the model's output won, 0 the baseline's, 0.5 a draw; None if invalid.
+    """An annotation's `preference` -> 1 the model's output won, 0 the baseline's, 0.5 a draw, None invalid.
 
     1 is the baseline (output_1), 2 the model (output_2), 0 or 1.5 a draw; newer judges give numbers between.
     """
@@ -60,9 +60,9 @@ def length_controlled_win_rate(
 ) -> Metric:
     """The win rate that a logistic model expects between outputs of equal length, in percent.
 
-    The idea of AlpacaEval 2 (Dubois et al. 2024): win ~ sigmoid(a + b * tanh(d / std(d))), d the difference of
-    the lengths; the answer is sigmoid(a). Theirs also has a term for each instruction's difficulty, fitted on
-    other models' outputs, so figures differ from their leaderboard's.
+    The idea of AlpacaEval 2 (Dubois et al. 2024): win ~ sigmoid(a + b * tanh(d / std(d))), d the difference
+    of the lengths; the answer is sigmoid(a). Theirs also has a term for each instruction's difficulty, fitted
+    on other models' outputs, so figures differ from their leaderboard's.
     """
     y = np.asarray(won, dtype=np.float64)
     d = np.asarray(lengths, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
