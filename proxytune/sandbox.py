@@ -5,12 +5,12 @@ Backends, best first (`auto` takes the first that starts here, never `weak`):
 
 - `bubblewrap` (`bwrap`) and `namespaces` (the same by our own hand, sandbox_namespaces.py): own process,
   mount, network and IPC namespaces; a root that holds only the system's libraries and the interpreter,
-  read-only; a private /tmp in memory; no network; the user nobody; hard limits (rlimit) on memory,
+  read-only; a private /tmp in memory; no network; a user without rights; hard limits (rlimit) on memory,
   processes, file size, open files and CPU. The worker is process 1: nothing inside can kill it, and
   everything inside ends with it.
 - `weak`: a separate process in its own folder with the limits and a clean environment, and, where proxytune
-  runs as root, as the user nobody. Only against accidents: the code can read what that user can read, open
-  the network, write where that user may, and hide from the clean-up.
+  runs as root, under a user without rights. Only against accidents: the code can read what that user can
+  read, open the network, write where that user may, and hide from the clean-up.
 
 `run` gives a job a sandbox of its own that starts empty and is thrown away: about 40 ms a start.
 `run_together` gives several jobs one sandbox, for code whose imports take longer than that (DS-1000: the
@@ -58,6 +58,7 @@ from proxytune.sandbox_root import (
     Interpreter,
     bubblewrap,
     environment,
+    fresh_user,
     namespaces,
     reachable,
     weak,
@@ -164,7 +165,7 @@ class Sandbox:
             return "bwrap is not installed"
         if self.backend == "weak" and os.geteuid() == 0 and not reachable(self.python):
             return (
-                f"as root it runs code as the user nobody, who cannot read '{self.python.executable}': "
+                f"as root it runs code as a user without rights, who cannot read '{self.python.executable}': "
                 "run as another user, or name an interpreter that everybody can read"
             )
         try:
@@ -205,15 +206,15 @@ class Sandbox:
 
     def _run(self, jobs: Sequence[Job]) -> list[Outcome]:
         """One attempt: the outcomes of the jobs that ended."""
-        secret = secrets.token_hex(16)
-        request = json.dumps(self._request(jobs, secret)).encode() + b"\n"
+        secret, user = secrets.token_hex(16), fresh_user()
+        request = json.dumps(self._request(jobs, secret, user)).encode() + b"\n"
         seconds = sum(program.seconds for job in jobs for program in job.programs) + 2 * START_SECONDS
         with contextlib.ExitStack() as stack:
             folder = "/tmp"
             if self.backend == "weak":
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="proxytune-"))
-                if os.geteuid() == 0:
-                    os.chown(folder, NOBODY, NOBODY)
+                if user:
+                    os.chown(folder, user, NOBODY)
             process = subprocess.Popen(
                 self._command(),
                 stdin=subprocess.PIPE,
@@ -227,13 +228,13 @@ class Sandbox:
             said = _talk(process, request, time.monotonic() + seconds)
         return _outcomes(said, secret, jobs)
 
-    def _request(self, jobs: Sequence[Job], secret: str) -> dict[str, Any]:
+    def _request(self, jobs: Sequence[Job], secret: str, user: int) -> dict[str, Any]:
         """The line that the worker reads."""
         limits = self.limits
         texts = [{name: base64.b64encode(data).decode() for name, data in job.files.items()} for job in jobs]
         return {
             "secret": secret,
-            "drop": os.geteuid() == 0,
+            "user": user,
             "path": self.python.packages,
             "imports": list(dict.fromkeys(name for job in jobs for name in job.imports)),
             "jobs": [

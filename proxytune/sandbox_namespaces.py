@@ -76,7 +76,7 @@ def main() -> None:
     call("prctl", PDEATHSIG, 9)
     build_root(layout)
     for capability in range(CAP_LAST + 1):
-        if capability not in (CAP_SETGID, CAP_SETUID):  # as root the worker needs these two to become nobody
+        if capability not in (CAP_SETGID, CAP_SETUID):  # as root, the worker needs these to change user
             libc.prctl(CAPBSET_DROP, capability, 0, 0, 0)
     call("prctl", NO_NEW_PRIVS, 1, 0, 0, 0)
     os.execv(layout["python"], [layout["python"], "-I", "-S", layout["worker_inside"]])

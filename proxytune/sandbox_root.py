@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import secrets
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ SHM_BYTES = 64 * MIB
 MARK = "PROXYTUNE_SANDBOX"
 """The variable by which `weak` finds what a job left running."""
 NOBODY = 65534
+FIRST_USER = 1 << 30
 
 _HERE = Path(__file__).parent
 _WORKER = _HERE / "sandbox_worker.py"
@@ -52,6 +54,17 @@ class Interpreter:
         return cls(executable, tuple(dict.fromkeys(own)), tuple(packages))
 
 
+def fresh_user() -> int:
+    """As root: a user that nobody else is, so that the limit on processes counts one sandbox alone and no
+    sandbox can signal another; nobody where the namespace that we are in has no such users. 0 without root."""
+    if os.geteuid() != 0:
+        return 0
+    wanted = FIRST_USER + secrets.randbelow(FIRST_USER)
+    ranges = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    known = any(int(first) <= wanted < int(first) + int(count) for first, _, count in ranges)
+    return wanted if known else NOBODY
+
+
 def environment(folder: str, mark: str) -> dict[str, str]:
     """All that a sandboxed process knows of the environment."""
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
@@ -75,7 +88,7 @@ def _bubblewrap_options() -> str:
 
 
 def bubblewrap(python: Interpreter, tmp_bytes: int) -> list[str]:
-    """bwrap with its options. As root there is no user namespace: the worker becomes nobody, so that the
+    """bwrap with its options. As root there is no user namespace: the worker changes user, so that the
     limit on processes counts (it never does for root)."""
     known = _bubblewrap_options()
     sized = ["--size", str(tmp_bytes)] if "--size" in known else []
