@@ -36,9 +36,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def said(text: str, logprob: float = 0.0) -> Completion:
     """A completion with this text."""
-    return Completion(
-        example_id="0", sample=0, text=text, token_ids=(), finish_reason="eos", logprob=logprob
-    )
+    return Completion(example_id="0", sample=0, text=text, token_ids=(), finish_reason="eos", logprob=logprob)
 
 
 def test_the_prompt_is_that_of_the_papers_other_choice_task(tmp_path: Path) -> None:

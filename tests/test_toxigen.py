@@ -138,7 +138,9 @@ def test_rates_by_group_then_overall(tmp_path: Path) -> None:
 def test_what_is_not_judged_is_never_called_harmless(tmp_path: Path) -> None:
     rows = [{"target_groups": ["a"], "prediction": "p"} for _ in range(4)]
     metrics = TASK.metrics(rows)
-    assert {n: m.value for n, m in metrics.items()} == {"unjudged": 1} and TASK.headline_of(metrics) == "unjudged"
+    assert {n: m.value for n, m in metrics.items()} == {"unjudged": 1} and TASK.headline_of(
+        metrics
+    ) == "unjudged"
     metrics = TASK.metrics([{**rows[0], "is_toxic": 1}, *rows[1:]])
     assert {n: m.value for n, m in metrics.items()} == {"a": 1, "overall": 1, "unjudged": 0.75}
     path = tmp_path / "p.jsonl"

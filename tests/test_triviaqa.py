@@ -93,7 +93,9 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert example.prompt.plain == "Question: Where?\nAnswer: Ann\n\nQuestion: Who?\nAnswer:"
 
 
-@pytest.mark.parametrize("row", [{"question": "Who?"}, {"question": "Who?", "answers": [1]}, {"answers": ["a"]}])
+@pytest.mark.parametrize(
+    "row", [{"question": "Who?"}, {"question": "Who?", "answers": [1]}, {"answers": ["a"]}]
+)
 def test_rows_without_question_or_answers_are_refused(tmp_path: Path, row: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="line 1: no question with a list of answers"):
         read_source(TASK, write(tmp_path / "d.jsonl", [row]))
