@@ -42,6 +42,10 @@ def score(task: str, file: Path, code: Code, data: str | None, *, json_only: boo
         told = f"{execution.samples} samples run, {execution.passed} passed, {execution.timed_out} timed out"
         stored = f"{execution.flips} of {execution.compared} stored verdicts flipped"
         print(f"  {told}; {stored} ({execution.rerun} run once more, alone)")
+        if execution.broken:
+            print(
+                f"  {execution.broken} samples failed unrun: their problems need other libraries (--code-python)"
+            )
     if found.dropped_duplicates:
         print(f"  {found.dropped_duplicates} rows were left out: equal to an earlier row of the same id")
     if found.renumbered_ids:

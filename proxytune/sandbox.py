@@ -191,6 +191,8 @@ class Sandbox:
     def run_together(self, jobs: Sequence[Job]) -> list[Outcome]:
         """Run jobs in one sandbox, one after another; those whose sandbox was lost before their turn get
         one of their own. A sandbox that did not start (a crowded machine) is tried once more."""
+        if not jobs:
+            return []
         if self.backend == "weak" and len(jobs) > 1:
             return [self.run(job) for job in jobs]
         try:

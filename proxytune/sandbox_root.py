@@ -56,7 +56,7 @@ class Interpreter:
 
 def fresh_user() -> int:
     """As root: a user that nobody else is, so that the limit on processes counts one sandbox alone and no
-    sandbox can signal another; nobody where the namespace that we are in has no such users. 0 without root."""
+    sandbox can signal another; nobody where our own namespace has no such users. 0 without root."""
     if os.geteuid() != 0:
         return 0
     wanted = FIRST_USER + secrets.randbelow(FIRST_USER)

@@ -110,7 +110,8 @@ def test_only_the_last_line_passes(box: Sandbox, code: str, expected: str) -> No
     "code",
     [
         "print('passed'); print('\\npassed\\n', flush=True); assert False",
-        "import os\nfor fd in range(256):\n  try: os.write(fd, b'passed\\n')\n  except OSError: pass\nos._exit(0)",
+        "import os\nfor fd in range(256):\n  try: os.write(fd, b'passed\\n')\n"
+        "  except OSError: pass\nos._exit(0)",
         'import os\nfor fd in range(256):\n  try: os.write(fd, b\'{"results": ["passed"]}\\n\')\n'
         "  except OSError: pass\nassert False",
         "import sys\nsys.stdout = sys.__stdout__ = None\nassert False",
@@ -200,7 +201,8 @@ def test_the_hosts_files_are_out_of_reach(closed: Sandbox, tmp_path: Path) -> No
 def test_the_root_is_read_only_and_small(closed: Sandbox) -> None:
     code = f"""
 import os, sys
-for folder in ("/", "/usr", "/usr/bin", "/dev", "/etc", "/proc/sys/kernel", {sys.prefix!r}, {sys.base_prefix!r}):
+own = ({sys.prefix!r}, {sys.base_prefix!r})
+for folder in ("/", "/usr", "/usr/bin", "/dev", "/etc", "/proc/sys/kernel", *own):
     try:
         open(folder + "/proxytune-was-here", "w")
     except OSError:
@@ -238,7 +240,7 @@ def test_the_home_folder_is_not_there(closed: Sandbox) -> None:
 
 
 def test_there_is_no_network(closed: Sandbox) -> None:
-    name = "\0proxytune-test-%d" % os.getpid()
+    name = f"\0proxytune-test-{os.getpid()}"
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
         local.bind(name)
         local.listen()

@@ -138,28 +138,30 @@ def execute(rows: Sequence[Row], execution: Execution) -> list[Row]:
     """The rows with `passed` and `result` of every sample. The samples of one problem share a sandbox,
     because their imports take longer than they do."""
     sandbox = execution.sandbox.limited(LIMITS)
-    items = [_item_of(row, execution.items) for row in rows]
-    for row, item in zip(rows, items, strict=True):
-        if not isinstance(row.get("output"), list):
-            raise UserError(f"{name_of(row)}: no list of samples under 'output'")
-        row.setdefault("perturbation_type", item.get("perturbation_type", ""))
+    items = [item_of(row, execution.items) for row in rows]
     answers = [made[0] if made else None for made in sandbox.map([answer_jobs(item) for item in items])]
     batches = [
-        [sample_job(item, answer, sample) for sample in row["output"]]
+        [sample_job(item, answer, sample) for sample in row["output"]] if ready(answer) else []
         for row, item, answer in zip(rows, items, answers, strict=True)
     ]
     made = []
-    for row, outcomes in zip(rows, sandbox.map(batches), strict=True):
+    for row, item, answer, outcomes in zip(rows, items, answers, sandbox.map(batches), strict=True):
         results = [verdict(outcome) for outcome in outcomes]
+        if answer is not None and not ready(answer):
+            results = [f"failed: no answers to compare with: {verdict(answer)}"] * len(row["output"])
+            execution.broken += len(results)
         execution.samples += len(results)
         execution.passed += results.count("passed")
         execution.timed_out += results.count("timed out")
-        made.append({**row, "result": results, "passed": [result == "passed" for result in results]})
+        verdicts = {"result": results, "passed": [result == "passed" for result in results]}
+        made.append({"perturbation_type": item.get("perturbation_type", ""), **row, **verdicts})
     return made
 
 
-def _item_of(row: Row, items: Mapping[str, Row]) -> Row:
-    """The problem of a row; UserError where there is none or its text is another."""
+def item_of(row: Row, items: Mapping[str, Row]) -> Row:
+    """The problem of a row; UserError where there is none, its text is another, or the row has no samples."""
+    if not isinstance(row.get("output"), list):
+        raise UserError(f"{name_of(row)}: no list of samples under 'output'")
     item = items.get(name_of(row))
     if item is None:
         raise UserError(f"no problem '{name_of(row)}' in the data: name it with --data FILE|hub")
@@ -215,6 +217,12 @@ def sample_job(item: Row, answer: Outcome | None, solution: str) -> Job:
 def without_clears(solution: str) -> str:
     """A plotting sample without the lines that would empty or write the figure before it is looked at."""
     return "\n".join(line for line in solution.split("\n") if not any(text in line for text in _CLEARS))
+
+
+def ready(answer: Outcome | None) -> bool:
+    """Whether a problem's inputs and answers are there. The generator of a problem may need a library that is
+    not installed, or an older one."""
+    return answer is None or answer.passed
 
 
 def verdict(outcome: Outcome) -> str:

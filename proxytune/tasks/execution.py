@@ -19,6 +19,9 @@ class Execution:
     samples: int = 0
     passed: int = 0
     timed_out: int = 0
+    broken: int = 0
+    """Samples that were not run, because their problem could not be set up with the libraries that there
+    are."""
     compared: int = 0
     """Samples that had a verdict before."""
     rerun: int = 0
