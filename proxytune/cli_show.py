@@ -43,9 +43,8 @@ def score(task: str, file: Path, code: Code, data: str | None, *, json_only: boo
         stored = f"{execution.flips} of {execution.compared} stored verdicts flipped"
         print(f"  {told}; {stored} ({execution.rerun} run once more, alone)")
         if execution.broken:
-            print(
-                f"  {execution.broken} samples failed unrun: their problems need other libraries (--code-python)"
-            )
+            told = "samples failed unrun: their problems need other libraries (--code-python)"
+            print(f"  {execution.broken} {told}")
     if found.dropped_duplicates:
         print(f"  {found.dropped_duplicates} rows were left out: equal to an earlier row of the same id")
     if found.renumbered_ids:
