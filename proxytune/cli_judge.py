@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from proxytune.cli_run import Request as EvalRequest
 from proxytune.cli_run import evaluate as run_roles
-from proxytune.cli_run import print_json, print_one
+from proxytune.cli_run import print_json, print_one, read_mode
 from proxytune.config import System
 from proxytune.errors import UserError, did_you_mean
 from proxytune.results import write_atomically
@@ -77,7 +77,7 @@ def make(task_name: str, asked: Request) -> Judge | PairwiseJudge | None:
 
 def evaluate(system: System, asked: EvalRequest, judging: Request, *, json_only: bool) -> None:
     """`proxytune eval`: check the judge, run one role or all of them, judge the runs."""
-    made = before_eval(asked.task, judging, asked.mode)
+    made = before_eval(asked.task, judging, read_mode(asked.mode))
     after = None if made is None else lambda folder: after_eval(folder, made, judging)
     run_roles(system, asked, json_only=json_only, judge=after)
 

@@ -223,7 +223,7 @@ class PairwiseJudge:
         found = [self._known(pair, cache) for pair in pairs]
         todo = [place for place, preference in enumerate(found) if preference is None]
         done, spent = len(pairs) - len(todo), 0.0
-        with ThreadPoolExecutor(self.workers) as pool, _client() as client:
+        with _client() as client, ThreadPoolExecutor(self.workers) as pool:
 
             def ask(place: int) -> tuple[float | None, float]:
                 answer = self._ask(client, pairs[place])

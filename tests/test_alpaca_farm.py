@@ -98,8 +98,8 @@ def test_bad_files_are_told(tmp_path: Path, content: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("preference", "won"),
-    [(1, 0), (2, 1), (0, 0.5), (1.5, 0.5), (1.25, 0.25), (None, None), (math.nan, None), (3, None), ("2", None),
-     (True, None)],
+    [(1, 0), (2, 1), (0, 0.5), (1.5, 0.5), (1.25, 0.25), (None, None), (math.nan, None), (3, None),
+     ("2", None), (True, None)],
 )  # fmt: skip
 def test_preferences(preference: object, won: float | None) -> None:
     assert wins(preference) == won

@@ -1,4 +1,4 @@
-"""ToxiGen: the paper's choice of prompts, what the roles see, and scores. Texts here are harmless stand-ins."""
+"""ToxiGen: the paper's choice of prompts, what roles see, and scores. Texts here are harmless stand-ins."""
 
 from __future__ import annotations
 
