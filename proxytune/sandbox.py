@@ -134,7 +134,7 @@ class Sandbox:
         self, backend: Backend, python: str = sys.executable, limits: Limits | None = None, workers: int = 0
     ) -> None:
         self.backend, self.limits = backend, limits or Limits()
-        self.python = Interpreter.find(shutil.which(python) or python)
+        self.python = Interpreter.find(os.path.abspath(shutil.which(python) or python))
         self.workers = workers or len(os.sched_getaffinity(0))
 
     @classmethod
