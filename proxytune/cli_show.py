@@ -3,6 +3,8 @@ model."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from proxytune.cli_run import NOT_ALLOWED, Code, console, print_json
 from proxytune.config import ModelSpec, System, load_system, system_names
 from proxytune.errors import UserError
 from proxytune.results import find_runs, write_atomically
+from proxytune.tasks import Task
 
 DEMO_TABLE = re.compile(r"(<!-- demo-table -->\n).*?(<!-- /demo-table -->)", re.DOTALL)
 
@@ -103,15 +106,50 @@ def tasks(*, json_only: bool) -> None:
                 "summary": task.summary,
                 "data": task.data,
                 "headline": task.headline,
+                "judged_headlines": list(task.judged_headlines),
                 "metrics": list(task.metric_names),
+                "judge": task.judge,
+                "missing_judge": missing_judge(task),
+                "modes": ["generate", *(["likelihood"] if task.likelihood else [])],
                 "sampling": task.sampling.model_dump(mode="json"),
             }
             for task in TASKS.values()
         }
         print_json({"tasks": named})
         return
-    rows = [(task.name, task.summary, ", ".join(task.metric_names), task.data) for task in TASKS.values()]
-    _print_table(("task", "what it measures", "metrics (the first is shown)", "data"), rows)
+    rows = [
+        (task.name, task.summary, ", ".join(_metrics(task)), _judge(task), task.data)
+        for task in TASKS.values()
+    ]
+    _print_table(("task", "what it measures", "metrics (the first is shown)", "judge", "data"), rows)
+
+
+def _metrics(task: Task) -> tuple[str, ...]:
+    """The metrics of a task; the judge's where it says nothing without one."""
+    return task.metric_names or task.judged_headlines
+
+
+def _judge(task: Task) -> str:
+    """The default judge of a task, and what keeps it from judging here now."""
+    if task.judge is None:
+        return ""
+    missing = missing_judge(task)
+    return task.judge.replace(",", ", ") + (f" ({missing})" if missing else "")
+
+
+def missing_judge(task: Task) -> str | None:
+    """What the default judge of a task lacks here now: a key, a package, its files; None if nothing."""
+    if task.judge is None:
+        return None
+    if "/" not in task.judge:  # behind an API
+        if importlib.util.find_spec("openai") is None:
+            return "needs: pip install 'proxytune[judges]'"
+        named = os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL")
+        return None if named else "needs OPENAI_API_KEY"
+    from huggingface_hub import try_to_load_from_cache
+
+    here = all(isinstance(try_to_load_from_cache(m, "config.json"), str) for m in task.judge.split(","))
+    return None if here else "not downloaded yet"
 
 
 def systems(*, json_only: bool) -> None:

@@ -107,7 +107,10 @@ def _config(model: str) -> Any:
     try:
         return AutoConfig.from_pretrained(resolve(model))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the judge '{model}': {_short(error)}") from None
+        raise UserError(
+            f"cannot load the judge '{model}': {_short(error).rstrip('.')}. Name another with --judge (a folder "
+            "or a hub id), or keep the generations for later with --judge none"
+        ) from None
 
 
 def _classifier(model: str, device: str) -> tuple[Any, Any]:

@@ -375,7 +375,9 @@ def test_money(endpoint: Endpoint) -> None:
     tokens = sum(len(m["content"]) for pair in judge.pairs(pairs(11))[:10] for m in pair.messages) / 4
     assert estimate.prompt_tokens == math.ceil(tokens)
     assert estimate.usd == pytest.approx((estimate.prompt_tokens * 1000 + 160 * 2000) / 1e6)
-    with pytest.raises(UserError, match=r"--max-cost 0\.5: .* the same command with a higher limit continues"):
+    with pytest.raises(
+        UserError, match=r"--max-cost 0\.5: .* the same command with a higher limit continues"
+    ):
         judge.judge(pairs(11))
     assert 0 < len(endpoint.seen) < 10, "it stops before the limit is passed"
     with pytest.raises(UserError, match="needs the price of 'm'"):
@@ -462,3 +464,18 @@ def test_judging_is_refused_where_it_makes_no_sense(system: System, tmp_path: Pa
     ]:
         refused = proxytune("eval", "alpaca_farm", "--judge", "m", *option)
         assert refused.exit_code == 2 and told in refused.stderr
+
+
+def test_the_list_of_tasks_says_who_judges(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    tasks = json.loads(proxytune("tasks", "--json").stdout)["tasks"]
+    assert tasks["gsm"]["judge"] is None and tasks["toxigen"]["judge"] == "tomh/toxigen_roberta"
+    assert tasks["alpaca_farm"]["missing_judge"] and tasks["gsm"]["missing_judge"] is None
+    assert tasks["truthfulqa_mc"]["modes"] == ["generate", "likelihood"] and tasks["gsm"]["modes"] == [
+        "generate"
+    ]
+    assert "win_rate" in proxytune("tasks").stdout
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    shown = json.loads(proxytune("tasks", "--json").stdout)["tasks"]["alpaca_farm"]["missing_judge"]
+    assert shown is None or "pip install" in shown

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_system
+from typer.testing import CliRunner
 
+from proxytune import cli
 from proxytune.errors import UserError
 from proxytune.records import Completion
 from proxytune.tasks import get_task, read_source, score_file
@@ -141,3 +144,18 @@ def test_settings_and_stored_predictions(tmp_path: Path) -> None:
     assert report.metrics["em"].value == 0.75 and report.metrics["acc"].low is not None
     with pytest.raises(UserError, match="needs `answers`"):
         score_file(TASK, Path(write(tmp_path / "q.jsonl", [{"prediction": "a"}])))
+
+
+def test_eval_end_to_end(tmp_path: Path) -> None:
+    yaml = tiny_system.write(tmp_path)
+    data = write(tmp_path / "d.jsonl", [{**DEV, "question_id": str(i)} for i in range(8)])
+    train = write(tmp_path / "t.jsonl", [{**DEV, "question": f"Where {i}?"} for i in range(3)])
+    asked = ["eval", "triviaqa", "--system", str(yaml), "--data", data, "--limit", "8", "--shots", "2"]
+    made = CliRunner().invoke(
+        cli.app, [*asked, "--shots-from", train, "--out", str(tmp_path / "run"), "--json"]
+    )
+    assert made.exit_code == 0, made.output
+    found = json.loads(made.stdout)
+    assert found["n"] == 8 and list(found["metrics"]) == ["acc", "em", "f1"] and found["spec"]["shots"] == 2
+    report = score_file(TASK, tmp_path / "run" / "predictions.jsonl")
+    assert report.metrics["f1"].value == found["metrics"]["f1"]["value"]

@@ -219,9 +219,12 @@ class ScoreReport(BaseModel):
 def score_file(task: Task, path: Path, execution: Execution | None = None) -> ScoreReport:
     """Score the rows of a predictions file, ours or the paper's, plain or gzip, from their texts alone.
 
-    Code is run anew where an `execution` is given; otherwise stored verdicts count.
+    Rows of `--mode likelihood` are known by their log-probabilities. Code is run anew where an `execution` is
+    given; otherwise stored verdicts count.
     """
     table = read_file(path)
+    if task.likelihood is not None and "logprobs" in table.rows[0]:
+        task = task.likelihood
     table = (table if task.gather is None else task.gather(table)).require(task.scored)
     kept, dropped, renumbered = unique_rows(table.rows)
     rows = list(kept.values())
