@@ -108,8 +108,8 @@ def _config(model: str) -> Any:
         return AutoConfig.from_pretrained(resolve(model))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot load the judge '{model}': {_short(error).rstrip('.')}. Name another with --judge (a folder "
-            "or a hub id), or keep the generations for later with --judge none"
+            f"cannot load the judge '{model}': {_short(error).rstrip('.')}. Name another with --judge (folder "
+            "or hub id), or keep the generations for later with --judge none"
         ) from None
 
 
