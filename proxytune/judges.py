@@ -108,7 +108,7 @@ def _config(model: str) -> Any:
         return AutoConfig.from_pretrained(resolve(model))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot load the judge '{model}': {_short(error).rstrip('.')}. Name another with --judge (folder "
+            f"cannot load the judge '{model}': {_short(error).rstrip('.')}. Name one with --judge (folder "
             "or hub id), or keep the generations for later with --judge none"
         ) from None
 
