@@ -79,7 +79,7 @@ def main() -> None:
         if capability not in (CAP_SETGID, CAP_SETUID):  # as root, the worker needs these to change user
             libc.prctl(CAPBSET_DROP, capability, 0, 0, 0)
     call("prctl", NO_NEW_PRIVS, 1, 0, 0, 0)
-    os.execv(layout["python"], [layout["python"], "-I", "-S", layout["worker_inside"]])
+    os.execv(layout["python"], [layout["python"], "-s", "-S", layout["worker_inside"]])
 
 
 def build_root(layout: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """What runs inside a sandbox: programs, one forked process each, and a report of how they ended.
 
-sandbox.py starts this file with a bare interpreter (`python -I -S`): standard library only, Python 3.7 or
+sandbox.py starts this file with a bare interpreter (`python -s -S`): standard library only, Python 3.7 or
 newer (DS-1000 pins 3.7). The request is the first line of stdin, JSON; stdin then stays open as the
 lifeline: when it ends, so does everything here. Reports go to stdout, a line per job, behind the secret of
 the request. Where this is process 1 of its own namespace, everything that a job left running or wrote is
@@ -31,7 +31,7 @@ def main() -> None:
     channel = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     close_off(request["user"])
-    sys.path[:] = [path for path in sys.path if path] + request["path"]
+    sys.path[:] = sys.path[1:] + request["path"]  # the first is the folder of this file
     for name in request["imports"]:
         try_import(name)
     secret = request["secret"].encode()

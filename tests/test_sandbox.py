@@ -329,6 +329,11 @@ os.mkfifo("result/d.pkl")
 # Jobs
 
 
+def test_nothing_is_imported_from_the_package(box: Sandbox) -> None:
+    assert result(box, "import sandbox_worker").startswith("failed: ModuleNotFoundError")
+    assert result(box, "import sys; assert all('python' in path for path in sys.path), sys.path") == "passed"
+
+
 def test_files_go_in_and_come_out(box: Sandbox) -> None:
     code = "import sys; open('out/' + sys.argv[1], 'w').write(open('in/a').read() + __name__)"
     files = {"in/a": b"\xc3\xa9", "out/": b""}
@@ -353,6 +358,14 @@ def test_outcomes_come_in_order(box: Sandbox) -> None:
     codes = [f"import time; time.sleep({0.3 - i / 10}); raise Exception({i})" for i in range(3)]
     found = [batch[0].results[0] for batch in box.map([Job((Program(code),))] for code in codes)]
     assert found == [f"failed: Exception: {i}" for i in range(3)]
+
+
+def test_the_order_of_sets_is_the_same_in_every_run(box: Sandbox) -> None:
+    assert result(
+        box, "import sys; assert sys.flags.hash_randomization == 0 and not sys.flags.ignore_environment"
+    )
+    ends = {result(box, "raise Exception(list(set('abcdefgh')))") for _ in range(3)}
+    assert len(ends) == 1
 
 
 def test_modules_are_loaded_once(box: Sandbox) -> None:
