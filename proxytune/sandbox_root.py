@@ -21,8 +21,11 @@ MARK = "PROXYTUNE_SANDBOX"
 NOBODY = 65534
 FIRST_USER = 1 << 30
 BARE = ("-s", "-S")
-"""No site-packages; unlike -I it lets the environment, which is all ours, fix the seed of hashes: the order
-of a set of texts decides whether some samples pass, and their verdict should not change from run to run."""
+"""No site-packages; unlike -I it lets the environment, which is all ours, fix the seed of hashes."""
+HASH_SEED = "1"
+"""The order of a set of texts decides whether some samples pass, so it must not change from run to run. Of
+the 13,120 published samples here one is known to hang on it (HumanEval/158 in llama2-13B: `max(set(words),
+key=len)` passes at 2 of 30 seeds, 0 among them); at this seed it fails, as it is stored."""
 
 _HERE = Path(__file__).parent
 _WORKER = _HERE / "sandbox_worker.py"
@@ -75,7 +78,7 @@ def environment(folder: str, mark: str) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "-1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "MPLBACKEND": "Agg",
-        "PYTHONHASHSEED": "0",
+        "PYTHONHASHSEED": HASH_SEED,
     }
     own = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder, "TMPDIR": folder, MARK: mark}
     return {**own, **threads, **quiet}
