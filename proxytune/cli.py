@@ -86,6 +86,45 @@ Batch = Annotated[
 KvMemory = Annotated[
     str | None, typer.Option(help="Memory for the KV caches, e.g. 4GB. Default: what is free.")
 ]
+Data = Annotated[
+    str | None,
+    typer.Option(metavar="FILE|hub", help="Where the items come from. Default: the system's, or hub."),
+]
+Limit = Annotated[int | None, typer.Option(help="Only the first N items.")]
+Shots = Annotated[int, typer.Option(help="Few-shot items before each question.")]
+ShotsFrom = Annotated[str | None, typer.Option(metavar="FILE", help="Draw few-shot items from this file.")]
+Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: results/<system>/<task>/<as>/.")]
+ModeName = Annotated[
+    str, typer.Option(help="generate, or likelihood: compare given answers by their log-probabilities.")
+]
+Trace = Annotated[bool, typer.Option("--trace", help="Store every token's probability under each role.")]
+JudgeName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Who judges the responses: default, none, a folder or hub id (MODEL#LABEL; TRUTH,INFO), or a "
+        "model of the endpoint in OPENAI_BASE_URL.",
+    ),
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Agree to what a judge behind an API costs.")]
+MaxCost = Annotated[
+    float | None, typer.Option(help="Spend at most this many US dollars on the judge.", min=0)
+]
+Price = Annotated[
+    str | None, typer.Option(metavar="IN,OUT", help="The judge's price in USD per million tokens.")
+]
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code-execution", help="Run model-written code (humaneval, ds1000), in a sandbox."),
+]
+SandboxName = Annotated[
+    str,
+    typer.Option("--sandbox", help="auto, bubblewrap, namespaces, or weak (a separate process with limits)."),
+]
+CodePython = Annotated[
+    str | None,
+    typer.Option(metavar="PYTHON", help="The interpreter that runs the code. Default: proxytune's own."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
@@ -184,21 +223,13 @@ def evaluate(
     system: SystemName = "demo",
     as_: AsOrAll = "proxy",
     alpha: Alpha = None,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="FILE|hub", help="Where the items come from. Default: the system's, or hub."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N items.")] = None,
-    shots: Annotated[int, typer.Option(help="Few-shot items before each question.")] = 0,
-    shots_from: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Draw few-shot items from this file.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The run's folder. Default: results/<system>/<task>/<as>/.")
-    ] = None,
-    trace: Annotated[
-        bool, typer.Option("--trace", help="Store every token's probability under each role.")
-    ] = False,
+    data: Data = None,
+    limit: Limit = None,
+    shots: Shots = 0,
+    shots_from: ShotsFrom = None,
+    out: Out = None,
+    mode: ModeName = "generate",
+    trace: Trace = False,
     seed: Seed = 0,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
@@ -209,6 +240,13 @@ def evaluate(
     vocab: Vocab = None,
     allow_negative_alpha: Negative = False,
     trust_remote_code: RemoteCode = False,
+    allow_code_execution: AllowCode = False,
+    sandbox: SandboxName = "auto",
+    code_python: CodePython = None,
+    judge: JudgeName = None,
+    yes: Yes = False,
+    max_cost: MaxCost = None,
+    price: Price = None,
     json: Json = False,
 ) -> None:
     """Evaluate a system on a task, as one role or as all of them. An interrupted run is continued by the same
@@ -216,7 +254,7 @@ def evaluate(
 
     Example: proxytune eval gsm --system demo --as all --limit 100
     """
-    from proxytune import cli_run
+    from proxytune import cli_judge, cli_run
 
     changed = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     asked = cli_run.Request(
@@ -230,19 +268,29 @@ def evaluate(
         shots_from=shots_from,
         out=out,
         trace=trace,
+        mode=mode,
         seed=seed,
         batch=batch,
         kv_memory=kv_memory,
         allow_negative_alpha=allow_negative_alpha,
         trust_remote_code=trust_remote_code,
+        code=cli_run.Code(allow_code_execution, sandbox, code_python),
     )
-    cli_run.evaluate(cli_run.read_system(system, vocab), asked, json_only=json)
+    judging = cli_judge.Request(judge=judge, yes=yes, max_cost=max_cost, price=price, seed=seed)
+    cli_judge.evaluate(cli_run.read_system(system, vocab), asked, judging, json_only=json)
 
 
 @app.command()
 def score(
     task: TaskName,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Stored predictions: .jsonl or .jsonl.gz.")],
+    allow_code_execution: AllowCode = False,
+    sandbox: SandboxName = "auto",
+    code_python: CodePython = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|hub", help="The items, with the tests to run code against."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Score stored predictions again, from their texts: ours, or the files that the paper's repository
@@ -250,9 +298,50 @@ def score(
 
     Example: proxytune score gsm results/demo/gsm/proxy/predictions.jsonl
     """
-    from proxytune import cli_show
+    from proxytune import cli_run, cli_show
 
-    cli_show.score(task, file, json_only=json)
+    code = cli_run.Code(allow_code_execution, sandbox, code_python)
+    cli_show.score(task, file, code, data, json_only=json)
+
+
+@app.command("judge")
+def judge_run(
+    task: TaskName,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    judge: JudgeName = None,
+    yes: Yes = False,
+    max_cost: MaxCost = None,
+    price: Price = None,
+    seed: Annotated[int, typer.Option(help="Of the order in which two outputs are shown.")] = 0,
+    batch: Batch = None,
+    json: Json = False,
+) -> None:
+    """Judge the responses of a finished run. Judgements that cost money are cached: asking twice costs once.
+
+    Example: proxytune judge toxigen results/llama2-13b/toxigen/proxy --judge tomh/toxigen_roberta
+    """
+    from proxytune import cli_judge
+
+    asked = cli_judge.Request(
+        judge=judge or "default", yes=yes, max_cost=max_cost, price=price, seed=seed, batch=batch
+    )
+    cli_judge.judge(task, run, asked, json_only=json)
+
+
+@app.command()
+def export(
+    format_: Annotated[str, typer.Argument(metavar="FORMAT", help="alpaca_eval.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    out: Annotated[Path | None, typer.Option(help="The folder to write to. Default: the run's.")] = None,
+    json: Json = False,
+) -> None:
+    """Write a run in the files of another tool: alpaca_eval's model_outputs.json and reference_outputs.json.
+
+    Example: proxytune export alpaca_eval results/llama2-13b/alpaca_farm/proxy
+    """
+    from proxytune import cli_judge
+
+    cli_judge.export(format_, run, out, json_only=json)
 
 
 @app.command()

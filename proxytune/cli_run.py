@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from rich.console import Console
 
-from proxytune.config import ModelSpec, Sampling, System, explain, load_system
+from proxytune.config import Mode, ModelSpec, Sampling, System, explain, load_system
 from proxytune.errors import UserError
 from proxytune.records import Run
+from proxytune.sandbox import Sandbox
+from proxytune.tasks.base import Task
 
+NOT_ALLOWED = (
+    "code is stored but not run, so there is no score: --allow-code-execution runs it in a sandbox, here or "
+    "later in `proxytune score`"
+)
 _UNITS = {
     "": 1,
     "K": 10**3,
@@ -28,6 +34,25 @@ _UNITS = {
     "GI": 2**30,
     "TI": 2**40,
 }
+
+
+@dataclass(frozen=True)
+class Code:
+    """What the options said about running model-written code."""
+
+    allowed: bool
+    sandbox: str
+    python: str | None
+
+    def open(self, task: Task) -> Sandbox | None:
+        """The sandbox, tried out; None where it was not asked for. UserError for a task that has no code."""
+        if not self.allowed:
+            return None
+        if task.execute is None:
+            raise UserError(f"task '{task.name}' runs no code: leave --allow-code-execution out")
+        found = Sandbox.open(self.sandbox, self.python or sys.executable)
+        print(f"code runs in the sandbox '{found.backend}'", file=sys.stderr, flush=True)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,30 +70,39 @@ class Request:
     shots_from: str | None
     out: Path | None
     trace: bool
+    mode: str
     seed: int
     batch: int | None
     kv_memory: str | None
     allow_negative_alpha: bool
     trust_remote_code: bool
+    code: Code
 
 
-def evaluate(system: System, asked: Request, *, json_only: bool) -> None:
-    """Run one role, or all of them, and print the result."""
+def evaluate(
+    system: System, asked: Request, *, json_only: bool, judge: Callable[[Path], Run] | None = None
+) -> None:
+    """Run one role, or all of them, judge the runs, and print the result."""
     from proxytune.tasks import get_task
 
-    usual = get_task(asked.task).sampling  # an unknown task must not wait for torch
+    mode = read_mode(asked.mode)
+    task = get_task(asked.task, mode)  # an unknown task must not wait for torch
+    usual = task.sampling
     if asked.as_ != "all":
         system.require(asked.as_)
     sampling = sampling_from(**{**usual.model_dump(), **asked.changed}) if asked.changed else None
     bytes_for_kv = None if asked.kv_memory is None else parse_size(asked.kv_memory)
     if asked.batch is not None and asked.batch < 1:
         raise UserError(f"--batch {asked.batch} must be at least 1")
+    sandbox = asked.code.open(task)
+    if task.execute is not None and sandbox is None:
+        print(f"note: {NOT_ALLOWED}", file=sys.stderr, flush=True)
 
     from proxytune import run
     from proxytune.models import Models
 
     models = Models(system, trust_remote_code=asked.trust_remote_code, on_load=tell_loading)
-    resources = run.Resources(max_batch=asked.batch, kv_memory=bytes_for_kv)
+    resources = run.Resources(max_batch=asked.batch, kv_memory=bytes_for_kv, sandbox=sandbox)
     options = run.Options(
         alpha=asked.alpha,
         sampling=sampling,
@@ -77,18 +111,20 @@ def evaluate(system: System, asked: Request, *, json_only: bool) -> None:
         shots=asked.shots,
         shots_from=asked.shots_from,
         trace="tokens" if asked.trace else "off",
+        mode=mode,
         seed=asked.seed,
         allow_negative_alpha=asked.allow_negative_alpha,
     )
     if asked.as_ == "all":
         runs = run.evaluate_all(
-            system, asked.task, options, out=asked.out, resources=resources, models=models
+            system, asked.task, options, out=asked.out, resources=resources, models=models, judge=judge
         )
         print_all(list(runs.values()), json_only=json_only)
     else:
         job = run.plan(system, asked.task, asked.as_, options)
         folder = asked.out or job.folder(run.RESULTS)
-        print_one(run.run_job(job, folder, models, resources), folder, json_only=json_only)
+        made = run.run_job(job, folder, models, resources)
+        print_one(made if judge is None else judge(folder), folder, json_only=json_only)
 
 
 def print_one(run: Run, folder: Path, *, json_only: bool) -> None:
@@ -141,6 +177,14 @@ def read_system(name: str, vocab: str | None) -> System:
     if vocab not in ("strict", "intersect"):
         raise UserError(f"--vocab '{vocab}' must be strict or intersect")
     return system.model_copy(update={"vocab": vocab})
+
+
+def read_mode(text: str) -> Mode:
+    """The value of --mode."""
+    for mode in get_args(Mode):
+        if text == mode:
+            return mode  # type: ignore[no-any-return]
+    raise UserError(f"--mode '{text}' must be {' or '.join(get_args(Mode))}")
 
 
 def sampling_from(**values: Any) -> Sampling:

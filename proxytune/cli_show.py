@@ -3,7 +3,10 @@ model."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,27 +14,42 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from proxytune.cli_run import console, print_json
+from proxytune.cli_run import NOT_ALLOWED, Code, console, print_json
 from proxytune.config import ModelSpec, System, load_system, system_names
 from proxytune.errors import UserError
 from proxytune.records import Run
 from proxytune.results import write_atomically
+from proxytune.tasks import Task
 
 DEMO_TABLE = re.compile(r"(<!-- demo-table -->\n).*?(<!-- /demo-table -->)", re.DOTALL)
 
 
-def score(task: str, file: Path, *, json_only: bool) -> None:
+def score(task: str, file: Path, code: Code, data: str | None, *, json_only: bool) -> None:
     """Score a file of predictions."""
     from proxytune.report import percent
-    from proxytune.tasks import get_task, score_file
+    from proxytune.tasks import get_task, read_source, score_file
+    from proxytune.tasks.execution import Execution
 
-    found = score_file(get_task(task), file)
+    asked, execution = get_task(task), None
+    if (sandbox := code.open(asked)) is not None:
+        examples = () if data is None else read_source(asked, data).examples
+        execution = Execution(sandbox, {example.id: example.target for example in examples})
+    found = score_file(asked, file, execution)
+    if asked.execute is not None and found.headline == asked.headline:
+        print(f"note: {NOT_ALLOWED}", file=sys.stderr)
     if json_only:
         print_json(found.model_dump(mode="json"))
         return
     print(f"{task}, {found.n} examples of {file}")
     for name, metric in found.metrics.items():
         print(f"  {name:22} {percent(metric):28} {metric.value!r}")
+    if execution is not None:
+        told = f"{execution.samples} samples run, {execution.passed} passed, {execution.timed_out} timed out"
+        stored = f"{execution.flips} of {execution.compared} stored verdicts flipped"
+        print(f"  {told}; {stored} ({execution.rerun} run once more, alone)")
+        if execution.broken:
+            told = "samples failed unrun: their problems need other libraries (--code-python)"
+            print(f"  {execution.broken} {told}")
     if found.dropped_duplicates:
         print(f"  {found.dropped_duplicates} rows were left out: equal to an earlier row of the same id")
     if found.renumbered_ids:
@@ -100,15 +118,50 @@ def tasks(*, json_only: bool) -> None:
                 "summary": task.summary,
                 "data": task.data,
                 "headline": task.headline,
+                "judged_headlines": list(task.judged_headlines),
                 "metrics": list(task.metric_names),
+                "judge": task.judge,
+                "missing_judge": missing_judge(task),
+                "modes": ["generate", *(["likelihood"] if task.likelihood else [])],
                 "sampling": task.sampling.model_dump(mode="json"),
             }
             for task in TASKS.values()
         }
         print_json({"tasks": named})
         return
-    rows = [(task.name, task.summary, ", ".join(task.metric_names), task.data) for task in TASKS.values()]
-    _print_table(("task", "what it measures", "metrics (the first is shown)", "data"), rows)
+    rows = [
+        (task.name, task.summary, ", ".join(_metrics(task)), _judge(task), task.data)
+        for task in TASKS.values()
+    ]
+    _print_table(("task", "what it measures", "metrics (the first is shown)", "judge", "data"), rows)
+
+
+def _metrics(task: Task) -> tuple[str, ...]:
+    """The metrics of a task; the judge's where it says nothing without one."""
+    return task.metric_names or task.judged_headlines
+
+
+def _judge(task: Task) -> str:
+    """The default judge of a task, and what keeps it from judging here now."""
+    if task.judge is None:
+        return ""
+    missing = missing_judge(task)
+    return task.judge.replace(",", ", ") + (f" ({missing})" if missing else "")
+
+
+def missing_judge(task: Task) -> str | None:
+    """What the default judge of a task lacks here now: a key, a package, its files; None if nothing."""
+    if task.judge is None:
+        return None
+    if "/" not in task.judge:  # behind an API
+        if importlib.util.find_spec("openai") is None:
+            return "needs: pip install 'proxytune[judges]'"
+        named = os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL")
+        return None if named else "needs OPENAI_API_KEY"
+    from huggingface_hub import try_to_load_from_cache
+
+    here = all(isinstance(try_to_load_from_cache(m, "config.json"), str) for m in task.judge.split(","))
+    return None if here else "not downloaded yet"
 
 
 def systems(*, json_only: bool) -> None:

@@ -29,6 +29,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 Chat = Literal["none", "llama2", "tokenizer"]
 DType = Literal["float64", "float32", "bfloat16", "float16", "auto"]
 TraceKind = Literal["off", "tokens"]
+Mode = Literal["generate", "likelihood"]
 
 MAX_ALPHA = 10.0
 MIN_TEMPERATURE = 1e-3
@@ -274,6 +275,8 @@ class RunSpec(Record):
     limit: int | None = None
     shots: int = 0
     trace: TraceKind = "off"
+    mode: Mode = "generate"
+    """generate: responses are scored. likelihood: given texts are compared by their log-probabilities."""
     forced: str | None = None
     """Text with which every response is made to begin (the demo's control)."""
 

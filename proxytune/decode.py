@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.core.cache import CacheSpec, KVCache, PagedCache, SlotCache
 from proxytune.core.engine import Engine, Ensemble, Result, Term
+from proxytune.core.likelihood import Continuation, likelihoods
 from proxytune.core.runner import Alignment, ModelRunner, ReferenceRunner, Runner
 from proxytune.core.scheduler import Request
 from proxytune.errors import UserError
@@ -67,6 +68,18 @@ class Tag:
 
     def __repr__(self) -> str:
         return self.example.id
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a given text carries through the core."""
+
+    example: Example
+    number: int
+    text: str
+
+    def __repr__(self) -> str:
+        return f"{self.example.id}, text {self.number + 1}"
 
 
 class Decoder:
@@ -207,6 +220,47 @@ class Decoder:
                 if on_text is not None and where in streams:
                     on_text(*where, streams.pop(where).finish())
                 yield completion
+
+    def likelihoods(
+        self,
+        examples: Sequence[Example],
+        texts: Callable[[Example], Sequence[str]],
+        *,
+        alpha: AlphaSchedule | None = None,
+    ) -> Iterator[Completion]:
+        """The log-probability of each of an example's texts after its prompt, as numbered completions.
+
+        A text is tokenised as a continuation; nothing follows it (no end-of-sequence)."""
+        strength = self.models.system.alpha if alpha is None else alpha
+        items = [
+            Continuation(contexts, self._continued(text), Scored(example, number, text))
+            for example in examples
+            for contexts in [self.contexts(example.prompt)]
+            for number, text in enumerate(texts(example))
+        ]
+        before, began = self.stats.seconds, time.perf_counter()
+        for found in likelihoods(self.ensemble, items, [strength]):
+            self.stats.seconds = before + time.perf_counter() - began
+            tag, ids = found.continuation.tag, found.continuation.ids
+            assert isinstance(tag, Scored)
+            self.stats.prompt_tokens += len(found.continuation.contexts[self.lead]) if tag.number == 0 else 0
+            self.stats.generated_tokens += len(ids)
+            yield Completion(
+                example_id=tag.example.id,
+                sample=tag.number,
+                text=tag.text,
+                token_ids=ids,
+                finish_reason="length",
+                logprob=float(found.logprobs[0].double().sum()),
+            )
+
+    def _continued(self, text: str) -> tuple[int, ...]:
+        """The ids of a text that goes on after other text: SentencePiece would add a space before it."""
+        anchor = self.tokenizer.encode("a", add_special_tokens=False)
+        ids = self.tokenizer.encode("a" + text, add_special_tokens=False)
+        if ids[: len(anchor)] != anchor:  # the text's beginning melts into the anchor
+            return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        return tuple(ids[len(anchor) :])
 
     def _requests(
         self,

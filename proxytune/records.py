@@ -80,6 +80,8 @@ class Metric(BaseModel):
     value: float
     low: float | None = None
     high: float | None = None
+    unit: Literal["share", "percent", "number"] = "share"
+    """share: 0 to 1. percent: 0 to 100. number: a count, a length."""
 
 
 class Provenance(BaseModel):
@@ -143,6 +145,8 @@ class Run(BaseModel):
     metrics: dict[str, Metric] = {}
     headline: str
     """The metric that tables show."""
+    judge: str | None = None
+    """Who judged the responses: a model, or several."""
     cost: Cost = Cost()
     started: str
     finished: str | None = None

@@ -57,11 +57,14 @@ class RoleRow:
 
 
 def percent(metric: Metric) -> str:
-    """A share in percent with its interval."""
-    value = f"{100 * metric.value:.1f}"
+    """A share in percent with its interval; a number as it is."""
+    if metric.unit == "number":
+        return f"{metric.value:g}"
+    scale = 1 if metric.unit == "percent" else 100
+    value = f"{scale * metric.value:.1f}"
     if metric.low is None or metric.high is None:
         return value
-    return f"{value} [{100 * metric.low:.1f}, {100 * metric.high:.1f}]"
+    return f"{value} [{scale * metric.low:.1f}, {scale * metric.high:.1f}]"
 
 
 def size(count: int) -> str:

@@ -304,6 +304,16 @@ class RunFolder:
         self.close()
 
 
+def replace_rows(path: Path, rows: Sequence[Row], run: Run) -> None:
+    """Put judged rows and their metrics in the place of those of a finished run."""
+    lock = _locked(path)
+    try:
+        write_atomically(path / PREDICTIONS, b"".join(_encode(row) for row in rows))
+        write_atomically(path / RUN, _json(run))
+    finally:
+        os.close(lock)
+
+
 def _json(run: Run) -> bytes:
     """The content of run.json."""
     return (run.model_dump_json(indent=2) + "\n").encode()

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from proxytune import __version__, results
-from proxytune.config import AlphaSchedule, Role, RunSpec, Sampling, System, TraceKind, parse_alpha
+from proxytune.config import AlphaSchedule, Mode, Role, RunSpec, Sampling, System, TraceKind, parse_alpha
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
 from proxytune.models import Models
@@ -29,7 +29,9 @@ from proxytune.progress import Progress
 from proxytune.provenance import provenance
 from proxytune.records import Completion, Cost, Example, Metric, Prompt, RoleMemory, Run
 from proxytune.results import Row, RunFolder
+from proxytune.sandbox import Sandbox
 from proxytune.tasks import Dataset, Task, get_task, read_source
+from proxytune.tasks.execution import Execution
 
 CHECKPOINT_SECONDS = 10.0
 """How often the cost so far is written to run.json while a run is going on."""
@@ -55,12 +57,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Resources:
-    """How a run is computed; nothing here changes its outputs."""
+    """How a run is computed; nothing here changes what is generated."""
 
     max_batch: int | None = None
     kv_memory: int | None = None
     """Bytes for the KV pools of all models."""
     progress: bool = True
+    sandbox: Sandbox | None = None
+    """Runs the code that responses hold; without one they are stored without verdicts."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +82,17 @@ class Options:
     seed: int = 0
     """Of the sampling noise and of the few-shot items; 0 leaves the seed of `sampling`."""
     forced: str | None = None
+    mode: Mode = "generate"
     allow_negative_alpha: bool = False
 
 
 def plan(system: System, task: str, as_: str, options: Options) -> Job:
     """Check all settings of a run and read its examples; UserError where something does not fit."""
-    found, role = get_task(task), system.require(as_)
+    found, role = get_task(task, options.mode), system.require(as_)
     for named in system.data:
         get_task(named)  # a mistyped task there would silently mean the hub
+    if options.mode == "likelihood" and options.trace != "off":
+        raise UserError("a trace is of generated tokens: leave --trace out with --mode likelihood")
     alpha = alpha_for(system, role, options.alpha, allow_negative=options.allow_negative_alpha)
     usual = system.data.get(task, "hub")
     source = usual if options.data is None else options.data
@@ -104,9 +111,10 @@ def plan(system: System, task: str, as_: str, options: Options) -> Job:
         limit=options.limit,
         shots=options.shots,
         trace=options.trace,
+        mode=options.mode,
         forced=options.forced,
     )
-    plain: dict[str, Any] = {"limit": None, "shots": 0, "trace": "off", "forced": None}
+    plain: dict[str, Any] = {"limit": None, "shots": 0, "trace": "off", "mode": "generate", "forced": None}
     usual_name = usual if usual in ("generated", "hub") else Path(usual).name
     plain |= {"alpha": system.alpha, "sampling": found.sampling, "data": usual_name}
     return Job(found, data, spec, spec.model_copy(update=plain))
@@ -135,6 +143,7 @@ def evaluate(
     shots: int = 0,
     out: str | Path | None = None,
     trace: TraceKind = "off",
+    mode: Mode = "generate",
     seed: int = 0,
     max_batch: int | None = None,
     kv_memory: int | None = None,
@@ -148,7 +157,7 @@ def evaluate(
     other settings.
     """
     options = Options(
-        alpha=alpha, sampling=sampling, data=data, limit=limit, shots=shots, trace=trace, seed=seed
+        alpha=alpha, sampling=sampling, data=data, limit=limit, shots=shots, trace=trace, mode=mode, seed=seed
     )
     job = plan(system, task, as_, options)
     folder = Path(out) if out is not None else job.folder(RESULTS)
@@ -163,22 +172,26 @@ def evaluate_all(
     out: str | Path | None = None,
     resources: Resources | None = None,
     models: Models | None = None,
+    judge: Callable[[Path], Run] | None = None,
 ) -> dict[Role, Run]:
     """Evaluate every role that the system has; each model is loaded once. `out` gets one folder per role.
 
-    alpha is the proxy's. The models of the other roles are released before `tuned` is loaded.
+    alpha is the proxy's. The models of the other roles are released before `tuned` is loaded. `judge` is
+    given the folder of every finished run at the end and returns the judged run.
     """
     jobs: dict[Role, Job] = {}
     for role in (role for role in ORDER if role in system.roles):
         own = options if role == "proxy" else dataclasses.replace(options, alpha=None)
         jobs[role] = plan(system, task, role, own)
     own_models, runs = models or Models(system), dict[Role, Run]()
+    folders = {
+        role: Path(out) / role if out is not None else job.folder(RESULTS) for role, job in jobs.items()
+    }
     for role, job in jobs.items():
         if role == "tuned":
             own_models.release(keep=[role])
-        folder = Path(out) / role if out is not None else job.folder(RESULTS)
-        runs[role] = run_job(job, folder, own_models, resources or Resources())
-    return runs
+        runs[role] = run_job(job, folders[role], own_models, resources or Resources())
+    return runs if judge is None else {role: judge(folder) for role, folder in folders.items()}
 
 
 def run_job(job: Job, path: Path, models: Models, resources: Resources) -> Run:
@@ -238,20 +251,15 @@ class Session:
         )
         for note in self.decoder.notes():
             progress.note(note)
+        for note in self.job.data.notes:
+            progress.note(note)
+        counts = {example.id: self._responses(example) for example in todo}
         stats, n = self.decoder.stats, len(self.job.data.examples)
         progress.begin(n, len(done), self._scores_so_far(), lambda: stats.generated_tokens)
-        stream = self.decoder.stream(
-            todo,
-            spec.sampling,
-            alpha=spec.alpha if spec.role == "proxy" else None,
-            task=spec.task,
-            trace=spec.trace,
-            forced=spec.forced,
-        )
         saved = time.monotonic()
         try:
-            for example, completions in whole_examples(stream, todo, spec.sampling.n):
-                row = self._store(example, completions)
+            for example, completions in whole_examples(self._stream(todo), todo, counts):
+                row = self._store(example, completions, resources.sandbox)
                 progress.advance(row["scores"].get(self.job.task.headline))
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self.folder.save(self._so_far())
@@ -261,9 +269,25 @@ class Session:
                 self.folder.save(self._so_far())
             raise
 
-    def _store(self, example: Example, completions: Sequence[Completion]) -> Row:
+    def _responses(self, example: Example) -> int:
+        """How many completions an example gets."""
+        texts = self.job.task.continuations
+        return self.job.spec.sampling.n if texts is None else len(texts(example))
+
+    def _stream(self, todo: Sequence[Example]) -> Iterator[Completion]:
+        """Completions of the missing examples: generated, or given texts with their log-probabilities."""
+        assert self.decoder is not None
+        spec = self.job.spec
+        alpha = spec.alpha if spec.role == "proxy" else None
+        if self.job.task.continuations is not None:
+            return self.decoder.likelihoods(todo, self.job.task.continuations, alpha=alpha)
+        return self.decoder.stream(
+            todo, spec.sampling, alpha=alpha, task=spec.task, trace=spec.trace, forced=spec.forced
+        )
+
+    def _store(self, example: Example, completions: Sequence[Completion], sandbox: Sandbox | None) -> Row:
         """Append the row of one finished example, and its traces."""
-        row = prediction(self.job.task, example, completions)
+        row = prediction(self.job.task, example, completions, sandbox)
         traces = [
             {"id": example.id, "sample": c.sample, "tokens": [dataclasses.asdict(token) for token in c.trace]}
             for c in completions
@@ -313,10 +337,14 @@ class Session:
         return run
 
 
-def prediction(task: Task, example: Example, completions: Sequence[Completion]) -> Row:
+def prediction(
+    task: Task, example: Example, completions: Sequence[Completion], sandbox: Sandbox | None = None
+) -> Row:
     """The stored row of one example: the task's own columns, its scores, and every response as it was
-    generated."""
+    generated. Code is run where there is a sandbox for it."""
     row = task.row(example, completions)
+    if sandbox is not None and task.execute is not None:
+        (row,) = task.execute([row], Execution(sandbox, {example.id: example.target}))
     responses = [
         {"text": c.text, "finish_reason": c.finish_reason, "tokens": len(c.token_ids)} for c in completions
     ]
@@ -324,15 +352,15 @@ def prediction(task: Task, example: Example, completions: Sequence[Completion]) 
 
 
 def whole_examples(
-    stream: Iterator[Completion], examples: Sequence[Example], n: int
+    stream: Iterator[Completion], examples: Sequence[Example], counts: Mapping[str, int]
 ) -> Iterator[tuple[Example, list[Completion]]]:
-    """Each example with its n completions in order, as soon as the last of them is there."""
+    """Each example with its completions in order, as soon as the last of its `counts` is there."""
     by_id = {example.id: example for example in examples}
     waiting: dict[str, list[Completion]] = {}
     for completion in stream:
         group = waiting.setdefault(completion.example_id, [])
         group.append(completion)
-        if len(group) == n:
+        if len(group) == counts[completion.example_id]:
             del waiting[completion.example_id]
             yield by_id[completion.example_id], sorted(group, key=lambda c: c.sample)
 

@@ -154,8 +154,8 @@ def reference_accuracy(response: str, correct: Iterable[str], incorrect: Iterabl
     return 1.0
 
 
-def parse_letter(text: str) -> str:
-    """The option that a multiple-choice response begins with, A to D, or "" (invalid).
+def parse_letter(text: str, letters: str = CHOICES) -> str:
+    """The option that a multiple-choice response begins with, one of `letters`, or "" (invalid).
 
     The rule of all published runs: delete `(`, `\\begin{blockquote}`, `\\begin{code}`, strip on the left,
     first character. (The newest code of the paper's repository deletes four more strings, which changes one
@@ -164,7 +164,7 @@ def parse_letter(text: str) -> str:
     for deleted in _MC_DELETED:
         text = text.replace(deleted, "")
     first = text.lstrip()[:1]
-    return first if first and first in CHOICES else ""
+    return first if first and first in letters else ""
 
 
 # Uncertainty
@@ -221,3 +221,21 @@ def gap_closed(base: Metric, proxy: Metric, tuned: Metric) -> float | None:
     if gap.low is None or gap.high is None or gap.low <= 0 <= gap.high:
         return None
     return (proxy.value - base.value) / gap.value
+
+
+# Generated code (paper section 4.3; Chen et al. 2021, "Evaluating Large Language Models Trained on Code")
+
+
+def pass_at_k(n: int, passed: int, k: int) -> float | None:
+    """The unbiased estimate that one of k samples passes, from n samples of which `passed` did: the share
+    of the k-subsets that hold one. None for fewer than k samples."""
+    if n < k:
+        return None
+    return 1 - math.comb(n - passed, k) / math.comb(n, k)
+
+
+def clean_code(text: str) -> str:
+    """A code response as the paper stores it: no line that begins with `assert` or `print` (spaces aside), no
+    white space at the end."""
+    kept = (line for line in text.split("\n") if not line.strip().startswith(("assert", "print")))
+    return "\n".join(kept).rstrip()

@@ -136,3 +136,61 @@ def test_truthfulqa_prompts(reference: Path, run: str) -> None:
         row["mc_answer_idx"] for row in stored
     ]
     assert shown(examples[0].prompt, run) == (folder / "example_mc_prompt.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("run", ["dexperts-13B", "llama2-13B", "llama2-chat-13B"])
+def test_toxigen_scores_and_prompts(reference: Path, run: str) -> None:
+    folder = reference / "golden" / "toxigen" / run
+    report = score_file(get_task("toxigen"), folder / "predictions.jsonl.gz")
+    stored, found = metrics(folder / "metrics.json"), {n: m.value for n, m in report.metrics.items()}
+    assert report.n == 2800 and report.headline == "overall"
+    assert list(found.items()) == list(stored.items())
+
+    examples = read_source(get_task("toxigen"), str(reference / "data" / "toxigen")).examples
+    data = rows(folder / "predictions.jsonl.gz")
+    same = [
+        all(example.target[k] == row[k] for k in example.target)
+        for example, row in zip(examples, data, strict=True)
+    ]
+    assert sum(same) == 2800
+    example_prompt = folder / "example_prompt.txt"
+    if example_prompt.exists():
+        equal = shown(examples[0].prompt, run) == example_prompt.read_text(encoding="utf-8")
+        assert equal, "the text is hateful: it is not shown"
+    else:
+        assert run == "dexperts-13B"
+
+
+@pytest.mark.parametrize("run", ["dexperts-13B", "llama2-chat-13B", "llama2-chat-7B"])
+def test_alpaca_farm_scores_and_prompts(reference: Path, run: str) -> None:
+    folder = reference / "golden" / "alpaca_farm" / run
+    report = score_file(get_task("alpaca_farm"), folder / "annotations.json.gz")
+    stored, found = metrics(folder / "metrics.json"), report.metrics
+    assert report.n == stored["n_total"] == 805 and report.headline == "win_rate"
+    for name in ("win_rate", "n_wins", "n_wins_base", "n_draws", "n_total", "avg_length"):
+        assert found[name].value == stored[name], name
+    assert found["standard_error"].value == pytest.approx(stored["standard_error"], abs=1e-12)
+    win_rate, controlled = found["win_rate"], found["length_controlled_win_rate"]
+    assert (
+        win_rate.low is not None and win_rate.low < stored["win_rate"] and controlled.value < win_rate.value
+    )
+
+    data = json.loads(gzip.decompress((folder / "annotations.json.gz").read_bytes()))
+    examples = read_source(
+        get_task("alpaca_farm"), str(reference / "data" / "alpaca_farm" / "alpaca_eval.json")
+    ).examples
+    assert [example.target for example in examples] == [
+        {name: row[name] for name in ("instruction", "output_1", "generator_1", "dataset")} for row in data
+    ]
+    assert shown(examples[0].prompt, run) == (folder / "example_prompt.txt").read_text(encoding="utf-8")
+
+
+def test_truthfulqa_targets_for_likelihood(reference: Path) -> None:
+    """mc_task.json and TruthfulQA.csv say the same of all questions but for their order."""
+    task, folder = get_task("truthfulqa_mc", "likelihood"), reference / "data" / "truthfulqa"
+    listed = read_source(task, str(folder / "mc_task.json")).examples
+    derived = read_source(task, str(folder / "TruthfulQA.csv")).examples
+    assert len(listed) == len(derived) == 817
+    assert {e.prompt.plain for e in listed} == {e.prompt.plain for e in derived}
+    truths = {e.prompt.plain: sum(e.target["mc1_targets"].values()) for e in (*listed, *derived)}
+    assert set(truths.values()) == {1}

@@ -197,7 +197,8 @@ def test_examples_are_whole_and_in_order() -> None:
         return Completion(name, sample, "", (), "eos", 0.0)
 
     stream = iter([completion("b", 1), completion("a", 0), completion("b", 0), completion("a", 1)])
-    found = [(e.id, [c.sample for c in cs]) for e, cs in run.whole_examples(stream, examples, 2)]
+    counts = {e.id: 2 for e in examples}
+    found = [(e.id, [c.sample for c in cs]) for e, cs in run.whole_examples(stream, examples, counts)]
     assert found == [("b", [0, 1]), ("a", [0, 1])]
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from proxytune.demo import world
 from proxytune.errors import UserError
 from proxytune.records import Completion, Prompt
 from proxytune.tasks import TASKS, get_task, read_source, score_file
-from proxytune.tasks.base import unique_rows
-from proxytune.tasks.sources import Hub, read_file
+from proxytune.tasks.sources import Hub, read_file, unique_rows
 from proxytune.tasks.truthfulqa import SYSTEM_PROMPT
 
 GSM = get_task("gsm")
@@ -67,7 +67,7 @@ def test_the_fingerprint_is_of_what_is_asked(tmp_path: Path) -> None:
     assert (whole.name, same.name, len(two.examples)) == ("t.jsonl", "t.jsonl.gz", 2)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", world.TASKS)
 def test_the_demo_world_comes_in_the_public_form(name: str) -> None:
     data = read_source(TASKS[name], "generated", 3)
     assert data.name == "generated" and len(data.examples) == 3
@@ -238,7 +238,7 @@ def test_rows_have_the_papers_fields() -> None:
     assert row["correct"] is True and task.row(example, said("E"))["correct"] is None
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", world.TASKS)
 def test_the_best_answer_scores_and_nonsense_does_not(name: str) -> None:
     task = TASKS[name]
     for example in read_source(task, "generated", 20).examples:

@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
-from proxytune.errors import did_you_mean
-from proxytune.tasks import gsm, truthfulqa, truthfulqa_mc
+from proxytune.config import Mode
+from proxytune.errors import UserError, did_you_mean
+from proxytune.tasks import (
+    alpaca_farm,
+    ds1000,
+    gsm,
+    humaneval,
+    realtimeqa,
+    toxigen,
+    triviaqa,
+    truthfulqa,
+    truthfulqa_mc,
+)
 from proxytune.tasks.base import Dataset, ScoreReport, Task, read_source, score_file
 
 __all__ = ["TASKS", "Dataset", "ScoreReport", "Task", "get_task", "read_source", "score_file"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (gsm.TASK, truthfulqa.TASK, truthfulqa_mc.TASK)}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        alpaca_farm.TASK,
+        gsm.TASK,
+        toxigen.TASK,
+        truthfulqa.TASK,
+        truthfulqa_mc.TASK,
+        humaneval.TASK,
+        ds1000.TASK,
+        triviaqa.TASK,
+        realtimeqa.TASK,
+    )
+}
 
 
-def get_task(name: str) -> Task:
-    """The task of that name, or the UserError with the nearest names."""
+def get_task(name: str, mode: Mode = "generate") -> Task:
+    """The task of that name in that mode, or the UserError with the nearest names."""
     if name not in TASKS:
         raise did_you_mean("task", name, TASKS)
-    return TASKS[name]
+    task = TASKS[name]
+    if mode == "generate":
+        return task
+    if task.likelihood is None:
+        able = ", ".join(other.name for other in TASKS.values() if other.likelihood)
+        raise UserError(f"task '{name}' has no likelihood mode: {able} have one")
+    return task.likelihood

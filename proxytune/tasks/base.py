@@ -20,7 +20,17 @@ from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Metric
 from proxytune.scoring import mean_metrics
-from proxytune.tasks.sources import GENERATED, Hub, Row, Table, generate, read_file, read_hub
+from proxytune.tasks.execution import Execution
+from proxytune.tasks.sources import (
+    GENERATED,
+    Hub,
+    Row,
+    Table,
+    generate,
+    read_file,
+    read_hub,
+    unique_rows,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +41,8 @@ class Task:
     summary: str
     data: str
     """Source and licence of the data."""
-    hub: Hub
+    hub: Hub | None
+    """None where the hub does not have the data."""
     columns: tuple[str, ...]
     """Text columns that a row of the public data must have."""
     sampling: Sampling
@@ -49,14 +60,36 @@ class Task:
     """Metrics that every run has; one that no row had a score for is 0 without interval."""
     headline: str
     """The metric that tables show."""
-    judged_headline: str | None = None
-    """The metric that takes its place where a judge's scores are in the rows."""
+    judged_headlines: tuple[str, ...] = ()
+    """The metrics of which the first that a judge's scores in the rows give takes its place."""
+    judge: str | None = None
+    """What `--judge default` judges with; None for a task that needs no judge."""
+    totals: Callable[[Sequence[Row]], dict[str, Metric]] | None = None
+    """Metrics of all rows together that are no means of `score_row`; they come last and replace namesakes."""
+    read: Callable[[Path], Table] | None = None
+    """Reads a path whose public form is more than one table (a folder, say)."""
+    prepare: Callable[[Table], Table] | None = None
+    """Published rows, whichever way they were published, -> the columns above; the paper's choice of rows, in
+    its order."""
+    gather: Callable[[Table], Table] | None = None
+    """Rows of a predictions file that hold one sample each -> one row per example."""
+    execute: Callable[[Sequence[Row], Execution], list[Row]] | None = None
+    """Runs the code in stored rows and gives the rows with their verdicts; None for a task without code."""
+    identity: str | None = None
+    """The column that names an item. Equal rows of one name are dropped, different ones numbered."""
+    continuations: Callable[[Example], Sequence[str]] | None = None
+    """Texts whose log-probabilities are taken in place of generating; `row` gets one completion for each."""
+    likelihood: Task | None = None
+    """The same task by likelihood: what `--mode likelihood` runs."""
     shot: Callable[[Row], str] | None = None
-    """How an item is shown as a few-shot example; None refuses --shots."""
+    """How an item is shown as a few-shot example; None, without a primer, refuses --shots."""
+    primer: tuple[str, ...] = ()
+    """The benchmark's own few-shot items, of which --shots N takes the first N."""
 
     def metrics(self, rows: Sequence[Row]) -> dict[str, Metric]:
         """The metrics of stored rows."""
-        return self.aggregate([self.score_row(row) for row in rows])
+        found = self.aggregate([self.score_row(row) for row in rows])
+        return found if self.totals is None else found | self.totals(rows)
 
     def aggregate(self, scores: Sequence[Mapping[str, float]]) -> dict[str, Metric]:
         """The metrics of per-example scores: means with intervals, the task's own first."""
@@ -65,8 +98,7 @@ class Task:
 
     def headline_of(self, metrics: Mapping[str, Metric]) -> str:
         """The metric that tables show for these metrics."""
-        judged = self.judged_headline
-        return judged if judged is not None and judged in metrics else self.headline
+        return next((name for name in self.judged_headlines if name in metrics), self.headline)
 
 
 # Examples
@@ -82,6 +114,8 @@ class Dataset:
     sha256: str
     """Of the examples as used (prompts, few-shot items and targets): the same from a file, its .gz or the
     hub."""
+    notes: tuple[str, ...] = ()
+    """What a user should know about how the rows were read."""
 
 
 def read_source(
@@ -100,21 +134,33 @@ def read_source(
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit} leaves nothing to run: it must be at least 1")
-    table = _table(task, source, limit).require(task.columns)
+    table = _prepared(task, _table(task, source, limit)).head(limit)
     if not table.rows:
         raise UserError(f"{table.origin} has no rows")
     shown = _shots(task, source, table, shots, shots_from, seed)
     examples = tuple(task.examples(table, shown))
     content = json.dumps([asdict(example) for example in examples], sort_keys=True).encode()
     name = source if source in ("generated", "hub") else Path(source).name
-    return Dataset(examples, name, hashlib.sha256(content).hexdigest())
+    return Dataset(examples, name, hashlib.sha256(content).hexdigest(), table.notes)
 
 
 def _table(task: Task, source: str, limit: int | None) -> Table:
-    """The rows of a source, at most `limit`."""
+    """The rows of a source as they were published."""
     if source == "generated":
         return generate(task.name, "test", limit or GENERATED)
-    return (read_hub(task.hub, task.hub.split) if source == "hub" else read_file(Path(source))).head(limit)
+    if source == "hub":
+        if task.hub is None:
+            raise UserError(f"the hub has no '{task.name}': {task.data}. Give a file: --data FILE")
+        return read_hub(task.hub, task.hub.split)
+    return (task.read or read_file)(Path(source))
+
+
+def _prepared(task: Task, table: Table) -> Table:
+    """Published rows -> checked rows in the task's columns, each of its own name."""
+    if task.prepare is not None:
+        table = task.prepare(table)
+    table = table.require(task.columns)
+    return table if task.identity is None else table.unique(task.identity)
 
 
 def _shots(task: Task, source: str, asked: Table, shots: int, shots_from: str | None, seed: int) -> str:
@@ -123,9 +169,13 @@ def _shots(task: Task, source: str, asked: Table, shots: int, shots_from: str | 
         return ""
     if shots < 0:
         raise UserError(f"--shots {shots} is negative")
+    if task.primer and shots <= len(task.primer):
+        return "".join(task.primer[:shots])
+    if task.primer:
+        raise UserError(f"--shots {shots}: the primer of '{task.name}' has {len(task.primer)} items")
     if task.shot is None:
         raise UserError(f"task '{task.name}' has no few-shot form (no training split): leave --shots out")
-    pool = _pool(task, source, shots_from).require(task.columns)
+    pool = _prepared(task, _pool(task, source, shots_from))
     questions = {row[task.columns[0]] for row in asked.rows}
     rows = [row for row in pool.rows if row[task.columns[0]] not in questions]
     if shots > len(rows):
@@ -136,10 +186,10 @@ def _shots(task: Task, source: str, asked: Table, shots: int, shots_from: str | 
 def _pool(task: Task, source: str, shots_from: str | None) -> Table:
     """The rows that few-shot items are drawn from."""
     if shots_from is not None:
-        return read_file(Path(shots_from))
+        return (task.read or read_file)(Path(shots_from))
     if source == "generated":
         return generate(task.name, "train", GENERATED)
-    if source == "hub" and task.hub.train is not None:
+    if source == "hub" and task.hub is not None and task.hub.train is not None:
         return read_hub(task.hub, task.hub.train)
     raise UserError(f"few-shot items for '{source}' must be named: --shots-from FILE (the train split, say)")
 
@@ -162,13 +212,25 @@ class ScoreReport(BaseModel):
     """Rows that share their id with a different row; they are scored as `id#2`, `id#3`, ..."""
     metrics: dict[str, Metric]
     headline: str
+    execution: dict[str, int | str] | None = None
+    """Where code was run: the backend, and the counts of `Execution`."""
 
 
-def score_file(task: Task, path: Path) -> ScoreReport:
-    """Score the rows of a predictions file, ours or the paper's, plain or gzip, from their texts alone."""
-    table = read_file(path).require(task.scored)
+def score_file(task: Task, path: Path, execution: Execution | None = None) -> ScoreReport:
+    """Score the rows of a predictions file, ours or the paper's, plain or gzip, from their texts alone.
+
+    Rows of `--mode likelihood` are known by their log-probabilities. Code is run anew where an `execution` is
+    given; otherwise stored verdicts count.
+    """
+    table = read_file(path)
+    if task.likelihood is not None and "logprobs" in table.rows[0]:
+        task = task.likelihood
+    table = (table if task.gather is None else task.gather(table)).require(task.scored)
     kept, dropped, renumbered = unique_rows(table.rows)
-    metrics = task.metrics(list(kept.values()))
+    rows = list(kept.values())
+    if execution is not None and task.execute is not None:
+        rows = task.execute(rows, execution)
+    metrics = task.metrics(rows)
     return ScoreReport(
         task=task.name,
         file=str(path),
@@ -177,25 +239,5 @@ def score_file(task: Task, path: Path) -> ScoreReport:
         renumbered_ids=renumbered,
         metrics=metrics,
         headline=task.headline_of(metrics),
+        execution=None if execution is None else execution.report(),
     )
-
-
-def unique_rows(rows: Sequence[Row]) -> tuple[dict[str, Row], int, int]:
-    """Rows by id, the number of equal rows dropped, and of different rows that got a number because their id
-    was taken.
-
-    Rows without `id` (the paper's) are known by their place and never dropped.
-    """
-    kept: dict[str, Row] = {}
-    same_id: dict[str, list[Row]] = {}
-    dropped = renumbered = 0
-    for place, row in enumerate(rows):
-        name = str(row["id"]) if "id" in row else f"@{place}"
-        seen = same_id.setdefault(name, [])
-        if row in seen:
-            dropped += 1
-            continue
-        seen.append(row)
-        renumbered += len(seen) > 1
-        kept[name if len(seen) == 1 else f"{name}#{len(seen)}"] = row
-    return kept, dropped, renumbered

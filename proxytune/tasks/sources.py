@@ -12,7 +12,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Table:
     """What `numbers` count: line or row."""
     rows: tuple[Row, ...]
     numbers: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+    """What a user should know about how the rows were read."""
 
     def where(self, index: int) -> str:
         """The place of a row, for an error message."""
@@ -41,7 +43,26 @@ class Table:
 
     def head(self, limit: int | None) -> Table:
         """The first `limit` rows."""
-        return Table(self.origin, self.unit, self.rows[:limit], self.numbers[:limit])
+        return replace(self, rows=self.rows[:limit], numbers=self.numbers[:limit])
+
+    def map(self, change: Callable[[Row], Row]) -> Table:
+        """This table with every row changed."""
+        return replace(self, rows=tuple(change(row) for row in self.rows))
+
+    def unique(self, column: str) -> Table:
+        """This table with every name in `column` once: an equal row is dropped, a different one numbered."""
+        named, dropped, renumbered = unique_rows(self.rows, column)
+        number_of = dict(zip(map(id, self.rows), self.numbers, strict=True))
+        told = (
+            f"{self.origin}: {dropped} rows dropped (equal to an earlier one of the same {column}), "
+            f"{renumbered} numbered (a different row has their {column})"
+        )
+        return replace(
+            self,
+            rows=tuple({**row, column: name} for name, row in named.items()),
+            numbers=tuple(number_of[id(row)] for row in named.values()),
+            notes=(*self.notes, told) if dropped or renumbered else self.notes,
+        )
 
     def require(self, columns: Sequence[str]) -> Table:
         """This table, or the UserError about the first row in which a column is absent or is no text."""
@@ -56,6 +77,27 @@ class Table:
         return self
 
 
+def unique_rows(rows: Sequence[Row], column: str = "id") -> tuple[dict[str, Row], int, int]:
+    """Rows by id, the number of equal rows dropped, and of different rows that got a number because their id
+    was taken.
+
+    Rows without the column (the paper's files have no `id`) are known by their place and never dropped.
+    """
+    kept: dict[str, Row] = {}
+    same_id: dict[str, list[Row]] = {}
+    dropped = renumbered = 0
+    for place, row in enumerate(rows):
+        name = str(row[column]) if column in row else f"@{place}"
+        seen = same_id.setdefault(name, [])
+        if row in seen:
+            dropped += 1
+            continue
+        seen.append(row)
+        renumbered += len(seen) > 1
+        kept[name if len(seen) == 1 else f"{name}#{len(seen)}"] = row
+    return kept, dropped, renumbered
+
+
 @dataclass(frozen=True)
 class Hub:
     """A dataset on the Hugging Face hub, and how its rows become rows of the public file."""
@@ -63,27 +105,33 @@ class Hub:
     id: str
     config: str | None
     split: str
+    """Several splits are joined by `+`; then each row names its own under `split`."""
     train: str | None = None
     """The split that few-shot items are drawn from."""
     public: Callable[[Row], Row] = dict
+    file: str | None = None
+    """The one JSON file to load, for a repository whose own loader is a script (`datasets` runs none)."""
 
 
 # Files
 
 
 def read_file(path: Path) -> Table:
-    """The rows of a .jsonl, .csv or .txt file, or of one of these with .gz. A .txt line is a row {"text":
-    line}."""
+    """The rows of a .jsonl, .json, .csv or .txt file, or of one of these with .gz.
+
+    A .txt line is a row {"text": line}; a .json file holds a list of objects, or {"Data": such a list}.
+    """
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind not in _READERS:
         raise UserError(
-            f"cannot tell the format of '{path}': its name must end in .jsonl, .csv or .txt (or one + .gz)"
+            f"cannot tell the format of '{path}': its name must end in .jsonl, .json, .csv or .txt (or one + "
+            ".gz)"
         )
     found = _READERS[kind](_text(path), path)
     if not found:
         raise UserError(f"'{path}' has no rows")
     numbers, rows = zip(*found, strict=True)
-    return Table(f"'{path}'", "line", rows, numbers)
+    return Table(f"'{path}'", "item" if kind == ".json" else "line", rows, numbers)
 
 
 def _text(path: Path) -> str:
@@ -124,6 +172,21 @@ def _jsonl(text: str, path: Path) -> list[tuple[int, Row]]:
     return found
 
 
+def _json(text: str, path: Path) -> list[tuple[int, Row]]:
+    """The objects of a JSON list with their places from 1."""
+    try:
+        content = json.loads(text) if text.strip() else []
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"'{path}' is not JSON: {error}") from None
+    items = content.get("Data") if isinstance(content, dict) else content
+    if not isinstance(items, list):
+        raise UserError(f"'{path}' must hold a JSON list of objects")
+    for number, item in enumerate(items, start=1):
+        if not isinstance(item, dict):
+            raise UserError(f"'{path}' item {number} must be a JSON object, not {type(item).__name__}")
+    return list(enumerate(items, start=1))
+
+
 def _csv(text: str, path: Path) -> list[tuple[int, Row]]:
     """The rows of a CSV text under its header, with the number of the line on which each ends."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
@@ -146,6 +209,7 @@ def _txt(text: str, path: Path) -> list[tuple[int, Row]]:
 
 _READERS: dict[str, Callable[[str, Path], list[tuple[int, Row]]]] = {
     ".jsonl": _jsonl,
+    ".json": _json,
     ".csv": _csv,
     ".txt": _txt,
 }
@@ -159,13 +223,23 @@ def read_hub(hub: Hub, split: str) -> Table:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(hub.id, hub.config, split=split)
+        if hub.file is not None:
+            root = hub.id if Path(hub.id).is_dir() else f"hf://datasets/{hub.id}"
+            loaded = datasets.load_dataset("json", data_files=f"{root}/{hub.file}", split="train")
+            parts = {split: loaded}
+        else:
+            parts = {s: datasets.load_dataset(hub.id, hub.config, split=s) for s in split.split("+")}
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"cannot load '{hub.id}' from the hub: {reason}. Or give a file: --data FILE"
         ) from None
-    rows = tuple(hub.public(dict(row)) for row in loaded)
+    several = len(parts) > 1
+    rows = tuple(
+        hub.public({**row, "split": name} if several else dict(row))
+        for name, part in parts.items()
+        for row in part
+    )
     return Table(f"'{hub.id}' {split}", "row", rows, tuple(range(1, len(rows) + 1)))
 
 

@@ -29,7 +29,11 @@ SYSTEM_PROMPT = (
 meant."""
 
 CSV = ("Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers", "Source")
-JUDGED = ("GPT-true", "GPT-true acc", "GPT-info", "GPT-info acc", "GPT-true-info acc")
+JUDGED = (
+    *("GPT-true", "GPT-true acc", "GPT-info", "GPT-info acc", "GPT-true-info acc"),
+    *("truth", "truth acc", "info", "info acc", "truth-info acc"),
+)
+"""Columns of the paper's judges (retired), and of judges that run here (judges.py)."""
 
 
 def from_hub(row: Row) -> Row:
@@ -94,5 +98,6 @@ TASK = Task(
     score_row=score,
     metric_names=("reference_accuracy",),
     headline="reference_accuracy",
-    judged_headline="GPT-true-info acc",
+    judged_headlines=("truth-info acc", "GPT-true-info acc"),
+    judge="allenai/truthfulqa-truth-judge-llama2-7B,allenai/truthfulqa-info-judge-llama2-7B",
 )

@@ -1,0 +1,83 @@
+"""AlpacaFarm: 805 open instructions; how often a judge prefers the response to text_davinci_003's. Dubois et
+al. 2023; the paper's section 4.1.
+
+Rows have the fields of the annotations.json that the paper's judge (alpaca_eval 0.3.1 with GPT-4) wrote, so
+`score` reads those files, those of newer versions of that tool, and rows that judges_llm.py judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from proxytune.config import Sampling
+from proxytune.errors import UserError
+from proxytune.records import Completion, Example, Metric, Prompt
+from proxytune.scoring import mean_metric
+from proxytune.scoring_pairs import length_controlled_win_rate, win_rate, wins
+from proxytune.tasks.base import Task
+from proxytune.tasks.sources import Hub, Row, Table
+
+
+def examples(table: Table, shots: str) -> list[Example]:
+    """Rows of alpaca_eval.json -> examples, known by their place: the bare instruction is the prompt."""
+    made = []
+    for index, row in enumerate(table.rows):
+        if not row["instruction"].strip():
+            raise UserError(f"{table.where(index)}: the instruction is empty")
+        target = {
+            "instruction": row["instruction"],
+            "output_1": row["output"],
+            "generator_1": row.get("generator", ""),
+            "dataset": row.get("dataset", ""),
+        }
+        text = Prompt(plain=row["instruction"], user=row["instruction"])
+        made.append(Example(id=str(index), prompt=text, target=target))
+    return made
+
+
+def stored(example: Example, completions: Sequence[Completion]) -> Row:
+    """An annotation without the judge's part."""
+    return {**example.target, "output_2": completions[0].text.strip()}
+
+
+def score(row: Row) -> dict[str, float]:
+    """1, 0.5 or 0 for a judged row, under the name of the mean that progress shows; or that it is not
+    judged."""
+    won = wins(row.get("preference"))
+    return {"unjudged": 1.0} if won is None else {"win_rate": won}
+
+
+def totals(rows: Sequence[Row]) -> dict[str, Metric]:
+    """The paper's figures under its names; beside them the length-controlled win rate, and what is not
+    judged."""
+    judged = [(row, share) for row in rows if (share := wins(row.get("preference"))) is not None]
+    won = [share for _, share in judged]
+    found = win_rate(won, mean_metric(won)) if judged else {}
+    mean_length = sum(len(row["output_2"]) for row in rows) / len(rows)
+    found["avg_length"] = Metric(value=int(mean_length), unit="number")
+    if judged and all(isinstance(row.get("output_1"), str) for row, _ in judged):
+        lengths = [(len(row["output_2"]), len(row["output_1"])) for row, _ in judged]
+        mine, theirs = zip(*lengths, strict=True)
+        found["length_controlled_win_rate"] = length_controlled_win_rate(won, mine, theirs)
+    if len(judged) < len(rows):
+        found["unjudged"] = Metric(value=1 - len(judged) / len(rows))
+    return found
+
+
+TASK = Task(
+    name="alpaca_farm",
+    summary="AlpacaFarm instructions: how often a judge prefers the response to text_davinci_003's",
+    data="alpaca_eval.json of tatsu-lab/alpaca_eval: 805 instructions (CC BY-NC 4.0)",
+    hub=Hub("tatsu-lab/alpaca_eval", None, split="eval", file="alpaca_eval.json"),
+    columns=("instruction", "output"),
+    sampling=Sampling(max_new_tokens=2048, stop=("\n\nComment:",)),
+    examples=examples,
+    row=stored,
+    scored=("output_2",),
+    score_row=score,
+    totals=totals,
+    metric_names=(),
+    headline="unjudged",
+    judged_headlines=("win_rate",),
+    judge="gpt-4.1",
+)

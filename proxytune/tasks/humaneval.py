@@ -1,0 +1,179 @@
+"""HumanEval: Python functions from their docstrings, run against unit tests. Chen et al. 2021; the paper's
+4.3.
+
+Prompt and rules are the paper's: the problem's text verbatim for every model (no chat format), 20 samples
+at temperature 0.8 and top-p 0.95, 512 tokens, cut at the next top-level statement; lines that begin with
+assert or print are dropped. A sample passes if problem, completion and tests together run to their end
+within 3 seconds. pass@10 is the paper's metric; pass@1 stands beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from proxytune.config import Sampling
+from proxytune.errors import UserError
+from proxytune.records import Completion, Example, Prompt
+from proxytune.sandbox import Job, Program, Sandbox
+from proxytune.scoring import clean_code, pass_at_k
+from proxytune.tasks.base import Task
+from proxytune.tasks.execution import Execution
+from proxytune.tasks.sources import Hub, Row, Table
+
+SECONDS = 3.0
+"""The paper's limit."""
+ALONE_SECONDS = 12.0
+"""The limit of a sample that is run once more because only a time-out tells it from its stored verdict."""
+SAMPLING = Sampling(
+    max_new_tokens=512,
+    n=20,
+    temperature=0.8,
+    top_p=0.95,
+    stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
+    ban=("pass", "..."),
+)
+
+
+def examples(table: Table, shots: str) -> list[Example]:
+    """Problems -> examples, known by their task ids."""
+    made = []
+    for row in table.rows:
+        target = {name: row[name] for name in ("task_id", "prompt", "entry_point", "test")}
+        prompt = Prompt(plain=row["prompt"], user=row["prompt"])
+        made.append(Example(id=row["task_id"], prompt=prompt, target=target))
+    return made
+
+
+def stored(example: Example, completions: Sequence[Completion]) -> Row:
+    """One row per problem; the paper's repository stores one per sample, which `gather` puts together."""
+    row = {name: example.target[name] for name in ("task_id", "prompt")}
+    return {**row, "completions": [clean_code(completion.text) for completion in completions]}
+
+
+def gather(table: Table) -> Table:
+    """One row per problem: rows with a `completion` (and perhaps `passed` and `result`) are put together in
+    their order."""
+    table.require(("task_id", "prompt"))
+    found: dict[str, tuple[int, Row]] = {}
+    for index, row in enumerate(table.rows):
+        if isinstance(row.get("completions"), list):
+            found[f"@{index}"] = (table.numbers[index], row)
+            continue
+        if not isinstance(row.get("completion"), str):
+            raise UserError(f"{table.where(index)}: no field 'completion' that is text")
+        empty = {"task_id": row["task_id"], "prompt": row["prompt"], "completions": []}
+        _, whole = found.setdefault(row["task_id"], (table.numbers[index], empty))
+        whole["completions"].append(row["completion"])
+        for name in ("passed", "result"):
+            if name in row:
+                whole.setdefault(name, []).append(row[name])
+    numbers, rows = zip(*found.values(), strict=True)
+    return replace(table, rows=rows, numbers=numbers)
+
+
+def score(row: Row) -> dict[str, float]:
+    """pass@10 and pass@1 from the row's verdicts, or that there are none."""
+    passed = row.get("passed")
+    if not isinstance(passed, list) or len(passed) != len(row["completions"]) or not passed:
+        return {"not_run": 1.0}
+    return pass_rates(passed)
+
+
+def pass_rates(passed: Sequence[bool]) -> dict[str, float]:
+    """pass@10, where there are ten samples, and pass@1."""
+    count = sum(map(bool, passed))
+    found = {f"pass@{k}": pass_at_k(len(passed), count, k) for k in (10, 1)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+# Running
+
+
+def program(item: Mapping[str, str], completion: str, seconds: float = SECONDS) -> Program:
+    """The paper's program: problem, completion, tests, and the call that runs them."""
+    text = f"{item['prompt']}{completion}\n{item['test']}\ncheck({item['entry_point']})"
+    return Program(text, seconds=seconds, main=False)
+
+
+def execute(rows: Sequence[Row], execution: Execution) -> list[Row]:
+    """The rows with `passed` and `result` of every completion, each run in a sandbox of its own."""
+    programs = [
+        program(item_of(row, execution.items), completion)
+        for row in rows
+        for completion in row["completions"]
+    ]
+    outcomes = execution.sandbox.map([Job((one,))] for one in programs)
+    results = [outcome.results[0] for (outcome,) in outcomes]
+    before = [verdict for row in rows for verdict in _verdicts(row)]
+    results = settle(execution, programs, results, before)
+    made, at = [], 0
+    for row in rows:
+        own = results[at : at + len(row["completions"])]
+        at += len(own)
+        made.append({**row, "result": own, "passed": [result == "passed" for result in own]})
+    return made
+
+
+def item_of(row: Row, items: Mapping[str, Row]) -> Row:
+    """The problem of a row; UserError where there is none or its text is another."""
+    item = items.get(row["task_id"])
+    if item is None:
+        raise UserError(f"no problem '{row['task_id']}' in the data: name it with --data FILE|hub")
+    if item["prompt"] != row["prompt"]:
+        raise UserError(f"the prompt of '{row['task_id']}' is not the one of the data: wrong --data?")
+    return item
+
+
+def _verdicts(row: Row) -> list[tuple[bool | None, str]]:
+    """The stored verdict and its reason for each completion of a row; None where there is none."""
+    n = len(row["completions"])
+    passed, result = row.get("passed", [None] * n), row.get("result", [""] * n)
+    if len(passed) != n or len(result) != n:
+        raise UserError(f"'{row['task_id']}' has verdicts for another number of completions")
+    return list(zip(passed, result, strict=True))
+
+
+def settle(
+    execution: Execution,
+    programs: Sequence[Program],
+    results: list[str],
+    before: Sequence[tuple[bool | None, str]],
+) -> list[str]:
+    """Final results, and the account of them.
+
+    A result that differs from the stored verdict where one of the two is a time-out says more about the
+    machine than about the code: such a sample is run once more, alone and with a longer limit.
+    """
+    final = list(results)
+    alone = Sandbox(execution.sandbox.backend, execution.sandbox.python.executable, workers=1)
+    for index, (result, (passed, reason)) in enumerate(zip(results, before, strict=True)):
+        execution.compared += passed is not None
+        if passed is not None and (result == "passed") != passed and "timed out" in (result, reason):
+            execution.rerun += 1
+            again = replace(programs[index], seconds=ALONE_SECONDS)
+            final[index] = alone.run(Job((again,))).results[0]
+        execution.flips += passed is not None and (final[index] == "passed") != passed
+    execution.samples += len(final)
+    execution.passed += final.count("passed")
+    execution.timed_out += final.count("timed out")
+    return final
+
+
+TASK = Task(
+    name="humaneval",
+    summary="HumanEval: functions from docstrings, run against unit tests (model-written code)",
+    data="HumanEval.jsonl.gz of github.com/openai/human-eval, or openai/openai_humaneval: 164 problems (MIT)",
+    hub=Hub("openai/openai_humaneval", None, split="test"),
+    columns=("task_id", "prompt", "entry_point", "test"),
+    sampling=SAMPLING,
+    examples=examples,
+    row=stored,
+    gather=gather,
+    execute=execute,
+    scored=("task_id", "prompt"),
+    score_row=score,
+    metric_names=(),
+    headline="not_run",
+    judged_headlines=("pass@10", "pass@1"),
+)
