@@ -17,8 +17,8 @@ REFERENCE = Path(os.environ.get("PROXYTUNE_REFERENCE_DATA") or ROOT.parent / "sh
 def require_or_skip(kind: str, reason: str) -> None:
     """Skip the test, or fail it where the comma list PROXYTUNE_REQUIRE names the kind.
 
-    Kinds: golden (reference data), gpu, tune (bitsandbytes, peft), wheel (a build), demo (its weights).
-    """
+    Kinds: golden (reference data), gpu, tune (bitsandbytes, peft), wheel (a build), demo (its weights),
+    sandbox (its backends), judges (openai)."""
     if kind in os.environ.get("PROXYTUNE_REQUIRE", "").split(","):
         pytest.fail(f"PROXYTUNE_REQUIRE names '{kind}', but {reason}", pytrace=False)
     pytest.skip(reason)

@@ -53,6 +53,8 @@ def test_a_small_demo_prints_tables_and_keeps_runs_when_asked(tmp_path: Path) ->
     ):
         assert text in shown
     assert len(list((tmp_path / "kept" / "demo" / "gsm").rglob("run.json"))) == len(ROLES) + 1
+    report = proxytune(tmp_path, "report", "kept", "--markdown").stdout
+    assert "| demo | proxy |" in report and "| demo | base, opener forced |" in report
     again = proxytune(tmp_path, "demo", "--limit", "4", "--out", "kept")
     assert again.stdout == shown and "done already" in again.stderr
 
