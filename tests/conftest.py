@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-from proxytune.config import System
+from proxytune.config import System, load_system
+from proxytune.errors import UserError
+from proxytune.sandbox import Sandbox
+from tests import tiny_system
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(os.environ.get("PROXYTUNE_REFERENCE_DATA") or ROOT.parent / "shared")
@@ -36,3 +39,25 @@ def reference() -> Path:
 def trio(tmp_path_factory: pytest.TempPathFactory) -> System:
     """Three random Llamas of different sizes and seeds, saved to disk, in float64."""
     return tiny.save_trio(tmp_path_factory.mktemp("trio"))
+
+
+@pytest.fixture(scope="module")
+def yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny system's file."""
+    return tiny_system.write(tmp_path_factory.mktemp("system"))
+
+
+@pytest.fixture(scope="module")
+def system(yaml: Path) -> System:
+    """The tiny system."""
+    return load_system(yaml)
+
+
+@pytest.fixture(scope="module")
+def box() -> Sandbox:
+    """A sandbox that isolates."""
+    try:
+        return Sandbox.open("auto")
+    except UserError as error:
+        require_or_skip("sandbox", str(error))
+        raise

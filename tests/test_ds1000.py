@@ -18,7 +18,6 @@ from proxytune.tasks import ds1000, get_task, read_source, score_file
 from proxytune.tasks.ds1000_check import old_parser, without_prints
 from proxytune.tasks.execution import Execution
 from proxytune.tasks.sources import Row
-from tests.conftest import require_or_skip
 
 TASK = get_task("ds1000")
 RUNS = {
@@ -55,16 +54,6 @@ NEW = {
     "def test_string(solution: str):\n    assert 'for' not in solution\n",
 }
 """A problem in the form of the hub's release."""
-
-
-@pytest.fixture(scope="module")
-def box() -> Sandbox:
-    """A sandbox that isolates."""
-    try:
-        return Sandbox.open("auto")
-    except UserError as error:
-        require_or_skip("sandbox", str(error))
-        raise
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from proxytune.scoring import clean_code, pass_at_k
 from proxytune.tasks import get_task, humaneval, read_source, score_file
 from proxytune.tasks.execution import Execution
 from proxytune.tasks.sources import Row
-from tests.conftest import require_or_skip
 
 TASK = get_task("humaneval")
 RUNS = {
@@ -39,16 +38,6 @@ ADD = {
     "canonical_solution": "    return a + b\n",
 }
 SLOW = "    import time; time.sleep(1)\n    return a + b"
-
-
-@pytest.fixture(scope="module")
-def box() -> Sandbox:
-    """A sandbox that isolates."""
-    try:
-        return Sandbox.open("auto")
-    except UserError as error:
-        require_or_skip("sandbox", str(error))
-        raise
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,12 @@ from typing import Any
 import oracle
 import pytest
 import tiny
-import tiny_system
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner, Result
 
 from proxytune import cli, results, run, run_judge
-from proxytune.config import Sampling, System, load_system
+from proxytune.config import Sampling, System
 from proxytune.errors import UserError
 from proxytune.judges import ToxicityClassifier, TruthJudges, judge_prompt
 from proxytune.judges_llm import Judgements, Pair, PairwiseJudge
@@ -29,18 +28,6 @@ from tests.conftest import require_or_skip
 
 KEY = "sk-secret-0123456789"
 SHORT = Sampling(max_new_tokens=8)
-
-
-@pytest.fixture(scope="module")
-def yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny system's file."""
-    return tiny_system.write(tmp_path_factory.mktemp("system"))
-
-
-@pytest.fixture(scope="module")
-def system(yaml: Path) -> System:
-    """The tiny system."""
-    return load_system(yaml)
 
 
 def proxytune(*arguments: object) -> Result:

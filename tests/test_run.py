@@ -20,22 +20,9 @@ from proxytune.decode import Decoder
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.records import Completion, Example, Prompt
-from tests import tiny_system
 
 ROOT = Path(__file__).parent.parent
 SHORT = Sampling(max_new_tokens=12)
-
-
-@pytest.fixture(scope="module")
-def yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny system's file."""
-    return tiny_system.write(tmp_path_factory.mktemp("system"))
-
-
-@pytest.fixture(scope="module")
-def system(yaml: Path) -> System:
-    """The tiny system."""
-    return load_system(yaml)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -49,7 +50,7 @@ class Alignment:
             return logits[:, : self.size]
         return logits[:, self.columns.to(logits.device)]
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Most ids that one base token takes here."""
         return 1 if self.spelled is None else max(map(len, self.spelled))
