@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.core.cache import CacheSpec, KVCache, PagedCache, SlotCache
@@ -15,6 +16,7 @@ from proxytune.core.engine import Engine, Ensemble, Result, Term
 from proxytune.core.likelihood import Continuation, likelihoods
 from proxytune.core.runner import Alignment, ModelRunner, ReferenceRunner, Runner
 from proxytune.core.scheduler import Request
+from proxytune.core.speculative import Speculation
 from proxytune.errors import UserError
 from proxytune.models import GIB, Loaded, Models, free_memory
 from proxytune.prompts import (
@@ -40,6 +42,12 @@ KV_SHARE_GPU = 0.85
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 512}
 """Prompt tokens per model and step: on a GPU few, so that a step stays about as long as a decode step."""
 
+LONGEST_DRAFT = 15
+"""Drafts and the token before them are one query of the attention, of at most 16 tokens."""
+
+Speculate = Literal["auto", "off"] | int
+"""How to speculate: by measurement, not at all, or with drafts of this length."""
+
 OnText = Callable[[str, int, str], None]
 """Hears of (example id, sample, new text)."""
 
@@ -52,6 +60,32 @@ class DecodeStats:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
+    row_steps: int = 0
+    drafted: int = 0
+    examined: int = 0
+    accepted: int = 0
+
+    def after(self, engine: Engine, seconds: float) -> DecodeStats:
+        """These figures and those of an engine that ran for so long."""
+        counts = {name: getattr(self, name) + count for name, count in vars(engine.counts).items()}
+        preemptions = self.preemptions + engine.scheduler.preemptions
+        return DecodeStats(seconds=self.seconds + seconds, preemptions=preemptions, **counts)
+
+
+def speculation(speculate: Speculate | str, drafter: str | None = None) -> Speculation:
+    """The settings of a draft length as users give it; UserError for anything else."""
+    if speculate == "auto":
+        return Speculation(drafter=drafter)
+    length = 0 if speculate == "off" else speculate
+    try:
+        k = int(length)
+    except ValueError:
+        k = -1
+    if not 0 <= k <= LONGEST_DRAFT:
+        raise UserError(
+            f"speculate = {speculate!r}: give 'auto', 'off' or a length from 0 to {LONGEST_DRAFT}"
+        )
+    return Speculation(k=k, drafter=drafter)
 
 
 @dataclass(frozen=True)
@@ -86,12 +120,19 @@ class Decoder:
     """Decodes as one role of a System."""
 
     def __init__(
-        self, models: Models, role: Role, *, max_batch: int | None = None, kv_memory: int | None = None
+        self,
+        models: Models,
+        role: Role,
+        *,
+        max_batch: int | None = None,
+        kv_memory: int | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         """Load what the role needs and plan the KV pools.
 
         `max_batch` rows are decoded together; `kv_memory` bytes bound all KV pools together (by default a
-        share of what is free). UserError if vocabularies do not match or the memory holds no useful pool."""
+        share of what is free). `speculation` is adaptive unless given. UserError if vocabularies do not match
+        or the memory holds no useful pool."""
         self.models, self.role = models, role
         models.check(models.names(role))
         self.loaded = {name: models.get(name) for name in models.names(role)}
@@ -106,6 +147,7 @@ class Decoder:
         runners = {name: self._runner(model, pool) for name, model in self.loaded.items()}
         terms = tuple(Term(*term) for term in models.terms()) if role == "proxy" else ()
         self.ensemble = Ensemble(runners, self.lead, terms)
+        self.speculation = speculation or Speculation()
 
     def _pool_tokens(self, kv_memory: int | None) -> int:
         """Tokens that every model's pool holds, such that all pools together stay within the memory."""
@@ -132,7 +174,7 @@ class Decoder:
         spec = CacheSpec(family.layers, pool, family.dtype, family.devices)
         cache: KVCache = SlotCache(spec) if model.device.type == "cpu" else PagedCache(spec)
         embed = model.embed if model.virtual is not None else None
-        return ModelRunner(model.forward, cache, alignment, family.window, model.device, embed)
+        return ModelRunner(model.forward, cache, alignment, family.window, model.device, embed=embed)
 
     def _alignment(self, model: Loaded) -> Alignment:
         if model.name == self.lead:
@@ -203,17 +245,16 @@ class Decoder:
             prefill_tokens=PREFILL_TOKENS.get(self.loaded[self.lead].device.type, 512),
             trace=trace != "off",
             on_token=hear if on_text is not None else None,
+            speculation=self.speculation,
         )
         for request in self._requests(examples, sampling, strength, task, forced):
             engine.submit(request)
-        before = DecodeStats(**vars(self.stats))
+        before, seconds = self.stats, 0.0
         while engine.busy:
             began = time.perf_counter()
             results = engine.step()
-            self.stats.seconds += time.perf_counter() - began
-            self.stats.prompt_tokens = before.prompt_tokens + engine.prompt_tokens
-            self.stats.generated_tokens = before.generated_tokens + engine.generated_tokens
-            self.stats.preemptions = before.preemptions + engine.scheduler.preemptions
+            seconds += time.perf_counter() - began
+            self.stats = before.after(engine, seconds)
             for result in results:
                 completion = self._completion(result, sampling)
                 where = (completion.example_id, completion.sample)

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from proxytune.core.attention import NAME, Discovery, MissingContext, attend
 from proxytune.core.cache import CacheSpec, LayerShape, SlotCache
-from proxytune.core.runner import Alignment, ModelRunner, ReferenceRunner, Segment
+from proxytune.core.runner import Alignment, ModelRunner, ReferenceRunner, Segment, Work
 from proxytune.errors import UserError
 
 AttentionInterface.register(NAME, attend)
@@ -177,7 +177,7 @@ def _probe(
         parts = [Segment(row, tuple(tokens[chunk])) for row, tokens in enumerate(ids) if tokens[chunk]]
         cache.reserve([len(tokens[: chunk.stop]) for tokens in ids])
         ends = list(accumulate(len(part.ids) for part in parts))
-        logits = runner.forward(parts, [end - 1 for end in ends])
+        logits = runner.forward(Work(parts, [end - 1 for end in ends]))
         for part, got in zip(parts, logits, strict=True):
             error = difference(got, plain[part.row][cache.lengths[part.row] - 1])
             if not error <= tolerance(plain[0].dtype):
@@ -217,7 +217,7 @@ def _own_cache_is_right(model: PreTrainedModel, ids: list[int], plain: Tensor, l
     at = 0
     for count in (5, 1, len(ids) - 6):
         try:
-            logits = runner.forward([Segment(0, tuple(ids[at : at + count]))], [count - 1])
+            logits = runner.forward(Work([Segment(0, tuple(ids[at : at + count]))], [count - 1]))
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
             return False  # some caches take one token at a time only
         at += count

@@ -125,11 +125,28 @@ class Cost(BaseModel):
     preemptions: int = 0
     sessions: int = 1
     """1 + how often the run was resumed."""
+    row_steps: int = 0
+    """Steps of the decoding loop, counted once per response that took part."""
+    drafted: int = 0
+    """Tokens that were drafted ahead of the large model."""
+    examined: int = 0
+    """Drafts up to and including the first of a step that did not stand."""
+    accepted: int = 0
 
     @property
     def tokens_per_second(self) -> float | None:
         """Generated tokens per second, or None before anything was generated."""
         return self.generated_tokens / self.seconds if self.seconds else None
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of examined drafts that stood, or None where nothing was drafted."""
+        return self.accepted / self.examined if self.examined else None
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Mean tokens of a response per step: 1 for plain decoding."""
+        return self.generated_tokens / self.row_steps if self.row_steps else None
 
 
 class Run(BaseModel):

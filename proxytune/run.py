@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from proxytune import __version__, results
 from proxytune.config import AlphaSchedule, Mode, Role, RunSpec, Sampling, System, TraceKind, parse_alpha
-from proxytune.decode import Decoder
+from proxytune.core.speculative import Speculation
+from proxytune.decode import Decoder, Speculate, speculation
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.progress import Progress
@@ -63,6 +64,8 @@ class Resources:
     kv_memory: int | None = None
     """Bytes for the KV pools of all models."""
     progress: bool = True
+    speculation: Speculation | None = None
+    """How to speculate; None is adaptive."""
     sandbox: Sandbox | None = None
     """Runs the code that responses hold; without one they are stored without verdicts."""
 
@@ -147,6 +150,7 @@ def evaluate(
     seed: int = 0,
     max_batch: int | None = None,
     kv_memory: int | None = None,
+    speculate: Speculate = "auto",
     models: Models | None = None,
     progress: bool = True,
 ) -> Run:
@@ -161,7 +165,8 @@ def evaluate(
     )
     job = plan(system, task, as_, options)
     folder = Path(out) if out is not None else job.folder(RESULTS)
-    return run_job(job, folder, models or Models(system), Resources(max_batch, kv_memory, progress))
+    resources = Resources(max_batch, kv_memory, progress, speculation(speculate))
+    return run_job(job, folder, models or Models(system), resources)
 
 
 def evaluate_all(
@@ -247,7 +252,11 @@ class Session:
         if not todo:
             return
         self.decoder = Decoder(
-            models, spec.role, max_batch=resources.max_batch, kv_memory=resources.kv_memory
+            models,
+            spec.role,
+            max_batch=resources.max_batch,
+            kv_memory=resources.kv_memory,
+            speculation=resources.speculation,
         )
         for note in self.decoder.notes():
             progress.note(note)
@@ -313,12 +322,9 @@ class Session:
             return self.before
         stats, before = self.decoder.stats, self.before
         return Cost(
-            seconds=before.seconds + stats.seconds,
-            prompt_tokens=before.prompt_tokens + stats.prompt_tokens,
-            generated_tokens=before.generated_tokens + stats.generated_tokens,
             memory=_peaks(before.memory, self.decoder.memory),
-            preemptions=before.preemptions + stats.preemptions,
             sessions=before.sessions,
+            **{name: getattr(before, name) + value for name, value in vars(stats).items()},
         )
 
     def finish(self) -> Run:
@@ -372,7 +378,7 @@ def generate(
     as_: str = "proxy",
     sampling: Sampling | None = None,
     alpha: AlphaSchedule | float | str | None = None,
-    speculate: Literal["auto", "off"] | int = "auto",
+    speculate: Speculate = "auto",
     allow_negative_alpha: bool = False,
     max_batch: int | None = None,
     kv_memory: int | None = None,
@@ -381,18 +387,19 @@ def generate(
     """Responses to `prompts`, in their order (`sampling.n` in a row for each). A text is the plain prompt of
     all roles. `kv_memory` is in bytes, for all KV pools together.
 
-    `speculate` never changes the tokens. This version decodes without speculation, which is what "auto" and
-    "off" (or 0) give; a draft length above 0 is a UserError.
+    `speculate` never changes the tokens: "auto" lets the expert draft where that measures faster, a number
+    is a fixed draft length, "off" decodes plainly.
     """
-    if speculate not in ("auto", "off", 0):
-        raise UserError(f"speculate = {speculate!r}: this version decodes plainly; give 'auto' or 'off'")
+    how = speculation(speculate)
     if isinstance(prompts, str) or not all(isinstance(prompt, str | Prompt) for prompt in prompts):
         raise UserError('prompts must be a list of texts: write generate(system, ["..."])')
     role = system.require(as_)
     schedule = alpha_for(system, role, alpha, allow_negative=allow_negative_alpha)
     examples = named_by_content([Prompt(plain=p, user=p) if isinstance(p, str) else p for p in prompts])
     chosen = Sampling() if sampling is None else sampling
-    decoder = Decoder(models or Models(system), role, max_batch=max_batch, kv_memory=kv_memory)
+    decoder = Decoder(
+        models or Models(system), role, max_batch=max_batch, kv_memory=kv_memory, speculation=how
+    )
     for note in decoder.notes():
         warnings.warn(note, stacklevel=2)
     place = {example.id: i for i, example in enumerate(examples)}

@@ -18,7 +18,8 @@ from tiny import spec
 
 from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
 from proxytune.core.cache import PagedCache
-from proxytune.core.runner import ModelRunner
+from proxytune.core.runner import ModelRunner, Work
+from proxytune.core.speculative import Speculation
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
 from proxytune.models import Models
@@ -42,9 +43,20 @@ def ragged(count: int, seed: int = 0, longest: int = 30) -> list[Example]:
 _MODELS: dict[str, Models] = {}
 
 
+PACES = {"plain": Speculation(k=0), "drafts of 3": Speculation(k=3), "adaptive": Speculation()}
+_PACE = PACES["plain"]
+
+
+@pytest.fixture(params=PACES, autouse=True)
+def pace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test of this file holds without speculation and with it."""
+    monkeypatch.setattr("test_decode._PACE", PACES[request.param])
+    return str(request.param)
+
+
 def decoder(system: System, role: str = "proxy", **options: Any) -> Decoder:
     models = _MODELS.setdefault(system.model_dump_json(), Models(system))
-    return Decoder(models, system.require(role), **options)
+    return Decoder(models, system.require(role), **{"speculation": _PACE, **options})
 
 
 def by_id(found: Sequence[Completion]) -> dict[tuple[str, int], Completion]:
@@ -154,13 +166,13 @@ def test_samples_of_one_prompt_share_it_and_differ(trio: System, layout: str) ->
 
 def test_prompt_kv_is_computed_once_for_all_samples(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is fed each prompt once, and then one token per step and sample: nothing twice."""
-    d = decoder(trio, max_batch=7)
+    d = decoder(trio, max_batch=7, speculation=Speculation(k=0))
     fed: dict[int, int] = {}
     forward = ModelRunner.forward
 
-    def count(self: ModelRunner, segments: Sequence[Any], keep: Sequence[int]) -> torch.Tensor:
-        fed[id(self)] = fed.get(id(self), 0) + sum(len(segment.ids) for segment in segments)
-        return forward(self, segments, keep)
+    def count(self: ModelRunner, work: Work) -> torch.Tensor:
+        fed[id(self)] = fed.get(id(self), 0) + sum(len(segment.ids) for segment in work.segments)
+        return forward(self, work)
 
     monkeypatch.setattr(ModelRunner, "forward", count)
     examples = ragged(3, 5)

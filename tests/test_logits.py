@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import oracle
@@ -98,14 +99,21 @@ def choice(rows: int, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.0, 
         return torch.tensor(value if isinstance(value, list) else [value] * rows, dtype=dtype)
 
     heat = column(temperature, torch.float64)
-    return Choice(
+    full = Choice(
+        rows=torch.arange(rows),
         temperature=heat,
         top_k=column(top_k, torch.long),
         top_p=column(top_p, torch.float64),
         keys=torch.arange(rows) * 1_000_003 + key,
         positions=torch.arange(rows) % 7,
-        sampled=tuple(row for row in range(rows) if heat[row] > 0),
     )
+    return among(full, [row for row in range(rows) if heat[row] > 0])
+
+
+def among(choice: Choice, sampled: list[int]) -> Choice:
+    """The choice of some of the rows that draw."""
+    at = torch.tensor(sampled, dtype=torch.long)
+    return Choice(**{name: column[at] for name, column in vars(choice).items()})
 
 
 @pytest.mark.parametrize(
@@ -290,17 +298,14 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     full = choice(rows, heat, [0, 5, 0, 3] * 3, [1.0, 1.0, 0.6, 0.5] * 3)
     together = choose(logits, full).tolist()
 
-    def among(picked: list[int]) -> list[int]:
-        at = torch.tensor(picked)
-        sampled = tuple(index for index, row in enumerate(picked) if heat[row] > 0)
-        part = Choice(
-            *(getattr(full, name)[at] for name in ("temperature", "top_k", "top_p", "keys", "positions")),
-            sampled,
-        )
-        return choose(logits[at], part).tolist()
+    def picked(order: list[int]) -> list[int]:
+        drawing = full.rows.tolist()
+        part = among(full, [drawing.index(row) for row in order if row in drawing])
+        places = torch.tensor([order.index(row) for row in part.rows.tolist()], dtype=torch.long)
+        return choose(logits[torch.tensor(order)], replace(part, rows=places)).tolist()
 
     for row in range(rows):
-        assert among([row]) == [together[row]]
+        assert picked([row]) == [together[row]]
     order = [7, 2, 11, 0, 5]
-    assert among(order) == [together[row] for row in order]
+    assert picked(order) == [together[row] for row in order]
     assert [together[row] for row in (0, 3, 4)] == logits.argmax(-1)[[0, 3, 4]].tolist()

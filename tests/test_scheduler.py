@@ -9,18 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxytune.core.scheduler import HEADROOM, Plan, Request, Scheduler
+from proxytune.core.runner import Segment
+from proxytune.core.scheduler import HEADROOM, Plan, Request, Row, Scheduler
 
 
 class FakeRows:
     """A pool of `tokens` tokens that checks what it is asked for."""
+
+    rewinds = True
 
     def __init__(self, tokens: int) -> None:
         self.capacity = tokens
         self.lengths: list[int] = []
         self.room: list[int] = []
         self.forks: list[tuple[int, int]] = []
-        self.rewinds: list[tuple[int, int]] = []
+        self.rewound: list[tuple[int, int]] = []
 
     def fits(self, lengths: Sequence[int]) -> bool:
         return sum(lengths) <= self.capacity
@@ -37,7 +40,7 @@ class FakeRows:
 
     def rewind(self, row: int, length: int) -> None:
         assert length <= self.lengths[row]
-        self.rewinds.append((row, length))
+        self.rewound.append((row, length))
         self.lengths[row] = length
 
     def swap(self, one: int, other: int) -> None:
@@ -63,7 +66,10 @@ def request(number: int, lengths: Sequence[int] = (4, 6), new: int = 5, tag: obj
 class Bench:
     """A scheduler with its pools, and the part of the engine that feeds rows and makes tokens."""
 
-    def __init__(self, tokens: int = 10_000, rows: int = 8, prefill: int = 100, models: str = "ab") -> None:
+    def __init__(
+        self, tokens: int = 10_000, rows: int = 8, prefill: int = 100, models: str = "ab", draft: int = 0
+    ) -> None:
+        self.draft = draft
         self.pools = {name: FakeRows(tokens) for name in models}
         self.scheduler = Scheduler(self.pools, rows, prefill)
         self.done: list[object] = []
@@ -76,12 +82,12 @@ class Bench:
     def plan(self) -> Plan:
         """One plan, checked against what every plan must be, with its segments fed."""
         oldest = min((row.ticket for row in self.scheduler.rows), default=None)
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self.wishes)
         rows = self.scheduler.rows
         assert oldest is None or oldest in {row.ticket for row in rows}, "the oldest row was preempted"
         assert len(rows) <= self.scheduler.max_rows
-        assert set(plan.segments) == set(self.pools)
-        for name, segments in plan.segments.items():
+        assert set(plan.prefill) == set(self.pools) and len(plan.depths) == plan.decoding
+        for name, segments in self.fed(plan).items():
             pool, indices = self.pools[name], [segment.row for segment in segments]
             assert len(pool.lengths) == len(rows)
             assert indices == sorted(set(indices)), "distinct rows, ascending"
@@ -94,8 +100,21 @@ class Bench:
                 last = seen + len(segment.ids) == len(ids)
                 assert last == (segment.row < plan.decoding), "the last token is fed when the row decodes"
                 pool.lengths[segment.row] += len(segment.ids)
-                assert pool.lengths[segment.row] <= pool.room[segment.row]
+                drafts = plan.depths[segment.row] if segment.row < plan.decoding else 0
+                assert pool.lengths[segment.row] + drafts <= pool.room[segment.row]
         return plan
+
+    def wishes(self, rows: Sequence[Row]) -> list[int]:
+        """Every row would like `draft` drafts."""
+        return [self.draft] * len(rows)
+
+    def fed(self, plan: Plan) -> dict[str, list[Segment]]:
+        """What the engine feeds: the last token of every row that decodes, then prompts."""
+        rows = self.scheduler.rows[: plan.decoding]
+        return {
+            name: [*(Segment(i, (row.ids[name][-1],)) for i, row in enumerate(rows)), *prefill]
+            for name, prefill in plan.prefill.items()
+        }
 
     def step(self) -> Plan:
         """A plan, and one token for every row that decodes: the token says how many the row had."""
@@ -129,13 +148,11 @@ def test_prompts_are_fed_but_for_their_last_token_then_rows_decode() -> None:
     bench.scheduler.submit(request(1, (4, 6)))
     plan = bench.plan()
     assert plan.decoding == 0
-    assert {name: [len(s.ids) for s in segments] for name, segments in plan.segments.items()} == {
+    assert {name: [len(s.ids) for s in segments] for name, segments in plan.prefill.items()} == {
         "a": [3],
         "b": [5],
     }
-    plan = bench.plan()
-    assert plan.decoding == 1
-    assert plan.segments["a"][0].ids == (1003,) and plan.segments["b"][0].ids == (1005,)
+    assert bench.plan().decoding == 1
 
 
 def test_a_prompt_of_one_token_decodes_at_once() -> None:
@@ -149,7 +166,7 @@ def test_prefill_budget_holds_per_model_and_goes_to_the_oldest() -> None:
     for number, lengths in enumerate([(8, 3), (8, 30), (8, 3)], 1):
         bench.scheduler.submit(request(number, lengths))
     first = bench.step()
-    fed = {n: {s.row: len(s.ids) for s in segments} for n, segments in first.segments.items()}
+    fed = {n: {s.row: len(s.ids) for s in segments} for n, segments in first.prefill.items()}
     tags = [row.request.tag for row in bench.scheduler.rows]
     assert [fed["a"][tags.index(tag)] for tag in (1, 2)] == [7, 3]
     assert [fed["b"][tags.index(tag)] for tag in (1, 2)] == [2, 8]
@@ -164,7 +181,7 @@ def test_decoding_goes_on_while_a_long_prompt_is_fed() -> None:
     bench.scheduler.submit(request(2, (51, 51), new=1))
     plans = [bench.step() for _ in range(10)]
     assert all(plan.decoding == 1 for plan in plans)
-    assert all(sum(len(s.ids) for s in plan.segments["a"]) == 6 for plan in plans)
+    assert all(sum(len(s.ids) for s in plan.prefill["a"]) == 5 for plan in plans)
     assert bench.step().decoding == 2
 
 
@@ -237,7 +254,7 @@ def test_a_finished_rows_place_goes_to_a_sample_of_its_prompt() -> None:
         bench.scheduler.submit(request(2, tag=f"other {other}"))
     bench.run()
     assert bench.done[:3] == [0, 1, 2]
-    assert bench.pools["a"].rewinds[:2] == [(0, 8), (0, 8)] and bench.pools["b"].rewinds[:2] == [
+    assert bench.pools["a"].rewound[:2] == [(0, 8), (0, 8)] and bench.pools["b"].rewound[:2] == [
         (0, 11),
         (0, 11),
     ]
@@ -260,6 +277,18 @@ def test_preemption_takes_the_youngest_and_keeps_its_tokens() -> None:
     assert all(said == list(range(60)) for said in bench.said.values())
 
 
+def test_drafts_give_way_before_a_row_does() -> None:
+    bench = Bench(tokens=60, rows=2, draft=8)
+    for number in (1, 2):
+        bench.scheduler.submit(request(number, (10, 10), new=20))
+    bench.step()
+    depths = set()
+    while bench.busy:
+        plan = bench.step()
+        depths |= set(plan.depths)
+    assert depths == {0, 8} and bench.scheduler.preemptions == 0
+
+
 def test_a_row_enters_only_with_room_to_grow() -> None:
     bench = Bench(tokens=2 * (10 + HEADROOM) + 9, rows=3)
     for number in (1, 2, 3):
@@ -276,9 +305,10 @@ def test_a_row_enters_only_with_room_to_grow() -> None:
     prefill=st.integers(1, 40),
     spare=st.integers(0, 120),
     models=st.sampled_from(["a", "ab", "abc"]),
+    draft=st.integers(0, 8),
 )
 def test_any_pool_that_holds_one_row_answers_everything(
-    seed: int, requests: int, rows: int, prefill: int, spare: int, models: str
+    seed: int, requests: int, rows: int, prefill: int, spare: int, models: str, draft: int
 ) -> None:
     """Whatever the pool, the budget and the mix: all end, each once, with all their tokens."""
     draw = random.Random(seed)
@@ -287,7 +317,7 @@ def test_any_pool_that_holds_one_row_answers_everything(
         for number in range(requests)
     ]
     need = max(len(ids) + r.max_new_tokens for r in wanted for ids in r.contexts.values())
-    bench = Bench(need + spare, rows, prefill, models)
+    bench = Bench(need + spare, rows, prefill, models, draft)
     arriving = list(wanted)
     steps = 0
     while bench.busy or arriving:

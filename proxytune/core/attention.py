@@ -66,12 +66,20 @@ class Group:
 
 
 @dataclass
-class Packed:
-    """The state of one packed forward."""
+class Part:
+    """One model's tokens within a packed forward, and the cache that they go to."""
 
     cache: KVCache
     at: Placement
     groups: Sequence[Group]
+    tokens: slice
+
+
+@dataclass
+class Packed:
+    """The state of one packed forward: one part per model that stands on these weights."""
+
+    parts: Sequence[Part]
 
 
 @dataclass
@@ -118,18 +126,21 @@ def attend(
     if isinstance(packed, Discovery):
         packed.see(layer, key, value, sliding_window)
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
-    packed.cache.write(layer, key[0], value[0], packed.at)
     results = []
-    for group in packed.groups:
-        keys, values = packed.cache.read(layer, group.first, group.count, group.longest)
-        tokens = slice(group.start, group.start + group.count * group.query)
-        q = query[0, :, tokens].reshape(query.shape[1], group.count, group.query, -1).transpose(0, 1)
-        keys, values = keys.to(q.dtype), values.to(q.dtype)
-        if softcap is None and s_aux is None:
-            result = _fused(q, keys, values, group, sliding_window, scaling)
-        else:
-            result = _explicit(q, keys, values, group.mask(sliding_window, q), scaling, softcap, s_aux)
-        results.append(result.transpose(1, 2).flatten(0, 1))  # [R * q, H, Dv]
+    for part in packed.parts:
+        mine = part.tokens
+        part.cache.write(layer, key[0, :, mine], value[0, :, mine], part.at)
+        for group in part.groups:
+            keys, values = part.cache.read(layer, group.first, group.count, group.longest)
+            start = mine.start + group.start
+            tokens = slice(start, start + group.count * group.query)
+            q = query[0, :, tokens].reshape(query.shape[1], group.count, group.query, -1).transpose(0, 1)
+            keys, values = keys.to(q.dtype), values.to(q.dtype)
+            if softcap is None and s_aux is None:
+                result = _fused(q, keys, values, group, sliding_window, scaling)
+            else:
+                result = _explicit(q, keys, values, group.mask(sliding_window, q), scaling, softcap, s_aux)
+            results.append(result.transpose(1, 2).flatten(0, 1))  # [R * q, H, Dv]
     return (results[0] if len(results) == 1 else torch.cat(results))[None], None
 
 

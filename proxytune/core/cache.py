@@ -77,6 +77,8 @@ class Rows(Protocol):
     """Ragged rows of one model: what the engine does to KV, whichever way it is kept."""
 
     lengths: list[int]
+    rewinds: bool
+    """Whether a rewind costs nothing, so that drafts can be taken back."""
 
     @property
     def capacity(self) -> int:
@@ -144,6 +146,8 @@ def zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 class SlotCache:
     """Contiguous slots [slots, H, length, D] per layer; slots * length never exceeds the pool."""
+
+    rewinds = True
 
     def __init__(self, spec: CacheSpec) -> None:
         self.spec = spec
@@ -252,6 +256,8 @@ class PagedCache:
     Full pages of a shared prompt have one owner count per row; only a page that a row may still write is its
     own."""
 
+    rewinds = True
+
     def __init__(self, spec: CacheSpec) -> None:
         self.spec = spec
         self.lengths: list[int] = []
@@ -274,13 +280,13 @@ class PagedCache:
         return self.pages * PAGE
 
     def fits(self, lengths: Sequence[int]) -> bool:
-        need = 0
-        for row, length in enumerate(lengths):
-            have = len(self.tables[row]) if row < len(self.tables) else 0
-            need += max(0, round_up(length, PAGE) // PAGE - have)
-        return need <= len(self._free)
+        held = [len(table) for table in self.tables] + [0] * (len(lengths) - len(self.tables))
+        need = sum(round_up(length, PAGE) // PAGE - have for length, have in zip(lengths, held, strict=True))
+        return need <= len(self._free)  # what rows hold beyond these lengths is given back first
 
     def reserve(self, lengths: Sequence[int]) -> None:
+        for row, length in enumerate(lengths):
+            self._release(row, round_up(length, PAGE) // PAGE)
         for table, length in zip(self.tables, lengths, strict=True):
             while len(table) * PAGE < length:
                 page = self._free.pop()
@@ -308,17 +314,21 @@ class PagedCache:
                 pool[page, :rest] = pool[self.tables[source][whole], :rest]
 
     def rewind(self, row: int, length: int) -> None:
+        """The pages stay with the row until room is next reserved: a step may go on writing into them."""
         self.lengths[row] = length
-        self._release(row, round_up(length, PAGE) // PAGE)
+        page, rest = divmod(length, PAGE)
         # the row will write behind `length`, and other rows may read what is there
-        assert length % PAGE == 0 or self._owners[self.tables[row][-1]] == 1, "rewound into a shared page"
+        assert not rest or self._owners[self.tables[row][page]] == 1, "rewound into a shared page"
 
     def _release(self, row: int, keep: int) -> None:
-        for page in self.tables[row][keep:]:
+        table = self.tables[row]
+        if len(table) <= keep:
+            return
+        for page in table[keep:]:
             self._owners[page] -= 1
             if self._owners[page] == 0:
                 self._free.append(page)
-        del self.tables[row][keep:]
+        del table[keep:]
         self._tables_on.clear()
 
     def swap(self, one: int, other: int) -> None:

@@ -1,19 +1,25 @@
-"""The decoding loop: plan, forward every model, combine, choose, advance.
+"""The decoding loop: plan, let the expert run ahead, let the others read, combine, choose, advance.
 
 A prompt is prefilled but for its last token, so every token of a response, the first included, comes out of
-the same kind of step: every model is fed the row's last token, and the logits meet."""
+the same kind of step: every model is fed the row's last token, and the logits meet. Drafts only add tokens
+that are fed with it; a step without drafts is plain decoding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from proxytune.core.logits import Choice, Shift, ban, choose, combine, log_probability
-from proxytune.core.runner import Runner
-from proxytune.core.scheduler import Request, Row, Scheduler, TokenTrace
+from proxytune.core.logits import Shift, combine, log_probability
+from proxytune.core.runner import Runner, Work, forward_all
+from proxytune.core.sampling import Spot, pick
+from proxytune.core.scheduler import Plan, Request, Row, Scheduler, TokenTrace
+from proxytune.core.speculative import Drafter, Drafts, Speculation, StepSeconds, feed, same_prefix
 from proxytune.errors import UserError
 
 
@@ -48,10 +54,44 @@ class Ensemble:
         ]
         return combine(lead, shifts, alpha)
 
+    def front(self, drafter: str | None = None) -> tuple[str, ...]:
+        """The expert that drafts (the first unless named) and the models on its weights; empty without
+        experts."""
+        experts = [term.expert for term in self.terms]
+        if not experts:
+            return ()
+        if drafter is not None and drafter not in experts:
+            raise UserError(f"no expert '{drafter}' to draft: choose {' or '.join(experts)}")
+        first = drafter or experts[0]
+        weights = self.runners[first].weights
+        return (first, *(n for n, runner in self.runners.items() if n != first and runner.weights is weights))
+
     def _shared(self, term: Term) -> Tensor | None:
         known = [self.runners[name].alignment.shared for name in (term.expert, term.antiexpert)]
         masks = [mask for mask in known if mask is not None]
         return None if not masks else torch.stack(masks).all(0)
+
+
+class Chosen(NamedTuple):
+    """A token of a response with its log-probability under the combination."""
+
+    token: int
+    logprob: float
+    trace: TokenTrace | None
+
+
+@dataclass
+class Counts:
+    """What an engine has done so far."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    row_steps: int = 0
+    """Steps, counted once per row that decoded."""
+    drafted: int = 0
+    examined: int = 0
+    """Drafts up to and including the first of a step that did not stand."""
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,12 +116,17 @@ class Engine:
         prefill_tokens: int = 512,
         trace: bool = False,
         on_token: Callable[[Request, int], None] | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
-        """`on_token` hears of every token as it is chosen; `trace` records every model's view of it."""
+        """`on_token` hears of every token as it is chosen; `trace` records every model's view of it;
+        without `speculation` decoding is plain."""
         self.ensemble, self.trace, self.on_token = ensemble, trace, on_token
-        caches = {name: runner.rows for name, runner in ensemble.runners.items()}
-        self.scheduler = Scheduler(caches, max_rows, prefill_tokens)
-        self.prompt_tokens = self.generated_tokens = 0
+        runners, settings = ensemble.runners, speculation or Speculation(k=0)
+        caches = {name: runner.rows for name, runner in runners.items()}
+        longest = {name: runner.alignment.longest for name, runner in runners.items()}
+        self.scheduler = Scheduler(caches, max_rows, prefill_tokens, longest)
+        self.drafter = Drafter(runners, ensemble.front(settings.drafter), ensemble.lead, settings)
+        self.counts = Counts()
 
     @property
     def busy(self) -> bool:
@@ -110,105 +155,173 @@ class Engine:
                     f"holds {runner.rows.capacity}: raise --kv-memory or lower --max-new-tokens"
                 )
         self.scheduler.submit(request)
-        self.prompt_tokens += len(request.contexts[self.ensemble.lead])
+        self.counts.prompt_tokens += len(request.contexts[self.ensemble.lead])
 
     def step(self) -> list[Result]:
-        """Every decoding row gets one token, and some waiting prompts are prefilled. -> what finished."""
-        plan = self.scheduler.plan()
+        """Every decoding row gets a token or more, and some waiting prompts are prefilled. -> what
+        finished."""
+        plan = self.scheduler.plan(self.drafter.depths)
         rows = self.scheduler.rows[: plan.decoding]
-        logits = {
-            name: runner.forward(plan.segments[name], range(plan.decoding))
-            for name, runner in self.ensemble.runners.items()
-            if plan.segments[name]
-        }
         if not rows:
+            forward_all(self.ensemble.runners, {n: Work(s, ()) for n, s in plan.prefill.items()})
             return []
-        alphas = [row.request.alpha.at(len(row.tokens)) for row in rows]
+        began = time.perf_counter()
+        drafts = self.drafter.draft(rows, plan.depths, plan.prefill)
+        drafted = time.perf_counter()
+        views = self._verify(plan, rows, drafts)
+        chosen = self._accept(rows, drafts, views)
+        verified = time.perf_counter()
+        closed = self._close(plan, rows, drafts, views, chosen)
+        seconds = StepSeconds(drafted - began, verified - drafted, time.perf_counter() - verified, closed)
+        self._learn(drafts, chosen, None if any(plan.prefill.values()) else seconds)
+        return self._advance(rows, chosen)
+
+    def _learn(self, drafts: Drafts, chosen: Sequence[Sequence[Chosen]], seconds: StepSeconds | None) -> None:
+        """Count the drafts that stood, and let the drafter know how the step went."""
+        agreed = [
+            same_prefix([item.token for item in own], said)
+            for own, said in zip(chosen, drafts.tokens, strict=True)
+        ]
+        examined = sum(min(n + 1, len(said)) for n, said in zip(agreed, drafts.tokens, strict=True))
+        self.counts.drafted += sum(map(len, drafts.tokens))
+        self.counts.examined += examined
+        self.counts.accepted += sum(agreed)
+        self.drafter.learn(drafts, sum(agreed), examined, seconds)
+
+    def _verify(self, plan: Plan, rows: Sequence[Row], drafts: Drafts) -> dict[str, Tensor]:
+        """The models behind the front on every row's last token and drafts: logits [sum of 1 + drafts, V]."""
+        behind = [name for name in self.ensemble.runners if name not in self.drafter.front]
+        work = {name: self.drafter.verification(name, rows, drafts, plan.prefill[name]) for name in behind}
+        return forward_all(self.ensemble.runners, work)
+
+    def _accept(self, rows: Sequence[Row], drafts: Drafts, views: Mapping[str, Tensor]) -> list[list[Chosen]]:
+        """What the proxy says at the spots of the drafts, up to the first that it does not agree with. A model
+        alone has no front, so the token after its drafts is known too."""
+        after = 0 if self.drafter.front else 1
+        spots = [
+            Spot(row, len(row.tokens) + offset)
+            for row, said in zip(rows, drafts.tokens, strict=True)
+            for offset in range(len(said) + after)
+        ]
+        if not spots:
+            return [[] for _ in rows]
+        behind, at = list[int](), 0
+        for said in drafts.tokens:
+            behind += range(at, at + len(said) + after)
+            at += len(said) + 1
+        logits = {name: values[behind] for name, values in views.items()} if len(behind) < at else dict(views)
+        picked = self._settle(spots, {**logits, **drafts.logits})
+        chosen, at = [], 0
+        for said in drafts.tokens:
+            own = picked[at : at + len(said) + after]
+            chosen.append(own[: same_prefix([item.token for item in own], said) + 1])
+            at += len(own)
+        return chosen
+
+    def _close(
+        self,
+        plan: Plan,
+        rows: Sequence[Row],
+        drafts: Drafts,
+        views: Mapping[str, Tensor],
+        chosen: list[list[Chosen]],
+    ) -> int:
+        """Where all drafts stood, the front reads the last of them, and the proxy says one token more. ->
+        in how many rows."""
+        front = self.drafter.front
+        ends = [at - 1 for at in accumulate(len(said) + 1 for said in drafts.tokens)]
+        open_rows = [
+            index
+            for index, (row, said, own) in enumerate(zip(rows, drafts.tokens, chosen, strict=True))
+            if [c.token for c in own] == said and not (said and said[-1] in row.request.eos)
+        ]
+        if not front or not open_rows:
+            return 0
+        prefill = plan.prefill if drafts.forwards == 0 else {}
+        work = {
+            name: feed(self.drafter.closing(name, rows, drafts, open_rows), prefill.get(name, ()))
+            for name in front
+        }
+        logits = forward_all(self.ensemble.runners, work)
+        behind = [ends[index] for index in open_rows]
+        logits |= {
+            name: values if len(behind) == len(values) else values[behind] for name, values in views.items()
+        }
+        spots = [
+            Spot(rows[index], len(rows[index].tokens) + len(drafts.tokens[index])) for index in open_rows
+        ]
+        for index, last in zip(open_rows, self._settle(spots, logits), strict=True):
+            chosen[index].append(last)
+        return len(open_rows)
+
+    def _settle(self, spots: Sequence[Spot], logits: Mapping[str, Tensor]) -> list[Chosen]:
+        """Combine logits [P, V] of every model and choose the tokens at P spots."""
+        alphas = [spot.row.request.alpha.at(spot.position) for spot in spots]
         device = logits[self.ensemble.lead].device
         combined = self.ensemble.combine(logits, torch.tensor(alphas, dtype=torch.float64, device=device))
-        tokens = self._choose(combined, rows)
-        if self.trace:
-            self._record(combined, logits, tokens, rows, alphas)
-        return self._advance(rows, tokens, log_probability(combined, tokens))
+        tokens = pick(combined, spots)
+        logprobs = log_probability(combined, tokens).tolist()
+        ids: list[int] = tokens.tolist()
+        traces = self._traces(combined, logits, tokens, alphas) if self.trace else [None] * len(ids)
+        return [Chosen(*item) for item in zip(ids, logprobs, traces, strict=True)]
 
-    def _choose(self, combined: Tensor, rows: list[Row]) -> Tensor:
-        device, requests = combined.device, [row.request for row in rows]
-        where, ids = banned(rows)
-        allowed = ban(combined, torch.tensor(where, device=device), torch.tensor(ids, device=device))
-        choice = Choice(
-            temperature=torch.tensor([r.temperature for r in requests], dtype=torch.float64, device=device),
-            top_k=torch.tensor([r.top_k for r in requests], device=device),
-            top_p=torch.tensor([r.top_p for r in requests], dtype=torch.float64, device=device),
-            keys=torch.tensor([r.key for r in requests], device=device),
-            positions=torch.tensor([len(row.tokens) for row in rows], device=device),
-            sampled=tuple(index for index, r in enumerate(requests) if r.temperature > 0),
-        )
-        tokens = choose(allowed, choice)
-        forced = [
-            (i, r.forced[at]) for i, r in enumerate(requests) if (at := len(rows[i].tokens)) < len(r.forced)
-        ]
-        for index, token in forced:
-            tokens[index] = token
-        return tokens
-
-    def _record(
-        self,
-        combined: Tensor,
-        logits: Mapping[str, Tensor],
-        tokens: Tensor,
-        rows: list[Row],
-        alphas: list[float],
-    ) -> None:
-        views = {**{name: values.to(combined.device) for name, values in logits.items()}, "proxy": combined}
+    def _traces(
+        self, combined: Tensor, logits: Mapping[str, Tensor], tokens: Tensor, alphas: Sequence[float]
+    ) -> list[TokenTrace]:
+        """How every model saw the tokens."""
+        views = {name: logits[name].to(combined.device) for name in self.ensemble.runners} | {
+            "proxy": combined
+        }
         chosen = {name: log_probability(values, tokens).exp().tolist() for name, values in views.items()}
         top = {name: values.argmax(-1).tolist() for name, values in views.items()}
-        for index, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-            probability = {name: values[index] for name, values in chosen.items()}
-            row.trace.append(
-                TokenTrace(token, alphas[index], probability, {n: v[index] for n, v in top.items()})
+        return [
+            TokenTrace(
+                token,
+                alphas[index],
+                {name: values[index] for name, values in chosen.items()},
+                {name: values[index] for name, values in top.items()},
             )
+            for index, token in enumerate(tokens.tolist())
+        ]
 
-    def _advance(self, rows: list[Row], tokens: Tensor, logprobs: Tensor) -> list[Result]:
+    def _advance(self, rows: Sequence[Row], chosen: Sequence[Sequence[Chosen]]) -> list[Result]:
+        """Append the chosen tokens to their rows, up to where a response ends; take the drafts back."""
         results, done = [], []
-        for index, (row, token, logprob) in enumerate(
-            zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)
-        ):
-            if logprob != logprob:
-                raise FloatingPointError(f"logits of request {row.request.tag!r} are not numbers (overflow?)")
-            row.tokens.append(token)
-            row.logprob += logprob
-            for name, ids in row.ids.items():
-                ids.extend(self.ensemble.runners[name].alignment.spell(token))
-            if self.on_token is not None:
-                self.on_token(row.request, token)
-            reason = finish_reason(row) or self._full(row)
+        for index, (row, tokens) in enumerate(zip(rows, chosen, strict=True)):
+            self.counts.row_steps += 1
+            reason = next((found for item in tokens if (found := self._append(row, item))), None)
             if reason is not None:
                 results.append(Result(row.request, tuple(row.tokens), reason, row.logprob, tuple(row.trace)))
+                self.drafter.forget(row)
                 done.append(index)
-        self.generated_tokens += len(rows)
+                continue
+            for name, ids in row.ids.items():
+                runner = self.ensemble.runners[name]
+                known = len(ids) - len(runner.alignment.spell(row.tokens[-1]))
+                if runner.rows.lengths[index] > known:
+                    runner.rows.rewind(index, known)
         self.scheduler.finish(done)
         return results
+
+    def _append(self, row: Row, item: Chosen) -> str | None:
+        """One token more; -> why the response ends with it, if it does."""
+        if item.logprob != item.logprob:
+            raise FloatingPointError(f"logits of request {row.request.tag!r} are not numbers (overflow?)")
+        row.tokens.append(item.token)
+        row.logprob += item.logprob
+        if item.trace is not None:
+            row.trace.append(item.trace)
+        for name, ids in row.ids.items():
+            ids.extend(self.ensemble.runners[name].alignment.spell(item.token))
+        self.counts.generated_tokens += 1
+        if self.on_token is not None:
+            self.on_token(row.request, item.token)
+        return finish_reason(row) or self._full(row)
 
     def _full(self, row: Row) -> str | None:
         """length where a model's window is full first: spelled out, a token can take several ids."""
         full = any(len(ids) > self.ensemble.runners[name].window for name, ids in row.ids.items())
         return "length" if full else None
-
-
-def banned(rows: list[Row]) -> tuple[list[int], list[int]]:
-    """Pairs (row, token) that may not be chosen now: bans, and end-of-sequence before the minimum length."""
-    where: list[int] = []
-    ids: list[int] = []
-    for index, row in enumerate(rows):
-        request, position = row.request, len(row.tokens)
-        bans = set(request.banned)
-        if position == 0:
-            bans |= request.banned_first
-        if position < request.min_new_tokens:
-            bans |= request.eos
-        where += [index] * len(bans)
-        ids += sorted(bans)
-    return where, ids
 
 
 def finish_reason(row: Row) -> str | None:

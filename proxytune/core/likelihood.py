@@ -16,7 +16,7 @@ from torch import Tensor
 from proxytune.config import AlphaSchedule
 from proxytune.core.engine import Ensemble
 from proxytune.core.logits import log_probability
-from proxytune.core.runner import Runner, Segment
+from proxytune.core.runner import Runner, Segment, Work
 from proxytune.errors import UserError
 
 POSITIONS = 1024
@@ -143,7 +143,7 @@ def _prefill(runner: Runner, name: str, batch: Sequence[Continuation], chunk: in
             lengths = list(runner.rows.lengths)
             lengths[row] += len(piece)
             runner.rows.reserve(lengths)
-            runner.forward([Segment(row, piece)], [])
+            runner.forward(Work([Segment(row, piece)], []))
 
 
 def _whole(
@@ -157,7 +157,7 @@ def _whole(
             segments.append(Segment(row, (item.contexts[name][-1], *ids)))
             keep += [start + end for end in ends]
             start += 1 + len(ids)
-        logits[name] = runner.forward(segments, keep)
+        logits[name] = runner.forward(Work(segments, keep))
     targets = [token for item in batch for token in item.ids]
     offsets = [position for item in batch for position in range(len(item.ids))]
     logprobs, greedy = _under_alphas(ensemble, logits, targets, offsets, alphas)
@@ -180,7 +180,7 @@ def _in_pieces(
             before = item.contexts[name][-1:] if start == 0 else runner.alignment.spell(item.ids[start - 1])
             ids, ends = _fed(runner, Continuation(item.contexts, piece))
             keep = [len(before) - 1 + end for end in ends]
-            logits[name] = runner.forward([Segment(0, (*before, *ids))], keep)
+            logits[name] = runner.forward(Work([Segment(0, (*before, *ids))], keep))
         offsets = list(range(start, start + len(piece)))
         parts.append(_under_alphas(ensemble, logits, list(piece), offsets, alphas))
     logprobs, greedy = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))

@@ -126,24 +126,23 @@ def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Choice:
-    """How each row of a batch chooses its token: all tensors [B]."""
+    """How some rows of a batch draw their tokens: all tensors [S]."""
 
+    rows: Tensor
+    """Which rows; the others take the largest logit."""
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
     keys: Tensor
     positions: Tensor
-    sampled: tuple[int, ...]
-    """The rows with a temperature above 0, known on the host so that greedy batches draw no noise."""
 
 
-def choose(logits: Tensor, choice: Choice) -> Tensor:
+def choose(logits: Tensor, choice: Choice | None) -> Tensor:
     """The next token of every row, [B, V] -> [B]: the first of the largest logits, or a sample where asked
     for."""
     tokens = logits.argmax(-1)
-    if not choice.sampled:
+    if choice is None:
         return tokens
-    rows = torch.tensor(choice.sampled, device=logits.device)
-    warped = warp(logits[rows], choice.temperature[rows], choice.top_k[rows], choice.top_p[rows])
-    noise = gumbel(choice.keys[rows], choice.positions[rows], logits.shape[-1])
-    return tokens.index_copy(0, rows, (warped.double() + noise).argmax(-1))
+    warped = warp(logits[choice.rows], choice.temperature, choice.top_k, choice.top_p)
+    noise = gumbel(choice.keys, choice.positions, logits.shape[-1])
+    return tokens.index_copy(0, choice.rows, (warped.double() + noise).argmax(-1))

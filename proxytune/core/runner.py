@@ -7,7 +7,7 @@ serves the families that do not go through our attention."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from proxytune.core.attention import Group, Packed
+from proxytune.core.attention import Group, Packed, Part
 from proxytune.core.cache import KVCache, Placement, Rows
 from proxytune.core.logits import widen
+from proxytune.core.lora import SharedLora
 
 Forward = Callable[..., Any]
 """A causal language model's forward: keyword arguments as in Hugging Face, an object with `.logits`."""
@@ -28,6 +29,16 @@ class Segment(NamedTuple):
 
     row: int
     ids: tuple[int, ...]
+
+
+class Work(NamedTuple):
+    """What one model is fed in one forward: segments of distinct rows, ascending.
+
+    `keep` are ascending indices into the tokens of all segments in a row: after which of them logits are
+    wanted."""
+
+    segments: Sequence[Segment]
+    keep: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -79,11 +90,13 @@ class Runner(Protocol):
         """The ragged rows, to admit, rewind, swap and drop."""
         ...
 
-    def forward(self, segments: Sequence[Segment], keep: Sequence[int]) -> Tensor:
-        """Feed the segments (distinct rows, ascending) -> logits [len(keep), V] of the base's vocabulary.
+    @property
+    def weights(self) -> object:
+        """What the model stands on: models with the same weights can share a forward."""
+        ...
 
-        `keep` are ascending indices into the tokens of all segments in a row: after which of them logits are
-        wanted."""
+    def forward(self, work: Work) -> Tensor:
+        """Feed the segments -> logits [len(keep), V] of the base's vocabulary."""
         ...
 
 
@@ -97,35 +110,96 @@ class ModelRunner:
         alignment: Alignment,
         window: int,
         device: torch.device,
+        *,
         embed: Callable[[Tensor], Tensor] | None = None,
+        lora: SharedLora | None = None,
+        adapter: str | None = None,
     ) -> None:
-        """`embed` turns ids [1, T] into embeddings where a soft prompt adds virtual tokens to the
-        vocabulary."""
+        """`embed` turns ids [1, T] into embeddings where a soft prompt adds virtual tokens to the vocabulary
+        (of this model or of one on the same weights). `lora` are the adapters that lie in the model's
+        layers, `adapter` the one that this model runs with."""
         self.model, self.cache, self.alignment, self.window = model, cache, alignment, window
-        self.device, self.embed = device, embed
+        self.device, self.embed, self.lora, self.adapter = device, embed, lora, adapter
 
     @property
     def rows(self) -> Rows:
         return self.cache
 
-    @torch.inference_mode()
-    def forward(self, segments: Sequence[Segment], keep: Sequence[int]) -> Tensor:
-        lengths = self.cache.lengths
+    @property
+    def weights(self) -> object:
+        return self.model
+
+    def forward(self, work: Work) -> Tensor:
+        return run_together([(self, work)])[0]
+
+
+@torch.inference_mode()
+def run_together(parts: Sequence[tuple[ModelRunner, Work]]) -> list[Tensor]:
+    """One forward for several models on the same weights, each with its own cache and adapter: the weights
+    are read once. -> logits [len(keep), V] per part."""
+    first = parts[0][0]
+    packed, ids, keep, spans = [], list[int](), list[int](), dict[str, slice]()
+    for runner, (segments, wanted) in parts:
+        start, lengths = len(ids), runner.cache.lengths
         starts = [lengths[s.row] for s in segments]
         counts = [len(s.ids) for s in segments]
-        at = Placement.of([s.row for s in segments], starts, counts, self.device)
-        ids = torch.tensor([[i for s in segments for i in s.ids]], device=self.device)  # [1, T]
-        tokens = {"input_ids": ids} if self.embed is None else {"inputs_embeds": self.embed(ids)}
-        out = self.model(
-            **tokens,
-            position_ids=at.positions[None],
-            use_cache=False,
-            logits_to_keep=torch.tensor(keep, dtype=torch.long, device=self.device),
-            packed=Packed(self.cache, at, group(segments, starts)),
-        )
-        for segment in segments:
-            self.cache.commit(segment.row, len(segment.ids))
-        return self.alignment.align(widen(out.logits[0]))
+        at = Placement.of([s.row for s in segments], starts, counts, first.device)
+        ids += [i for s in segments for i in s.ids]
+        keep += [start + index for index in wanted]
+        tokens = slice(start, len(ids))
+        packed.append(Part(runner.cache, at, group(segments, starts), tokens))
+        if runner.adapter is not None:
+            spans[runner.adapter] = tokens
+    if first.lora is not None:
+        first.lora.place(spans, len(ids))
+    tokens_in = torch.tensor([ids], device=first.device)  # [1, T]
+    positions = [part.at.positions for part in packed]
+    out = first.model(
+        **{"input_ids": tokens_in}
+        if first.embed is None
+        else {"inputs_embeds": _embedded(parts, tokens_in, packed)},
+        position_ids=(positions[0] if len(positions) == 1 else torch.cat(positions))[None],
+        use_cache=False,
+        logits_to_keep=torch.tensor(keep, dtype=torch.long, device=first.device),
+        packed=Packed(packed),
+    )
+    logits = widen(out.logits[0])
+    results, done = [], 0
+    for runner, work in parts:
+        for segment in work.segments:
+            runner.cache.commit(segment.row, len(segment.ids))
+        results.append(runner.alignment.align(logits[done : done + len(work.keep)]))
+        done += len(work.keep)
+    return results
+
+
+def _embedded(parts: Sequence[tuple[ModelRunner, Work]], ids: Tensor, packed: Sequence[Part]) -> Tensor:
+    """Embeddings [1, T, d], every part's by its own table: virtual ids mean each model's own soft prompt."""
+    pieces = []
+    for (runner, _), part in zip(parts, packed, strict=True):
+        assert runner.embed is not None
+        pieces.append(runner.embed(ids[:, part.tokens]))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def forward_all(runners: Mapping[str, Runner], work: Mapping[str, Work]) -> dict[str, Tensor]:
+    """Feed several models: name -> logits. Those on the same weights go through them together."""
+    together: dict[int, list[str]] = {}
+    for name, (segments, _) in work.items():
+        if segments:
+            together.setdefault(id(runners[name].weights), []).append(name)
+    logits: dict[str, Tensor] = {}
+    for names in together.values():
+        if len(names) == 1:
+            logits[names[0]] = runners[names[0]].forward(work[names[0]])
+            continue
+        parts = []
+        for name in names:
+            runner = runners[name]
+            assert isinstance(runner, ModelRunner)
+            parts.append((runner, work[name]))
+        logits |= zip(names, run_together(parts), strict=True)
+    return logits
 
 
 MAX_GROUPED = 16
@@ -149,6 +223,8 @@ def group(segments: Sequence[Segment], starts: Sequence[int]) -> list[Group]:
 
 class ReferenceRows:
     """Rows of a ReferenceRunner: ids fed so far, and the model's own cache of each row."""
+
+    rewinds = False
 
     def __init__(self, tokens: int) -> None:
         self.lengths: list[int] = []
@@ -218,12 +294,16 @@ class ReferenceRunner:
     def rows(self) -> Rows:
         return self._rows
 
+    @property
+    def weights(self) -> object:
+        return self
+
     @torch.inference_mode()
-    def forward(self, segments: Sequence[Segment], keep: Sequence[int]) -> Tensor:
+    def forward(self, work: Work) -> Tensor:
         kept, start = [], 0
-        for segment in segments:
+        for segment in work.segments:
             end = start + len(segment.ids)
-            kept.append(self._feed(segment, [at - start for at in keep if start <= at < end]))
+            kept.append(self._feed(segment, [at - start for at in work.keep if start <= at < end]))
             start = end
         return torch.cat(kept)
 

@@ -83,19 +83,32 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: rows 0..decoding-1 take one token each; `segments` per model feed them first, then prefill
-    others."""
+    """One step: rows 0..decoding-1 decode, with room for `depths[i]` drafts each; `prefill` per model are
+    prompt tokens of others."""
 
     decoding: int
-    segments: Mapping[str, tuple[Segment, ...]]
+    depths: tuple[int, ...]
+    prefill: Mapping[str, tuple[Segment, ...]]
+
+
+def no_drafts(rows: Sequence[Row]) -> Sequence[int]:
+    """Plain decoding."""
+    return [0] * len(rows)
 
 
 class Scheduler:
     """Rows under way, and requests that wait."""
 
-    def __init__(self, caches: Mapping[str, Rows], max_rows: int, prefill_tokens: int) -> None:
-        """At most `max_rows` rows at a time, and `prefill_tokens` prompt tokens per model and step."""
-        self.caches = caches
+    def __init__(
+        self,
+        caches: Mapping[str, Rows],
+        max_rows: int,
+        prefill_tokens: int,
+        longest: Mapping[str, int] | None = None,
+    ) -> None:
+        """At most `max_rows` rows at a time, and `prefill_tokens` prompt tokens per model and step.
+        `longest`: most ids that one token takes in a model's vocabulary (1 unless said)."""
+        self.caches, self.longest = caches, longest or dict.fromkeys(caches, 1)
         self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
         self.rows: list[Row] = []
         self.waiting: deque[Row] = deque()
@@ -113,19 +126,20 @@ class Scheduler:
             request, self._tickets, prompt, {name: list(ids) for name, ids in request.contexts.items()}
         )
 
-    def plan(self) -> Plan:
-        """Decide the next step; admits and preempts rows on the way."""
+    def plan(self, wishes: Callable[[Sequence[Row]], Sequence[int]] = no_drafts) -> Plan:
+        """Decide the next step; admits and preempts rows on the way. `wishes`: how many drafts the decoding
+        rows would like to have; where they do not fit, nobody has any."""
         self._admit()
         while True:
             decoding = self._order()
-            plan = Plan(decoding, self._segments(decoding))
-            targets = {name: self._targets(name, plan) for name in self.caches}
-            if all(self.caches[name].fits(lengths) for name, lengths in targets.items()):
-                break
+            prefill = self._prefill(decoding)
+            for depths in (tuple(wishes(self.rows[:decoding])), (0,) * decoding):
+                targets = {name: self._targets(name, depths, prefill[name]) for name in self.caches}
+                if all(self.caches[name].fits(lengths) for name, lengths in targets.items()):
+                    for name, lengths in targets.items():
+                        self.caches[name].reserve(lengths)
+                    return Plan(decoding, depths, prefill)
             self._preempt()
-        for name, lengths in targets.items():
-            self.caches[name].reserve(lengths)
-        return plan
 
     def finish(self, done: Iterable[int]) -> None:
         """Rows that ended: a waiting request with the same prompt takes the place over, or the place is
@@ -172,14 +186,12 @@ class Scheduler:
         for rows in self.caches.values():
             rows.drop(index)
 
-    def _segments(self, decoding: int) -> dict[str, tuple[Segment, ...]]:
+    def _prefill(self, decoding: int) -> dict[str, tuple[Segment, ...]]:
         oldest = sorted(range(decoding, len(self.rows)), key=lambda index: self.rows[index].ticket)
-        return {name: self._feed(name, decoding, oldest) for name in self.caches}
+        return {name: self._chunks(name, oldest) for name in self.caches}
 
-    def _feed(self, name: str, decoding: int, oldest: Sequence[int]) -> tuple[Segment, ...]:
-        """The last token of every decoding row; then prompt tokens, all but a row's last, oldest row
-        first."""
-        segments = [Segment(index, (self.rows[index].ids[name][-1],)) for index in range(decoding)]
+    def _chunks(self, name: str, oldest: Sequence[int]) -> tuple[Segment, ...]:
+        """Prompt tokens, all but a row's last, oldest row first."""
         budget = self.prefill_tokens
         chunks = []
         for index in oldest:
@@ -188,11 +200,14 @@ class Scheduler:
                 seen = self.caches[name].lengths[index]
                 chunks.append(Segment(index, tuple(self.rows[index].ids[name][seen : seen + count])))
                 budget -= count
-        return (*segments, *sorted(chunks, key=lambda segment: segment.row))
+        return tuple(sorted(chunks, key=lambda segment: segment.row))
 
-    def _targets(self, name: str, plan: Plan) -> list[int]:
+    def _targets(self, name: str, depths: Sequence[int], prefill: Sequence[Segment]) -> list[int]:
+        """Tokens of every row after the step, before drafts are taken back."""
         lengths = list(self.caches[name].lengths)
-        for segment in plan.segments[name]:
+        for index, drafts in enumerate(depths):
+            lengths[index] += 1 + drafts * self.longest[name]
+        for segment in prefill:
             lengths[segment.row] += len(segment.ids)
         return lengths
 

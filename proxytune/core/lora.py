@@ -1,0 +1,51 @@
+"""LoRA adapters that act on a contiguous span of a packed forward: models that differ by an adapter run
+together on one set of weights.
+
+y = W x, and on the adapter's tokens y += scale * B (A x) (Hu et al. 2022, eq. 3), unmerged and unrounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+
+@dataclass(eq=False)
+class SharedLora:
+    """Where in the coming forward each adapter acts: one object for all layers of one model."""
+
+    spans: dict[str, slice] = field(default_factory=dict)
+    tokens: int = 0
+
+    def place(self, spans: Mapping[str, slice], tokens: int) -> None:
+        """The coming forward has so many tokens; each named adapter acts on its span of them."""
+        self.spans, self.tokens = dict(spans), tokens
+
+
+class SpanLora(nn.Module):
+    """A linear layer with adapters, each active on its own span of the tokens."""
+
+    def __init__(self, linear: nn.Module, shared: SharedLora) -> None:
+        """`linear` maps [..., T, in] to [..., T, out]; it may be quantised."""
+        super().__init__()
+        self.linear, self.shared = linear, shared
+        self.adapters: dict[str, tuple[Tensor, Tensor, float]] = {}
+
+    def add(self, name: str, down: Tensor, up: Tensor, scale: float) -> None:
+        """Adapter `name`: A [r, in], B [out, r] and its scale."""
+        self.adapters[name] = down, up, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[1, T, in] -> [1, T, out]."""
+        y: Tensor = self.linear(x)
+        for name, span in self.shared.spans.items():
+            if name in self.adapters:
+                if x.shape[-2] != self.shared.tokens:
+                    raise RuntimeError(
+                        f"a layer with adapter '{name}' sees {x.shape[-2]} of {self.shared.tokens} tokens"
+                    )
+                down, up, scale = self.adapters[name]
+                part = x[..., span, :]
+                y[..., span, :] += ((part.to(down.dtype) @ down.T) @ up.T * scale).to(y.dtype)
+        return y

@@ -1,0 +1,141 @@
+"""How far to draft: chosen from measured times of the forwards and measured acceptance. No torch.
+
+Tokens per step and seconds per step are both known functions of the draft length k once the times of the
+three kinds of forward and the share of accepted drafts are (performance model: Leviathan et al. 2023, section
+3.3, with the expert's forwards owed anyway). k = 0, plain decoding, is one of the choices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+LADDER = (0, 1, 2, 3, 4, 6, 8)
+"""Draft lengths to choose from."""
+TRIED_FIRST = (0, 1, 3)
+"""Draft lengths whose times are measured before anything is decided. Two tokens can cost far more than one
+and four hardly more than two, so that 1 alone says little about the others."""
+SMALL_BATCH = 64
+"""Tokens per verification up to which a draft length is tried without being asked for by the estimate."""
+GAIN = 1.05
+"""How much faster than plain decoding the estimate must be: below that it is noise."""
+SAMPLES = 2
+"""Times that a measurement needs: the first call of a shape is slow."""
+RECENT = 0.2
+"""Weight of a new time in the running mean."""
+MEMORY = 0.97
+"""How much of the acceptance counts is kept from step to step."""
+RETRY = 128
+"""Plain steps after which one step drafts again, to see whether acceptance has changed."""
+
+
+@dataclass
+class Times:
+    """Seconds of one kind of forward by its number of tokens."""
+
+    seen: dict[int, tuple[float, int]] = field(default_factory=dict)
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """One measurement. The best of the first ones counts, then a running mean that outliers hardly
+        move."""
+        mean, count = self.seen.get(tokens, (seconds, 0))
+        if count < SAMPLES:
+            mean = min(mean, seconds)
+        else:
+            mean += RECENT * (min(seconds, 2 * mean) - mean)
+        self.seen[tokens] = mean, count + 1
+
+    def known(self, tokens: int) -> bool:
+        """Whether this many tokens, or about as many, were measured often enough."""
+        return any(count >= SAMPLES and 0.8 <= n / tokens <= 1.25 for n, (_, count) in self.seen.items())
+
+    def at(self, tokens: float) -> float:
+        """Seconds for so many tokens: measured, between two measurements, or on the line through the last
+        two."""
+        if tokens <= 0 or not self.seen:
+            return 0.0
+        if tokens in self.seen:
+            return self.seen[int(tokens)][0]
+        points = sorted((n, mean) for n, (mean, _) in self.seen.items())
+        if tokens < points[0][0] or len(points) == 1:
+            n, mean = points[0]
+            return float(mean * max(1.0, tokens / n) ** 0.5)
+        upper = next((i for i, (n, _) in enumerate(points) if n > tokens), len(points) - 1)
+        (n0, t0), (n1, t1) = points[upper - 1], points[upper]
+        return max(t0, t0 + (t1 - t0) * (tokens - n0) / (n1 - n0))
+
+
+@dataclass
+class Pace:
+    """Measurements of one engine, and the draft length that they speak for."""
+
+    draft: Times = field(default_factory=Times)
+    """The front, once per draft."""
+    verify: Times = field(default_factory=Times)
+    """The others, on all drafts together."""
+    close: Times = field(default_factory=Times)
+    """The front again, where all drafts stood, and the choice of the last token."""
+    accepted: float = 2.8
+    examined: float = 4.0
+    """Drafts that the proxy was asked about, decayed; the start is a guess of 0.7."""
+    hits: float = 1.0
+    guesses: float = 2.0
+    """Tokens of earlier passages that the drafter was asked about, decayed."""
+    forwards: float = 1.0
+    drafted: float = 1.0
+    """Forwards of the front per draft: below 1 where earlier passages are guessed right."""
+    plain_steps: int = 0
+    _asked: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of drafts that stand."""
+        return self.accepted / self.examined
+
+    def choose(self, rows: int) -> int:
+        """The draft length for a step of so many rows."""
+        if rows == 0:
+            return 0
+        for k in TRIED_FIRST:
+            if rows * (k + 1) <= SMALL_BATCH and not self._measured(rows, k):
+                return k
+        best = max(LADDER, key=lambda k: self.speed(rows, k))
+        if best == 0 or self.speed(rows, best) < GAIN * self.speed(rows, 0):
+            self.plain_steps += 1
+            worth = rows * 2 <= SMALL_BATCH and self.plain_steps % RETRY == 0
+            return 1 if worth else 0
+        return best
+
+    def _measured(self, rows: int, k: int) -> bool:
+        return self.verify.known(rows * (k + 1)) and (k == 0 or self.draft.known(rows) or not self.draft.seen)
+
+    def speed(self, rows: int, k: int) -> float:
+        """Estimated tokens per second and row with drafts of length k; 0 where nothing is known yet."""
+        a = min(self.acceptance, 0.999)
+        tokens = (1 - a ** (k + 1)) / (1 - a)
+        all_stood = a**k
+        seconds = self.verify.at(rows * (k + 1))
+        seconds += k * self.draft.at(rows) * self.forwards / self.drafted
+        # one row that needs the closing forward is enough for it to run
+        seconds += (1 - (1 - all_stood) ** rows) * self.close.at(max(1.0, rows * all_stood))
+        return tokens / seconds if seconds else 0.0
+
+    def saw_drafts(self, rows: int, forwards: int, drafted: int, seconds: float) -> None:
+        """The front ran ahead."""
+        self.draft.add(rows, seconds / forwards)
+        self.forwards = MEMORY * self.forwards + forwards * rows
+        self.drafted = MEMORY * self.drafted + drafted
+
+    def saw_acceptance(self, accepted: int, examined: int) -> None:
+        """So many of the examined drafts stood."""
+        self.accepted = MEMORY * self.accepted + accepted
+        self.examined = MEMORY * self.examined + examined
+
+    def saw_guess(self, hits: int, guessed: int) -> None:
+        """The drafter agreed with so many of the guessed tokens, and was asked about one more if any is
+        left."""
+        self.hits = MEMORY * self.hits + hits
+        self.guesses = MEMORY * self.guesses + min(guessed, hits + 1)
+
+    def guessing(self) -> bool:
+        """Whether earlier passages are worth a guess: not where the drafter disagrees with them."""
+        self._asked += 1
+        return self.hits > 0.3 * self.guesses or self._asked % 16 == 0

@@ -1,0 +1,75 @@
+"""Which token stands at a position of a response: bans, forced tokens, and the choice from logits.
+
+A place is a row and a position, not a step: the expert's drafts and the proxy's own choice for one position
+draw the same noise, so a draft that the proxy agrees with is the token that plain decoding gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from proxytune.core.logits import Choice, ban, choose
+from proxytune.core.scheduler import Row
+
+
+class Spot(NamedTuple):
+    """A position of a response, counted from 0, whose token is wanted."""
+
+    row: Row
+    position: int
+
+
+Pick = Callable[[Tensor, Sequence[Spot]], Tensor]
+"""Logits [P, V] and the P spots that they belong to -> tokens [P]."""
+
+
+def banned(spots: Sequence[Spot]) -> tuple[list[int], list[int]]:
+    """Pairs (index of a spot, token) that may not be chosen: bans, and end-of-sequence before the minimum
+    length."""
+    where: list[int] = []
+    ids: list[int] = []
+    for index, (row, position) in enumerate(spots):
+        request = row.request
+        early = position < request.min_new_tokens
+        if not (request.banned or early or (position == 0 and request.banned_first)):
+            continue
+        bans = set(request.banned)
+        if position == 0:
+            bans |= request.banned_first
+        if early:
+            bans |= request.eos
+        where += [index] * len(bans)
+        ids += sorted(bans)
+    return where, ids
+
+
+def pick(logits: Tensor, spots: Sequence[Spot]) -> Tensor:
+    """The tokens [P] that stand at these spots, given logits [P, V]."""
+    device, requests = logits.device, [spot.row.request for spot in spots]
+    where, ids = banned(spots)
+    if where:
+        logits = ban(logits, torch.tensor(where, device=device), torch.tensor(ids, device=device))
+    tokens = choose(logits, _choice(spots, device))
+    for index, (request, spot) in enumerate(zip(requests, spots, strict=True)):
+        if spot.position < len(request.forced):
+            tokens[index] = request.forced[spot.position]
+    return tokens
+
+
+def _choice(spots: Sequence[Spot], device: torch.device) -> Choice | None:
+    """How the sampled spots choose; None if all are greedy."""
+    sampled = [index for index, spot in enumerate(spots) if spot.row.request.temperature > 0]
+    if not sampled:
+        return None
+    requests = [spots[index].row.request for index in sampled]
+    return Choice(
+        rows=torch.tensor(sampled, device=device),
+        temperature=torch.tensor([r.temperature for r in requests], dtype=torch.float64, device=device),
+        top_k=torch.tensor([r.top_k for r in requests], device=device),
+        top_p=torch.tensor([r.top_p for r in requests], dtype=torch.float64, device=device),
+        keys=torch.tensor([r.key for r in requests], device=device),
+        positions=torch.tensor([spots[index].position for index in sampled], device=device),
+    )
