@@ -173,8 +173,17 @@ class Decoder:
             )
         spec = CacheSpec(family.layers, pool, family.dtype, family.devices)
         cache: KVCache = SlotCache(spec) if model.device.type == "cpu" else PagedCache(spec)
-        embed = model.embed if model.virtual is not None else None
-        return ModelRunner(model.forward, cache, alignment, family.window, model.device, embed=embed)
+        soft = any(m.virtual is not None and m.module is model.module for m in self.loaded.values())
+        return ModelRunner(
+            model.forward,
+            cache,
+            alignment,
+            family.window,
+            model.device,
+            embed=model.embed if soft else None,
+            lora=model.adapters.lora,
+            adapter=model.adapter,
+        )
 
     def _alignment(self, model: Loaded) -> Alignment:
         if model.name == self.lead:

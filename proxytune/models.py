@@ -7,7 +7,6 @@ shares the antiexpert's weights."""
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,13 +15,12 @@ from typing import Any
 
 import psutil
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
+from proxytune.adapters import BAD_CHECKPOINT, Adapters, AdapterSwitch, attach_for_good, bytes_of, first_line
 from proxytune.config import ExpertSpec, ModelSpec, Role, System
 from proxytune.core.runner import Forward
 from proxytune.errors import UserError, needs_extra
@@ -33,35 +31,6 @@ DEMO_SCHEME = "demo://"
 GIB = 2**30
 SMALL = GIB
 """Bytes of weights under which loading takes no time worth a progress bar."""
-BAD_CHECKPOINT = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
-"""What transformers and peft raise for a checkpoint that is absent, damaged or needs a missing package."""
-
-
-@dataclass
-class Adapters:
-    """The LoRA adapters that sit on one module; None while there are none."""
-
-    peft: Any | None = None
-
-
-@dataclass(frozen=True)
-class AdapterSwitch:
-    """A forward that first puts one adapter, or none, in force: several roles on one set of weights."""
-
-    module: PreTrainedModel
-    adapters: Adapters
-    adapter: str | None
-
-    def __call__(self, **arguments: Any) -> Any:
-        """The module's forward under this role's adapter."""
-        if self.adapters.peft is not None:
-            tuner = self.adapters.peft.base_model
-            if self.adapter is None:
-                tuner.disable_adapter_layers()
-            else:
-                tuner.set_adapter(self.adapter)
-                tuner.enable_adapter_layers()
-        return self.module(**arguments)
 
 
 @dataclass(frozen=True)
@@ -75,7 +44,7 @@ class Loaded:
     tokenizer: Tokenizer
     family: Family
     adapters: Adapters
-    """The adapters that sit on the module."""
+    """What sits on the module: adapters, of which this model runs with at most one."""
     adapter: str | None
     """The one that this model runs with."""
     weights: int
@@ -86,8 +55,12 @@ class Loaded:
 
     @property
     def forward(self) -> Forward:
-        """The module's forward with this model's adapter, and no other, in force."""
-        return AdapterSwitch(self.module, self.adapters, self.adapter)
+        """The module itself where its adapters act on spans of the tokens (or there are none); otherwise its
+        forward with this model's adapter, and no other, in force."""
+        if self.adapters.peft is None:
+            module: Forward = self.module
+            return module
+        return AdapterSwitch(self.module, self.adapters.peft, self.adapter)
 
     @property
     def device(self) -> torch.device:
@@ -108,10 +81,11 @@ class Loaded:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Ids [1, T], virtual ones included, -> embeddings [1, T, d]."""
-        assert self.virtual is not None
         table = self.module.get_input_embeddings()
         words = table.weight.shape[0]
         out: Tensor = table(ids.clamp(max=words - 1))
+        if self.virtual is None:
+            return out
         soft = ids >= words
         out[soft] = self.virtual.to(out)[ids[soft] - words]
         return out
@@ -156,8 +130,8 @@ class Models:
         shared = {self._loaded[name].shared_with for name in needed if name in self._loaded}
         for name in set(self._loaded) - needed - shared:
             model = self._loaded.pop(name)
-            if model.adapter is not None and model.adapters.peft is not None:
-                model.adapters.peft.delete_adapter(model.adapter)
+            if model.adapter is not None:
+                model.adapters.remove(model.adapter)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -202,11 +176,11 @@ class Models:
         module = load_module(spec, trust_remote_code=self.trust_remote_code)
         virtual = None
         if spec.adapter is not None:
-            module, virtual = _attach_for_good(module, spec)
+            module, virtual = attach_for_good(module, spec)
         family = examine(module)
         _refuse_soft_prompt_on_reference(name, family, virtual)
         tokenizer = load_tokenizer(spec, trust_remote_code=self.trust_remote_code)
-        size = _bytes(module) + (virtual.nbytes if virtual is not None else 0)
+        size = bytes_of(module) + (virtual.nbytes if virtual is not None else 0)
         return Loaded(name, spec, module, tokenizer, family, Adapters(), None, size, virtual=virtual)
 
     def _host(self, name: str, spec: ModelSpec) -> str:
@@ -218,18 +192,20 @@ class Models:
         return own
 
     def _load_adapter_on(self, host_name: str, name: str, spec: ModelSpec) -> Loaded:
-        """An expert as an adapter on its antiexpert: one set of weights, switched per forward."""
+        """An expert as an adapter on its antiexpert: one set of weights for both."""
         host = self.get(host_name)
-        before = _bytes(host.module)
-        peft, virtual = _attach(host.module, spec, name, host.adapters.peft)
+        attached = host.adapters.attach(host.module, spec, name, packed=host.family.path == "packed")
+        virtual = attached.virtual
         _refuse_soft_prompt_on_reference(name, host.family, virtual)
-        if virtual is not None:
-            added, adapter = virtual.nbytes, None
-        else:
-            host.adapters.peft = peft
-            added, adapter = _bytes(host.module) - before, name
+        adapter = None if virtual is not None else name
         return replace(
-            host, name=name, spec=spec, adapter=adapter, weights=added, shared_with=host_name, virtual=virtual
+            host,
+            name=name,
+            spec=spec,
+            adapter=adapter,
+            weights=attached.bytes,
+            shared_with=host_name,
+            virtual=virtual,
         )
 
 
@@ -258,7 +234,7 @@ def load_tokenizer(spec: ModelSpec, *, trust_remote_code: bool = False) -> Token
         tokenizer.model_max_length = UNBOUNDED  # our own check of the length names the numbers
         return tokenizer
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the tokenizer of '{spec.model}': {_first_line(error)}") from None
+        raise UserError(f"cannot load the tokenizer of '{spec.model}': {first_line(error)}") from None
 
 
 def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -284,7 +260,7 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
             output_loading_info=True,
         )
     except BAD_CHECKPOINT as error:
-        raise UserError(f"cannot load the model '{spec.model}': {_first_line(error)}") from None
+        raise UserError(f"cannot load the model '{spec.model}': {first_line(error)}") from None
     if missing := sorted(report["missing_keys"]):  # transformers only warns, and makes them up at random
         raise UserError(
             f"'{spec.model}' lacks {len(missing)} weights of its architecture, {missing[0]} first"
@@ -360,7 +336,7 @@ def load_config(spec: ModelSpec, *, trust_remote_code: bool = False) -> Any:
             trust_remote_code=spec.trust_remote_code or trust_remote_code,
         )
     except BAD_CHECKPOINT as error:
-        raise UserError(f"cannot load the model '{spec.model}': {_first_line(error)}") from None
+        raise UserError(f"cannot load the model '{spec.model}': {first_line(error)}") from None
 
 
 def free_memory(where: str | None = None) -> int:
@@ -372,62 +348,6 @@ def free_memory(where: str | None = None) -> int:
     return sum(gpus) + cpu if where == "auto" else gpus[0]
 
 
-def _bytes(module: torch.nn.Module) -> int:
-    unique = {t.data_ptr(): t.nbytes for t in (*module.parameters(), *module.buffers())}
-    return sum(unique.values())
-
-
-def _first_line(error: BaseException) -> str:
-    """An exception's message in one line of readable length."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
 def _refuse_soft_prompt_on_reference(name: str, family: Family, virtual: Tensor | None) -> None:
     if virtual is not None and family.path == "reference":
         raise UserError(f"the {name} is a soft prompt on a model that takes the slow path ({family.reason})")
-
-
-def _attach(
-    module: PreTrainedModel, spec: ModelSpec, name: str, peft: Any | None
-) -> tuple[Any, Tensor | None]:
-    """Attach the adapter `spec.adapter` under `name`. -> the PeftModel, and the soft prompt if it is one."""
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
-    from peft import PeftConfig, PeftModel
-
-    folder = spec.adapter or ""
-    if not (Path(folder) / "adapter_config.json").is_file() and Path(folder).exists():
-        raise UserError(f"no adapter_config.json in '{folder}': is it a PEFT folder?")
-    if Path(folder).exists() and not (Path(folder) / "adapter_model.safetensors").is_file():
-        raise UserError(f"no adapter_model.safetensors in '{folder}': pickled weights are not loaded")
-    try:
-        config = PeftConfig.from_pretrained(folder)
-        if config.is_prompt_learning:
-            if config.peft_type not in {"PROMPT_TUNING", "P_TUNING"}:
-                raise UserError(
-                    f"adapter '{folder}' is {config.peft_type.value}: LoRA and prompt tuning are supported"
-                )
-            # prompt learning leaves the module itself alone: all it adds is a table of embeddings
-            table = PeftModel.from_pretrained(module, folder, adapter_name=name).get_prompt(batch_size=1)
-            return None, table[0].detach()
-        if spec.model is None and getattr(config, "bias", "none") != "none":
-            raise UserError(
-                f"adapter '{folder}' changes biases (bias: {config.bias}), which the antiexpert shares: "
-                "give the expert its own `model`"
-            )
-        if peft is not None:
-            peft.load_adapter(folder, adapter_name=name)
-            return peft, None
-        return PeftModel.from_pretrained(module, folder, adapter_name=name).eval(), None
-    except BAD_CHECKPOINT as error:
-        raise UserError(f"cannot load the adapter '{folder}': {_first_line(error)}") from None
-
-
-def _attach_for_good(module: PreTrainedModel, spec: ModelSpec) -> tuple[PreTrainedModel, Tensor | None]:
-    """A model of its own with its adapter: merged into the weights, except into quantised ones."""
-    peft, virtual = _attach(module, spec, "default", None)
-    if virtual is not None:
-        return module, virtual
-    if spec.quantization == "none":
-        return peft.merge_and_unload(), None
-    return module, None

@@ -28,6 +28,8 @@ from tiny import spec
 from transformers import AutoModelForCausalLM
 
 from proxytune.config import ExpertSpec, ModelSpec, Role, Sampling, System
+from proxytune.core.runner import Segment, Work, forward_all
+from proxytune.core.speculative import Speculation
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
 from proxytune.models import Models, load_module
@@ -124,6 +126,67 @@ def test_adapter_on_the_antiexpert_equals_two_models(
     assert shared.loaded["expert"].module is shared.loaded["antiexpert"].module
 
 
+@pytest.mark.parametrize("k", [0, 3])
+def test_both_small_roles_share_a_forward(
+    k: int, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of the pair are read once per step, by one call of the module, and the antiexpert runs
+    ahead with the expert."""
+    d = Decoder(
+        Models(system(folders, on_anti(folders, "lora"))), "proxy", speculation=Speculation(k=k, lookup=False)
+    )
+    assert d.ensemble.front() == ("expert", "antiexpert")
+    calls = {"base": 0, "pair": 0}
+    for name, role in (("base", "base"), ("pair", "antiexpert")):
+        module = d.loaded[role].module
+
+        def counted(*args: Any, _name: str = name, _forward: Any = module.forward, **kwargs: Any) -> Any:
+            calls[_name] += 1
+            return _forward(*args, **kwargs)
+
+        monkeypatch.setattr(module, "forward", counted)
+    (found,) = d.stream(ragged(1, 3), GREEDY)
+    prefill = 1 if len(d.contexts(ragged(1, 3)[0].prompt)["base"]) > 1 else 0
+    steps = d.stats.row_steps
+    assert calls["base"] == steps + prefill
+    if k == 0:
+        assert calls["pair"] == calls["base"] == len(found.token_ids) + prefill
+    else:
+        assert d.stats.drafted + prefill <= calls["pair"] <= d.stats.drafted + steps + prefill
+
+
+def test_peft_mixed_batch_is_the_oracle_of_the_shared_forward(folders: dict[str, Path]) -> None:
+    """One packed forward of both roles gives what PEFT's own per-row adapters give, to 1e-12."""
+    models = Models(system(folders, on_anti(folders, "lora")))
+    d = Decoder(models, "proxy")
+    ids = [5, 9, 100, 7, 31]
+    runners = d.ensemble.runners
+    for name in ("expert", "antiexpert"):
+        rows = runners[name].rows
+        rows.admit()
+        rows.reserve([len(ids)])
+    work = Work([Segment(0, tuple(ids))], range(len(ids)))
+    ours = forward_all(runners, {"expert": work, "antiexpert": work})
+    peft = PeftModel.from_pretrained(
+        fresh(folders["anti"]), str(folders["lora"]), adapter_name="expert"
+    ).eval()
+    with torch.inference_mode():
+        theirs = peft(
+            input_ids=torch.tensor([ids, ids]), adapter_names=["expert", "__base__"], use_cache=False
+        ).logits
+    for name, logits in zip(("expert", "antiexpert"), theirs, strict=True):
+        assert (ours[name] - logits).abs().max() < 1e-12, name
+    assert (theirs[0] - theirs[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("k", [0, 1, 4, None])
+@pytest.mark.parametrize("name", ["lora", "head", "prompt", "mlp"])
+def test_shared_weights_speculate_as_they_decode(name: str, k: int | None, folders: dict[str, Path]) -> None:
+    pair, s = system(folders, on_anti(folders, name)), Sampling(max_new_tokens=14, temperature=0.7, n=2)
+    plain = Decoder(Models(pair), "proxy", speculation=Speculation(k=0), max_batch=1)
+    assert tokens(Decoder(Models(pair), "proxy", speculation=Speculation(k=k)), s) == tokens(plain, s)
+
+
 def test_an_adapter_costs_its_own_bytes_only(folders: dict[str, Path]) -> None:
     models = Models(system(folders, on_anti(folders, "lora")))
     memory = Decoder(models, "proxy").memory
@@ -177,9 +240,10 @@ def test_release_and_load_again(folders: dict[str, Path]) -> None:
     models = Models(system(folders, on_anti(folders, "lora")))
     before = Decoder(models, "proxy")
     want, memory = tokens(before), before.memory["expert"].weights
-    names = {name for name, _ in models.get("antiexpert").module.named_parameters() if "lora" in name}
+    layers = models.get("antiexpert").adapters.layers.values()
+    assert layers and all(set(layer.adapters) == {"expert"} for layer in layers)
     models.release(keep=["antiexpert"])
-    assert names and not any("lora" in name for name, _ in models.get("antiexpert").module.named_parameters())
+    assert not any(layer.adapters for layer in layers)
     again = Decoder(models, "proxy")
     assert tokens(again) == want and again.memory["expert"].weights == memory
     models.release(keep=["expert"])

@@ -195,8 +195,8 @@ class Engine:
         return forward_all(self.ensemble.runners, work)
 
     def _accept(self, rows: Sequence[Row], drafts: Drafts, views: Mapping[str, Tensor]) -> list[list[Chosen]]:
-        """What the proxy says at the spots of the drafts, up to the first that it does not agree with. A model
-        alone has no front, so the token after its drafts is known too."""
+        """What the proxy says at the spots of the drafts, up to the first that it does not agree with. A
+        model alone has no front, so the token after its drafts is known too."""
         after = 0 if self.drafter.front else 1
         spots = [
             Spot(row, len(row.tokens) + offset)

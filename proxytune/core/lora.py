@@ -23,6 +23,10 @@ class SharedLora:
         self.spans, self.tokens = dict(spans), tokens
 
 
+class SpanMismatch(RuntimeError):
+    """A layer with an adapter does not see the tokens of the forward in a row (an expert of a mixture)."""
+
+
 class SpanLora(nn.Module):
     """A linear layer with adapters, each active on its own span of the tokens."""
 
@@ -42,10 +46,9 @@ class SpanLora(nn.Module):
         for name, span in self.shared.spans.items():
             if name in self.adapters:
                 if x.shape[-2] != self.shared.tokens:
-                    raise RuntimeError(
+                    raise SpanMismatch(
                         f"a layer with adapter '{name}' sees {x.shape[-2]} of {self.shared.tokens} tokens"
                     )
                 down, up, scale = self.adapters[name]
-                part = x[..., span, :]
-                y[..., span, :] += ((part.to(down.dtype) @ down.T) @ up.T * scale).to(y.dtype)
+                y[..., span, :] += (x[..., span, :] @ down.T) @ up.T * scale
         return y
