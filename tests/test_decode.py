@@ -307,7 +307,7 @@ def test_prompt_that_no_pool_can_hold(trio: System) -> None:
         decoder(trio, kv_memory=10)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(0, 25), min_size=1, max_size=7),
     limit=st.integers(1, 14),

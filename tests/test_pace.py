@@ -1,0 +1,116 @@
+"""The choice of the draft length from made-up machines whose times are known."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from proxytune.core.pace import LADDER, Pace, Times
+
+Cost = Callable[[int], float]
+
+
+def ride(
+    verify: Cost, draft: Cost, acceptance: float, rows: int, steps: int = 400
+) -> tuple[dict[int, int], float, float]:
+    """Let a Pace drive a machine. -> how often each k was chosen in the last quarter, tokens per second, and
+    those of plain decoding."""
+    pace, draw = Pace(), random.Random(1)
+    chosen: dict[int, int] = {}
+    tokens = seconds = 0.0
+    for step in range(steps):
+        k = pace.choose(rows)
+        stood = [next((j for j in range(k) if draw.random() >= acceptance), k) for _ in range(rows)]
+        spent = k * draft(rows) + verify(rows * (k + 1))
+        if k:
+            pace.saw_drafts(rows, k, k * rows, k * draft(rows))
+            pace.saw_acceptance(sum(stood), sum(min(n + 1, k) for n in stood))
+        pace.verify.add(rows * (k + 1), verify(rows * (k + 1)))
+        closing = sum(n == k for n in stood)
+        if closing:
+            pace.close.add(closing, draft(closing))
+            spent += draft(closing)
+        tokens += sum(n + 1 for n in stood)
+        seconds += spent
+        if step >= steps * 3 // 4:
+            chosen[k] = chosen.get(k, 0) + 1
+    return chosen, tokens / seconds, rows / (verify(rows) + draft(rows))
+
+
+def flat(tokens: int) -> float:
+    """Bound by memory: any number of tokens takes the same time."""
+    return 10.0
+
+
+def bound(tokens: int) -> float:
+    """Bound by arithmetic: twice the tokens, twice the time."""
+    return 1.0 * tokens
+
+
+def trap(tokens: int) -> float:
+    """Two tokens cost nearly twice what one does, and more cost no more."""
+    return 10.0 if tokens == 1 else 18.0
+
+
+def small(tokens: int) -> float:
+    return 1.0
+
+
+def test_flat_times_and_good_drafts_mean_long_drafts() -> None:
+    chosen, speed, plain = ride(flat, small, 0.9, rows=1)
+    assert min(chosen) >= 4 and speed > 2.5 * plain
+
+
+@pytest.mark.parametrize("acceptance", [0.1, 0.3, 0.6, 0.8, 0.95])
+@pytest.mark.parametrize("rows", [1, 4, 16, 64])
+@pytest.mark.parametrize("verify", [flat, bound, trap])
+def test_never_much_slower_than_plain(verify: Cost, rows: int, acceptance: float) -> None:
+    """Trying out included, within three percent."""
+    _, speed, plain = ride(verify, lambda n: 0.1 * verify(n), acceptance, rows, steps=2000)
+    assert speed > 0.97 * plain
+
+
+def test_bad_drafts_mean_plain_decoding() -> None:
+    chosen, _, _ = ride(bound, lambda n: 0.3 * bound(n), 0.3, rows=8)
+    assert set(chosen) <= {0, 1} and chosen[0] > 95
+
+
+def test_the_trap_of_two_tokens() -> None:
+    """Where k = 1 loses and k = 3 wins, k = 1 is not the end of it."""
+    chosen, speed, plain = ride(trap, small, 0.8, rows=1)
+    assert max(chosen, key=lambda k: chosen[k]) >= 3 and speed > 1.3 * plain
+
+
+def test_a_drafter_that_gets_better_is_noticed() -> None:
+    pace = Pace()
+    for tokens in (1, 2, 4):
+        for _ in range(3):
+            pace.verify.add(tokens, 10.0)
+    for _ in range(3):
+        pace.draft.add(1, 1.0)
+        pace.close.add(1, 1.0)
+    for _ in range(200):
+        pace.saw_acceptance(0, 1)
+    assert pace.choose(1) == 0
+    tried = 0
+    for _ in range(20_000):
+        k = pace.choose(1)
+        if k:
+            tried += 1
+            pace.saw_acceptance(k, k)
+    assert tried > 10 and pace.choose(1) == max(LADDER)
+
+
+def test_times() -> None:
+    times = Times()
+    assert times.at(3) == 0.0 and not times.known(1)
+    times.add(4, 9.0)
+    times.add(4, 2.0)
+    assert times.at(4) == 2.0 and times.known(4) and times.known(5) and not times.known(8)
+    times.add(4, 100.0)
+    assert 2.0 < times.at(4) <= 2.5, "an outlier hardly moves the mean"
+    times.add(8, 6.0)
+    assert times.at(8) == 6.0 and times.at(4) < times.at(6) < 6.0 < times.at(16)
+    assert times.at(2) == times.at(4), "fewer tokens than measured: no cheaper"

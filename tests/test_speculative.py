@@ -1,0 +1,246 @@
+"""Speculation cannot be seen in the tokens: whatever drafts, however far and however badly, in float64 the
+response is that of plain decoding. (test_decode runs all of its own tests against the oracle with it too.)"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_decode import by_id, decoder, example, kv_bytes, layout, ragged  # noqa: F401 (layout: a fixture)
+from tiny import spec
+from torch import Tensor
+
+from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
+from proxytune.core.sampling import Spot, pick
+from proxytune.core.speculative import Passages, Speculation, same_prefix
+from proxytune.decode import Decoder, speculation
+from proxytune.errors import UserError
+from proxytune.records import Completion
+
+PLAIN = Speculation(k=0)
+Found = dict[tuple[str, int], Completion]
+
+
+def run(d: Decoder, examples: Sequence[Any], s: Sampling, **options: Any) -> Found:
+    return by_id(list(d.stream(examples, s, **options)))
+
+
+def said(found: Found) -> dict[tuple[str, int], tuple[Any, ...]]:
+    return {where: (c.token_ids, c.finish_reason, c.text) for where, c in found.items()}
+
+
+class Coin:
+    """Drafts that are the true token with probability `p` and another one otherwise: any acceptance."""
+
+    def __init__(self, truth: Found, p: float, seed: int = 0) -> None:
+        self.truth, self.p, self.draw = truth, p, random.Random(seed)
+        self.right = self.asked = 0
+
+    def __call__(self, logits: Tensor, spots: Sequence[Spot]) -> Tensor:
+        tokens = []
+        for row, position in spots:
+            tag: Any = row.request.tag
+            known = self.truth[tag.where].token_ids
+            right = self.draw.random() < self.p and position < len(known)
+            self.asked, self.right = self.asked + 1, self.right + right
+            tokens.append(known[position] if right else self.draw.randrange(3, logits.shape[-1]))
+        return torch.tensor(tokens)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("k", [1, 4, 15, None])
+def test_any_drafts_give_the_plain_tokens(p: float, k: int | None, trio: System) -> None:
+    s = Sampling(max_new_tokens=24, temperature=0.7, top_k=40, n=2)
+    plain = decoder(trio, speculation=PLAIN)
+    want = run(plain, ragged(6, 2), s)
+    for batch in (1, 5):
+        coin = Coin(want, p)
+        d = decoder(trio, max_batch=batch, speculation=Speculation(k=k, pick=coin, lookup=False))
+        found = run(d, ragged(6, 2), s)
+        assert said(found) == said(want)
+        for where, c in found.items():
+            assert c.logprob == pytest.approx(want[where].logprob, abs=1e-9)
+        assert d.stats.generated_tokens == plain.stats.generated_tokens
+        if k is not None:
+            assert coin.asked and 0 < d.stats.examined <= d.stats.drafted
+            # a wrong draft can be right by chance, so the coin is a lower bound
+            assert d.stats.accepted >= (d.stats.examined if p == 1 else 0)
+            if p == 1:
+                assert d.stats.row_steps < plain.stats.row_steps / min(k, 3) + 12
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    k=st.one_of(st.none(), st.integers(0, 15)),
+    p=st.floats(0, 1),
+    lookup=st.booleans(),
+    sampler=st.sampled_from(
+        [{}, {"temperature": 1.1}, {"temperature": 0.8, "top_k": 9}, {"temperature": 1.0, "top_p": 0.8}]
+    ),
+    alpha=st.sampled_from(["1", "0", "0.4", "first:3", "linear:0:2:9", "warmup:5"]),
+    limit=st.integers(1, 20),
+    minimum=st.integers(0, 6),
+    batch=st.integers(1, 6),
+    samples=st.integers(1, 3),
+    pool=st.integers(90, 220),
+    stop=st.sampled_from([(), ("e",), ("a", "\n")]),
+    trace=st.sampled_from(["off", "tokens"]),
+)
+def test_everything_at_once(
+    trio: System,
+    layout: str,  # noqa: F811
+    k: int | None,
+    p: float,
+    lookup: bool,
+    sampler: dict[str, Any],
+    alpha: str,
+    limit: int,
+    minimum: int,
+    batch: int,
+    samples: int,
+    pool: int,
+    stop: Any,
+    trace: Any,
+) -> None:
+    """Preemption between drafts, shared prompts, stops, minimum lengths, schedules, both layouts."""
+    s = Sampling(
+        max_new_tokens=limit, min_new_tokens=min(minimum, limit), n=samples, stop=stop, ban=("b",), **sampler
+    )
+    examples, how = ragged(5, limit), {"alpha": parse_alpha(alpha), "trace": trace, "forced": "so"}
+    want = run(decoder(trio, speculation=PLAIN), examples, s, **how)
+    tight = decoder(
+        trio,
+        max_batch=batch,
+        kv_memory=kv_bytes(decoder(trio), pool),
+        speculation=Speculation(k=k, lookup=lookup, pick=Coin(want, p)),
+    )
+    found = run(tight, examples, s, **how)
+    assert said(found) == said(want)
+    for where, c in found.items():
+        for got, item in zip(c.trace, want[where].trace, strict=True):
+            assert (got.id, got.top, got.alpha) == (item.id, item.top, item.alpha)
+            assert got.probability == pytest.approx(item.probability, abs=1e-9)
+
+
+@pytest.mark.parametrize("k", [1, 4, 15])
+def test_drafts_end_with_the_context_window(k: int, tmp_path: Path) -> None:
+    """The last position of the smallest window: no draft is fed beyond it, and none is missing before."""
+    small = {"max_position_embeddings": 24}
+    parts = {
+        role: spec(
+            tiny.save(tmp_path / role, tiny.build("llama", seed, **(small if role == "expert" else {})))
+        )
+        for seed, role in enumerate(("base", "expert", "antiexpert"))
+    }
+    system = System(name="narrow", **parts)
+    s = Sampling(max_new_tokens=100)
+    want = run(decoder(system, speculation=PLAIN), ragged(6, 1, longest=20), s)
+    for pick_ in (pick, Coin(want, 1.0)):
+        d = decoder(system, speculation=Speculation(k=k, pick=pick_))
+        assert said(run(d, ragged(6, 1, longest=20), s)) == said(want)
+    assert {len(c.token_ids) for c in want.values() if c.finish_reason == "length"} != {100}
+
+
+def test_rows_that_finish_inside_a_draft(trio: System) -> None:
+    """End-of-sequence, a stop string and the length limit in the middle of accepted drafts: nothing after
+    them is said, streamed or counted."""
+    s = Sampling(max_new_tokens=40, temperature=1.5, stop=("a",))
+    want = run(decoder(trio, speculation=PLAIN), ragged(40, 3), s)
+    assert {c.finish_reason for c in want.values()} == {"eos", "stop", "length"} or len(want) == 40
+    streamed: dict[str, str] = {}
+
+    def hear(example_id: str, sample: int, text: str) -> None:
+        streamed[example_id] = streamed.get(example_id, "") + text
+
+    d = decoder(trio, speculation=Speculation(k=9, pick=Coin(want, 1.0)))
+    found = run(d, ragged(40, 3), s, on_text=hear)
+    assert said(found) == said(want)
+    assert d.stats.generated_tokens == sum(len(c.token_ids) for c in want.values())
+    assert {where[0]: c.text for where, c in found.items() if c.text} == {
+        k: v for k, v in streamed.items() if v
+    }
+
+
+def test_any_of_several_experts_can_draft(trio: System, tmp_path: Path) -> None:
+    second = spec(tiny.save(tmp_path / "second", tiny.build("llama", 9)))
+    system = trio.model_copy(
+        update={
+            "expert": None,
+            "experts": (
+                ExpertSpec(**trio.expert.model_dump(), weight=0.7),  # type: ignore[union-attr]
+                ExpertSpec(**second.model_dump(), weight=0.5),
+            ),
+        }
+    )
+    s = Sampling(max_new_tokens=16, temperature=0.9)
+    want = run(decoder(system, speculation=PLAIN), ragged(5), s)
+    for name in (None, "expert", "expert2"):
+        d = decoder(system, speculation=Speculation(k=3, drafter=name))
+        assert said(run(d, ragged(5), s)) == said(want)
+        assert d.ensemble.front(name) == (name or "expert",)
+    with pytest.raises(UserError, match="no expert 'expert3' to draft: choose expert or expert2"):
+        run(decoder(system, speculation=Speculation(drafter="expert3")), ragged(1), s)
+
+
+@pytest.mark.parametrize("k", [2, 5, None])
+def test_a_model_alone_drafts_from_what_was_said(k: int | None, trio: System) -> None:
+    """Random models loop, so earlier passages are good drafts."""
+    s = Sampling(max_new_tokens=80)
+    plain = decoder(trio, "base", speculation=PLAIN)
+    want = run(plain, ragged(4), s)
+    d = decoder(trio, "base", speculation=Speculation(k=k))
+    assert d.ensemble.front() == ()
+    assert said(run(d, ragged(4), s)) == said(want)
+    assert d.stats.accepted > 0 and d.stats.row_steps < plain.stats.row_steps
+
+
+def test_passages_spare_forwards_of_the_drafter(trio: System) -> None:
+    """With lookup the drafter reads a passage in one forward, and the tokens stay. (Three times the same
+    model: it loops, and its drafts stand.)"""
+    s, forwards = Sampling(max_new_tokens=80), {}
+    system = trio.model_copy(update={"expert": trio.base, "antiexpert": trio.base})
+    want = run(decoder(system, speculation=PLAIN), [example("ab")], s)
+    for lookup in (False, True):
+        d = decoder(system, speculation=Speculation(k=6, lookup=lookup))
+        runner: Any = d.ensemble.runners["expert"]
+        calls = []
+        original = runner.forward
+        runner.forward = lambda work, original=original, calls=calls: (calls.append(1), original(work))[1]
+        assert said(run(d, [example("ab")], s)) == said(want)
+        forwards[lookup] = len(calls)
+    assert forwards[True] < forwards[False]
+
+
+def test_passages() -> None:
+    p = Passages()
+    p.extend([1, 2, 3, 4, 5, 1, 2])
+    assert p.continuation(3) == []
+    p.extend([3])
+    assert p.continuation(3) == [4, 5, 1] and p.continuation(10) == [4, 5, 1, 2, 3]
+    p.extend([9, 1, 2, 3])
+    assert p.continuation(2) == [9, 1], "the last occurrence counts"
+    assert Passages().continuation(3) == []
+
+
+def test_same_prefix() -> None:
+    assert [same_prefix(a, b) for a, b in (([], [1]), ([1, 2], [1]), ([1, 2], [1, 3]), ([4], [5]))] == [
+        0,
+        1,
+        1,
+        0,
+    ]
+
+
+def test_settings_as_users_give_them() -> None:
+    assert speculation("auto").k is None and speculation("off").k == 0
+    assert speculation(3).k == 3 and speculation("5", "expert2") == Speculation(k=5, drafter="expert2")
+    for bad in (-1, 16, "fast", "2.5"):
+        with pytest.raises(UserError, match="give 'auto', 'off' or a length from 0 to 15"):
+            speculation(bad)
