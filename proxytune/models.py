@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from proxytune.adapters import BAD_CHECKPOINT, Adapters, AdapterSwitch, attach_for_good, bytes_of, first_line
 from proxytune.config import ExpertSpec, ModelSpec, Role, System
+from proxytune.core.linear import use_row_linears
 from proxytune.core.runner import Forward
 from proxytune.errors import UserError, needs_extra
 from proxytune.families import UNBOUNDED, Family, examine
@@ -273,6 +274,7 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
     module.eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
+    use_row_linears(module)
     return module
 
 

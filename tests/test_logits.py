@@ -309,3 +309,26 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     order = [7, 2, 11, 0, 5]
     assert picked(order) == [together[row] for row in order]
     assert [together[row] for row in (0, 3, 4)] == logits.argmax(-1)[[0, 3, 4]].tolist()
+
+
+@pytest.mark.parametrize(
+    "top_k, top_p", [(1, 1.0), (5, 1.0), (40, 0.8), ([3, 9, 20, 7], [1.0, 0.5, 0.9, 0.2])]
+)
+@pytest.mark.parametrize("ties", [False, True])
+def test_top_k_first_draws_what_the_whole_vocabulary_draws(ties: bool, top_k: Any, top_p: Any) -> None:
+    """Noise for the survivors only, or for all tokens: the same token; also where tokens tie at the k-th
+    place."""
+    for seed in range(40):
+        logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(seed)) * 2
+        if ties:
+            logits = (logits * 2).round() / 2
+        one = choice(4, 0.9, top_k, top_p, key=seed)
+        warped = warp(logits, one.temperature, one.top_k, one.top_p)
+        whole = (warped.double() + gumbel(one.keys, one.positions, 300)).argmax(-1)
+        assert torch.equal(choose(logits, one), whole)
+
+
+def test_noise_of_some_tokens_is_theirs() -> None:
+    keys, positions = torch.tensor([5, 2**40 + 1]), torch.tensor([0, 77])
+    ids = torch.tensor([[0, 3, 4, 258], [9, 1, 2, 200]])
+    assert torch.equal(gumbel(keys, positions, 259, ids), gumbel(keys, positions, 259).gather(-1, ids))

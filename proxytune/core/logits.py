@@ -103,19 +103,24 @@ def philox(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tenso
     return c0, c1, c2, c3
 
 
-def gumbel(keys: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
-    """Standard Gumbel noise for every token of every row: [B], [B] -> [B, V] in float64.
+def gumbel(keys: Tensor, positions: Tensor, vocabulary: int, ids: Tensor | None = None) -> Tensor:
+    """Standard Gumbel noise for every token of every row, or for the tokens `ids` [B, K] only: [B], [B] ->
+    [B, V] (or [B, K]) in float64.
 
     keys are 64-bit (one per seed, example and sample), positions count the response's tokens from 0. The
     noise of token t is word t mod 4 of philox(counter=(t // 4, position, 0, 0), key), as (word + 1/2) / 2**32
     = u and -log(-log u)."""
-    blocks = torch.arange((vocabulary + 3) // 4, device=keys.device)[None, :]  # [1, V/4]
+    every = torch.arange((vocabulary + 3) // 4, device=keys.device)[None, :]  # [1, V/4]
+    blocks = every if ids is None else ids // 4
     zero = torch.zeros_like(blocks)
     at = positions.to(torch.int64)[:, None]
     words = philox((blocks, at, zero, zero), ((keys & _MASK)[:, None], ((keys >> 32) & _MASK)[:, None]))
-    uniform = (
-        torch.stack([word + zero for word in words], dim=-1).flatten(1)[:, :vocabulary].double() + 0.5
-    ) / 2**32
+    table = torch.stack([word + zero for word in words], dim=-1)  # [B, blocks, 4]
+    if ids is None:
+        word = table.flatten(1)[:, :vocabulary]
+    else:
+        word = table.gather(-1, (ids % 4)[..., None]).squeeze(-1)
+    uniform = (word.double() + 0.5) / 2**32
     return -torch.log(-torch.log(uniform))
 
 
@@ -141,8 +146,29 @@ def choose(logits: Tensor, choice: Choice | None) -> Tensor:
     """The next token of every row, [B, V] -> [B]: the first of the largest logits, or a sample where asked
     for."""
     tokens = logits.argmax(-1)
-    if choice is None:
+    if choice is None or choice.rows.numel() == 0:
         return tokens
-    warped = warp(logits[choice.rows], choice.temperature, choice.top_k, choice.top_p)
-    noise = gumbel(choice.keys, choice.positions, logits.shape[-1])
-    return tokens.index_copy(0, choice.rows, (warped.double() + noise).argmax(-1))
+    drawing, top = logits[choice.rows], choice.top_k
+    most = int(top.max())
+    if int(top.min()) > 0 and 2 * most < logits.shape[-1]:
+        drawn = _draw_among_few(drawing, choice, most)
+    else:
+        drawn = _draw(drawing, choice, None)
+    return tokens.index_copy(0, choice.rows, drawn)
+
+
+def _draw(logits: Tensor, choice: Choice, ids: Tensor | None) -> Tensor:
+    """Sample from [S, V], or from the columns `ids` [S, K] of the vocabulary. -> [S] columns."""
+    warped = warp(logits, choice.temperature, choice.top_k, choice.top_p)
+    noise = gumbel(choice.keys, choice.positions, logits.shape[-1], ids)
+    return (warped.double() + noise).argmax(-1)
+
+
+def _draw_among_few(logits: Tensor, choice: Choice, most: int) -> Tensor:
+    """Top-k first: sorting and noise for the k survivors only, in the order of their ids as in `_draw`. Where
+    more than k tokens tie at the k-th place, all of them survive, so all tokens are looked at."""
+    values, ids = logits.topk(most + 1, dim=-1)
+    if bool((values[:, most] == values.gather(-1, choice.top_k[:, None] - 1).squeeze(-1)).any()):
+        return _draw(logits, choice, None)
+    ids = ids.sort(dim=-1).values
+    return ids.gather(-1, _draw(logits.gather(-1, ids), choice, ids)[:, None]).squeeze(-1)

@@ -1,0 +1,58 @@
+"""The linear layers of the CPU path: the same product, whatever the rows and whichever kernels there are."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from proxytune.core import linear
+from proxytune.core.linear import RowLinear, use_row_linears
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("size", [(96, 352), (512, 600), (768, 1024)])
+def test_every_path_gives_the_product(
+    size: tuple[int, int], onednn: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not onednn:
+        monkeypatch.setattr(linear, "ONEDNN", None)
+    layer = nn.Linear(*size, bias=bias)
+    fast = RowLinear.over(layer)
+    for rows in (1, 2, 4, 5, 63, 64, 65, 200):
+        x = torch.randn(1, rows, size[0])
+        with torch.inference_mode():
+            got, want = fast(x), layer.double()(x.double())
+        layer.float()
+        assert got.shape == (1, rows, size[1]) and got.is_contiguous()
+        assert (got - want).abs().max() < 1e-4
+    assert fast(torch.randn(2, 3, size[0])).shape == (2, 3, size[1])
+
+
+def test_layers_are_replaced_where_it_pays_and_share_their_weights() -> None:
+    model = tiny.build("llama", 1, hidden_size=256, intermediate_size=512).float()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        want = model(ids).logits
+        use_row_linears(model)
+        got = model(ids).logits
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    kinds = {path.split(".")[-1]: type(m) for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert kinds["gate_proj"] is kinds["q_proj"] is RowLinear
+    assert (got - want).abs().max() < 1e-4
+    small = tiny.build("llama", 1).float()
+    use_row_linears(small)
+    exact = tiny.build("llama", 1, hidden_size=256).double()
+    use_row_linears(exact)
+    assert not any(isinstance(m, RowLinear) for model in (small, exact) for m in model.modules())
+
+
+def test_onednn_is_there_on_this_build() -> None:
+    """Without it decoding is slower, not wrong; a build that lost it should be noticed."""
+    assert linear.ONEDNN is not None
