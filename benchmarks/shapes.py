@@ -7,15 +7,18 @@ proxytune runs it. Random weights give right times and meaningless text, so acce
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from proxytune.config import ExpertSpec, ModelSpec, Role, System, load_system
 from proxytune.decode import Decoder
@@ -38,7 +41,8 @@ class Shape:
     kv_heads: int
     vocabulary: int = 32000
     tied: bool = False
-    quantization: str = "none"
+    int8: bool = False
+    """8-bit linears in the layers, as `quantization: 8bit` loads them; embeddings and head stay."""
 
     def config(self, window: int) -> LlamaConfig:
         """Its configuration; no end-of-sequence id, since lengths are forced."""
@@ -63,7 +67,7 @@ LLAMA_7B = Shape(4096, 11008, 32, 32, 32)
 TINYLLAMA = Shape(2048, 5632, 22, 32, 4)
 SHAPES: dict[str, tuple[Shape, Shape]] = {
     "13b+7b+7b": (LLAMA_13B, LLAMA_7B),
-    "70b-int8+7b+7b": (Shape(8192, 28672, 80, 64, 8, quantization="int8"), LLAMA_7B),
+    "70b-int8+7b+7b": (replace(LLAMA_70B, int8=True), LLAMA_7B),
     "7b+1b+1b": (LLAMA_7B, TINYLLAMA),
     "110m+26m+26m": (Shape(768, 2048, 12, 12, 12, tied=True), Shape(384, 1024, 8, 6, 6, tied=True)),
     "smoke": (
@@ -160,14 +164,45 @@ def lora_benches(
 def random_llama(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     """A Llama with random weights, made on the device."""
     torch.manual_seed(seed)
-    if shape.quantization != "none":
-        raise NotImplementedError(shape.quantization)
+    config = shape.config(WINDOW)
+    config.num_hidden_layers = 0 if shape.int8 else shape.layers
     with device:
         module: PreTrainedModel = AutoModelForCausalLM.from_config(
-            shape.config(WINDOW), dtype=dtype, attn_implementation="sdpa"
+            config, dtype=dtype, attn_implementation="sdpa"
         )
+    if shape.int8:
+        _append_int8_layers(module, shape.layers, device, dtype)
     module.eval().requires_grad_(False)
     return module
+
+
+def _append_int8_layers(
+    module: PreTrainedModel, layers: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Fill an empty model with quantised layers, one at a time: 70B in bfloat16 fits beside nothing."""
+    config = module.config
+    config.num_hidden_layers = layers
+    for index in range(layers):
+        with device:
+            layer = LlamaDecoderLayer(config, index).to(dtype)
+        linears = [(name, part) for name, part in layer.named_modules() if isinstance(part, nn.Linear)]
+        for name, linear in linears:
+            layer.set_submodule(name, _int8(linear))
+        module.model.layers.append(layer)
+    with torch.inference_mode():  # bitsandbytes sets its layers up in their first forward
+        module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
+
+
+def _int8(linear: nn.Linear) -> nn.Module:
+    """The linear with 8-bit weights."""
+    from bitsandbytes.nn import Int8Params, Linear8bitLt  # slow to import, and most runs do without
+
+    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # a warning per layer and forward
+    weight = linear.weight
+    quantised = Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
+    quantised.weight = Int8Params(weight.data, requires_grad=False, has_fp16_weights=False)
+    moved: nn.Module = quantised.to(weight.device)
+    return moved
 
 
 def in_memory(plain: Mapping[str, PreTrainedModel], adapter: str | None = None) -> Models:
@@ -186,6 +221,9 @@ def in_memory(plain: Mapping[str, PreTrainedModel], adapter: str | None = None) 
 def twin(module: PreTrainedModel) -> PreTrainedModel:
     """A copy of the module on the same weights, so that what proxytune does to one leaves the other alone."""
     tensors = [*module.parameters(), *module.buffers()]
+    for part in module.modules():
+        if hasattr(part, "state"):  # where bitsandbytes keeps what belongs to its weights
+            tensors += [value for value in vars(part.state).values() if isinstance(value, Tensor)]
     copied: PreTrainedModel = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
     return copied
 
