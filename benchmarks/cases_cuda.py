@@ -9,7 +9,7 @@ from __future__ import annotations
 from benchmarks.baselines import HuggingFace, PaperLoop
 from benchmarks.cases_cpu import ACCEPTANCE, Case, dialled_table, vocabulary
 from benchmarks.lab import Lab, Table, alone_oracle, proxy_oracle
-from benchmarks.ours import Ours, dialled
+from benchmarks.ours import Ours
 from benchmarks.record import Report
 from benchmarks.shapes import lora_benches, random_bench
 from benchmarks.workloads import Workload, random_contexts, uniform, workload
@@ -43,9 +43,9 @@ def batch1(lab: Lab) -> Report:
             ),
             Ours(bench, work, "base").contender("base alone"),
             ours.contender("plain"),
-            ours.speculating(dialled(ACCEPTANCE, truth)).contender("speculative, adaptive k"),
+            ours.dialled(ACCEPTANCE, truth).contender("speculative, adaptive k"),
             *(
-                ours.speculating(dialled(ACCEPTANCE, truth, k)).contender(f"speculative, k = {k}")
+                ours.dialled(ACCEPTANCE, truth, k).contender(f"speculative, k = {k}")
                 for k in size.draft_lengths
             ),
         ]
@@ -79,7 +79,7 @@ def shared_pair(lab: Lab) -> Report:
             PaperLoop(apart, work).contender("paper's loop, batch 1"),
             Ours(apart, work).contender("plain, two models"),
             ours.contender("plain, shared pair"),
-            ours.speculating(dialled(ACCEPTANCE, truth)).contender("speculative, adaptive k, shared pair"),
+            ours.dialled(ACCEPTANCE, truth).contender("speculative, adaptive k, shared pair"),
             HuggingFace(apart, work).contender("Hugging Face generate, base alone"),
             Ours(together, work, "base").contender("base alone"),
         ]
@@ -108,7 +108,7 @@ def mixed(lab: Lab) -> Report:
     truth = ours.run().tokens
     rivals = [
         ours.contender("continuous batching, plain"),
-        ours.speculating(dialled(ACCEPTANCE, truth)).contender("continuous batching, adaptive k"),
+        ours.dialled(ACCEPTANCE, truth).contender("continuous batching, adaptive k"),
     ]
     found = lab.best_batch(bench, work, rivals)
     plain, adaptive = found.rivals

@@ -16,6 +16,7 @@ from benchmarks.measure import Contender, Timed, copy_bandwidth, observe, race, 
 from benchmarks.record import Oracle, Report, line
 from benchmarks.shapes import Bench, demo_bench, random_bench
 from benchmarks.workloads import Workload
+from proxytune.errors import UserError
 
 Draw = tuple[int, int, int]
 """Requests, shortest and longest response."""
@@ -26,6 +27,8 @@ class Size:
     """How much is measured."""
 
     repeats: int
+    long_repeats: int
+    """Of mixtures, of the dial's table and of the paper's Table 12."""
     trio: str
     """The random trio's name in SHAPES."""
     demo_prompts: int
@@ -50,10 +53,11 @@ class Size:
 
 FULL = Size(
     repeats=5,
+    long_repeats=3,
     trio="110m+26m+26m",
     demo_prompts=16,
     demo_longest=128,
-    trio_prompts=4,
+    trio_prompts=2,
     trio_tokens=96,
     mixed=(128, 8, 256),
     long_tail=(192, 8, 256),
@@ -61,13 +65,14 @@ FULL = Size(
     batches=(8, 16, 32, 64, 128),
     pair_tokens=96,
     draft_lengths=(1, 2, 3, 4, 6),
-    dial=(0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95),
+    dial=(0.1, 0.4, 0.7, 0.8, 0.95),
     dial_batches=(1, 2, 4, 8, 16, 32, 64),
     dial_tokens=64,
     dial_systems=("demo", "trio"),
 )
 QUICK = Size(
     repeats=2,
+    long_repeats=1,
     trio="110m+26m+26m",
     demo_prompts=4,
     demo_longest=48,
@@ -96,6 +101,7 @@ CUDA = replace(
 )
 SMOKE = Size(
     repeats=1,
+    long_repeats=1,
     trio="smoke",
     demo_prompts=2,
     demo_longest=12,
@@ -155,21 +161,18 @@ class Lab:
         """Progress, on stderr."""
         print(f"{time.perf_counter() - self._began:7.1f} s {text}", file=sys.stderr, flush=True)
 
-    def race(self, contenders: Sequence[Contender]) -> list[Timed]:
+    def race(self, contenders: Sequence[Contender], repeats: int | None = None) -> list[Timed]:
         """Observe, then time in turn."""
-        return race(contenders, self.size.repeats, self.tell)
+        return race(contenders, repeats or self.size.repeats, self.tell)
 
-    def _fits(self, contender: Contender) -> bool:
-        """Whether a batch fits into the GPU's memory; on a CPU it does, or the system says so."""
-        if self.device.type == "cpu":
-            return True
+    def _searched(self, contender: Contender) -> Timed | None:
+        """One run; None where the batch does not fit into the GPU's memory."""
         try:
-            contender.run()
+            return Timed(contender, observe(contender, self.tell))
         except torch.cuda.OutOfMemoryError:
             self.tell(f"  {contender.name}, batch {contender.batch}: does not fit")
             torch.cuda.empty_cache()
-            return False
-        return True
+            return None
 
     def best_batch(self, bench: Bench, workload: Workload, rivals: Sequence[Contender]) -> PaperRace:
         """The paper's loop at its best batch, raced against others.
@@ -180,18 +183,16 @@ class Lab:
         sizes = sorted({min(size, count) for size in self.size.batches})
         short = Workload("warm-up", tuple(workload.items[:2]))
         PaperLoop(bench, short, 2).run()
-        searched = [
-            Timed(one, observe(one, self.tell))
-            for size in sizes
-            for one in [PaperLoop(bench, workload, size).contender("paper's loop")]
-            if self._fits(one)
-        ]
+        loops = [PaperLoop(bench, workload, size).contender("paper's loop") for size in sizes]
+        searched = [found for loop in loops if (found := self._searched(loop)) is not None]
+        if not searched:
+            raise UserError(f"no batch of the paper's loop fits: {sizes}")
         by_speed = sorted(searched, key=lambda one: one.observed.outcome.tokens_per_s, reverse=True)
         finalists, others = by_speed[:2], by_speed[2:]
         for one in others:
             one.runs.append(one.observed.outcome)
         timed = [Timed(rival, observe(rival, self.tell)) for rival in rivals]
-        take_turns([*finalists, *timed], self.size.repeats, self.tell)
+        take_turns([*finalists, *timed], self.size.long_repeats, self.tell)
         best = max(finalists, key=lambda one: one.tokens_per_s)
         return PaperRace(best, [one for one in searched if one is not best], timed)
 

@@ -36,24 +36,29 @@ class Dial:
     replaced by the true token or, by a coin that is tossed once per request and position, a wrong one. Times
     and tokens are those of an expert with this acceptance; the acceptance itself is made up."""
 
-    acceptance: float
-    truth: Mapping[int, Sequence[int]]
-    """Response ids by tag."""
+    proposals: Mapping[int, Sequence[int]]
+    """Drafts for every position, by the request's tag; made beforehand, so that the coin costs no time."""
+
+    @classmethod
+    def at(cls, acceptance: float, truth: Mapping[int, Sequence[int]], vocabulary: int) -> Dial:
+        """A dial for responses `truth`, by tag."""
+        coins = {tag: random.Random(tag) for tag in truth}
+        return cls(
+            {
+                tag: [t if coins[tag].random() < acceptance else (t + 1) % vocabulary for t in said]
+                for tag, said in truth.items()
+            }
+        )
 
     def __call__(self, logits: Tensor, spots: Sequence[Spot]) -> Tensor:
         """Drafts [P] for the spots of logits [P, V]."""
         logits.argmax(-1)  # an expert that drafts for itself looks at its logits
-        tokens = [self._token(spot, logits.shape[-1]) for spot in spots]
-        return torch.tensor(tokens, device=logits.device)
+        return torch.tensor([self._proposal(spot) for spot in spots], device=logits.device)
 
-    def _token(self, spot: Spot, vocabulary: int) -> int:
+    def _proposal(self, spot: Spot) -> int:
         tag = spot.row.request.tag
         assert isinstance(tag, int)
-        said = self.truth[tag]
-        if spot.position >= len(said):
-            return 0
-        right = random.Random(f"{tag} {spot.position}").random() < self.acceptance
-        return said[spot.position] if right else (said[spot.position] + 1) % vocabulary
+        return self.proposals[tag][spot.position]
 
 
 @dataclass(frozen=True)
@@ -157,12 +162,13 @@ class Ours:
         contexts = {name: item.contexts.get(name, item.contexts["base"]) for name in self._ensemble.runners}
         return Request(contexts=contexts, key=item.tag, max_new_tokens=item.new_tokens, tag=item.tag)
 
+    def dialled(self, acceptance: float, truth: Mapping[int, Sequence[int]], k: int | None = None) -> Ours:
+        """The same with drafts whose acceptance is made up (see Dial). Earlier passages are no drafts: the
+        dial alone decides."""
+        vocabulary = int(self.bench.plain["base"].config.vocab_size)
+        pick = Dial.at(acceptance, truth, vocabulary)
+        return self.speculating(Speculation(k=k, lookup=False, pick=pick))
+
     def speculating(self, speculation: Speculation) -> Ours:
         """The same with drafts."""
         return replace(self, speculation=speculation)
-
-
-def dialled(acceptance: float, truth: Mapping[int, Sequence[int]], k: int | None = None) -> Speculation:
-    """Speculation whose acceptance is made up (see Dial). Earlier passages are no drafts: the dial alone
-    decides."""
-    return Speculation(k=k, lookup=False, pick=Dial(acceptance, truth))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from proxytune.adapters import Adapters
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -23,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from proxytune.config import ExpertSpec, ModelSpec, Role, System, load_system
 from proxytune.decode import Decoder
 from proxytune.families import examine
-from proxytune.models import Adapters, Loaded, Models, load_module
+from proxytune.models import Loaded, Models, load_module
 
 TRIO = ("base", "expert", "antiexpert")
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
