@@ -199,12 +199,12 @@ def dialled_table(lab: Lab, bench: Bench, key: str, decoder: Decoder | None = No
             plain.dialled(share, truth).contender(f"speculative, adaptive k, {share:g}")
             for share in size.dial
         ]
-        base, *others = lab.race([plain.contender("plain"), *speculative], size.long_repeats)
+        undrafted, *drafted = lab.race([plain.contender("plain"), *speculative], size.long_repeats)
         oracle = Oracle(bench, work, truth)
-        table.put(oracle, [base], plain=base)
-        for share, one in zip(size.dial, others, strict=True):
-            table.put(oracle, [one], dial=share, plain=base)
-            ratios.append(one.tokens_per_s / base.tokens_per_s)
+        table.put(oracle, [undrafted], plain=undrafted)
+        for share, one in zip(size.dial, drafted, strict=True):
+            table.put(oracle, [one], dial=share, plain=undrafted)
+            ratios.append(one.tokens_per_s / undrafted.tokens_per_s)
     table.report.ratios[key] = min(ratios)
     return table.report
 
@@ -215,8 +215,9 @@ def table12(lab: Lab) -> Report:
     "Tuned" is the large model alone: on the demo its tuned model, on random weights the base, which takes the
     same time."""
     report = Report()
-    pairs: tuple[tuple[Bench, Role], ...] = ((lab.demo, "tuned"), (lab.trio, "base"))
-    for bench, tuned in pairs:
+    for name in lab.size.table12_systems:
+        bench: Bench = getattr(lab, name)
+        tuned: Role = "tuned" if name == "demo" else "base"
         table = Table(lab, "table12")
         for prompt, output in lab.size.table12:
             work = workload(f"{prompt}/{output}", [same_token(prompt)], [output], one_by_one=True)
@@ -228,7 +229,7 @@ def table12(lab: Lab) -> Report:
                 PaperLoop(bench, work).contender("proxy, paper's loop"),
                 ours.contender("proxy, ours, plain"),
             ]
-            if bench is lab.demo:  # random models accept nothing real
+            if name == "demo":  # random models accept nothing real
                 contenders.append(ours.speculating(DEFAULT).contender("proxy, ours, default"))
             timed = lab.race(contenders, lab.size.long_repeats)
             table.put(alone_oracle(bench, work, timed[0], tuned), timed[:2])

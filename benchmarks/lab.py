@@ -49,6 +49,7 @@ class Size:
     dial_systems: tuple[str, ...]
     table12: tuple[tuple[int, int], ...] = ((8, 512), (512, 8), (8, 8))
     """Prompt and output lengths."""
+    table12_systems: tuple[str, ...] = ("demo", "trio")
 
 
 FULL = Size(
@@ -71,7 +72,7 @@ FULL = Size(
     dial_systems=("demo", "trio"),
 )
 QUICK = Size(
-    repeats=2,
+    repeats=1,
     long_repeats=1,
     trio="110m+26m+26m",
     demo_prompts=4,
@@ -82,13 +83,14 @@ QUICK = Size(
     long_tail=(32, 4, 64),
     mixed_trio=(12, 2, 16),
     batches=(8, 32),
-    pair_tokens=32,
+    pair_tokens=16,
     draft_lengths=(3,),
     dial=(0.1, 0.8),
     dial_batches=(1, 8),
     dial_tokens=32,
     dial_systems=("demo",),
     table12=((8, 32), (32, 8), (8, 8)),
+    table12_systems=("demo",),
 )
 CUDA = replace(
     FULL,
