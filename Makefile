@@ -11,10 +11,10 @@ STAMP := .venv/installed
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check check-all fix report demo-models clean
+.PHONY: help setup demo test check check-all fix report bench reproduce-table12 demo-models clean
 
 help:  ## list the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## .venv with torch and proxytune, once
 
@@ -47,9 +47,18 @@ fix: setup  ## format the code and mend what the linter can mend
 report: setup  ## write results/README.md from the stored runs and the published figures
 	$(BIN)/proxytune report --write
 
+bench: setup  ## time decoding on the CPU and write the tables in benchmarks/README.md (up to two hours)
+	mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/decode.py --device cpu --json > benchmarks/results/cpu.json.part
+	mv benchmarks/results/cpu.json.part benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/tables.py --write benchmarks/results/cpu.json
+
+reproduce-table12: setup  ## the paper's runtime table on the demo and a random trio, its own figures beside it
+	$(BIN)/python benchmarks/decode.py --device cpu --only table12
+
 demo-models: setup  ## train the demo models anew (minutes to tens of minutes on 2 cores)
 	$(BIN)/python -m proxytune.demo_build
 
 clean:  ## remove what the targets above made, the stored runs excepted
 	rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find proxytune tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find proxytune tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import require_or_skip
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted((ROOT / "proxytune").rglob("*.py"))
+SOURCES = sorted([*(ROOT / "proxytune").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 MAX_FILE, MAX_FUNCTION = 450, 60
 
 
@@ -70,7 +70,18 @@ def test_every_dependency_is_constrained() -> None:
 
 def test_make_help_lists_the_targets() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("setup", "demo", "test", "check", "check-all", "fix", "report", "demo-models", "clean"):
+    for target in (
+        "setup",
+        "demo",
+        "test",
+        "check",
+        "check-all",
+        "fix",
+        "report",
+        "bench",
+        "demo-models",
+        "clean",
+    ):
         assert re.search(rf"make {target} ", shown), target
 
 

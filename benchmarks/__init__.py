@@ -1,0 +1,1 @@
+"""Benchmarks of decoding: `python benchmarks/decode.py --help`. README.md holds what was measured."""

@@ -1,0 +1,260 @@
+"""What is measured on the CPU, case by case: contenders of one workload, raced, and the ratios they give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from proxytune.core.speculative import Speculation
+
+from benchmarks.baselines import HuggingFace, PaperLoop
+from benchmarks.lab import Lab, Table, alone_oracle, proxy_oracle
+from benchmarks.measure import Contender
+from benchmarks.ours import DEFAULT, Ours
+from benchmarks.record import Oracle, Report
+from benchmarks.shapes import Bench, lora_benches
+from benchmarks.workloads import (
+    Workload,
+    demo_prompts,
+    log_uniform,
+    natural_lengths,
+    random_contexts,
+    same_token,
+    uniform,
+    workload,
+)
+from proxytune.config import Role
+from proxytune.decode import Decoder
+
+ACCEPTANCE = 0.8
+"""What the dial is set to where a ratio needs one figure."""
+PROMPT = (16, 48)
+"""Shortest and longest random prompt."""
+
+
+def fixed(k: int) -> Speculation:
+    """Drafts of one length, by the expert alone."""
+    return Speculation(k=k, lookup=False)
+
+
+def demo_batch1(lab: Lab) -> Report:
+    """The demo's own prompts at batch 1: real models and acceptance, as long as the proxy's own answers."""
+    size, bench, table = lab.size, lab.demo, Table(lab, "demo_batch1")
+    decoder = bench.decoder("proxy")
+    asked = demo_prompts(decoder, size.demo_prompts, ("gsm", "truthfulqa"))
+    lengths = natural_lengths(decoder, [example for _, example in asked], size.demo_longest)
+    work = workload("demo prompts, own lengths", [c for c, _ in asked], lengths, one_by_one=True)
+    ours = Ours(bench, work)
+    timed = lab.race(
+        [
+            PaperLoop(bench, work).contender("paper's loop, batch 1"),
+            ours.contender("plain"),
+            ours.speculating(DEFAULT).contender("speculative, adaptive k and lookup"),
+            ours.speculating(Speculation(lookup=False)).contender("speculative, adaptive k"),
+            *(ours.speculating(fixed(k)).contender(f"speculative, k = {k}") for k in size.draft_lengths),
+            HuggingFace(bench, work).contender("Hugging Face generate, base alone"),
+            Ours(bench, work, "base").contender("base alone"),
+            Ours(bench, work, "base", DEFAULT).contender("base alone, lookup"),
+        ]
+    )
+    paper, plain, default = timed[:3]
+    table.put(proxy_oracle(bench, work, paper), timed[:-3], plain=plain)
+    table.put(alone_oracle(bench, work, timed[-3]), timed[-3:])
+    table.ratio("speculative_vs_plain_demo", default, plain)
+    return table.report
+
+
+def trio_batch1(lab: Lab) -> Report:
+    """The random trio at batch 1, acceptance by the dial."""
+    size, bench, table = lab.size, lab.trio, Table(lab, "trio_batch1")
+    prompts = random_contexts(size.trio_prompts, *PROMPT, vocabulary(bench))
+    work = workload("random prompts", prompts, [size.trio_tokens] * len(prompts), one_by_one=True)
+    ours = Ours(bench, work)
+    truth = ours.run().tokens
+    alone = lab.race(
+        [
+            PaperLoop(bench, work).contender("paper's loop, batch 1"),
+            HuggingFace(bench, work).contender("Hugging Face generate, base alone"),
+            ours.contender("plain"),
+            ours.dialled(ACCEPTANCE, truth).contender("speculative, adaptive k"),
+            *(
+                ours.dialled(ACCEPTANCE, truth, k).contender(f"speculative, k = {k}")
+                for k in size.draft_lengths
+            ),
+            Ours(bench, work, "base").contender("base alone"),
+        ]
+    )
+    paper, hugging_face, plain, adaptive, *lengths, base = alone
+    oracle = proxy_oracle(bench, work, paper)
+    table.put(oracle, [paper, plain], plain=plain)
+    table.put(oracle, [adaptive, *lengths], plain=plain, dial=ACCEPTANCE)
+    table.put(alone_oracle(bench, work, hugging_face), [hugging_face, base])
+    table.ratio("speculative_vs_plain_trio", adaptive, plain)
+    table.ratio("speculative_trio_vs_paper_batch1", adaptive, paper)
+    table.ratio("speculative_trio_vs_base_hf", adaptive, hugging_face)
+    return table.report
+
+
+def mixed(lab: Lab) -> Report:
+    """Demo prompts, many at once, response lengths drawn uniformly."""
+    count, low, high = lab.size.mixed
+    return _demo_mixture(lab, "mixed", f"uniform {low}..{high}", uniform(count, low, high))
+
+
+def long_tail(lab: Lab) -> Report:
+    """Demo prompts, many at once, most responses short and a few long."""
+    count, low, high = lab.size.long_tail
+    return _demo_mixture(lab, "long_tail", f"log-uniform {low}..{high}", log_uniform(count, low, high))
+
+
+def _demo_mixture(lab: Lab, case: str, name: str, lengths: list[int]) -> Report:
+    bench = lab.demo
+    asked = demo_prompts(bench.decoder("proxy"), len(lengths), ("gsm",))
+    work = workload(f"demo prompts, {name}", [context for context, _ in asked], lengths)
+    ours = Ours(bench, work, max_rows=bench.max_rows)
+    rivals = [
+        ours.contender("continuous batching, plain"),
+        ours.speculating(DEFAULT).contender("continuous batching, speculation auto"),
+    ]
+    return _against_best_batch(lab, case, bench, work, rivals)
+
+
+def mixed_trio(lab: Lab) -> Report:
+    """The random trio, many requests at once, response lengths drawn uniformly; without speculation, since
+    random models accept nothing real."""
+    count, low, high = lab.size.mixed_trio
+    bench = lab.trio
+    prompts = random_contexts(count, *PROMPT, vocabulary(bench))
+    work = workload(f"random prompts, uniform {low}..{high}", prompts, uniform(count, low, high))
+    rival = Ours(bench, work, max_rows=bench.max_rows).contender("continuous batching, plain")
+    return _against_best_batch(lab, "mixed_trio", bench, work, [rival])
+
+
+def _against_best_batch(lab: Lab, case: str, bench: Bench, work: Workload, rivals: list[Contender]) -> Report:
+    """The last rival is proxytune as it decodes by default, and gives the ratio."""
+    table, found = Table(lab, case), lab.best_batch(bench, work, rivals)
+    oracle = proxy_oracle(bench, work, found.best)
+    table.put(oracle, [*found.losing, found.best, *found.rivals])
+    table.ratio(f"{case}_vs_paper_best_batch", found.rivals[-1], found.best)
+    return table.report
+
+
+def shared_pair(lab: Lab) -> Report:
+    """Expert = antiexpert + LoRA: two small models and one set of weights, the pair alone and the proxy."""
+    size, table = lab.size, Table(lab, "shared_pair")
+    apart, together = lora_benches(size.trio, lab.device, lab.dtype, MAX_PAIR_ROWS)
+    for bench in (apart, together):
+        lab.note(bench)
+    prompts = random_contexts(1, *PROMPT, vocabulary(apart))
+    work = workload("random prompt", prompts, [size.pair_tokens], one_by_one=True)
+    expert = HuggingFace(apart, work, "expert")
+    pairs = lab.race(
+        [
+            Ours(apart, work, pair_only=True).contender("pair alone, two models"),
+            Ours(together, work, pair_only=True).contender("pair alone, shared weights"),
+            expert.contender("Hugging Face generate, expert alone"),
+        ]
+    )
+    two, one, alone = pairs
+    table.put(alone_oracle(apart, work, alone, "expert"), pairs, plain=two)
+    table.ratio("shared_pair_vs_two_models", one, two)
+    ours = Ours(together, work)
+    truth = ours.run().tokens
+    proxies = lab.race(
+        [
+            PaperLoop(apart, work).contender("paper's loop, batch 1"),
+            Ours(apart, work).contender("plain, two models"),
+            ours.contender("plain, shared pair"),
+            ours.dialled(ACCEPTANCE, truth).contender("speculative, adaptive k, shared pair"),
+        ]
+    )
+    oracle = proxy_oracle(apart, work, proxies[0])
+    table.put(oracle, proxies[:-1], plain=proxies[1])
+    table.put(oracle, proxies[-1:], plain=proxies[1], dial=ACCEPTANCE)
+    return table.report
+
+
+MAX_PAIR_ROWS = 8
+
+
+def dial(lab: Lab) -> Report:
+    """Adaptive speculation against plain decoding at every acceptance and batch size: it must not lose."""
+    report = Report()
+    for name in lab.size.dial_systems:
+        bench: Bench = getattr(lab, name)
+        report.add(dialled_table(lab, bench, f"adaptive_vs_plain_worst_{name}"))
+    return report
+
+
+def dialled_table(lab: Lab, bench: Bench, key: str, decoder: Decoder | None = None) -> Report:
+    """Plain and adaptive decoding at every acceptance and batch; the worst ratio under `key`. The oracle is
+    plain decoding, whose tokens the drafts are made of."""
+    size, table, ratios = lab.size, Table(lab, "dial"), []
+    for batch in size.dial_batches:
+        tokens = size.dial_tokens if batch <= 8 else size.dial_tokens // 2
+        prompts = random_contexts(batch, *PROMPT, vocabulary(bench))
+        work = workload("random prompts", prompts, [tokens] * batch)
+        plain = Ours(bench, work, max_rows=batch, decoder=decoder)
+        truth = plain.run().tokens
+        speculative = [
+            plain.dialled(share, truth).contender(f"speculative, adaptive k, {share:g}")
+            for share in size.dial
+        ]
+        undrafted, *drafted = lab.race([plain.contender("plain"), *speculative], size.long_repeats)
+        oracle = Oracle(bench, work, truth)
+        table.put(oracle, [undrafted], plain=undrafted)
+        for share, one in zip(size.dial, drafted, strict=True):
+            table.put(oracle, [one], dial=share, plain=undrafted)
+            ratios.append(one.tokens_per_s / undrafted.tokens_per_s)
+    table.report.ratios[key] = min(ratios)
+    return table.report
+
+
+def table12(lab: Lab) -> Report:
+    """The paper's Table 12: one token repeated as the prompt, batch 1, prompt and output lengths as there.
+
+    "Tuned" is the large model alone: on the demo its tuned model, on random weights the base, which takes the
+    same time."""
+    report = Report()
+    for name in lab.size.table12_systems:
+        bench: Bench = getattr(lab, name)
+        tuned: Role = "tuned" if name == "demo" else "base"
+        table = Table(lab, "table12")
+        for prompt, output in lab.size.table12:
+            work = workload(f"{prompt}/{output}", [same_token(prompt)], [output], one_by_one=True)
+            ours, large = Ours(bench, work), HuggingFace(bench, work, tuned)
+            alone = Ours(bench, work, tuned)
+            contenders = [
+                large.contender("tuned, Hugging Face generate"),
+                alone.contender("tuned, ours"),
+                PaperLoop(bench, work).contender("proxy, paper's loop"),
+                ours.contender("proxy, ours, plain"),
+            ]
+            if name == "demo":  # random models accept nothing real
+                contenders.append(ours.speculating(DEFAULT).contender("proxy, ours, default"))
+            timed = lab.race(contenders, lab.size.long_repeats)
+            table.put(alone_oracle(bench, work, timed[0], tuned), timed[:2])
+            table.put(proxy_oracle(bench, work, timed[2]), timed[2:])
+        report.add(table.report)
+    return report
+
+
+def vocabulary(bench: Bench) -> int:
+    """Ids to draw random prompts from."""
+    return int(bench.plain["base"].config.vocab_size)
+
+
+Case = Callable[[Lab], Report]
+CASES: dict[str, tuple[Case, tuple[str, ...]]] = {
+    "demo_batch1": (demo_batch1, ("speculative_vs_plain_demo",)),
+    "trio_batch1": (
+        trio_batch1,
+        ("speculative_vs_plain_trio", "speculative_trio_vs_paper_batch1", "speculative_trio_vs_base_hf"),
+    ),
+    "mixed": (mixed, ("mixed_vs_paper_best_batch",)),
+    "long_tail": (long_tail, ("long_tail_vs_paper_best_batch",)),
+    "mixed_trio": (mixed_trio, ("mixed_trio_vs_paper_best_batch",)),
+    "shared_pair": (shared_pair, ("shared_pair_vs_two_models",)),
+    "dial": (dial, ("adaptive_vs_plain_worst_demo", "adaptive_vs_plain_worst_trio")),
+    "table12": (table12, ()),
+}
+"""Name -> the case, and the ratios that it gives."""

@@ -1,0 +1,174 @@
+"""proxytune's own decoding under the clock: plain, speculative, one model alone, the small pair alone; and
+the dial that sets acceptance where weights are random."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from proxytune.core.sampling import Spot
+from proxytune.core.speculative import Speculation
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.measure import Contender, Outcome, distinct, synchronise
+from benchmarks.shapes import Bench, kv_bytes_per_token, read_bytes
+from benchmarks.workloads import Item, Workload
+from proxytune.config import Role
+from proxytune.core.engine import Engine, Ensemble, Term
+from proxytune.core.scheduler import Request
+from proxytune.decode import PREFILL_TOKENS, Decoder
+
+PLAIN = Speculation(k=0, lookup=False)
+DEFAULT = Speculation()
+"""What `--speculate auto` does: k from measured times and acceptance, earlier passages as drafts."""
+
+
+@dataclass(frozen=True)
+class Dial:
+    """Drafts that are right with a given probability: acceptance on random weights.
+
+    The true tokens are known from plain decoding. The drafter runs, for what it costs; then what it said is
+    replaced by the true token or, by a coin that is tossed once per request and position, a wrong one. Times
+    and tokens are those of an expert with this acceptance; the acceptance itself is made up."""
+
+    proposals: Mapping[int, Sequence[int]]
+    """Drafts for every position, by the request's tag; made beforehand, so that the coin costs no time."""
+
+    @classmethod
+    def at(cls, acceptance: float, truth: Mapping[int, Sequence[int]], vocabulary: int) -> Dial:
+        """A dial for responses `truth`, by tag."""
+        coins = {tag: random.Random(tag) for tag in truth}
+        return cls(
+            {
+                tag: [t if coins[tag].random() < acceptance else (t + 1) % vocabulary for t in said]
+                for tag, said in truth.items()
+            }
+        )
+
+    def __call__(self, logits: Tensor, spots: Sequence[Spot]) -> Tensor:
+        """Drafts [P] for the spots of logits [P, V]."""
+        logits.argmax(-1)  # an expert that drafts for itself looks at its logits
+        return torch.tensor([self._proposal(spot) for spot in spots], device=logits.device)
+
+    def _proposal(self, spot: Spot) -> int:
+        tag = spot.row.request.tag
+        assert isinstance(tag, int)
+        return self.proposals[tag][spot.position]
+
+
+@dataclass(frozen=True)
+class Ours:
+    """One way of decoding a workload with proxytune."""
+
+    bench: Bench
+    workload: Workload
+    role: Role = "proxy"
+    speculation: Speculation = PLAIN
+    max_rows: int = 1
+    pair_only: bool = False
+    """Decode expert and antiexpert alone: one step of the pair is what a proxy step adds to the base."""
+    decoder: Decoder | None = None
+    """One with pools already; None makes its own, so that its memory can be told."""
+
+    def contender(self, name: str) -> Contender:
+        """This, to be raced."""
+        owed = self._owed if self.speculation is PLAIN and self.max_rows == 1 else None
+        return Contender(name, self.run, self._modules, self.max_rows, owed)
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return self.decoder or self.bench.decoder(self.role)
+
+    def _owed(self) -> int:
+        """Bytes that plain decoding of one row at a time has to read, prefill left out."""
+        return sum(
+            read_bytes(module) * item.new_tokens
+            + kv_bytes_per_token(module) * sum(range(len(prompt), len(prompt) + item.new_tokens))
+            for module in distinct(self._modules())
+            for item in self.workload.items
+            for prompt in [item.contexts["base"]]
+        )
+
+    def _modules(self) -> list[PreTrainedModel]:
+        names = self._ensemble.runners
+        return [self._decoder.loaded[name].module for name in names]
+
+    @cached_property
+    def _ensemble(self) -> Ensemble:
+        whole = self._decoder.ensemble
+        if not self.pair_only:
+            return whole
+        pair = {name: whole.runners[name] for name in ("antiexpert", "expert")}
+        return Ensemble(pair, "antiexpert", (Term("expert", "antiexpert"),))
+
+    def run(self) -> Outcome:
+        """Decode the workload once."""
+        said: dict[int, list[int]] = {}
+        submitted: dict[int, float] = {}
+        first: dict[int, float] = {}
+        in_step: list[int] = []
+
+        def hear(request: Request, token: int) -> None:
+            tag = request.tag
+            assert isinstance(tag, int)
+            in_step.append(tag)
+            if tag not in said:
+                said[tag] = []
+                first[tag] = time.perf_counter() - submitted[tag]
+            said[tag].append(token)
+
+        engine = Engine(
+            self._ensemble,
+            max_rows=self.max_rows,
+            prefill_tokens=PREFILL_TOKENS[self.bench.device.type],
+            on_token=hear,
+            speculation=self.speculation,
+        )
+        groups = (
+            [[item] for item in self.workload.items] if self.workload.one_by_one else [self.workload.items]
+        )
+        gaps: list[float] = []
+        began = last = time.perf_counter()
+        for group in groups:
+            for item in group:
+                submitted[item.tag] = last
+                engine.submit(self._request(item))
+            while engine.busy:
+                engine.step()
+                now = time.perf_counter()
+                if in_step:
+                    gaps.append((now - last) * len(set(in_step)) / len(in_step))
+                    in_step.clear()
+                    last = now
+        synchronise(self.bench.device)
+        seconds = time.perf_counter() - began
+        counts = engine.counts
+        return Outcome(
+            seconds,
+            said,
+            list(first.values()),
+            gaps,
+            drafted=counts.examined,
+            accepted=counts.accepted,
+            row_steps=counts.row_steps,
+        )
+
+    def _request(self, item: Item) -> Request:
+        contexts = {name: item.contexts.get(name, item.contexts["base"]) for name in self._ensemble.runners}
+        return Request(contexts=contexts, key=item.tag, max_new_tokens=item.new_tokens, tag=item.tag)
+
+    def dialled(self, acceptance: float, truth: Mapping[int, Sequence[int]], k: int | None = None) -> Ours:
+        """The same with drafts whose acceptance is made up (see Dial). Earlier passages are no drafts: the
+        dial alone decides."""
+        vocabulary = int(self.bench.plain["base"].config.vocab_size)
+        pick = Dial.at(acceptance, truth, vocabulary)
+        return self.speculating(Speculation(k=k, lookup=False, pick=pick))
+
+    def speculating(self, speculation: Speculation) -> Ours:
+        """The same with drafts."""
+        return replace(self, speculation=speculation)
