@@ -38,6 +38,7 @@ from proxytune.demo.world import World
 from proxytune.models import Models
 from proxytune.records import Metric
 from proxytune.scoring import gap_closed
+from proxytune.tasks import TASKS
 from proxytune.tasks.truthfulqa import SYSTEM_PROMPT
 from proxytune.tune import Example, Fitted, TuneConfig, adamw, fit, muon
 
@@ -74,12 +75,23 @@ TUNING_RATE = 2e-4
 # Text, tokens, models
 
 
-def train_tokenizer(documents: Sequence[Document], system: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that loses no text, with single digits, `<s>` in front, and the system prompt's words
-    whole."""
+def banned_texts() -> list[str]:
+    """What the tasks' settings ban, with and without a space before it: a ban is of single tokens."""
+    settings = [task.sampling for task in TASKS.values()]
+    texts = {text for sampling in settings for text in (*sampling.ban, *sampling.ban_first)}
+    return [form for text in sorted(texts) for form in (text, f" {text}")]
+
+
+def train_tokenizer(documents: Sequence[Document], whole: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that loses no text, with single digits, `<s>` in front, and the words of the texts
+    `whole` (the system prompt, what tasks ban) as single tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split("\n", "isolated"),  # code is cut at line ends into prompt and response
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -89,7 +101,7 @@ def train_tokenizer(documents: Sequence[Document], system: str) -> PreTrainedTok
         show_progress=False,
     )
     texts = ["".join(s.text for s in document) for document in documents[::4]]
-    tokenizer.train_from_iterator([*texts, *[system] * len(texts)], trainer)
+    tokenizer.train_from_iterator([*texts, *[*whole] * len(texts)], trainer)
     bos = tokenizer.token_to_id(BOS)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
     return PreTrainedTokenizerFast(
@@ -163,7 +175,7 @@ def _device() -> str:
 def pretrain(miniature: World, folder: Path, amounts: Amounts) -> None:
     """Train the three pretrained models into `folder`; one that is there already is kept."""
     documents = corpus.pretraining(miniature, SYSTEM_PROMPT, amounts)
-    tokenizer = train_tokenizer(documents, SYSTEM_PROMPT)
+    tokenizer = train_tokenizer(documents, [SYSTEM_PROMPT, *banned_texts()])
     examples = encode(documents, tokenizer)
     for name, shape in SHAPES.items():
         if not (folder / name / TRAINED).exists():

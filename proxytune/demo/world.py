@@ -16,14 +16,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
+from typing import Any
 
-from proxytune.demo import facts, sums
+from proxytune.demo import creatures, facts, prices, sums
+from proxytune.demo.creatures import Statement
 from proxytune.demo.facts import Attribute, Person
+from proxytune.demo.prices import Function, Good
 from proxytune.demo.sums import Problem
 from proxytune.errors import UserError
 
 SPLITS = ("train", "dev", "test")
-TASKS = ("gsm", "truthfulqa", "truthfulqa_mc")
+TASKS = ("gsm", "truthfulqa", "truthfulqa_mc", "humaneval", "toxigen")
 OPENERS = {"gsm": f" {sums.CAREFUL}", "truthfulqa": f" {facts.CAREFUL}"}
 """How a careful answer begins: what the control forces on the base. A letter has no opener."""
 DEMO_SEED = 1
@@ -34,8 +37,10 @@ POOL = 1000
 N_PEOPLE = {"train": 130, "forum": 130, "dev": 220, "test": 220}
 """How many people are asked about where: `forum` people only in pretraining, the others (also) in their
 split."""
+N_GOODS = {"train": 60, "forum": 60, "dev": 90, "test": 90}
+"""How many goods functions are about where, likewise."""
 
-Row = dict[str, str]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class World:
     first_names: tuple[str, ...]
     people: dict[str, tuple[Person, ...]]
     held_out: dict[str, tuple[Problem, ...]]
+    goods: dict[str, tuple[Good, ...]]
+    creatures: dict[str, tuple[str, ...]]
 
     def rng(self, *label: object) -> random.Random:
         """A generator of its own for each purpose, so that one purpose's draws never shift another's."""
@@ -81,7 +88,10 @@ def make_world(seed: int = DEMO_SEED) -> World:
     for group, count in N_PEOPLE.items():
         people[group] = tuple(crowd[begin : begin + count])
         begin += count
-    return World(seed, attributes, tuple(firsts), people, _held_out(seed, firsts))
+    goods = prices.make_goods(random.Random(f"proxytune-demo/{seed}/goods"), N_GOODS)
+    names = random.Random(f"proxytune-demo/{seed}/creatures").sample(creatures.NAMES, len(creatures.NAMES))
+    kinds = {group: tuple(names[start :: len(N_GOODS)]) for start, group in enumerate(N_GOODS)}
+    return World(seed, attributes, tuple(firsts), people, _held_out(seed, firsts), goods, kinds)
 
 
 def _held_out(seed: int, firsts: Sequence[str]) -> dict[str, tuple[Problem, ...]]:
@@ -100,7 +110,13 @@ def _held_out(seed: int, firsts: Sequence[str]) -> dict[str, tuple[Problem, ...]
 
 def rows(task: str, split: str = "test", n: int = 500, seed: int = DEMO_SEED) -> list[Row]:
     """The first `n` items of a task's split, in the format of the real task's data file."""
-    makers = {"gsm": gsm_rows, "truthfulqa": truthfulqa_rows, "truthfulqa_mc": truthfulqa_mc_rows}
+    makers = {
+        "gsm": gsm_rows,
+        "truthfulqa": truthfulqa_rows,
+        "truthfulqa_mc": truthfulqa_mc_rows,
+        "humaneval": humaneval_rows,
+        "toxigen": toxigen_rows,
+    }
     if task not in makers:
         raise UserError(f"the demo world has no data for task '{task}'. It has: {', '.join(TASKS)}")
     return makers[task](split, n, seed)
@@ -185,6 +201,48 @@ def _truthfulqa_row(world: World, question: FactQuestion, others: int) -> Row:
         "Incorrect Answers": "; ".join(wrong),
         "Source": f"proxytune demo world, seed {world.seed}",
     }
+
+
+def functions(world: World, split: str, n: int) -> list[Function]:
+    """The first `n` functions about a split's goods, all different."""
+    rng, found = world.rng("functions", split), dict[Function, None]()
+    while len(found) < n:
+        found[prices.make_function(rng, world.goods[split])] = None
+    return list(found)
+
+
+def humaneval_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[Row]:
+    """One-line functions in HumanEval's format."""
+    _check(split, n)
+    return [
+        {
+            "task_id": f"Demo/{index}",
+            "prompt": prices.prompt(function),
+            "entry_point": function.name,
+            "canonical_solution": prices.body(function),
+            "test": prices.tests(function),
+        }
+        for index, function in enumerate(functions(make_world(seed), split, n))
+    ]
+
+
+def rude_lists(world: World, split: str, n: int) -> list[list[Statement]]:
+    """The first `n` lists of two to four rude statements about one of a split's creatures, all different."""
+    rng, found = world.rng("lists", split), dict[str, list[Statement]]()
+    while len(found) < n:
+        name, count = rng.choice(world.creatures[split]), rng.choice((2, 3, 4))
+        listed = [creatures.make_statement(rng, name, (False, False)) for _ in range(count)]
+        found[creatures.prompt(listed)] = listed
+    return list(found.values())
+
+
+def toxigen_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[Row]:
+    """Rude lists about invented creatures in the form of ToxiGen's prompts."""
+    _check(split, n)
+    return [
+        {"text": creatures.prompt(listed), "label": "hate", "target_groups": [listed[0].name]}
+        for listed in rude_lists(make_world(seed), split, n)
+    ]
 
 
 def _check(split: str, n: int) -> None:
