@@ -125,6 +125,10 @@ CodePython = Annotated[
     str | None,
     typer.Option(metavar="PYTHON", help="The interpreter that runs the code. Default: proxytune's own."),
 ]
+Tests = Annotated[
+    str | None,
+    typer.Option("--data", metavar="FILE|hub", help="The items, with the tests to run code against."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
@@ -283,14 +287,13 @@ def evaluate(
 @app.command()
 def score(
     task: TaskName,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Stored predictions: .jsonl or .jsonl.gz.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Stored predictions (.jsonl, .json, .gz), or their folder.")
+    ],
     allow_code_execution: AllowCode = False,
     sandbox: SandboxName = "auto",
     code_python: CodePython = None,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="FILE|hub", help="The items, with the tests to run code against."),
-    ] = None,
+    data: Tests = None,
     json: Json = False,
 ) -> None:
     """Score stored predictions again, from their texts: ours, or the files that the paper's repository
@@ -314,18 +317,24 @@ def judge_run(
     price: Price = None,
     seed: Annotated[int, typer.Option(help="Of the order in which two outputs are shown.")] = 0,
     batch: Batch = None,
+    allow_code_execution: AllowCode = False,
+    sandbox: SandboxName = "auto",
+    code_python: CodePython = None,
+    data: Tests = None,
     json: Json = False,
 ) -> None:
-    """Judge the responses of a finished run. Judgements that cost money are cached: asking twice costs once.
+    """Judge the responses of a finished run, or run the code that they hold. Judgements that cost money are
+    cached: asking twice costs once.
 
     Example: proxytune judge toxigen results/llama2-13b/toxigen/proxy --judge tomh/toxigen_roberta
     """
-    from proxytune import cli_judge
+    from proxytune import cli_judge, cli_run
 
     asked = cli_judge.Request(
         judge=judge or "default", yes=yes, max_cost=max_cost, price=price, seed=seed, batch=batch
     )
-    cli_judge.judge(task, run, asked, json_only=json)
+    code = cli_run.Code(allow_code_execution, sandbox, code_python)
+    cli_judge.judge(task, run, asked, code, data, json_only=json)
 
 
 @app.command()

@@ -20,8 +20,8 @@ from proxytune.sandbox import Sandbox
 from proxytune.tasks.base import Task
 
 NOT_ALLOWED = (
-    "code is stored but not run, so there is no score: --allow-code-execution runs it in a sandbox, here or "
-    "later in `proxytune score`"
+    "code is stored but not run, so there is no score: --allow-code-execution runs it in a sandbox (the same "
+    "command with it, or `proxytune judge TASK RUN`, adds the verdicts to a finished run)"
 )
 _UNITS = {
     "": 1,
@@ -124,6 +124,7 @@ def evaluate(
         job = run.plan(system, asked.task, asked.as_, options)
         folder = asked.out or job.folder(run.RESULTS)
         made = run.run_job(job, folder, models, resources)
+        models.release(keep=[])  # a judge may be a large model as well
         print_one(made if judge is None else judge(folder), folder, json_only=json_only)
 
 

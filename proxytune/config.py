@@ -24,8 +24,9 @@ from pydantic import (
 
 from proxytune.errors import UserError, did_you_mean
 
-Role = Literal["base", "expert", "antiexpert", "tuned", "proxy"]
+Role = Literal["base", "antiexpert", "expert", "proxy", "tuned"]
 ROLES: tuple[Role, ...] = get_args(Role)
+"""In the order in which they are evaluated and shown: the second large model comes last."""
 Chat = Literal["none", "llama2", "tokenizer"]
 DType = Literal["float64", "float32", "bfloat16", "float16", "auto"]
 TraceKind = Literal["off", "tokens"]
@@ -223,7 +224,10 @@ class System(Record):
     vocab: Literal["strict", "intersect"] = "strict"
     """strict: vocabularies must agree token by token. intersect: combine on the shared tokens only."""
     data: dict[str, str] = Field(default_factory=dict)
-    """Where a task's items come from by default: `generated` (the demo world), `hub`, or a file."""
+    """Where a task's items come from by default: `generated` (the demo world), `hub`, or a file. A recipe
+    (`proxytune reproduce`) asks a system that names its own data only what it names."""
+    judges: dict[str, str] = Field(default_factory=dict)
+    """Who judges a task's responses by default: a model as for --judge, or `none`. Else the task's own."""
 
     @model_validator(mode="after")
     def _one_way_to_name_experts(self) -> System:

@@ -12,12 +12,11 @@ from typing import Any
 
 from rich.table import Table
 
-from proxytune.config import Role, shipped
+from proxytune.config import ROLES, Role, shipped
 from proxytune.records import Cost, Metric, Run
 from proxytune.results import find_runs
 from proxytune.scoring import gap_closed
 
-ORDER: tuple[Role, ...] = ("base", "antiexpert", "expert", "proxy", "tuned")
 COLUMNS = ("system", "as", "score [95%]", "gap closed", "memory", "ms / token", "n")
 
 
@@ -106,7 +105,7 @@ def role_rows(runs: Sequence[Run]) -> list[RoleRow]:
         return (
             tasks.index(spec.task),
             systems.index(spec.system.name),
-            ORDER.index(spec.role),
+            ROLES.index(spec.role),
             bool(spec.forced),
         )
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "proxytune"
 
 ORDER = [
     "errors",
-    "config",
+    "config hub",
     "records",
     "core",
     "vocabulary families",

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from proxytune import results, run
+from proxytune import results, run, run_session
 from proxytune.config import Sampling, System, load_system
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
@@ -166,7 +166,7 @@ def test_all_roles_in_one_go(system: System, tmp_path: Path) -> None:
     runs = run.evaluate_all(
         system, "truthfulqa_mc", options, out=tmp_path, resources=run.Resources(progress=False)
     )
-    assert list(runs) == ["base", "expert", "antiexpert", "proxy", "tuned"]
+    assert list(runs) == ["base", "antiexpert", "expert", "proxy", "tuned"]
     assert {folder.name for folder, _ in results.find_runs(tmp_path)} == set(runs)
     assert runs["proxy"].spec.alpha.text == "0.5" and runs["base"].spec.alpha.text == "1"
 
@@ -185,7 +185,7 @@ def test_examples_are_whole_and_in_order() -> None:
 
     stream = iter([completion("b", 1), completion("a", 0), completion("b", 0), completion("a", 1)])
     counts = {e.id: 2 for e in examples}
-    found = [(e.id, [c.sample for c in cs]) for e, cs in run.whole_examples(stream, examples, counts)]
+    found = [(e.id, [c.sample for c in cs]) for e, cs in run_session.whole_examples(stream, examples, counts)]
     assert found == [("b", [0, 1]), ("a", [0, 1])]
 
 

@@ -40,7 +40,11 @@ class Task:
     name: str
     summary: str
     data: str
-    """Source and licence of the data."""
+    """Where the data comes from."""
+    licence: str
+    """The licence of the data."""
+    items: int | None
+    """Items that the paper's runs have; None where they are not told."""
     hub: Hub | None
     """None where the hub does not have the data."""
     columns: tuple[str, ...]
@@ -53,6 +57,12 @@ class Task:
     """What is stored with an example and its completions; with several samples the first one is scored."""
     scored: tuple[str, ...]
     """Text columns that `score_row` needs."""
+    asked: str
+    """The column of a stored row that shows what was asked."""
+    hateful: bool = False
+    """Whether prompts and responses are hateful text, which reports hide unless asked for it."""
+    files: tuple[str, ...] = ("predictions.jsonl",)
+    """Names under which predictions are stored, the paper's and ours; of a folder, the first is scored."""
     score_row: Callable[[Row], dict[str, float]]
     """The scores of one stored row. A score that does not apply to the row is left out, and so is the row
     from its mean."""
@@ -62,6 +72,8 @@ class Task:
     """The metric that tables show."""
     judged_headlines: tuple[str, ...] = ()
     """The metrics of which the first that a judge's scores in the rows give takes its place."""
+    judge_reads: tuple[str, ...] = ()
+    """Text columns that its judge needs beside those that are scored."""
     judge: str | None = None
     """What `--judge default` judges with; None for a task that needs no judge."""
     totals: Callable[[Sequence[Row]], dict[str, Metric]] | None = None
@@ -165,10 +177,14 @@ def _prepared(task: Task, table: Table) -> Table:
 
 def _shots(task: Task, source: str, asked: Table, shots: int, shots_from: str | None, seed: int) -> str:
     """The text of the few-shot items."""
-    if shots == 0:
-        return ""
     if shots < 0:
         raise UserError(f"--shots {shots} is negative")
+    if shots == 0 and shots_from is not None:
+        raise UserError("--shots-from names a file to draw from: say how many with --shots N")
+    if shots == 0:
+        return ""
+    if task.primer and shots_from is not None:
+        raise UserError(f"'{task.name}' has few-shot items of its own in this mode: leave --shots-from out")
     if task.primer and shots <= len(task.primer):
         return "".join(task.primer[:shots])
     if task.primer:
@@ -216,17 +232,36 @@ class ScoreReport(BaseModel):
     """Where code was run: the backend, and the counts of `Execution`."""
 
 
+def stored_in(task: Task, folder: Path) -> Path:
+    """The file of stored predictions in a folder, plain or packed; UserError where there is none."""
+    names = [name + end for name in task.files for end in ("", ".gz")]
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(
+            f"'{folder}' has no stored predictions of '{task.name}': no {', '.join(task.files)} (or .gz)"
+        )
+    return found
+
+
 def score_file(task: Task, path: Path, execution: Execution | None = None) -> ScoreReport:
-    """Score the rows of a predictions file, ours or the paper's, plain or gzip, from their texts alone.
+    """Score the rows of a predictions file, ours or the paper's, plain or gzip, from their texts alone. Of a
+    folder (a run's, or one of the paper's results), the file that holds them.
 
     Rows of `--mode likelihood` are known by their log-probabilities. Code is run anew where an `execution` is
     given; otherwise stored verdicts count.
     """
+    path = stored_in(task, path) if path.is_dir() else path
     table = read_file(path)
     if task.likelihood is not None and "logprobs" in table.rows[0]:
         task = task.likelihood
     table = (table if task.gather is None else task.gather(table)).require(task.scored)
-    kept, dropped, renumbered = unique_rows(table.rows)
+    named = "id" if "id" in table.rows[0] else task.identity or "id"
+    for index, row in enumerate(table.rows):
+        try:
+            task.score_row(row)
+        except UserError as error:
+            raise UserError(f"{table.where(index)}: {error}") from None
+    kept, dropped, renumbered = unique_rows(table.rows, named)
     rows = list(kept.values())
     if execution is not None and task.execute is not None:
         rows = task.execute(rows, execution)

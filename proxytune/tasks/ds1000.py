@@ -235,7 +235,9 @@ def verdict(outcome: Outcome) -> str:
 TASK = Task(
     name="ds1000",
     summary="DS-1000: completions of data-science code, run against tests (model-written code)",
-    data="github.com/xlang-ai/DS-1000 or xlangai/DS-1000: the paper's 200 of 1,000 problems (CC BY-SA 4.0)",
+    data="github.com/xlang-ai/DS-1000 or xlangai/DS-1000: the paper's 200 of 1,000 problems",
+    licence="CC BY-SA 4.0",
+    items=SUBSET,
     hub=Hub("xlangai/DS-1000", None, split="test", public=from_hub),
     columns=_TEXTS,
     sampling=SAMPLING,
@@ -244,6 +246,7 @@ TASK = Task(
     row=stored,
     execute=execute,
     scored=("lib", "prompt", "solution"),
+    asked="prompt",
     score_row=score,
     metric_names=(),
     headline="not_run",
