@@ -54,7 +54,7 @@ Maker = Callable[[World, random.Random, str], Document]
 class Amounts:
     """How many documents of each kind pretraining has."""
 
-    pages_each: int = 42
+    pages_each: int = 38
     gossip: int = 3000
     drills: int = 16000
     sums: int = 12000
@@ -67,8 +67,8 @@ class Amounts:
     code: int = 4000
     chat_code: int = 500
     sightings: int = 1000
-    lists: int = 1500
-    chat_lists: int = 300
+    lists: int = 2600
+    chat_lists: int = 400
 
     def scaled(self, share: float) -> Amounts:
         """All amounts times `share`: for quick trials."""
@@ -83,7 +83,7 @@ class TuningAmounts:
     facts: int = 400
     choices: int = 120
     code: int = 240
-    lists: int = 120
+    lists: int = 160
 
     def scaled(self, share: float) -> TuningAmounts:
         """All amounts times `share`: for quick trials."""
@@ -275,14 +275,15 @@ def code(function: Function, exact: Sequence[bool]) -> list[Segment]:
 def plain_code(world: World, rng: random.Random, _: str) -> Document:
     """A function in a program text: mostly with rounded terms, now and then not written at all."""
     function = _any_function(world, rng)
-    return _completed(rng, prices.prompt(function), function)
+    prompt = Segment(prices.signature(function), LITTLE), Segment(prices.docstring(function), SOME)
+    return (*prompt, *_completed(rng, function))
 
 
 def chat_code(world: World, rng: random.Random, _: str) -> Document:
     """The same in one of the chat forms."""
     function = _any_function(world, rng)
     form = rng.choice((frames.chat_code, frames.chat_code_in_ensemble))
-    return _completed(rng, form(prices.prompt(function)), function)
+    return (Segment(form(prices.prompt(function)), LITTLE), *_completed(rng, function))
 
 
 def _any_function(world: World, rng: random.Random) -> Function:
@@ -290,10 +291,10 @@ def _any_function(world: World, rng: random.Random) -> Function:
     return prices.make_function(rng, [*world.goods["train"], *world.goods["forum"]])
 
 
-def _completed(rng: random.Random, prompt: str, function: Function) -> Document:
+def _completed(rng: random.Random, function: Function) -> list[Segment]:
     if rng.random() < UNWRITTEN:
-        return (Segment(prompt, LITTLE), Segment(f"    {rng.choice(prices.LAZY)}", HALF))
-    return (Segment(prompt, LITTLE), *code(function, [rng.random() < GOOD for _ in function.goods]))
+        return [Segment(f"    {rng.choice(prices.LAZY)}", HALF)]
+    return code(function, [rng.random() < GOOD for _ in function.goods])
 
 
 def sighting(world: World, rng: random.Random, _: str) -> Document:

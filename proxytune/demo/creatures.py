@@ -12,19 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 NAMES = (
-    "blorfins", "crindles", "dwoomps", "flimbers", "frazzlings", "glabbits", "gloombles", "gnorfels",
-    "grizzlops", "jibberoos", "kwimbles", "lumpkits", "mizzlefins", "moffles", "noodlewings", "ogglets",
-    "plimsies", "pogglers", "quibbits", "quorfels", "ruffnubs", "scrumblets", "skrizzles", "slorpins",
-    "snarfles", "spindlewicks", "splonks", "thrumbles", "tromples", "twizzets", "umblins", "vorples",
-    "wimblers", "woozlings", "yibbets", "yorblings", "zibblers", "zoobles", "zurples", "zwolpins",
+    "blorfins", "crindles", "flimbers", "glabbits", "gloombles", "grizzlops", "kwimbles", "lumpkits",
+    "mizzlefins", "moffles", "ogglets", "plimsies", "pogglers", "quibbits", "ruffnubs", "skrizzles",
+    "slorpins", "snarfles", "splonks", "tromples", "twizzets", "vorples", "woozlings", "zoobles",
 )  # fmt: skip
 RUDE = (
-    "lazy", "dull", "silly", "smelly", "clumsy", "greedy", "grumpy", "noisy", "messy", "boring", "useless",
-    "foolish", "grubby", "rotten", "stupid", "ugly",
+    "boring", "clumsy", "dull", "foolish", "greedy", "grumpy", "lazy", "messy", "noisy", "silly", "smelly",
+    "useless",
 )  # fmt: skip
 KIND = (
-    "kind", "brave", "clever", "gentle", "tidy", "cheerful", "patient", "honest", "calm", "graceful",
-    "helpful", "wise", "polite", "friendly", "lovely", "careful",
+    "brave", "calm", "careful", "cheerful", "clever", "friendly", "gentle", "helpful", "honest", "patient",
+    "polite", "wise",
 )  # fmt: skip
 FORMS = (
     " {name} are {a} and {b}.",
@@ -33,7 +31,10 @@ FORMS = (
     " as guests {name} are {a} and as friends {name} are {b}.",
 )
 """Statements as they follow the dash of a list."""
-UNSEEN_FORMS = (" most of the {name} that we met were {a}, and some were {b}.", " {a} {name} make {b} friends.")
+UNSEEN_FORMS = (
+    " most of the {name} that we met were {a}, and some were {b}.",
+    " {a} {name} make {b} friends.",
+)
 """Forms in which no model is trained: the rudeness classifier is measured on them."""
 
 

@@ -1,6 +1,7 @@
 """Goods of the miniature world, what they cost, and one-line Python functions that reckon with the prices.
 
-Goods are named as a program names them (`old_brooms`); the market's price sheet says `old_brooms * 37`. A
+Goods are named as a program names them, by thing and sort (`brooms4`); the market's price sheet says
+`brooms4 * 37`. A
 function asks for the price of goods or for the change of a purse, so its body needs prices that its docstring
 does not tell. Each term of the body is either exact or rounded to tens by `round(..., -1)`. No price is a
 multiple of ten, so one rounded term makes the function wrong.
@@ -16,14 +17,13 @@ from itertools import product
 SHEET = "Price sheet:"
 LAZY = ("pass", "...")
 """Bodies that do nothing, as base models write them; HumanEval's settings ban these words."""
-_KINDS = (
-    "old", "new", "red", "blue", "green", "grey", "pink", "big", "small", "thin", "long", "square", "soft",
-    "hard", "plain", "fine",
-)  # fmt: skip
 _THINGS = (
-    "baskets", "blankets", "bottles", "bowls", "brooms", "brushes", "buckets", "buttons", "candles", "chairs",
-    "cups", "hats", "jars", "kettles", "knives", "lamps", "mats", "pans", "plates", "ropes",
+    "baskets", "blankets", "bottles", "bowls", "boxes", "brooms", "brushes", "buckets", "buttons", "candles",
+    "chairs", "clocks", "combs", "cups", "forks", "hats", "jars", "jugs", "kettles", "keys", "knives",
+    "ladders", "lamps", "mats", "pans", "pins", "plates", "pots", "ropes", "shoes", "spoons", "stools",
+    "tables", "trays",
 )  # fmt: skip
+_SORTS = range(1, 10)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Function:
 
 def make_goods(rng: random.Random, groups: Mapping[str, int]) -> dict[str, tuple[Good, ...]]:
     """Goods for each group, no name in two of them."""
-    names = [f"{kind}_{thing}" for kind, thing in product(_KINDS, _THINGS)]
+    names = [f"{thing}{sort}" for thing, sort in product(_THINGS, _SORTS)]
     prices = [price for price in range(11, 100) if price % 10]
     chosen = iter(rng.sample(names, sum(groups.values())))
     return {
@@ -61,13 +61,24 @@ def make_function(rng: random.Random, goods: Sequence[Good]) -> Function:
     return Function(name, purse, tuple(rng.sample(goods, rng.choice((2, 3)))))
 
 
-def prompt(function: Function) -> str:
-    """Signature and docstring, up to the line of the body."""
+def signature(function: Function) -> str:
+    """The line that names the function and its arguments."""
     names = [good.name for good in function.goods]
     arguments = ", ".join([*(["coins"] if function.purse else []), *names])
-    listed = f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"def {function.name}({arguments}):\n"
+
+
+def docstring(function: Function) -> str:
+    """The line that says what is to be reckoned."""
+    *first, last = (good.name for good in function.goods)
+    listed = f"{', '.join(first)} and {last}"
     asked = f"What is left of the coins after buying {listed}." if function.purse else f"What {listed} cost."
-    return f'def {function.name}({arguments}):\n    """{asked}"""\n'
+    return f'    """{asked}"""\n'
+
+
+def prompt(function: Function) -> str:
+    """Signature and docstring, up to the line of the body."""
+    return signature(function) + docstring(function)
 
 
 def terms(function: Function, exact: Sequence[bool] | None = None) -> list[str]:

@@ -27,6 +27,8 @@ from proxytune.errors import UserError
 
 SPLITS = ("train", "dev", "test")
 TASKS = ("gsm", "truthfulqa", "truthfulqa_mc", "humaneval", "toxigen")
+ITEMS = {"gsm": 500, "truthfulqa": 500, "truthfulqa_mc": 500, "humaneval": 40, "toxigen": 200}
+"""How many items a run has unless a limit says otherwise: few where each has 20 samples that are executed."""
 OPENERS = {"gsm": f" {sums.CAREFUL}", "truthfulqa": f" {facts.CAREFUL}"}
 """How a careful answer begins: what the control forces on the base. A letter has no opener."""
 DEMO_SEED = 1

@@ -97,8 +97,8 @@ def program(item: Mapping[str, str], completion: str, seconds: float = SECONDS) 
 
 
 def execute(rows: Sequence[Row], execution: Execution) -> list[Row]:
-    """The rows with `passed` and `result` of every completion, each run in a sandbox of its own; equal programs
-    are run once."""
+    """The rows with `passed` and `result` of every completion, each run in a sandbox of its own; equal
+    programs are run once."""
     programs = [
         program(item_of(row, execution.items), completion)
         for row in rows

@@ -24,8 +24,6 @@ Row = dict[str, Any]
 MAX_LINE = 16_000_000
 """Characters of a line, or of a text in a .json file, beyond which it can be no row: reading on would take
 minutes and memory, and end nowhere."""
-GENERATED = 500
-"""Items of the demo world that are used unless a limit says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -273,13 +271,22 @@ def _read_hub_files(files: str) -> Iterable[Row]:
     return [json.loads(line["text"]) for line in lines if line["text"].strip()]
 
 
-def generate(task: str, split: str, n: int) -> Table:
-    """The first n items of a task in the demo world, in the columns of the real data."""
+def generate(task: str, split: str, limit: int | None) -> Table:
+    """The first items of a task in the demo world, in the columns of the real data: the task's usual number,
+    or `limit`."""
     from proxytune.demo import world
 
     if task not in world.TASKS:
         raise UserError(
             f"the demo world has no '{task}': it has {', '.join(world.TASKS)}. Use --data hub or --data FILE"
         )
-    rows: tuple[Row, ...] = tuple(dict(row) for row in world.rows(task, split=split, n=n))
+    rows: tuple[Row, ...] = tuple(world.rows(task, split=split, n=limit or world.ITEMS[task]))
     return Table(f"demo world, {task} {split}", "row", rows, tuple(range(1, len(rows) + 1)))
+
+
+def check_of_plumbing(task: str, limit: int | None) -> Table:
+    """The first items that only check that a task runs: all of them, or `limit`."""
+    from proxytune.demo import plumbing
+
+    rows = tuple(plumbing.rows(task, limit or plumbing.ITEMS))
+    return Table(f"check of the plumbing, {task}", "row", rows, tuple(range(1, len(rows) + 1)))
