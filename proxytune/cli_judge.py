@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from proxytune.cli_run import Code, print_json, print_one, read_mode
 from proxytune.cli_run import Request as EvalRequest
 from proxytune.cli_run import evaluate as run_roles
-from proxytune.config import System
+from proxytune.config import SOURCES, System
 from proxytune.errors import UserError, did_you_mean
 from proxytune.results import write_atomically
 
@@ -68,7 +68,7 @@ def _run_code(task_name: str, folder: Path, sandbox: Sandbox, data: str | None) 
 
     run, _ = read_finished(task_name, folder)
     source = run.spec.data if data is None else data
-    if data is None and source not in ("generated", "hub"):
+    if data is None and source not in SOURCES:
         raise UserError(f"the run asked a file, '{source}', which has the tests: name it with --data FILE")
     examples = read_source(get_task(task_name), source, run.spec.limit).examples
     return add_verdicts(folder, {example.id: example.target for example in examples}, sandbox)

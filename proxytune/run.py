@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from proxytune.config import (
     ROLES,
+    SOURCES,
     AlphaSchedule,
     Mode,
     Role,
@@ -99,7 +100,7 @@ def plan(system: System, task: str, as_: str, options: Options) -> Job:
         forced=options.forced,
     )
     plain: dict[str, Any] = {"limit": None, "shots": 0, "trace": "off", "mode": "generate", "forced": None}
-    usual_name = usual if usual in ("generated", "hub") else Path(usual).name
+    usual_name = usual if usual in SOURCES else Path(usual).name
     plain |= {"alpha": system.alpha, "sampling": found.sampling, "data": usual_name}
     return Job(found, data, spec, spec.model_copy(update=plain))
 

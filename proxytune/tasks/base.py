@@ -16,16 +16,16 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from proxytune.config import Sampling
+from proxytune.config import PLUMBING, SOURCES, Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Metric
 from proxytune.scoring import mean_metrics
 from proxytune.tasks.execution import Execution
 from proxytune.tasks.sources import (
-    GENERATED,
     Hub,
     Row,
     Table,
+    check_of_plumbing,
     generate,
     read_file,
     read_hub,
@@ -95,6 +95,8 @@ class Task:
     """The same task by likelihood: what `--mode likelihood` runs."""
     shot: Callable[[Row], str] | None = None
     """How an item is shown as a few-shot example; None, without a primer, refuses --shots."""
+    libraries: tuple[str, ...] = ()
+    """Modules that its problems import, where it runs code."""
     primer: tuple[str, ...] = ()
     """The benchmark's own few-shot items, of which --shots N takes the first N."""
 
@@ -122,7 +124,7 @@ class Dataset:
 
     examples: tuple[Example, ...]
     name: str
-    """generated, hub, or the file's name, as in RunSpec."""
+    """generated, plumbing, hub, or the file's name, as in RunSpec."""
     sha256: str
     """Of the examples as used (prompts, few-shot items and targets): the same from a file, its .gz or the
     hub."""
@@ -139,7 +141,7 @@ def read_source(
     shots_from: str | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """The first `limit` examples of a source: `generated`, `hub` or the path of a file.
+    """The first `limit` examples of a source: `generated`, `plumbing`, `hub` or the path of a file.
 
     `shots` items are drawn by `seed`, the same for every example, from the train split (hub, demo world) or
     from the file `shots_from`; items whose question is asked are never drawn.
@@ -152,14 +154,16 @@ def read_source(
     shown = _shots(task, source, table, shots, shots_from, seed)
     examples = tuple(task.examples(table, shown))
     content = json.dumps([asdict(example) for example in examples], sort_keys=True).encode()
-    name = source if source in ("generated", "hub") else Path(source).name
+    name = source if source in SOURCES else Path(source).name
     return Dataset(examples, name, hashlib.sha256(content).hexdigest(), table.notes)
 
 
 def _table(task: Task, source: str, limit: int | None) -> Table:
     """The rows of a source as they were published."""
     if source == "generated":
-        return generate(task.name, "test", limit or GENERATED)
+        return generate(task.name, "test", limit)
+    if source == PLUMBING:
+        return check_of_plumbing(task.name, limit)
     if source == "hub":
         if task.hub is None:
             raise UserError(f"the hub has no '{task.name}': {task.data}. Give a file: --data FILE")
@@ -204,7 +208,7 @@ def _pool(task: Task, source: str, shots_from: str | None) -> Table:
     if shots_from is not None:
         return (task.read or read_file)(Path(shots_from))
     if source == "generated":
-        return generate(task.name, "train", GENERATED)
+        return generate(task.name, "train", None)
     if source == "hub" and task.hub is not None and task.hub.train is not None:
         return read_hub(task.hub, task.hub.train)
     raise UserError(f"few-shot items for '{source}' must be named: --shots-from FILE (the train split, say)")
