@@ -1,8 +1,8 @@
 """Items for the tasks in which models this small can show nothing: instructions, data science, trivia, news.
 
 They have the form of the real data and questions of the demo world, so that the whole path of a task
-(reading, prompts, decoding, executing, judging, tables) can be run. The models are not trained for any of it. Runs on
-them have the data source `plumbing`, and every table says so.
+(reading, prompts, decoding, executing, judging, tables) can be run. The models are not trained for any of it.
+Runs on them have the data source `plumbing`, and every table says so.
 """
 
 from __future__ import annotations
