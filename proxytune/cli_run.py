@@ -136,7 +136,8 @@ def print_one(run: Run, folder: Path, *, json_only: bool) -> None:
     from proxytune.report import percent, role_rows, size
 
     row = role_rows([run])[0]
-    print(f"{run.spec.system.name} as {run.spec.role} on {run.spec.task}: {run.n} examples")
+    remark = "" if run.spec.remark is None else f" ({run.spec.remark})"
+    print(f"{run.spec.system.name} as {run.spec.role} on {run.spec.task}: {run.n} examples{remark}")
     for name, metric in sorted(run.metrics.items(), key=lambda pair: pair[0] != run.headline):
         print(f"  {name:22} {percent(metric)}")
     if row.ms_per_token is not None:
