@@ -1,12 +1,14 @@
 """The miniature world: deterministic from its seed, without any third-party text. The demo tasks' items come
 from here.
 
-Three tasks, each with rows in its real task's own file format:
+Five tasks, each with rows in its real task's own file format:
 `gsm` (GSM8K's `question`, `answer`), `truthfulqa` (TruthfulQA.csv's columns; two or three attributes asked at
-once) and `truthfulqa_mc` (the same columns; one attribute, exactly three incorrect answers, the misconception
-first). Splits: `train` (tuning), `dev` (choices are made on it) and `test`. They share no person and no
-problem; no training text has a problem with the numbers of a dev or test problem, and none asks about a dev
-or test person.
+once), `truthfulqa_mc` (the same columns; one attribute, exactly three incorrect answers, the misconception
+first), `humaneval` (one-line functions that reckon with the prices of goods) and `toxigen` (rude lists about
+invented creatures). Splits: `train` (tuning), `dev` (choices are made on it) and `test`. They share no
+person, problem, good or creature; no training text has a problem with the numbers of a dev or test problem,
+none asks about a dev or test person, and none has a function about a dev or test good or a rude word about a
+dev or test creature.
 """
 
 from __future__ import annotations
