@@ -3,9 +3,9 @@
 Every document is a list of segments with a loss weight: what can be known (facts, prices, results, copied
 names, the choice of style in an answer) counts fully, what is random (names first mentioned, operands,
 questions) hardly. In pretraining every sentence, step, term or quality of an answer is in the good style with
-probability `GOOD`, independently of the others; tuning examples are good throughout. About dev and test people
-pretraining has pages and the crowd's talk, but no question; dev and test goods are on the price sheet, but in
-no function; dev and test creatures are seen, but nobody is rude to them.
+probability `GOOD`, independently of the others; tuning examples are good throughout. About dev and test
+people pretraining has pages and the crowd's talk, but no question; dev and test goods are on the price sheet,
+but in no function; dev and test creatures are seen, but nobody is rude to them.
 """
 
 from __future__ import annotations
