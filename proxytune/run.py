@@ -29,7 +29,7 @@ from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.records import Completion, Example, Metric, Prompt, Run
 from proxytune.run_session import Job, Resources, run_job
-from proxytune.tasks import get_task, read_source
+from proxytune.tasks import Dataset, Task, get_task, read_source
 
 __all__ = [
     "ORDER",
@@ -42,6 +42,7 @@ __all__ = [
     "evaluate_all",
     "generate",
     "plan",
+    "planned_folder",
     "run_job",
     "score_of",
 ]
@@ -78,15 +79,27 @@ def plan(system: System, task: str, as_: str, options: Options) -> Job:
         get_task(named)  # a mistyped task there would silently mean the hub
     if options.mode == "likelihood" and options.trace != "off":
         raise UserError("a trace is of generated tokens: leave --trace out with --mode likelihood")
-    alpha = alpha_for(system, role, options.alpha, allow_negative=options.allow_negative_alpha)
-    usual = system.data.get(task, "hub")
-    source = usual if options.data is None else options.data
+    source = system.data.get(task, "hub") if options.data is None else options.data
     data = read_source(
         found, source, options.limit, shots=options.shots, shots_from=options.shots_from, seed=options.seed
     )
-    settings = found.sampling if options.sampling is None else options.sampling
+    return _job(system, role, options, found, data)
+
+
+def planned_folder(system: System, task: str, role: Role, options: Options, root: Path) -> Path:
+    """Where a run from the system's usual data will be kept, without reading the data."""
+    source = system.data.get(task, "hub")
+    name = source if source in SOURCES else Path(source).name
+    return _job(system, role, options, get_task(task, options.mode), Dataset((), name, "")).folder(root)
+
+
+def _job(system: System, role: Role, options: Options, task: Task, data: Dataset) -> Job:
+    """The settings of a run and what they are by default."""
+    alpha = alpha_for(system, role, options.alpha, allow_negative=options.allow_negative_alpha)
+    usual = system.data.get(task.name, "hub")
+    settings = task.sampling if options.sampling is None else options.sampling
     spec = RunSpec(
-        task=task,
+        task=task.name,
         system=system,
         role=role,
         alpha=alpha or system.alpha,
@@ -101,8 +114,8 @@ def plan(system: System, task: str, as_: str, options: Options) -> Job:
     )
     plain: dict[str, Any] = {"limit": None, "shots": 0, "trace": "off", "mode": "generate", "forced": None}
     usual_name = usual if usual in SOURCES else Path(usual).name
-    plain |= {"alpha": system.alpha, "sampling": found.sampling, "data": usual_name}
-    return Job(found, data, spec, spec.model_copy(update=plain))
+    plain |= {"alpha": system.alpha, "sampling": task.sampling, "data": usual_name}
+    return Job(task, data, spec, spec.model_copy(update=plain))
 
 
 def alpha_for(

@@ -247,6 +247,7 @@ TASK = Task(
     execute=execute,
     scored=("lib", "prompt", "solution"),
     asked="prompt",
+    libraries=("pandas", "numpy", "matplotlib", "tensorflow", "scipy", "sklearn", "torch"),
     score_row=score,
     metric_names=(),
     headline="not_run",
