@@ -46,7 +46,11 @@ KvMemory = Annotated[
 ]
 Data = Annotated[
     str | None,
-    typer.Option(metavar="FILE|hub", help="Where the items come from. Default: the system's, or hub."),
+    typer.Option(
+        metavar="FILE|hub|generated|plumbing",
+        help="Where the items come from: a file, the hub, the demo world (generated), or items that only "
+        "check that the task runs (plumbing). Default: the system's, or hub.",
+    ),
 ]
 Limit = Annotated[int | None, typer.Option(help="Only the first N items.")]
 Shots = Annotated[int, typer.Option(help="Few-shot items before each question.")]
