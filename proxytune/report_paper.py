@@ -77,7 +77,7 @@ def _ours(recipe: Recipe, line: Line, i: int, runs: Mapping[Key, Run]) -> str | 
     name = shown_metric(column, run)
     notes = [] if run.spec.remark is None else [run.spec.remark]
     if name is None:
-        return ", ".join([f"ours: {run.headline}", *notes])
+        return ", ".join([f"ours: no {column.metrics[0]}", *notes])
     notes = ([] if name == column.metrics[0] else [name]) + notes
     return ", ".join([f"ours {percent(run.metrics[name])}", *notes])
 
