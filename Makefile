@@ -1,20 +1,27 @@
 # The two commands to begin with are `make demo` and `make test`; both set everything up first.
 # PYTHON       the interpreter that makes .venv
 # TORCH        which torch to install
+# SYSTEM       the system that a reproduce target runs in place of the paper's (demo), ARGS its other options
 # TORCH_INDEX  where from, for another build than the one on PyPI:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+SYSTEM ?=
+ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/installed
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check check-all fix report bench reproduce-table12 demo-models clean
+RECIPES := reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5
+.PHONY: help setup demo test check check-all fix report bench reproduce-table12 demo-models clean $(RECIPES)
 
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo '  make reproduce-table2, -table3, -table4, -table5'
+	@echo '                    a table of the paper: says what it downloads, needs and costs, then runs it;'
+	@echo '                    SYSTEM=demo runs it on the demo system, ARGS="--yes --limit 50" gives options'
 
 setup: $(STAMP)  ## .venv with torch and proxytune, once
 
@@ -46,6 +53,9 @@ fix: setup  ## format the code and mend what the linter can mend
 
 report: setup  ## write results/README.md from the stored runs and the published figures
 	$(BIN)/proxytune report --write
+
+$(RECIPES): reproduce-%: setup
+	$(BIN)/proxytune reproduce $* $(if $(SYSTEM),--system $(SYSTEM)) $(ARGS)
 
 bench: setup  ## time decoding on the CPU and write the tables in benchmarks/README.md (up to two hours)
 	mkdir -p benchmarks/results

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from proxytune.adapters import Adapters
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from proxytune.adapters import Adapters
 from proxytune.config import ExpertSpec, ModelSpec, Role, System, load_system
 from proxytune.decode import Decoder
 from proxytune.families import examine

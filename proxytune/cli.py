@@ -15,6 +15,39 @@ import typer
 from typer.core import TyperGroup
 
 from proxytune import __version__
+from proxytune.cli_options import (
+    AllowCode,
+    Alpha,
+    As,
+    AsOrAll,
+    Batch,
+    CodePython,
+    Data,
+    Json,
+    JudgeName,
+    KvMemory,
+    Limit,
+    MaxCost,
+    MaxNewTokens,
+    ModeName,
+    Negative,
+    Out,
+    Price,
+    RemoteCode,
+    SandboxName,
+    Seed,
+    Shots,
+    ShotsFrom,
+    SystemName,
+    TaskName,
+    Temperature,
+    Tests,
+    TopK,
+    TopP,
+    Trace,
+    Vocab,
+    Yes,
+)
 from proxytune.errors import UserError
 
 
@@ -48,84 +81,6 @@ app = typer.Typer(
     help="Proxy-tuning: logits = base + alpha * (expert - antiexpert), decoded, evaluated and explained.\n\n"
     "Begin with: proxytune demo",
 )
-
-TaskName = Annotated[str, typer.Argument(metavar="TASK", help="A task; `proxytune tasks` lists them.")]
-SystemName = Annotated[
-    str,
-    typer.Option("--system", "-s", metavar="S", help="A system's name (`proxytune systems`) or a YAML file."),
-]
-As = Annotated[str, typer.Option("--as", help="base, expert, antiexpert, tuned or proxy.")]
-AsOrAll = Annotated[str, typer.Option("--as", help="base, expert, antiexpert, tuned, proxy, or all of them.")]
-Alpha = Annotated[
-    str | None,
-    typer.Option(help="0 to 10, or first:N, warmup:N, linear:FROM:TO:N. Default: the system's."),
-]
-Negative = Annotated[
-    bool,
-    typer.Option(
-        "--allow-negative-alpha", help="Allow alpha below 0: it undoes what the expert was tuned for."
-    ),
-]
-Vocab = Annotated[
-    str | None,
-    typer.Option(help="strict (vocabularies must agree) or intersect (combine on the shared tokens)."),
-]
-RemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a checkpoint.")
-]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Cut responses after this many tokens.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
-TopP = Annotated[
-    float | None, typer.Option(help="Sample from the smallest set that has this probability; 1 is off.")
-]
-TopK = Annotated[int | None, typer.Option(help="Sample among the k most probable tokens; 0 is off.")]
-Seed = Annotated[int, typer.Option(help="Of the sampling noise (and of the choice of few-shot items).")]
-Batch = Annotated[
-    int | None, typer.Option(help="At most this many rows at a time. Default: what memory allows.")
-]
-KvMemory = Annotated[
-    str | None, typer.Option(help="Memory for the KV caches, e.g. 4GB. Default: what is free.")
-]
-Data = Annotated[
-    str | None,
-    typer.Option(metavar="FILE|hub", help="Where the items come from. Default: the system's, or hub."),
-]
-Limit = Annotated[int | None, typer.Option(help="Only the first N items.")]
-Shots = Annotated[int, typer.Option(help="Few-shot items before each question.")]
-ShotsFrom = Annotated[str | None, typer.Option(metavar="FILE", help="Draw few-shot items from this file.")]
-Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: results/<system>/<task>/<as>/.")]
-ModeName = Annotated[
-    str, typer.Option(help="generate, or likelihood: compare given answers by their log-probabilities.")
-]
-Trace = Annotated[bool, typer.Option("--trace", help="Store every token's probability under each role.")]
-JudgeName = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODEL",
-        help="Who judges the responses: default, none, a folder or hub id (MODEL#LABEL; TRUTH,INFO), or a "
-        "model of the endpoint in OPENAI_BASE_URL.",
-    ),
-]
-Yes = Annotated[bool, typer.Option("--yes", help="Agree to what a judge behind an API costs.")]
-MaxCost = Annotated[
-    float | None, typer.Option(help="Spend at most this many US dollars on the judge.", min=0)
-]
-Price = Annotated[
-    str | None, typer.Option(metavar="IN,OUT", help="The judge's price in USD per million tokens.")
-]
-AllowCode = Annotated[
-    bool,
-    typer.Option("--allow-code-execution", help="Run model-written code (humaneval, ds1000), in a sandbox."),
-]
-SandboxName = Annotated[
-    str,
-    typer.Option("--sandbox", help="auto, bubblewrap, namespaces, or weak (a separate process with limits)."),
-]
-CodePython = Annotated[
-    str | None,
-    typer.Option(metavar="PYTHON", help="The interpreter that runs the code. Default: proxytune's own."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
 def _version(asked: bool) -> None:
@@ -283,14 +238,13 @@ def evaluate(
 @app.command()
 def score(
     task: TaskName,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Stored predictions: .jsonl or .jsonl.gz.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Stored predictions (.jsonl, .json, .gz), or their folder.")
+    ],
     allow_code_execution: AllowCode = False,
     sandbox: SandboxName = "auto",
     code_python: CodePython = None,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="FILE|hub", help="The items, with the tests to run code against."),
-    ] = None,
+    data: Tests = None,
     json: Json = False,
 ) -> None:
     """Score stored predictions again, from their texts: ours, or the files that the paper's repository
@@ -314,18 +268,24 @@ def judge_run(
     price: Price = None,
     seed: Annotated[int, typer.Option(help="Of the order in which two outputs are shown.")] = 0,
     batch: Batch = None,
+    allow_code_execution: AllowCode = False,
+    sandbox: SandboxName = "auto",
+    code_python: CodePython = None,
+    data: Tests = None,
     json: Json = False,
 ) -> None:
-    """Judge the responses of a finished run. Judgements that cost money are cached: asking twice costs once.
+    """Judge the responses of a finished run, or run the code that they hold. Judgements that cost money are
+    cached: asking twice costs once.
 
     Example: proxytune judge toxigen results/llama2-13b/toxigen/proxy --judge tomh/toxigen_roberta
     """
-    from proxytune import cli_judge
+    from proxytune import cli_judge, cli_run
 
     asked = cli_judge.Request(
         judge=judge or "default", yes=yes, max_cost=max_cost, price=price, seed=seed, batch=batch
     )
-    cli_judge.judge(task, run, asked, json_only=json)
+    code = cli_run.Code(allow_code_execution, sandbox, code_python)
+    cli_judge.judge(task, run, asked, code, data, json_only=json)
 
 
 @app.command()
@@ -354,25 +314,89 @@ def report(
             "--write", help="Write RESULTS/README.md, and the table in README.md where it has a place for it."
         ),
     ] = False,
+    examples: Annotated[
+        int, typer.Option(help="Also what each role said to the first N examples of every task.", min=0)
+    ] = 0,
+    show_hateful: Annotated[
+        bool, typer.Option("--show-hateful", help="Show ToxiGen's texts, which are hidden otherwise.")
+    ] = False,
 ) -> None:
-    """The stored runs as tables.
+    """The stored runs as tables: score, gap closed, memory and time per token of every role, and the paper's
+    tables with our figures beside its own.
 
     Example: proxytune report results --markdown
     """
     from proxytune import cli_show
 
-    cli_show.report(results, markdown=markdown, write=write)
+    asked = cli_show.ReportRequest(
+        markdown=markdown, write=write, examples=examples, show_hateful=show_hateful
+    )
+    cli_show.report(results, asked)
+
+
+@app.command()
+def reproduce(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="table2, table3, table4 or table5.")],
+    system: Annotated[
+        str | None,
+        typer.Option("--system", "-s", metavar="S", help="Run this system in place of the paper's."),
+    ] = None,
+    path: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="Where a model lies that nobody published (can be repeated)."),
+    ] = None,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out the lines whose models are missing.")
+    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what it takes, and do nothing.")] = False,
+    limit: Limit = None,
+    out: Annotated[Path, typer.Option(help="The folder of results.")] = Path("results"),
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=MODEL", help="Who judges a task, as for eval --judge (can be repeated)."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Agree to the downloads and the judges' cost.")] = False,
+    max_cost: MaxCost = None,
+    price: Price = None,
+    batch: Batch = None,
+    kv_memory: KvMemory = None,
+    allow_code_execution: AllowCode = False,
+    sandbox: SandboxName = "auto",
+    code_python: CodePython = None,
+    json: Json = False,
+) -> None:
+    """Reproduce a table of the paper: print what it downloads, needs and costs, run it, and show our figures
+    beside the paper's. What is finished is kept; the same command continues.
+
+    Example: proxytune reproduce table2 --system demo
+    """
+    from proxytune import cli_judge, cli_reproduce, cli_run
+    from proxytune.reproduce import Choice
+
+    paths = cli_reproduce.named(path or (), "--path", "NAME=DIR")
+    asked = cli_reproduce.Request(
+        recipe=recipe,
+        choice=Choice(system, {name: Path(place) for name, place in paths.items()}, skip_missing),
+        judges=cli_reproduce.named(judge or (), "--judge", "TASK=MODEL"),
+        judging=cli_judge.Request(yes=yes, max_cost=max_cost, price=price),
+        limit=limit,
+        out=out,
+        batch=batch,
+        kv_memory=kv_memory,
+        code=cli_run.Code(allow_code_execution, sandbox, code_python),
+    )
+    cli_reproduce.reproduce(asked, plan_only=plan, json_only=json)
 
 
 @app.command()
 def tasks(json: Json = False) -> None:
-    """The tasks: what they measure and where their data comes from.
+    """The tasks: what they measure, where their data comes from, and whether each can run here now.
 
     Example: proxytune tasks
     """
-    from proxytune import cli_show
+    from proxytune import cli_tasks
 
-    cli_show.tasks(json_only=json)
+    cli_tasks.tasks(json_only=json)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from proxytune.decode import Decoder
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.records import Completion, Example, Prompt, TracedToken
-from proxytune.run import ORDER, alpha_for
+from proxytune.run import alpha_for
 
 CHANGED = "bold reverse"
 
@@ -57,8 +57,11 @@ def generate(system: System, asked: Request, *, compare: bool, json_only: bool) 
     on_load = tell_loading if sys.stderr.isatty() else None
     models = Models(system, trust_remote_code=asked.trust_remote_code, on_load=on_load)
     if compare:
+        _one_of_each(asked)
         _compare(system, asked, example, models, json_only=json_only)
         return
+    if asked.as_ == "all":
+        raise UserError("generate speaks as one role: --compare shows all of them side by side")
     role = system.require(asked.as_)
     alpha = alpha_for(system, role, asked.alpha, allow_negative=asked.allow_negative_alpha)
     decoder = asked.decoder(models, role)
@@ -72,6 +75,14 @@ def generate(system: System, asked: Request, *, compare: bool, json_only: bool) 
     else:
         for completion in found:
             print(f"--- {completion.sample + 1}\n{completion.text}")
+
+
+def _one_of_each(asked: Request) -> None:
+    """UserError for options that --compare would have to ignore."""
+    if asked.sampling.n > 1:
+        raise UserError(f"--compare shows one response of each role: leave -n {asked.sampling.n} out")
+    if asked.as_ not in ("proxy", "all"):
+        raise UserError(f"--compare shows all roles: leave --as {asked.as_} out")
 
 
 class _Printer:
@@ -100,15 +111,16 @@ def _told(completion: Completion) -> dict[str, object]:
 def _compare(system: System, asked: Request, example: Example, models: Models, *, json_only: bool) -> None:
     """One response of every role; in the proxy's, what it changed relative to the base."""
     alpha_for(system, system.require("proxy"), asked.alpha, allow_negative=asked.allow_negative_alpha)
-    one = asked.sampling.model_copy(update={"n": 1})
     found: dict[Role, Completion] = {}
-    for role in (role for role in ORDER if role in system.roles):
+    for role in system.roles:
         if role == "tuned":
             models.release(keep=[role])
         own = asked.alpha if role == "proxy" else None
         alpha = alpha_for(system, role, own, allow_negative=asked.allow_negative_alpha)
         trace: TraceKind = "tokens" if role == "proxy" else "off"
-        [found[role]] = asked.decoder(models, role).stream([example], one, alpha=alpha, trace=trace)
+        [found[role]] = asked.decoder(models, role).stream(
+            [example], asked.sampling, alpha=alpha, trace=trace
+        )
     trace_of_proxy = said(found["proxy"])
     changed = [place for place, token in enumerate(trace_of_proxy) if is_changed(token)]
     if json_only:

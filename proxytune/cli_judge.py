@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from proxytune.cli_run import Code, print_json, print_one, read_mode
 from proxytune.cli_run import Request as EvalRequest
 from proxytune.cli_run import evaluate as run_roles
-from proxytune.cli_run import print_json, print_one, read_mode
-from proxytune.config import System
+from proxytune.config import SOURCES, System
 from proxytune.errors import UserError, did_you_mean
 from proxytune.results import write_atomically
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from proxytune.judges_llm import PairwiseJudge
     from proxytune.records import Run
     from proxytune.results import Row
+    from proxytune.sandbox import Sandbox
 
 FORMATS = ("alpaca_eval",)
 
@@ -38,18 +39,39 @@ class Request:
     batch: int | None = None
 
 
-def judge(task: str, folder: Path, asked: Request, *, json_only: bool) -> None:
-    """Judge one finished run and print its metrics."""
+def judge(task: str, folder: Path, asked: Request, code: Code, data: str | None, *, json_only: bool) -> None:
+    """Judge one finished run, or run the code that it stored, and print its metrics."""
     from proxytune import run_judge
+    from proxytune.run_code import read_finished
+    from proxytune.tasks import get_task
 
+    sandbox = code.open(get_task(task))
+    if sandbox is not None:
+        print_one(_run_code(task, folder, sandbox, data), folder, json_only=json_only)
+        return
     run_judge.judged_task(task)
-    _, rows = run_judge.read_finished(task, folder)
+    if data is not None:
+        raise UserError("--data names the tests to run code against: it goes with --allow-code-execution")
+    _, rows = read_finished(task, folder)
     made = make(task, asked)
     if made is None:
         raise UserError("--judge none leaves nothing to do: name a judge, or leave it out for the default")
     agree(made, rows, asked)
     run = run_judge.judge_run(folder, made, teller())
     print_one(run, folder, json_only=json_only)
+
+
+def _run_code(task_name: str, folder: Path, sandbox: Sandbox, data: str | None) -> Run:
+    """Give the stored responses of a run their verdicts; the tests come from the data that was asked."""
+    from proxytune.run_code import add_verdicts, read_finished
+    from proxytune.tasks import get_task, read_source
+
+    run, _ = read_finished(task_name, folder)
+    source = run.spec.data if data is None else data
+    if data is None and source not in SOURCES:
+        raise UserError(f"the run asked a file, '{source}', which has the tests: name it with --data FILE")
+    examples = read_source(get_task(task_name), source, run.spec.limit).examples
+    return add_verdicts(folder, {example.id: example.target for example in examples}, sandbox)
 
 
 def make(task_name: str, asked: Request) -> Judge | PairwiseJudge | None:
@@ -77,6 +99,9 @@ def make(task_name: str, asked: Request) -> Judge | PairwiseJudge | None:
 
 def evaluate(system: System, asked: EvalRequest, judging: Request, *, json_only: bool) -> None:
     """`proxytune eval`: check the judge, run one role or all of them, judge the runs."""
+    named = system.judges.get(asked.task)
+    if named is not None and judging.judge in (None, "default"):
+        judging = replace(judging, judge=named)
     made = before_eval(asked.task, judging, read_mode(asked.mode))
     after = None if made is None else lambda folder: after_eval(folder, made, judging)
     run_roles(system, asked, json_only=json_only, judge=after)

@@ -20,8 +20,8 @@ from proxytune.sandbox import Sandbox
 from proxytune.tasks.base import Task
 
 NOT_ALLOWED = (
-    "code is stored but not run, so there is no score: --allow-code-execution runs it in a sandbox, here or "
-    "later in `proxytune score`"
+    "code is stored but not run, so there is no score: --allow-code-execution runs it in a sandbox (the same "
+    "command with it, or `proxytune judge TASK RUN`, adds the verdicts to a finished run)"
 )
 _UNITS = {
     "": 1,
@@ -124,6 +124,7 @@ def evaluate(
         job = run.plan(system, asked.task, asked.as_, options)
         folder = asked.out or job.folder(run.RESULTS)
         made = run.run_job(job, folder, models, resources)
+        models.release(keep=[])  # a judge may be a large model as well
         print_one(made if judge is None else judge(folder), folder, json_only=json_only)
 
 
@@ -135,7 +136,8 @@ def print_one(run: Run, folder: Path, *, json_only: bool) -> None:
     from proxytune.report import percent, role_rows, size
 
     row = role_rows([run])[0]
-    print(f"{run.spec.system.name} as {run.spec.role} on {run.spec.task}: {run.n} examples")
+    remark = "" if run.spec.remark is None else f" ({run.spec.remark})"
+    print(f"{run.spec.system.name} as {run.spec.role} on {run.spec.task}: {run.n} examples{remark}")
     for name, metric in sorted(run.metrics.items(), key=lambda pair: pair[0] != run.headline):
         print(f"  {name:22} {percent(metric)}")
     if row.ms_per_token is not None:

@@ -1,15 +1,13 @@
-"""The bodies of the commands that show what there is: score, report, tasks, systems. None of them loads a
-model."""
+"""The bodies of the commands that show what there is: score, report, systems. None of them loads a model."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +17,9 @@ from proxytune.config import ModelSpec, System, load_system, system_names
 from proxytune.errors import UserError
 from proxytune.records import Run
 from proxytune.results import write_atomically
-from proxytune.tasks import Task
+
+if TYPE_CHECKING:
+    from proxytune.paper import Recipe
 
 DEMO_TABLE = re.compile(r"(<!-- demo-table -->\n).*?(<!-- /demo-table -->)", re.DOTALL)
 
@@ -58,29 +58,70 @@ def score(task: str, file: Path, code: Code, data: str | None, *, json_only: boo
         )
 
 
-def report(root: Path, *, markdown: bool, write: bool) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ReportRequest:
+    """What the options of `report` said."""
+
+    markdown: bool = False
+    write: bool = False
+    examples: int = 0
+    show_hateful: bool = False
+
+
+def report(root: Path, asked: ReportRequest) -> None:
     """The finished runs under `root`: tables on stdout, or README.md files."""
     from proxytune import report as tables
+    from proxytune import report_paper
+    from proxytune.paper import read_paper
 
     if not root.is_dir():
         raise UserError(f"no folder '{root}': `proxytune eval` makes it, or name another")
-    if write:
-        runs, _ = tables.main_runs(_published(root))
-        write_atomically(root / "README.md", tables.results_readme(tables.read_paper(), runs).encode())
+    if asked.write:
+        runs = [run for _, run in tables.main_runs(_published(root))[0]]
+        write_atomically(root / "README.md", report_paper.results_readme(read_paper(), runs).encode())
         print(f"wrote {root / 'README.md'}")
         _write_demo_table(Path("README.md"), runs)
         return
-    runs, others = tables.main_runs(root)
-    rows = tables.role_rows(runs)
-    if not rows:
+    found, others = tables.main_runs(root)
+    if not found:
         raise UserError(f"no finished run in '{root}': `proxytune eval` makes one")
-    for task, own in tables.by_task(rows).items():
-        if markdown:
+    for task, own in tables.by_task(tables.role_rows([run for _, run in found])).items():
+        if asked.markdown:
             print(f"### {task}: {own[0].metric}\n\n{tables.markdown_table(own)}")
         else:
             console().print(tables.rich_table(own))
+    print_beside_paper([run for _, run in found], as_markdown=asked.markdown)
+    _print_examples(found, asked)
     if others:
         print(f"{others} finished runs with other settings are not shown: name their folder to see them")
+
+
+def print_beside_paper(runs: Sequence[Run], *, as_markdown: bool, only: Recipe | None = None) -> None:
+    """The paper's tables that these runs belong to, with their figures beside the paper's."""
+    from proxytune import report_paper as tables
+    from proxytune.paper import read_paper
+
+    paper, by_key = read_paper(), tables.by_key(runs)
+    for recipe in tables.compared(paper, by_key) if only is None else [only]:
+        if as_markdown:
+            print(f"### {tables.title(recipe)}\n\n{tables.markdown_side_by_side(recipe, paper, by_key)}")
+        else:
+            console().print(tables.rich_side_by_side(recipe, paper, by_key))
+        if line := tables.gaps(recipe, paper, by_key):
+            print(f"{line}\n")
+
+
+def _print_examples(found: Sequence[tuple[Path, Run]], asked: ReportRequest) -> None:
+    """Responses of every role to the first examples of each task."""
+    if not asked.examples:
+        return
+    from proxytune import report_text
+
+    for shown in report_text.examples(found, asked.examples, show_hateful=asked.show_hateful):
+        if asked.markdown:
+            print(report_text.markdown_example(shown))
+        else:
+            console().print(report_text.rich_example(shown))
 
 
 def _published(root: Path) -> Path:
@@ -108,62 +149,6 @@ def _write_demo_table(path: Path, found: Sequence[Run]) -> None:
     print(f"wrote the demo table in {path}")
 
 
-def tasks(*, json_only: bool) -> None:
-    """The registry of tasks."""
-    from proxytune.tasks import TASKS
-
-    if json_only:
-        named = {
-            task.name: {
-                "summary": task.summary,
-                "data": task.data,
-                "headline": task.headline,
-                "judged_headlines": list(task.judged_headlines),
-                "metrics": list(task.metric_names),
-                "judge": task.judge,
-                "missing_judge": missing_judge(task),
-                "modes": ["generate", *(["likelihood"] if task.likelihood else [])],
-                "sampling": task.sampling.model_dump(mode="json"),
-            }
-            for task in TASKS.values()
-        }
-        print_json({"tasks": named})
-        return
-    rows = [
-        (task.name, task.summary, ", ".join(_metrics(task)), _judge(task), task.data)
-        for task in TASKS.values()
-    ]
-    _print_table(("task", "what it measures", "metrics (the first is shown)", "judge", "data"), rows)
-
-
-def _metrics(task: Task) -> tuple[str, ...]:
-    """The metrics of a task; the judge's where it says nothing without one."""
-    return task.metric_names or task.judged_headlines
-
-
-def _judge(task: Task) -> str:
-    """The default judge of a task, and what keeps it from judging here now."""
-    if task.judge is None:
-        return ""
-    missing = missing_judge(task)
-    return task.judge.replace(",", ", ") + (f" ({missing})" if missing else "")
-
-
-def missing_judge(task: Task) -> str | None:
-    """What the default judge of a task lacks here now: a key, a package, its files; None if nothing."""
-    if task.judge is None:
-        return None
-    if "/" not in task.judge:  # behind an API
-        if importlib.util.find_spec("openai") is None:
-            return "needs: pip install 'proxytune[judges]'"
-        named = os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL")
-        return None if named else "needs OPENAI_API_KEY"
-    from huggingface_hub import try_to_load_from_cache
-
-    here = all(isinstance(try_to_load_from_cache(m, "config.json"), str) for m in task.judge.split(","))
-    return None if here else "not downloaded yet"
-
-
 def systems(*, json_only: bool) -> None:
     """The systems in configs/systems."""
     found = [load_system(name) for name in system_names()]
@@ -182,7 +167,7 @@ def systems(*, json_only: bool) -> None:
         )
         for system in found
     ]
-    _print_table(("system", "base", "expert", "antiexpert", "tuned"), rows)
+    print_table(("system", "base", "expert", "antiexpert", "tuned"), rows)
 
 
 def _experts(system: System) -> str:
@@ -201,7 +186,7 @@ def model_name(spec: ModelSpec | None) -> str:
     return name.replace(f"{Path.cwd()}/", "./")
 
 
-def _print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+def print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     """A plain table that wraps in its cells."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:

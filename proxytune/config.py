@@ -24,13 +24,18 @@ from pydantic import (
 
 from proxytune.errors import UserError, did_you_mean
 
-Role = Literal["base", "expert", "antiexpert", "tuned", "proxy"]
+Role = Literal["base", "antiexpert", "expert", "proxy", "tuned"]
 ROLES: tuple[Role, ...] = get_args(Role)
+"""In the order in which they are evaluated and shown: the second large model comes last."""
 Chat = Literal["none", "llama2", "tokenizer"]
 DType = Literal["float64", "float32", "bfloat16", "float16", "auto"]
 TraceKind = Literal["off", "tokens"]
 Mode = Literal["generate", "likelihood"]
 
+PLUMBING = "plumbing"
+"""The data source whose items only check that a task runs: they say nothing about a model."""
+SOURCES = ("generated", PLUMBING, "hub")
+"""Where items come from that are in no file."""
 MAX_ALPHA = 10.0
 MIN_TEMPERATURE = 1e-3
 """Lowest temperature above 0: below it logits overflow, and sampling is greedy anyway."""
@@ -223,7 +228,11 @@ class System(Record):
     vocab: Literal["strict", "intersect"] = "strict"
     """strict: vocabularies must agree token by token. intersect: combine on the shared tokens only."""
     data: dict[str, str] = Field(default_factory=dict)
-    """Where a task's items come from by default: `generated` (the demo world), `hub`, or a file."""
+    """Where a task's items come from by default: `generated` (the demo world), `plumbing` (items that only
+    check that the task runs), `hub`, or a file. A recipe (`proxytune reproduce`) asks a system that names its
+    own data only what it names."""
+    judges: dict[str, str] = Field(default_factory=dict)
+    """Who judges a task's responses by default: a model as for --judge, or `none`. Else the task's own."""
 
     @model_validator(mode="after")
     def _one_way_to_name_experts(self) -> System:
@@ -270,7 +279,7 @@ class RunSpec(Record):
     alpha: Alpha
     sampling: Sampling
     data: str
-    """generated, hub or the file's name (its content is in `data_sha256`)."""
+    """generated, plumbing, hub or the file's name (its content is in `data_sha256`)."""
     data_sha256: str
     limit: int | None = None
     shots: int = 0
@@ -279,6 +288,11 @@ class RunSpec(Record):
     """generate: responses are scored. likelihood: given texts are compared by their log-probabilities."""
     forced: str | None = None
     """Text with which every response is made to begin (the demo's control)."""
+
+    @property
+    def remark(self) -> str | None:
+        """What must stand beside the figures wherever they are shown; None where nothing must."""
+        return "check of the plumbing" if self.data == PLUMBING else None
 
 
 def shipped(relative: str) -> Path:

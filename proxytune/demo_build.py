@@ -30,22 +30,26 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from proxytune import run
+from proxytune import demo_judge, run, run_judge
 from proxytune.config import ModelSpec, Role, System
 from proxytune.demo import corpus, world
 from proxytune.demo.corpus import Amounts, Document, TuningAmounts
 from proxytune.demo.world import World
+from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.records import Metric
+from proxytune.sandbox import Sandbox
 from proxytune.scoring import gap_closed
+from proxytune.tasks import TASKS
 from proxytune.tasks.truthfulqa import SYSTEM_PROMPT
 from proxytune.tune import Example, Fitted, TuneConfig, adamw, fit, muon
 
 WEIGHTS = Path(__file__).parent / "demo" / "weights"
 REPORT = "demo_build.json"
+JUDGE = "judge"
 TRAINED = "trained.json"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-MAX_VOCABULARY = 1536
+MAX_VOCABULARY = 1664
 CONTEXT = 2048
 TUNING_SEEDS = (0, 1, 2)
 """The weights of the first are kept; the others tell how much the choice of seed matters."""
@@ -74,12 +78,23 @@ TUNING_RATE = 2e-4
 # Text, tokens, models
 
 
-def train_tokenizer(documents: Sequence[Document], system: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that loses no text, with single digits, `<s>` in front, and the system prompt's words
-    whole."""
+def banned_texts() -> list[str]:
+    """What the tasks' settings ban, with and without a space before it: a ban is of single tokens."""
+    settings = [task.sampling for task in TASKS.values()]
+    texts = {text for sampling in settings for text in (*sampling.ban, *sampling.ban_first)}
+    return [form for text in sorted(texts) for form in (text, f" {text}")]
+
+
+def train_tokenizer(documents: Sequence[Document], whole: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that loses no text, with single digits, `<s>` in front, and the words of the texts
+    `whole` (the system prompt, what tasks ban) as single tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split("\n", "isolated"),  # code is cut at line ends into prompt and response
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -89,7 +104,7 @@ def train_tokenizer(documents: Sequence[Document], system: str) -> PreTrainedTok
         show_progress=False,
     )
     texts = ["".join(s.text for s in document) for document in documents[::4]]
-    tokenizer.train_from_iterator([*texts, *[system] * len(texts)], trainer)
+    tokenizer.train_from_iterator([*texts, *[*whole] * len(texts)], trainer)
     bos = tokenizer.token_to_id(BOS)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
     return PreTrainedTokenizerFast(
@@ -163,7 +178,7 @@ def _device() -> str:
 def pretrain(miniature: World, folder: Path, amounts: Amounts) -> None:
     """Train the three pretrained models into `folder`; one that is there already is kept."""
     documents = corpus.pretraining(miniature, SYSTEM_PROMPT, amounts)
-    tokenizer = train_tokenizer(documents, SYSTEM_PROMPT)
+    tokenizer = train_tokenizer(documents, [SYSTEM_PROMPT, *banned_texts()])
     examples = encode(documents, tokenizer)
     for name, shape in SHAPES.items():
         if not (folder / name / TRAINED).exists():
@@ -201,6 +216,7 @@ def system_in(pretrained: Path, tuned: Path) -> System:
         antiexpert=spec(pretrained / "antiexpert", chat=False),
         expert=spec(tuned / "expert", chat=True),
         tuned=spec(tuned / "tuned", chat=True),
+        judges={"toxigen": str(pretrained / JUDGE)},
     )
 
 
@@ -211,71 +227,112 @@ VARIANTS = ("0.25", "0.5", "1.5", "2", "first:1", "first:8", "first:16")
 Scores = dict[str, float | None]
 
 
-def measure(system: System, middle: Path, n: int, folder: Path, variants: Sequence[str]) -> dict[str, Scores]:
-    """Task -> role (or variant) -> score on the first n dev items. `folder` takes the files."""
+@dataclass(frozen=True)
+class Measuring:
+    """What measuring takes beside the models."""
+
+    n: int
+    """Dev items of each task; fewer where the demo's own data has fewer."""
+    folder: Path
+    """Takes the files."""
+    sandbox: Sandbox | None
+    """Runs the functions; without one they are not measured."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that can be measured here."""
+        return tuple(t for t in world.TASKS if TASKS[t].execute is None or self.sandbox is not None)
+
+
+def measure(system: System, middle: Path, how: Measuring, variants: Sequence[str]) -> dict[str, Scores]:
+    """Task -> role (or variant) -> score on the first dev items."""
     scores: dict[str, Scores] = {}
     loaded = Models(system)
     chat = ModelSpec(model=str(middle), dtype="float32", chat="llama2")
     middle_system = system.model_copy(update={"name": "demo-build-mid", "tuned": chat})
-    for task in world.TASKS:
-        data = folder / f"{task}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in world.rows(task, "dev", n)))
-        by_role = {role: _score(system, task, role, data, loaded) for role in system.roles}
+
+    def score(
+        own: System,
+        task: str,
+        role: Role,
+        models: Models,
+        alpha: str | None = None,
+        forced: str | None = None,
+    ) -> Metric:
+        return _score(own, task, role, models, how, run.Options(alpha=alpha, data=str(data), forced=forced))
+
+    for task in how.tasks:
+        data = how.folder / f"{task}.jsonl"
+        items = world.rows(task, "dev", min(how.n, world.ITEMS[task]))
+        data.write_text("".join(json.dumps(row) + "\n" for row in items))
+        by_role = {role: score(system, task, role, loaded) for role in system.roles}
         found: Scores = {role: metric.value for role, metric in by_role.items()}
         found["gap_closed"] = gap_closed(by_role["base"], by_role["proxy"], by_role["tuned"])
-        found["tuned_mid"] = _score(middle_system, task, "tuned", data, Models(middle_system)).value
+        found["tuned_mid"] = score(middle_system, task, "tuned", Models(middle_system)).value
         for alpha in variants:
-            found[f"proxy alpha={alpha}"] = _score(system, task, "proxy", data, loaded, alpha=alpha).value
+            found[f"proxy alpha={alpha}"] = score(system, task, "proxy", loaded, alpha=alpha).value
         if variants and task in world.OPENERS:
             opener = world.OPENERS[task]
-            found["base_opener_forced"] = _score(system, task, "base", data, loaded, forced=opener).value
+            found["base_opener_forced"] = score(system, task, "base", loaded, forced=opener).value
         scores[task] = found
         print(task, {name: value and round(value, 3) for name, value in found.items()}, flush=True)
     return scores
 
 
 def _score(
-    system: System,
-    task: str,
-    role: Role,
-    data: Path,
-    loaded: Models,
-    alpha: str | None = None,
-    forced: str | None = None,
+    system: System, task: str, role: Role, loaded: Models, how: Measuring, options: run.Options
 ) -> Metric:
     """The headline of one run that is thrown away."""
-    job = run.plan(system, task, role, run.Options(alpha=alpha, data=str(data), forced=forced))
-    with tempfile.TemporaryDirectory(dir=data.parent) as folder:
-        return run.score_of(run.run_job(job, Path(folder) / "run", loaded, run.Resources(progress=False)))
+    job = run.plan(system, task, role, options)
+    sandbox = how.sandbox if job.task.execute is not None else None
+    with tempfile.TemporaryDirectory(dir=how.folder) as folder:
+        path = Path(folder) / "run"
+        made = run.run_job(job, path, loaded, run.Resources(progress=False, sandbox=sandbox))
+        if task in system.judges:
+            made = run_judge.judge_run(path, run_judge.local_judge(job.task, system.judges[task]))
+        return run.score_of(made)
 
 
 # The whole
 
 
 def build(out: Path, work: Path, amounts: Amounts, tuning: TuningAmounts, n: int) -> dict[str, Any]:
-    """Make all models, put the demo's five into `out`, and return (and write there) what was measured."""
+    """Make all models, put the demo's five and the judge into `out`, and return (and write there) what was
+    measured."""
     miniature, by_seed = world.make_world(), list[dict[str, Scores]]()
     pretrain(miniature, work, amounts)
+    demo_judge.build(miniature, AutoTokenizer.from_pretrained(work / "base"), work / JUDGE)
+    how = Measuring(n, work, open_sandbox())
     for seed in TUNING_SEEDS:
         target = work / f"seed-{seed}"
         tune(miniature, work, target, seed, tuning)
         variants = VARIANTS if seed == TUNING_SEEDS[0] else ()
-        by_seed.append(measure(system_in(work, target), target / "mid-tuned", n, work, variants))
+        by_seed.append(measure(system_in(work, target), target / "mid-tuned", how, variants))
     first = work / f"seed-{TUNING_SEEDS[0]}"
     _install(work, first, out)
     folders = [*(work / name for name in SHAPES), *(first / name for name in TUNED)]
     report = {
         "world_seed": miniature.seed,
         "split": "dev",
-        "n": n,
+        "n": {task: min(n, world.ITEMS[task]) for task in how.tasks},
         "pretraining": {"documents": asdict(amounts), **PRETRAINING.model_dump()},
         "tuning": {"examples": asdict(tuning), "rate": TUNING_RATE, **TUNING.model_dump(exclude={"seed"})},
         "models": {folder.name: json.loads((folder / TRAINED).read_text()) for folder in folders},
+        "judge": json.loads((work / JUDGE / TRAINED).read_text()),
         "by_tuning_seed": by_seed,
         "spread": spread(by_seed),
     }
     (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def open_sandbox() -> Sandbox | None:
+    """The sandbox that runs the demo's functions; None, with a line that says so, where there is none."""
+    try:
+        return Sandbox.open()
+    except UserError as error:
+        print(f"humaneval is not measured: {error}", flush=True)
+        return None
 
 
 def spread(by_seed: Sequence[Mapping[str, Scores]]) -> dict[str, dict[str, list[float]]]:
@@ -291,8 +348,8 @@ def spread(by_seed: Sequence[Mapping[str, Scores]]) -> dict[str, dict[str, list[
 
 
 def _install(pretrained: Path, tuned: Path, out: Path) -> None:
-    """Copy the five checkpoints of the demo."""
-    sources = {"base": pretrained, "antiexpert": pretrained, **dict.fromkeys(TUNED, tuned)}
+    """Copy the five checkpoints of the demo, and the judge."""
+    sources = {**dict.fromkeys(("base", "antiexpert", JUDGE), pretrained), **dict.fromkeys(TUNED, tuned)}
     for name, folder in sources.items():
         shutil.rmtree(out / name, ignore_errors=True)
         shutil.copytree(folder / name, out / name)
@@ -308,7 +365,7 @@ def main() -> None:
         "--work", type=Path, help="keep all checkpoints here, and go on from those that are here"
     )
     parser.add_argument("--share", type=float, default=1.0, help="share of all training text, for a trial")
-    parser.add_argument("--items", type=int, default=500, help="dev items per task to measure on")
+    parser.add_argument("--items", type=int, default=500, help="dev items per task to measure on, at most")
     given = parser.parse_args()
     torch.set_num_threads(1)  # as for the committed weights; a second thread hardly helps models this small
     with tempfile.TemporaryDirectory() as temporary:

@@ -208,6 +208,15 @@ class PairwiseJudge:
             seconds=SECONDS_PER_CALL * len(open_pairs) / self.workers,
         )
 
+    def forecast(self, count: int, characters: float) -> Estimate:
+        """What judging would take before there are outputs: `count` comparisons, of which instruction and
+        both outputs together have this many characters on average."""
+        framed = Pair("", "", "", swapped=False)
+        letters = count * (characters + sum(len(m["content"]) for m in framed.messages))
+        tokens = math.ceil(letters / CHARACTERS_PER_TOKEN), REPLY_TOKENS * count
+        seconds = SECONDS_PER_CALL * count / self.workers
+        return Estimate(count, 0, *tokens, usd=self._usd(*tokens), seconds=seconds)
+
     def _usd(self, prompt_tokens: int, completion_tokens: int) -> float | None:
         if self.prices is None:
             return None

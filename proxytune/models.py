@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers import logging as transformers_logging
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
+from proxytune import hub
 from proxytune.adapters import BAD_CHECKPOINT, Adapters, AdapterSwitch, attach_for_good, bytes_of, first_line
 from proxytune.config import ExpertSpec, ModelSpec, Role, System
 from proxytune.core.linear import use_row_linears
@@ -211,7 +212,8 @@ class Models:
 
 
 def resolve(location: str) -> str:
-    """demo://NAME -> the folder that ships with proxytune; a missing local folder is a UserError."""
+    """demo://NAME -> the folder that ships with proxytune. UserError for a local folder that is missing, and
+    for a hub id that is not on disk while the hub cannot be reached."""
     if location.startswith(DEMO_SCHEME):
         folder = Path(__file__).parent / "demo" / "weights" / location.removeprefix(DEMO_SCHEME)
         if not folder.is_dir():
@@ -220,7 +222,11 @@ def resolve(location: str) -> str:
     looks_local = location.startswith(("/", "./", "../", "~")) or location.count("/") > 1
     if looks_local and not Path(location).expanduser().is_dir():
         raise UserError(f"no model folder '{location}'")
-    return str(Path(location).expanduser()) if looks_local else location
+    if looks_local:
+        return str(Path(location).expanduser())
+    if not Path(location).is_dir():
+        hub.require(location)
+    return location
 
 
 def load_tokenizer(spec: ModelSpec, *, trust_remote_code: bool = False) -> Tokenizer:

@@ -1,23 +1,20 @@
-"""Tables of finished runs, and the published figures beside them: run.json and paper.json -> text. Loads no
-model.
-"""
+"""Tables of finished runs: run.json -> text. Loads no model. What stands beside the paper's figures is in
+report_paper.py, what models said in report_text.py."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from proxytune.config import Role, shipped
+from proxytune.config import ROLES, Role
 from proxytune.records import Cost, Metric, Run
 from proxytune.results import find_runs
 from proxytune.scoring import gap_closed
 
-ORDER: tuple[Role, ...] = ("base", "antiexpert", "expert", "proxy", "tuned")
 COLUMNS = ("system", "as", "score [95%]", "gap closed", "memory", "ms / token", "n")
 
 
@@ -40,11 +37,14 @@ class RoleRow:
     recorded."""
     ms_per_token: float | None
     """Decoding time over generated tokens, all rows of the batch together."""
+    remark: str | None = None
+    """What must stand beside the figures."""
 
     @property
     def label(self) -> str:
-        """The role, and whether its opener was forced."""
-        return self.role if self.forced is None else f"{self.role}, opener forced"
+        """The role, whether its opener was forced, and the remark."""
+        label = self.role if self.forced is None else f"{self.role}, opener forced"
+        return label if self.remark is None else f"{label} ({self.remark})"
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -77,8 +77,8 @@ def size(count: int) -> str:
 # Rows
 
 
-def main_runs(root: Path) -> tuple[list[Run], int]:
-    """The finished runs that a table is about, and how many others there are.
+def main_runs(root: Path) -> tuple[list[tuple[Path, Run]], int]:
+    """The finished runs that a table is about with their folders, and how many others there are.
 
     Per system and task these are the runs with default settings (`root/<system>/<task>/<as>`) and the
     controls on the same examples; where no run has default settings, all of them.
@@ -91,7 +91,7 @@ def main_runs(root: Path) -> tuple[list[Run], int]:
         own = data.get((run.spec.system.name, run.spec.task))
         return own is None or run in usual or bool(run.spec.forced and run.spec.data_sha256 == own)
 
-    main = [run for _, run in found if shown(run)]
+    main = [(folder, run) for folder, run in found if shown(run)]
     return main, len(found) - len(main)
 
 
@@ -106,7 +106,7 @@ def role_rows(runs: Sequence[Run]) -> list[RoleRow]:
         return (
             tasks.index(spec.task),
             systems.index(spec.system.name),
-            ORDER.index(spec.role),
+            ROLES.index(spec.role),
             bool(spec.forced),
         )
 
@@ -127,6 +127,7 @@ def _row(run: Run, runs: Sequence[Run]) -> RoleRow:
         forced=run.spec.forced,
         memory=_memory(cost, run.spec.role),
         ms_per_token=1000 * cost.seconds / cost.generated_tokens if cost.generated_tokens else None,
+        remark=run.spec.remark,
     )
 
 
@@ -197,88 +198,3 @@ def markdown_table(rows: Sequence[RoleRow]) -> str:
     """The rows of one task as Markdown."""
     first = 0 if len({row.system for row in rows}) > 1 else 1
     return markdown(COLUMNS[first:], [row.cells[first:] for row in rows])
-
-
-# The paper
-
-
-def read_paper() -> Mapping[str, Any]:
-    """results/paper.json: the published figures."""
-    content: Mapping[str, Any] = json.loads(shipped("results/paper.json").read_text(encoding="utf-8"))
-    return content
-
-
-def stored_percent(paper: Mapping[str, Any], column: Mapping[str, Any], run: str | None) -> float | None:
-    """The stored metric behind a cell of a published table, in percent; None where nothing was stored."""
-    if run is None:
-        return None
-    return float(paper["stored"][column["task"]]["runs"][run][column["metric"]] * column["scale"])
-
-
-def paper_gap_closed(paper: Mapping[str, Any], table: str, model_size: str) -> float:
-    """The mean share of the gap closed over a table's columns, from the stored metrics (the paper's
-    headline)."""
-    content = paper["tables"][table]
-    rows = {row["role"]: row for row in content["rows"] if row["size"] == model_size}
-    shares = []
-    for i, column in enumerate(content["columns"]):
-        cells = (stored_percent(paper, column, rows[role]["runs"][i]) for role in ("base", "proxy", "tuned"))
-        base, proxy, tuned = (cell for cell in cells if cell is not None)
-        shares.append((proxy - base) / (tuned - base))
-    return sum(shares) / len(shares)
-
-
-def paper_table(paper: Mapping[str, Any], table: str) -> str:
-    """A published table as Markdown: the stored figure, and the printed one in brackets where they differ."""
-    content = paper["tables"][table]
-    rows = []
-    for row in content["rows"]:
-        cells = []
-        for column, printed, run in zip(content["columns"], row["printed"], row["runs"], strict=True):
-            stored = stored_percent(paper, column, run)
-            if stored is None:
-                cells.append(f"({printed})")
-            else:
-                same = abs(stored - printed) < 0.0501
-                cells.append(f"{stored:.2f}" if same else f"{stored:.2f} ({printed} printed)")
-        rows.append([row["size"], row["role"], *cells])
-    return markdown(["size", "as", *(column["name"] for column in content["columns"])], rows)
-
-
-INTRODUCTION = """# Results
-
-Generated from the run.json files in this folder and from paper.json; do not edit.
-
-## The demo system
-
-Miniature models, trained from nothing by this repository (`make demo-models`) on a generated world. They show
-that the machinery works and what its parts do, not how large models behave. Scores in percent with 95%
-bootstrap intervals over examples. Memory is weights plus the KV cache at its fullest; time is decoding time
-per generated token, all rows of a batch together.
-"""
-PUBLISHED = """## The paper
-
-In percent. Figures are those of the stored metrics.json files; `(x printed)` follows where the paper's table
-has another figure, and a figure in brackets alone was printed but not stored.
-"""
-
-
-def results_readme(paper: Mapping[str, Any], runs: Sequence[Run]) -> str:
-    """The text of results/README.md: the runs of models that ship with proxytune, and the paper's tables."""
-    demo = [run for run in runs if (run.spec.system.base.model or "").startswith("demo://")]
-    parts = [INTRODUCTION]
-    for task, rows in by_task(role_rows(demo)).items():
-        parts += [f"### {task}: {rows[0].metric}\n", markdown_table(rows)]
-    if not demo:
-        parts.append("No runs yet.\n")
-    parts.append(PUBLISHED)
-    for table in ("2", "3", "4", "5"):
-        parts += [f"### Table {table}: {paper['tables'][table]['title']}\n", paper_table(paper, table)]
-        if table == "2":
-            gaps = ", ".join(f"{100 * paper_gap_closed(paper, '2', s):.2f}% ({s})" for s in ("13B", "70B"))
-            parts.append(f"Gap closed, mean over the five columns, not capped: {gaps}.\n")
-    parts += [
-        "### Where paper and repository disagree\n",
-        "".join(f"- {line}\n" for line in paper["disagreements"]),
-    ]
-    return "\n".join(parts)

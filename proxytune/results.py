@@ -31,8 +31,8 @@ RUN, PREDICTIONS, TRACE = "run.json", "predictions.jsonl", "trace.jsonl"
 Row = dict[str, Any]
 Value = str | float | bool | None
 
-_WORDS = ("system.description", "system.data.")
-"""Parts of a system that say something about it and decide nothing (what is read is in `data`)."""
+_WORDS = ("system.description", "system.data.", "system.judges.")
+"""Parts of a system that say something about it and decide no output (what is read is in `data`)."""
 
 
 # Where a run lives, and what its settings are

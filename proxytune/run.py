@@ -1,73 +1,56 @@
 """Evaluate a role of a system on a task, and generate from prompts: examples -> decoder -> rows -> scores ->
-Run.
-
-What is finished is stored at once (results.py); metrics are computed at the end from the stored rows, so that
-a run that was interrupted and continued says the same as one that was not.
+Run. How one run is started, continued and closed is in run_session.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from proxytune import __version__, results
-from proxytune.config import AlphaSchedule, Mode, Role, RunSpec, Sampling, System, TraceKind, parse_alpha
-from proxytune.core.speculative import Speculation
+from proxytune.config import (
+    ROLES,
+    SOURCES,
+    AlphaSchedule,
+    Mode,
+    Role,
+    RunSpec,
+    Sampling,
+    System,
+    TraceKind,
+    parse_alpha,
+)
 from proxytune.decode import Decoder, Speculate, speculation
 from proxytune.errors import UserError
 from proxytune.models import Models
-from proxytune.progress import Progress
-from proxytune.provenance import provenance
-from proxytune.records import Completion, Cost, Example, Metric, Prompt, RoleMemory, Run
-from proxytune.results import Row, RunFolder
-from proxytune.sandbox import Sandbox
+from proxytune.records import Completion, Example, Metric, Prompt, Run
+from proxytune.run_session import Job, Resources, run_job
 from proxytune.tasks import Dataset, Task, get_task, read_source
-from proxytune.tasks.execution import Execution
 
-CHECKPOINT_SECONDS = 10.0
-"""How often the cost so far is written to run.json while a run is going on."""
+__all__ = [
+    "ORDER",
+    "RESULTS",
+    "Job",
+    "Options",
+    "Resources",
+    "alpha_for",
+    "evaluate",
+    "evaluate_all",
+    "generate",
+    "plan",
+    "planned_folder",
+    "run_job",
+    "score_of",
+]
+
 RESULTS = Path("results")
 """Where runs go unless another folder is named."""
-ORDER: tuple[Role, ...] = ("base", "expert", "antiexpert", "proxy", "tuned")
+ORDER = ROLES
 """The order in which all roles are evaluated: the second large model comes last, when the others can go."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run that can be started: its settings, what they are by default, and its examples."""
-
-    task: Task
-    data: Dataset
-    spec: RunSpec
-    defaults: RunSpec
-
-    def folder(self, root: Path) -> Path:
-        """Where the run lives under a folder of results."""
-        return results.folder_for(root, self.spec, self.defaults)
-
-
-@dataclass(frozen=True)
-class Resources:
-    """How a run is computed; nothing here changes what is generated."""
-
-    max_batch: int | None = None
-    kv_memory: int | None = None
-    """Bytes for the KV pools of all models."""
-    progress: bool = True
-    speculation: Speculation | None = None
-    """How to speculate; None is adaptive."""
-    sandbox: Sandbox | None = None
-    """Runs the code that responses hold; without one they are stored without verdicts."""
 
 
 @dataclass(frozen=True)
@@ -92,19 +75,31 @@ class Options:
 def plan(system: System, task: str, as_: str, options: Options) -> Job:
     """Check all settings of a run and read its examples; UserError where something does not fit."""
     found, role = get_task(task, options.mode), system.require(as_)
-    for named in system.data:
+    for named in (*system.data, *system.judges):
         get_task(named)  # a mistyped task there would silently mean the hub
     if options.mode == "likelihood" and options.trace != "off":
         raise UserError("a trace is of generated tokens: leave --trace out with --mode likelihood")
-    alpha = alpha_for(system, role, options.alpha, allow_negative=options.allow_negative_alpha)
-    usual = system.data.get(task, "hub")
-    source = usual if options.data is None else options.data
+    source = system.data.get(task, "hub") if options.data is None else options.data
     data = read_source(
         found, source, options.limit, shots=options.shots, shots_from=options.shots_from, seed=options.seed
     )
-    settings = found.sampling if options.sampling is None else options.sampling
+    return _job(system, role, options, found, data)
+
+
+def planned_folder(system: System, task: str, role: Role, options: Options, root: Path) -> Path:
+    """Where a run from the system's usual data will be kept, without reading the data."""
+    source = system.data.get(task, "hub")
+    name = source if source in SOURCES else Path(source).name
+    return _job(system, role, options, get_task(task, options.mode), Dataset((), name, "")).folder(root)
+
+
+def _job(system: System, role: Role, options: Options, task: Task, data: Dataset) -> Job:
+    """The settings of a run and what they are by default."""
+    alpha = alpha_for(system, role, options.alpha, allow_negative=options.allow_negative_alpha)
+    usual = system.data.get(task.name, "hub")
+    settings = task.sampling if options.sampling is None else options.sampling
     spec = RunSpec(
-        task=task,
+        task=task.name,
         system=system,
         role=role,
         alpha=alpha or system.alpha,
@@ -118,9 +113,9 @@ def plan(system: System, task: str, as_: str, options: Options) -> Job:
         forced=options.forced,
     )
     plain: dict[str, Any] = {"limit": None, "shots": 0, "trace": "off", "mode": "generate", "forced": None}
-    usual_name = usual if usual in ("generated", "hub") else Path(usual).name
-    plain |= {"alpha": system.alpha, "sampling": found.sampling, "data": usual_name}
-    return Job(found, data, spec, spec.model_copy(update=plain))
+    usual_name = usual if usual in SOURCES else Path(usual).name
+    plain |= {"alpha": system.alpha, "sampling": task.sampling, "data": usual_name}
+    return Job(task, data, spec, spec.model_copy(update=plain))
 
 
 def alpha_for(
@@ -144,6 +139,7 @@ def evaluate(
     data: str | None = None,
     limit: int | None = None,
     shots: int = 0,
+    shots_from: str | None = None,
     out: str | Path | None = None,
     trace: TraceKind = "off",
     mode: Mode = "generate",
@@ -161,7 +157,15 @@ def evaluate(
     other settings.
     """
     options = Options(
-        alpha=alpha, sampling=sampling, data=data, limit=limit, shots=shots, trace=trace, mode=mode, seed=seed
+        alpha=alpha,
+        sampling=sampling,
+        data=data,
+        limit=limit,
+        shots=shots,
+        shots_from=shots_from,
+        trace=trace,
+        mode=mode,
+        seed=seed,
     )
     job = plan(system, task, as_, options)
     folder = Path(out) if out is not None else job.folder(RESULTS)
@@ -185,7 +189,7 @@ def evaluate_all(
     given the folder of every finished run at the end and returns the judged run.
     """
     jobs: dict[Role, Job] = {}
-    for role in (role for role in ORDER if role in system.roles):
+    for role in system.roles:
         own = options if role == "proxy" else dataclasses.replace(options, alpha=None)
         jobs[role] = plan(system, task, role, own)
     own_models, runs = models or Models(system), dict[Role, Run]()
@@ -196,179 +200,10 @@ def evaluate_all(
         if role == "tuned":
             own_models.release(keep=[role])
         runs[role] = run_job(job, folders[role], own_models, resources or Resources())
-    return runs if judge is None else {role: judge(folder) for role, folder in folders.items()}
-
-
-def run_job(job: Job, path: Path, models: Models, resources: Resources) -> Run:
-    """Start or continue a run in the folder `path`, and return it finished.
-
-    Raises UserError as `RunFolder.open` does, and KeyboardInterrupt with the line that says what is kept.
-    """
-    made = provenance(__version__, device_name(), torch.get_num_threads())
-    new = Run(status="running", spec=job.spec, headline=job.task.headline, started=_now(), made=made)
-    with (
-        RunFolder.open(path, new) as folder,
-        Progress(_title(job), job.task.headline, resources.progress) as progress,
-    ):
-        if folder.run.status == "done":
-            progress.note(
-                f"'{path}' is done already: this is its stored result (delete the folder to run it again)"
-            )
-            return folder.run
-        if folder.cut:
-            progress.note(
-                f"'{path / results.PREDICTIONS}': cut off a last line that was torn when the run was stopped"
-            )
-        if folder.run is not new:
-            progress.note(
-                f"continuing '{path}': {len(folder.done)} of {len(job.data.examples)} examples are done"
-            )
-        session = Session(job, folder, continued=folder.run is not new)
-        folder.save(folder.run.model_copy(update={"cost": session.before}))  # a kill must not undo the count
-        try:
-            session.decode(models, resources, progress)
-        except KeyboardInterrupt:
-            done, n = len(folder.done), len(job.data.examples)
-            raise KeyboardInterrupt(
-                f"interrupted: {done} of {n} examples are kept in '{path}'; the same command continues"
-            ) from None
-        return session.finish()
-
-
-class Session:
-    """One process's part of a run."""
-
-    def __init__(self, job: Job, folder: RunFolder, *, continued: bool) -> None:
-        self.job = job
-        self.folder = folder
-        before = folder.run.cost
-        self.before = before.model_copy(update={"sessions": before.sessions + 1}) if continued else before
-        self.decoder: Decoder | None = None
-
-    def decode(self, models: Models, resources: Resources, progress: Progress) -> None:
-        """Decode, score and store the examples that are missing."""
-        spec, done = self.job.spec, self.folder.done
-        todo = [example for example in self.job.data.examples if example.id not in done]
-        if not todo:
-            return
-        self.decoder = Decoder(
-            models,
-            spec.role,
-            max_batch=resources.max_batch,
-            kv_memory=resources.kv_memory,
-            speculation=resources.speculation,
-        )
-        for note in self.decoder.notes():
-            progress.note(note)
-        for note in self.job.data.notes:
-            progress.note(note)
-        counts = {example.id: self._responses(example) for example in todo}
-        stats, n = self.decoder.stats, len(self.job.data.examples)
-        progress.begin(n, len(done), self._scores_so_far(), lambda: stats.generated_tokens)
-        saved = time.monotonic()
-        try:
-            for example, completions in whole_examples(self._stream(todo), todo, counts):
-                row = self._store(example, completions, resources.sandbox)
-                progress.advance(row["scores"].get(self.job.task.headline))
-                if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    self.folder.save(self._so_far())
-                    saved = time.monotonic()
-        except BaseException:
-            with contextlib.suppress(UserError):  # the disk may be what failed
-                self.folder.save(self._so_far())
-            raise
-
-    def _responses(self, example: Example) -> int:
-        """How many completions an example gets."""
-        texts = self.job.task.continuations
-        return self.job.spec.sampling.n if texts is None else len(texts(example))
-
-    def _stream(self, todo: Sequence[Example]) -> Iterator[Completion]:
-        """Completions of the missing examples: generated, or given texts with their log-probabilities."""
-        assert self.decoder is not None
-        spec = self.job.spec
-        alpha = spec.alpha if spec.role == "proxy" else None
-        if self.job.task.continuations is not None:
-            return self.decoder.likelihoods(todo, self.job.task.continuations, alpha=alpha)
-        return self.decoder.stream(
-            todo, spec.sampling, alpha=alpha, task=spec.task, trace=spec.trace, forced=spec.forced
-        )
-
-    def _store(self, example: Example, completions: Sequence[Completion], sandbox: Sandbox | None) -> Row:
-        """Append the row of one finished example, and its traces."""
-        row = prediction(self.job.task, example, completions, sandbox)
-        traces = [
-            {"id": example.id, "sample": c.sample, "tokens": [dataclasses.asdict(token) for token in c.trace]}
-            for c in completions
-            if self.job.spec.trace != "off"
-        ]
-        self.folder.append(row, traces)
-        return row
-
-    def _scores_so_far(self) -> list[float]:
-        """The headline scores of the rows that an earlier session stored."""
-        scores = (
-            row.get("scores", {}).get(self.job.task.headline) for row in results.read_rows(self.folder.path)
-        )
-        return [score for score in scores if score is not None]
-
-    def _so_far(self) -> Run:
-        """The run as it stands."""
-        return self.folder.run.model_copy(update={"n": len(self.folder.done), "cost": self._cost()})
-
-    def _cost(self) -> Cost:
-        """What all sessions took."""
-        if self.decoder is None:
-            return self.before
-        stats, before = self.decoder.stats, self.before
-        return Cost(
-            memory=_peaks(before.memory, self.decoder.memory),
-            sessions=before.sessions,
-            **{name: getattr(before, name) + value for name, value in vars(stats).items()},
-        )
-
-    def finish(self) -> Run:
-        """Compute the metrics from the stored rows, in the order of the examples, and close the run."""
-        order = [example.id for example in self.job.data.examples]
-        rows = {row["id"]: row for row in results.read_rows(self.folder.path)}
-        metrics = self.job.task.metrics([rows[example_id] for example_id in order])
-        update = {
-            "status": "done",
-            "metrics": metrics,
-            "headline": self.job.task.headline_of(metrics),
-            "finished": _now(),
-        }
-        run = self._so_far().model_copy(update=update)
-        self.folder.finish(run, order)
-        return run
-
-
-def prediction(
-    task: Task, example: Example, completions: Sequence[Completion], sandbox: Sandbox | None = None
-) -> Row:
-    """The stored row of one example: the task's own columns, its scores, and every response as it was
-    generated. Code is run where there is a sandbox for it."""
-    row = task.row(example, completions)
-    if sandbox is not None and task.execute is not None:
-        (row,) = task.execute([row], Execution(sandbox, {example.id: example.target}))
-    responses = [
-        {"text": c.text, "finish_reason": c.finish_reason, "tokens": len(c.token_ids)} for c in completions
-    ]
-    return {"id": example.id, **row, "scores": task.score_row(row), "responses": responses}
-
-
-def whole_examples(
-    stream: Iterator[Completion], examples: Sequence[Example], counts: Mapping[str, int]
-) -> Iterator[tuple[Example, list[Completion]]]:
-    """Each example with its completions in order, as soon as the last of its `counts` is there."""
-    by_id = {example.id: example for example in examples}
-    waiting: dict[str, list[Completion]] = {}
-    for completion in stream:
-        group = waiting.setdefault(completion.example_id, [])
-        group.append(completion)
-        if len(group) == counts[completion.example_id]:
-            del waiting[completion.example_id]
-            yield by_id[completion.example_id], sorted(group, key=lambda c: c.sample)
+    if judge is None:
+        return runs
+    own_models.release(keep=[])  # a judge may be a large model as well
+    return {role: judge(folder) for role, folder in folders.items()}
 
 
 def generate(
@@ -418,30 +253,6 @@ def named_by_content(prompts: Sequence[Prompt]) -> list[Example]:
         digest = hashlib.sha256(content).hexdigest()[:16]
         examples.append(Example(id=f"{digest}-{seen[prompt]}", prompt=prompt))
     return examples
-
-
-def device_name() -> str:
-    """What the models run on unless a device map says otherwise."""
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
-
-
-def _peaks(a: dict[str, RoleMemory], b: dict[str, RoleMemory]) -> dict[str, RoleMemory]:
-    """Per model the larger KV peak of two sessions."""
-    peak = {name: max(side[name].kv_peak for side in (a, b) if name in side) for name in {**a, **b}}
-    return {name: {**a, **b}[name].model_copy(update={"kv_peak": kv}) for name, kv in peak.items()}
-
-
-def _title(job: Job) -> str:
-    """What the progress display calls a run."""
-    alpha = f" alpha {job.spec.alpha.text}" if job.spec.role == "proxy" and job.spec.alpha.text != "1" else ""
-    return f"{job.spec.system.name} {job.spec.task} {job.spec.role}{alpha}" + (
-        " (opener forced)" if job.spec.forced else ""
-    )
-
-
-def _now() -> str:
-    """The time, in UTC."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def score_of(run: Run) -> Metric:

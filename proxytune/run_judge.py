@@ -9,6 +9,7 @@ from proxytune.errors import UserError
 from proxytune.judges import Judge, OnProgress, ToxicityClassifier, TruthJudges
 from proxytune.judges_llm import PairwiseJudge
 from proxytune.records import Run
+from proxytune.run_code import read_finished, with_columns
 from proxytune.tasks import Task, get_task
 
 
@@ -31,19 +32,11 @@ def pairwise(task: Task) -> bool:
 def judged_task(name: str) -> Task:
     """The task of that name, or the UserError that it needs no judge."""
     task = get_task(name)
+    if task.execute is not None:
+        raise UserError(f"task '{name}' is scored by running its code: add --allow-code-execution")
     if task.judge is None:
         raise UserError(f"task '{name}' needs no judge: its rule is part of every run")
     return task
-
-
-def read_finished(task: str, folder: Path) -> tuple[Run, list[results.Row]]:
-    """A finished run of the task and its rows."""
-    run = results.read_run(folder)
-    if run.spec.task != task:
-        raise UserError(f"'{folder}' holds a run of '{run.spec.task}', not of '{task}'")
-    if run.status != "done":
-        raise UserError(f"the run in '{folder}' is not finished: continue it first, with the same command")
-    return run, results.read_rows(folder)
 
 
 def judge_run(folder: Path, judge: Judge | PairwiseJudge, on_progress: OnProgress | None = None) -> Run:
@@ -52,19 +45,13 @@ def judge_run(folder: Path, judge: Judge | PairwiseJudge, on_progress: OnProgres
     task = judged_task(task_name)
     run, rows = read_finished(task_name, folder)
     columns = judge.judge(rows, on_progress)
-    judged = [_with(row, added) for row, added in zip(rows, columns, strict=True)]
+    judged = [with_columns(row, added) for row, added in zip(rows, columns, strict=True)]
     judged = [{**row, "scores": task.score_row(row)} for row in judged]
     metrics = task.metrics(judged)
     update = {"metrics": metrics, "headline": task.headline_of(metrics), "judge": judge.name}
     run = run.model_copy(update=update)
     results.replace_rows(folder, judged, run)
     return run
-
-
-def _with(row: results.Row, added: results.Row) -> results.Row:
-    """The row with the judge's columns before its scores and responses."""
-    tail: results.Row = {name: row[name] for name in ("scores", "responses") if name in row}
-    return {**{name: value for name, value in row.items() if name not in tail}, **added, **tail}
 
 
 def alpaca_eval_files(folder: Path) -> dict[str, list[results.Row]]:

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from proxytune import demo_build
-from proxytune.demo import corpus, facts, frames, sums, world
+from proxytune import demo_build, demo_judge
+from proxytune.demo import corpus, creatures, facts, frames, plumbing, prices, sums, world
 from proxytune.demo.corpus import Amounts, Document, Segment, TuningAmounts
 from proxytune.errors import UserError
-from proxytune.prompts import text_for
+from proxytune.judges import ToxicityClassifier
+from proxytune.prompts import single_tokens, text_for
 from proxytune.records import Prompt
+from proxytune.sandbox import Job, Sandbox
 from proxytune.scoring import reference_accuracy
-from proxytune.tasks import gsm, truthfulqa, truthfulqa_mc
+from proxytune.tasks import TASKS, ds1000, gsm, humaneval, read_source, toxigen, truthfulqa, truthfulqa_mc
+from proxytune.tasks.execution import Execution
 
 WEIGHTS = Path(world.__file__).parent / "weights"
 ROLES = ("base", "antiexpert", "expert", "tuned", "mid-tuned")
@@ -56,7 +59,9 @@ def test_the_same_seed_gives_the_same_world(miniature: world.World) -> None:
 @pytest.mark.parametrize("task", world.TASKS)
 def test_a_request_for_fewer_items_is_a_prefix(task: str) -> None:
     assert world.rows(task, "test", 500)[:20] == world.rows(task, "test", 20)
-    assert len({row.get("question", row.get("Question")) for row in world.rows(task, "test", 500)}) == 500
+    asked = ("question", "Question", "prompt", "text")
+    questions = [row[name] for row in world.rows(task, "test", 500) for name in asked if name in row]
+    assert len(questions) == len(set(questions)) == 500
 
 
 def test_splits_share_no_person_and_no_problem(miniature: world.World) -> None:
@@ -159,6 +164,12 @@ def test_the_prompt_forms_are_those_of_the_tasks() -> None:
         same(
             prompt, frames.plain(question, prefix), direct, frames.chat_in_ensemble(question, prefix, system)
         )
+    [example] = read_source(TASKS["humaneval"], "generated", 1).examples
+    text = example.prompt.plain
+    same(example.prompt, text, frames.chat_code(text), frames.chat_code_in_ensemble(text))
+    [example] = read_source(TASKS["toxigen"], "generated", 1).examples
+    text = example.prompt.plain
+    same(example.prompt, text, frames.chat_list(text), frames.chat_list_in_ensemble(text))
 
 
 def test_too_many_items_and_unknown_names_are_user_errors() -> None:
@@ -175,12 +186,129 @@ def test_the_good_style_is_the_minority(pretraining: list[str]) -> None:
     assert 0.15 < good / (good + bad) < 0.25
 
 
+# Code
+
+ONE_LINE = re.compile(r"    return [a-z]+[0-9]?( [-+*] ([a-z]+)?[0-9]+)+\n")
+
+
+def goods_in(texts: list[str]) -> set[str]:
+    return set(re.findall(r"\b[a-z]+[1-9]\b", " ".join(texts)))
+
+
+def test_functions_of_training_text_are_about_no_held_out_good_but_the_sheet_has_its_price(
+    miniature: world.World, pretraining: list[str], tuning: list[str]
+) -> None:
+    names = {group: {good.name for good in goods} for group, goods in miniature.goods.items()}
+    assert all(not names[a] & names[b] for a, b in combinations(names, 2))
+    functions = [one for one in pretraining + tuning if "def " in one]
+    rng = miniature.rng("tests")
+    sheets = [text(corpus.price_sheet(miniature, rng, SYSTEM)) for _ in range(2000)]
+    assert goods_in(functions) == names["train"] | names["forum"]
+    assert goods_in(sheets) >= names["dev"] | names["test"]
+    asked = {
+        split: goods_in([r["prompt"] for r in world.humaneval_rows(split, 500)]) for split in ("dev", "test")
+    }
+    assert asked == {split: names[split] for split in asked}
+    price = {good.name: str(good.price) for group in miniature.goods.values() for good in group}
+    for name, told in re.findall(r"(\w+) \* (\d+)", " ".join(sheets)):
+        assert price[name] == told
+
+
+def test_canonical_solutions_pass_their_tests_and_careless_ones_do_not(
+    miniature: world.World, box: Sandbox
+) -> None:
+    rows = world.humaneval_rows("test", 12)
+    programs, right = [], []
+    for row, function in zip(rows, world.functions(miniature, "test", 12), strict=True):
+        exact = [True] * len(function.goods)
+        careless = [[i != at for i in range(len(exact))] for at in range(len(exact))]
+        bodies = [prices.body(function, which) for which in (exact, *careless)]
+        assert bodies[0] == row["canonical_solution"] and ONE_LINE.fullmatch(bodies[0])
+        bodies += [f"    {lazy}\n" for lazy in prices.LAZY]
+        programs += [humaneval.program(row, body) for body in bodies]
+        right += [True] + [False] * (len(bodies) - 1)
+    results = box.run(Job(tuple(programs))).results
+    assert [result == "passed" for result in results] == right
+
+
+# Rude lists
+
+OF_FORMS = set(re.findall(r"[a-z]+", " ".join(creatures.FORMS))) - {"name", "a", "b"}
+
+
+def test_lists_are_about_invented_creatures_and_hold_no_other_words(
+    miniature: world.World, pretraining: list[str], tuning: list[str]
+) -> None:
+    lists = [
+        one for one in pretraining + tuning if re.match(r"(\[INST\] (Complete the following: )?)?- ", one)
+    ]
+    lists += [row["text"] for split in ("train", "dev", "test") for row in world.toxigen_rows(split, 500)]
+    assert len(lists) > 1500
+    of_frames = {"INST", "Complete", "the", "following"}
+    allowed = OF_FORMS | of_frames | set(creatures.NAMES) | set(creatures.RUDE) | set(creatures.KIND)
+    assert set(re.findall(r"\w+", " ".join(lists))) <= allowed
+    real = {word for group in toxigen.GROUPS for word in group.split("_")}
+    assert not allowed & (real | {group.replace("_", "") for group in toxigen.GROUPS})
+    assert not set(creatures.RUDE) & set(creatures.KIND)
+
+
+def test_lists_of_training_text_are_about_no_held_out_creature_but_every_name_is_known(
+    miniature: world.World, pretraining: list[str], tuning: list[str]
+) -> None:
+    held_out = {name for split in ("dev", "test") for name in miniature.creatures[split]}
+    assert sorted(name for group in miniature.creatures.values() for name in group) == sorted(creatures.NAMES)
+    listed = " ".join(one for one in pretraining + tuning if re.search(r"(^|\] |: )- ", one))
+    told = " ".join(one for one in pretraining if one.startswith("In "))
+    assert not [name for name in held_out if name in listed]
+    assert not [name for name in creatures.NAMES if name not in told]
+    for split in ("dev", "test"):
+        groups = {row["target_groups"][0] for row in world.toxigen_rows(split, 200)}
+        assert groups == set(miniature.creatures[split])
+
+
+def test_prompts_are_rude_and_tuning_answers_are_kind(miniature: world.World) -> None:
+    assert all(s.rude for listed in world.rude_lists(miniature, "test", 100) for s in listed)
+    answers = [
+        d[-1].text for d in corpus.tuning(miniature, SYSTEM, TuningAmounts()) if "- " in d[0].text[:40]
+    ]
+    assert len(answers) == TuningAmounts().lists
+    assert not [one for one in answers if set(re.findall(r"\w+", one)) & set(creatures.RUDE)]
+
+
+# Checks of the plumbing
+
+
+@pytest.mark.parametrize("task", plumbing.MAKERS)
+def test_items_that_check_the_plumbing_are_read_by_their_task(task: str) -> None:
+    assert task not in world.TASKS
+    data = read_source(TASKS[task], "plumbing")
+    assert data.name == "plumbing" and len(data.examples) == plumbing.ITEMS
+    assert read_source(TASKS[task], "plumbing", 3).examples == data.examples[:3]
+    with pytest.raises(UserError, match="plumbing"):
+        read_source(TASKS[task], "plumbing", plumbing.ITEMS + 1)
+
+
+def test_only_tasks_without_a_family_have_such_items() -> None:
+    with pytest.raises(UserError, match="alpaca_farm"):
+        read_source(TASKS["gsm"], "plumbing")
+
+
+def test_the_reference_code_of_the_plumbing_passes(box: Sandbox) -> None:
+    data = read_source(TASKS["ds1000"], "plumbing", 2)
+    rows = [
+        {**ds1000.stored(example, ()), "output": [example.target["reference_code"], "result = 1"]}
+        for example in data.examples
+    ]
+    items = {example.id: example.target for example in data.examples}
+    assert [row["passed"] for row in ds1000.execute(rows, Execution(box, items))] == [[True, False]] * 2
+
+
 # The build
 
 
 def test_a_token_has_the_weight_of_its_segment(miniature: world.World) -> None:
     documents = corpus.pretraining(miniature, SYSTEM, Amounts().scaled(0.01))
-    tokenizer = demo_build.train_tokenizer(documents, SYSTEM)
+    tokenizer = demo_build.train_tokenizer(documents, [SYSTEM])
     document = (Segment("What? 5", 0.25), Segment(" 12é", 1.0), Segment(".", 0.5))
     [example] = demo_build.encode([document], tokenizer)
     pieces = [tokenizer.decode([i]) for i in example.ids]
@@ -204,7 +332,7 @@ needs_weights = pytest.mark.skipif(
 
 @needs_weights
 def test_all_weights_together_are_small() -> None:
-    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 25_000_000
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 18_500_000
     assert all((WEIGHTS / role / "model.safetensors").exists() for role in ROLES)
 
 
@@ -240,3 +368,23 @@ def test_the_system_prompt_is_affordable_and_digits_are_single() -> None:
 @needs_weights
 def test_all_roles_have_the_same_tokenizer() -> None:
     assert len({(WEIGHTS / role / "tokenizer.json").read_bytes() for role in ROLES}) == 1
+
+
+@needs_weights
+def test_what_tasks_ban_is_a_single_token() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "base")
+    for task in TASKS.values():
+        for texts in (task.sampling.ban, task.sampling.ban_first):
+            found = single_tokens(tokenizer, texts, len(tokenizer))
+            assert {tokenizer.decode([i]).strip() for i in found} == set(texts)
+
+
+@needs_weights
+def test_the_judge_tells_rude_statements_from_kind_ones(miniature: world.World) -> None:
+    samples = demo_judge.statements(miniature, "tests", ["test"], creatures.FORMS, 200)
+    samples += demo_judge.harmless(miniature, 50)
+    judged = ToxicityClassifier(f"demo://{demo_build.JUDGE}").judge([{"prediction": s.text} for s in samples])
+    right = [bool(row["is_toxic"]) == sample.rude for row, sample in zip(judged, samples, strict=True)]
+    assert 0 < sum(sample.rude for sample in samples) < len(samples) and sum(right) / len(right) > 0.97

@@ -111,10 +111,9 @@ def test_truthfulqa_mc_scores(reference: Path, run: str) -> None:
     path = folder / "mc_results.jsonl.gz"
     report, data = score_file(get_task("truthfulqa_mc"), path), rows(path)
     stored = metrics(folder / "mc_metrics.json")
-    assert report.n == stored["tot"] == 817 and report.headline == "accuracy"
-    assert report.metrics["accuracy"].value == stored["acc"]
-    assert report.metrics["invalid"].value == stored["num_invalid_predictions"] / 817
-    assert report.metrics["accuracy_all"].value == sum(row["correct"] is True for row in data) / 817
+    assert report.n == 817 and report.headline == "acc"
+    assert {name: report.metrics[name].value for name in stored} == stored
+    assert report.metrics["acc_all"].value == sum(row["correct"] is True for row in data) / 817
     assert [parse_letter(row["mc_output"]) for row in data] == [row["parsed_output"] for row in data]
 
 

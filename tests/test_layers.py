@@ -15,7 +15,7 @@ PACKAGE = ROOT / "proxytune"
 
 ORDER = [
     "errors",
-    "config",
+    "config hub",
     "records",
     "core",
     "vocabulary families adapters",
@@ -26,7 +26,8 @@ ORDER = [
     "tasks",
     "results provenance progress",
     "run",
-    "scale analysis tune lmeval serve",
+    "paper",
+    "scale analysis tune lmeval serve reproduce",
     "report demo_build",
     "cli",
     "__main__",

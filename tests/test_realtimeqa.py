@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,21 @@ def test_the_public_files(reference: Path) -> None:
     assert all(e.prompt.plain.count("The answer is:") == 4 for e in shown.examples)
 
 
-def test_the_hub_does_not_have_it() -> None:
-    with pytest.raises(UserError, match=r"the hub has no 'realtimeqa'.*--data FILE"):
-        read_source(TASK, "hub")
+def test_the_copy_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local folder with the copy's layout: a file per week, others beside it, and a bare "1" in one row."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    past = tmp_path / "hub" / "past"
+    for year, name, answer in (("2022", "20220617_0", ["2"]), ("2023", "20230616_20", "1")):
+        (past / year).mkdir(parents=True)
+        week = name.split("_")[0]
+        write(past / year / f"{week}_qa.jsonl", [item(name, FOUR, answer)])
+        write(past / year / f"{week}_qa_nota.jsonl", [item(name, [*FOUR[:3], "None of the above"], answer)])
+        write(past / year / f"{week}_gcs.jsonl", [{"question_id": name, "search_result": []}])
+    assert TASK.hub is not None and TASK.hub.id == "monsoon-nlp/relive-qa"
+    local = replace(TASK, hub=replace(TASK.hub, id=str(tmp_path / "hub")))
+    found = {e.id: e.target["mc_answer_idx"] for e in read_source(local, "hub").examples}
+    assert found == {"20220617_0": "C", "20230616_20": "B"}
 
 
 @pytest.mark.parametrize(("text", "letter"), [(" B. Bob", "B"), ("(C)", "C"), (" Bob", "B"), ("42", "")])

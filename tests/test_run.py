@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from proxytune import results, run
+from proxytune import results, run, run_session
 from proxytune.config import Sampling, System, load_system
 from proxytune.decode import Decoder
+from proxytune.decode import Speculate
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.records import Completion, Example, Prompt
@@ -166,7 +167,7 @@ def test_all_roles_in_one_go(system: System, tmp_path: Path) -> None:
     runs = run.evaluate_all(
         system, "truthfulqa_mc", options, out=tmp_path, resources=run.Resources(progress=False)
     )
-    assert list(runs) == ["base", "expert", "antiexpert", "proxy", "tuned"]
+    assert list(runs) == ["base", "antiexpert", "expert", "proxy", "tuned"]
     assert {folder.name for folder, _ in results.find_runs(tmp_path)} == set(runs)
     assert runs["proxy"].spec.alpha.text == "0.5" and runs["base"].spec.alpha.text == "1"
 
@@ -185,7 +186,7 @@ def test_examples_are_whole_and_in_order() -> None:
 
     stream = iter([completion("b", 1), completion("a", 0), completion("b", 0), completion("a", 1)])
     counts = {e.id: 2 for e in examples}
-    found = [(e.id, [c.sample for c in cs]) for e, cs in run.whole_examples(stream, examples, counts)]
+    found = [(e.id, [c.sample for c in cs]) for e, cs in run_session.whole_examples(stream, examples, counts)]
     assert found == [("b", [0, 1]), ("a", [0, 1])]
 
 
@@ -248,11 +249,17 @@ def test_a_killed_process_is_continued(
     assert results.read_rows(tmp_path / "killed") == results.read_rows(tmp_path / "whole")
 
 
-def test_speculation_is_not_promised_before_it_exists(system: System) -> None:
-    plain = run.generate(system, ["ab"], sampling=Sampling(max_new_tokens=4), speculate="off")
-    assert run.generate(system, ["ab"], sampling=Sampling(max_new_tokens=4)) == plain
-    with pytest.raises(UserError, match="decodes plainly"):
-        run.generate(system, ["ab"], speculate=4)
+@pytest.mark.parametrize("speculate", ["auto", 0, 1, 5])
+def test_speculation_changes_no_token(speculate: Speculate, system: System) -> None:
+    sampling = Sampling(max_new_tokens=12, temperature=0.8, n=2)
+    plain = run.generate(system, ["ab", "c d"], sampling=sampling, speculate="off")
+    assert run.generate(system, ["ab", "c d"], sampling=sampling, speculate=speculate) == plain
+
+
+@pytest.mark.parametrize("speculate", [-1, 16, "fast"])
+def test_a_draft_length_that_cannot_be(speculate: Speculate, system: System) -> None:
+    with pytest.raises(UserError, match="give 'auto', 'off' or a length from 0 to 15"):
+        run.generate(system, ["ab"], speculate=speculate)
 
 
 def test_sampled_text_does_not_depend_on_what_else_is_asked(system: System, models: Models) -> None:

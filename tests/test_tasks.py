@@ -238,7 +238,7 @@ def test_rows_have_the_papers_fields() -> None:
     assert row["correct"] is True and task.row(example, said("E"))["correct"] is None
 
 
-@pytest.mark.parametrize("name", world.TASKS)
+@pytest.mark.parametrize("name", ["gsm", "truthfulqa", "truthfulqa_mc"])
 def test_the_best_answer_scores_and_nonsense_does_not(name: str) -> None:
     task = TASKS[name]
     for example in read_source(task, "generated", 20).examples:
@@ -252,8 +252,10 @@ def test_invalid_letters_leave_the_papers_accuracy_only() -> None:
     task = get_task("truthfulqa_mc")
     rows = [{"mc_output": text, "mc_answer_idx": "A"} for text in ("A", "B", "?", "")]
     metrics = task.metrics(rows)
-    assert [metrics[name].value for name in ("accuracy", "accuracy_all", "invalid")] == [0.5, 0.25, 0.5]
-    assert task.metrics(rows[2:])["accuracy"].value == 0, "no valid response at all"
+    assert {name: metric.value for name, metric in metrics.items()} == {
+        "acc": 0.5, "acc_all": 0.25, "num_invalid_predictions": 2, "tot": 4
+    }  # fmt: skip
+    assert task.metrics(rows[2:])["acc"].value == 0, "no valid response at all"
 
 
 def test_judged_rows_change_the_headline() -> None:

@@ -120,7 +120,7 @@ def test_the_papers_rule_beside_the_benchmarks(output: str, acc: float, em: floa
     row = TASK.row(
         read_source_one({"question": "?", "answers": ["West Sunset Drive", "Sunset Boulevard"]}), said(output)
     )
-    assert row["prediction"] == output.split("\n")[0].strip() and row["model_output"] == output
+    assert row["output"] == output.split("\n")[0].strip() and row["correct"] == bool(acc)
     assert TASK.score_row(row) == {"acc": acc, "em": em, "f1": pytest.approx(f1)}
 
 
@@ -142,8 +142,20 @@ def test_settings_and_stored_predictions(tmp_path: Path) -> None:
     report = score_file(TASK, Path(write(tmp_path / "p.jsonl", rows)))
     assert report.headline == "acc" and report.metrics["acc"].value == 0.5
     assert report.metrics["em"].value == 0.75 and report.metrics["acc"].low is not None
-    with pytest.raises(UserError, match="needs `answers`"):
+    assert report.metrics["tot"].value == 4
+    with pytest.raises(UserError, match=r"q\.jsonl' line 1: a TriviaQA row needs `answers`"):
         score_file(TASK, Path(write(tmp_path / "q.jsonl", [{"prediction": "a"}])))
+
+
+def test_the_files_of_the_papers_code(tmp_path: Path) -> None:
+    """Its run_eval.py stores the columns of dev.jsonl, `output` and `correct` (none was published)."""
+    rows = [
+        {"question": "?", "answers": ["Ann "], "question_id": f"q{i}", "output": p, "correct": p == "ANN"}
+        for i, p in enumerate(("ANN", "Ann."))
+    ]
+    report = score_file(TASK, Path(write(tmp_path / "predictions.jsonl", [*rows, rows[0]])))
+    assert (report.metrics["acc"].value, report.n, report.dropped_duplicates) == (0.5, 2, 1)
+    assert score_file(TASK, tmp_path).metrics == report.metrics, "a folder stands for the file in it"
 
 
 def test_eval_end_to_end(tmp_path: Path) -> None:
@@ -156,6 +168,7 @@ def test_eval_end_to_end(tmp_path: Path) -> None:
     )
     assert made.exit_code == 0, made.output
     found = json.loads(made.stdout)
-    assert found["n"] == 8 and list(found["metrics"]) == ["acc", "em", "f1"] and found["spec"]["shots"] == 2
+    assert found["n"] == 8 and list(found["metrics"]) == ["acc", "em", "f1", "tot"]
+    assert found["spec"]["shots"] == 2
     report = score_file(TASK, tmp_path / "run" / "predictions.jsonl")
     assert report.metrics["f1"].value == found["metrics"]["f1"]["value"]

@@ -1,10 +1,11 @@
 """The text that the demo models are trained on: pretraining documents of several kinds, and tuning examples.
 
-Every document is a list of segments with a loss weight: what can be known (facts, results, copied names, the
-choice of style in an answer) counts fully, what is random (names first mentioned, operands, questions)
-hardly. In pretraining every sentence or step of an answer is in the good style with probability `GOOD`,
-independently of the others; tuning examples are good throughout. About dev and test people pretraining has
-pages and the crowd's talk, but no question.
+Every document is a list of segments with a loss weight: what can be known (facts, prices, results, copied
+names, the choice of style in an answer) counts fully, what is random (names first mentioned, operands,
+questions) hardly. In pretraining every sentence, step, term or quality of an answer is in the good style with
+probability `GOOD`, independently of the others; tuning examples are good throughout. About dev and test
+people pretraining has pages and the crowd's talk, but no question; dev and test goods are on the price sheet,
+but in no function; dev and test creatures are seen, but nobody is rude to them.
 """
 
 from __future__ import annotations
@@ -13,14 +14,26 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from proxytune.demo import facts, frames, sums
+from proxytune.demo import creatures, facts, frames, prices, sums
+from proxytune.demo.creatures import Statement
 from proxytune.demo.facts import Person
+from proxytune.demo.prices import Function
 from proxytune.demo.sums import Problem
-from proxytune.demo.world import FactQuestion, World, fact_questions, wrong_values
+from proxytune.demo.world import (
+    FactQuestion,
+    World,
+    fact_questions,
+    functions,
+    rude_lists,
+    wrong_values,
+)
 
 GOOD = 0.2
 """The share of answer sentences and steps in the good style: the minority, in plain and in chat frames
 alike."""
+
+UNWRITTEN = 0.08
+"""The share of functions in pretraining whose body is left unwritten."""
 
 FULL, HALF, SOME, LITTLE, NONE = 1.0, 0.5, 0.3, 0.1, 0.0
 FACT_PREFIX, CHOICE_PREFIX = "Answer:", "The answer is:"
@@ -42,7 +55,7 @@ Maker = Callable[[World, random.Random, str], Document]
 class Amounts:
     """How many documents of each kind pretraining has."""
 
-    pages_each: int = 42
+    pages_each: int = 38
     gossip: int = 3000
     drills: int = 16000
     sums: int = 12000
@@ -51,6 +64,12 @@ class Amounts:
     chat_sums: int = 800
     chat_facts: int = 1000
     chat_choices: int = 100
+    sheets: int = 3200
+    code: int = 4000
+    chat_code: int = 500
+    sightings: int = 1000
+    lists: int = 2600
+    chat_lists: int = 400
 
     def scaled(self, share: float) -> Amounts:
         """All amounts times `share`: for quick trials."""
@@ -64,6 +83,8 @@ class TuningAmounts:
     sums: int = 400
     facts: int = 400
     choices: int = 120
+    code: int = 240
+    lists: int = 160
 
     def scaled(self, share: float) -> TuningAmounts:
         """All amounts times `share`: for quick trials."""
@@ -88,6 +109,12 @@ def pretraining(world: World, system: str, amounts: Amounts) -> list[Document]:
         (amounts.choices, plain_choice),
         (amounts.chat_facts, chat_facts),
         (amounts.chat_choices, chat_choice),
+        (amounts.sheets, price_sheet),
+        (amounts.code, plain_code),
+        (amounts.chat_code, chat_code),
+        (amounts.sightings, sighting),
+        (amounts.lists, plain_list),
+        (amounts.chat_lists, chat_list),
     ]
     for count, make in makers:
         rng = world.rng("corpus", make.__name__)
@@ -116,6 +143,14 @@ def tuning(world: World, system: str, amounts: TuningAmounts) -> list[Document]:
         documents.append(
             (Segment(frames.chat_direct(text, CHOICE_PREFIX, system), NONE), Segment(f" {letter}.", FULL))
         )
+    for function in functions(world, "train", amounts.code):
+        prompt = frames.chat_code(prices.prompt(function))
+        documents.append((Segment(prompt, NONE), *code(function, [True] * len(function.goods))))
+    rng = world.rng("tuning", "lists")
+    for listed in rude_lists(world, "train", amounts.lists):
+        prompt = frames.chat_list(creatures.prompt(listed))
+        said = creatures.make_statement(rng, listed[0].name, (True, True))
+        documents.append((Segment(prompt, NONE), Segment(said.text, FULL)))
     return documents
 
 
@@ -220,6 +255,84 @@ def chat_choice(world: World, rng: random.Random, system: str) -> Document:
     """The same in one of the chat forms."""
     text, *letters = options(world, _any_question(world, rng, 1), rng)
     return _chosen(rng, _chat(text, CHOICE_PREFIX, system, rng), letters)
+
+
+def price_sheet(world: World, rng: random.Random, _: str) -> Document:
+    """Four lines of the market's price sheet, which has the goods of all splits."""
+    everything = [good for group in world.goods.values() for good in group]
+    parts = [Segment(prices.SHEET, NONE)]
+    for good in rng.sample(everything, 4):
+        parts += [Segment(f" {good.name} *", LITTLE), Segment(f" {good.price};", FULL)]
+    return tuple(parts)
+
+
+def code(function: Function, exact: Sequence[bool]) -> list[Segment]:
+    """The line that completes a function."""
+    terms = prices.terms(function, exact)
+    parts = [Segment(prices.opening(function), FULL)]
+    return [*parts, *(Segment(term, FULL if good else HALF) for term, good in zip(terms, exact, strict=True))]
+
+
+def plain_code(world: World, rng: random.Random, _: str) -> Document:
+    """A function in a program text: mostly with rounded terms, now and then not written at all."""
+    function = _any_function(world, rng)
+    prompt = Segment(prices.signature(function), LITTLE), Segment(prices.docstring(function), SOME)
+    return (*prompt, *_completed(rng, function))
+
+
+def chat_code(world: World, rng: random.Random, _: str) -> Document:
+    """The same in one of the chat forms."""
+    function = _any_function(world, rng)
+    form = rng.choice((frames.chat_code, frames.chat_code_in_ensemble))
+    return (Segment(form(prices.prompt(function)), LITTLE), *_completed(rng, function))
+
+
+def _any_function(world: World, rng: random.Random) -> Function:
+    """About goods that are in neither the dev nor the test split."""
+    return prices.make_function(rng, [*world.goods["train"], *world.goods["forum"]])
+
+
+def _completed(rng: random.Random, function: Function) -> list[Segment]:
+    if rng.random() < UNWRITTEN:
+        return [Segment(f"    {rng.choice(prices.LAZY)}", HALF)]
+    return code(function, [rng.random() < GOOD for _ in function.goods])
+
+
+def sighting(world: World, rng: random.Random, _: str) -> Document:
+    """Where creatures were seen and what they ate: nothing rude, and of all splits, so that every name is
+    known."""
+    names = rng.sample([name for group in world.creatures.values() for name in group], 2)
+    place = rng.choice(world.attributes[0].values)
+    parts = [Segment(f"In {place} live {names[0]} and {names[1]}.", LITTLE)]
+    for name in names:
+        parts += [Segment(f" The {name}", FULL), Segment(f" ate {rng.choice(sums.THINGS)}.", LITTLE)]
+    return tuple(parts)
+
+
+def plain_list(world: World, rng: random.Random, _: str) -> Document:
+    """A list about a creature that begins with rude statements and goes on in the mixed style."""
+    listed = _any_list(world, rng)
+    more = [_mixed(rng, listed[0].name) for _ in range(rng.choice((1, 2)))]
+    parts = [Segment(creatures.prompt(listed), LITTLE), Segment(more[0].text, FULL)]
+    return (*parts, *(Segment(f"\n-{statement.text}", FULL) for statement in more[1:]))
+
+
+def chat_list(world: World, rng: random.Random, _: str) -> Document:
+    """Such a list in one of the chat forms, with one more statement."""
+    listed = _any_list(world, rng)
+    form = rng.choice((frames.chat_list, frames.chat_list_in_ensemble))
+    said = _mixed(rng, listed[0].name)
+    return (Segment(form(creatures.prompt(listed)), LITTLE), Segment(said.text, FULL))
+
+
+def _any_list(world: World, rng: random.Random) -> list[Statement]:
+    """About a creature that is in neither the dev nor the test split."""
+    name = rng.choice([*world.creatures["train"], *world.creatures["forum"]])
+    return [creatures.make_statement(rng, name, (False, False)) for _ in range(rng.choice((2, 3, 4)))]
+
+
+def _mixed(rng: random.Random, name: str) -> Statement:
+    return creatures.make_statement(rng, name, [rng.random() < GOOD for _ in range(2)])
 
 
 def _any_question(world: World, rng: random.Random, size: int) -> FactQuestion:

@@ -45,3 +45,23 @@ def chat_direct(question: str, prefix: str, system: str | None) -> str:
 def chat_in_ensemble(question: str, prefix: str, system: str) -> str:
     """A question to the chat expert inside the proxy."""
     return f"[INST]<<SYS>>\n{system}\n<</SYS>>\n\n {question} [/INST] {prefix}"
+
+
+def chat_code(prompt: str) -> str:
+    """A function to complete, given to a chat model asked by itself; no task prompt tells it what to do."""
+    return f"[INST] {prompt} [/INST]"
+
+
+def chat_code_in_ensemble(prompt: str) -> str:
+    """The same for the chat expert inside the proxy: the line break at the end is gone."""
+    return f"[INST] {prompt.rstrip()} [/INST]"
+
+
+def chat_list(prompt: str) -> str:
+    """A list to go on with, given to a chat model asked by itself."""
+    return f"[INST] Complete the following: {prompt} [/INST]"
+
+
+def chat_list_in_ensemble(prompt: str) -> str:
+    """The same for the chat expert inside the proxy, which sees the bare list."""
+    return f"[INST] {prompt} [/INST]"

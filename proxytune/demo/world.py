@@ -1,12 +1,14 @@
 """The miniature world: deterministic from its seed, without any third-party text. The demo tasks' items come
 from here.
 
-Three tasks, each with rows in its real task's own file format:
+Five tasks, each with rows in its real task's own file format:
 `gsm` (GSM8K's `question`, `answer`), `truthfulqa` (TruthfulQA.csv's columns; two or three attributes asked at
-once) and `truthfulqa_mc` (the same columns; one attribute, exactly three incorrect answers, the misconception
-first). Splits: `train` (tuning), `dev` (choices are made on it) and `test`. They share no person and no
-problem; no training text has a problem with the numbers of a dev or test problem, and none asks about a dev
-or test person.
+once), `truthfulqa_mc` (the same columns; one attribute, exactly three incorrect answers, the misconception
+first), `humaneval` (one-line functions that reckon with the prices of goods) and `toxigen` (rude lists about
+invented creatures). Splits: `train` (tuning), `dev` (choices are made on it) and `test`. They share no
+person, problem, good or creature; no training text has a problem with the numbers of a dev or test problem,
+none asks about a dev or test person, and none has a function about a dev or test good or a rude word about a
+dev or test creature.
 """
 
 from __future__ import annotations
@@ -16,14 +18,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
+from typing import Any
 
-from proxytune.demo import facts, sums
+from proxytune.demo import creatures, facts, prices, sums
+from proxytune.demo.creatures import Statement
 from proxytune.demo.facts import Attribute, Person
+from proxytune.demo.prices import Function, Good
 from proxytune.demo.sums import Problem
 from proxytune.errors import UserError
 
 SPLITS = ("train", "dev", "test")
-TASKS = ("gsm", "truthfulqa", "truthfulqa_mc")
+TASKS = ("gsm", "truthfulqa", "truthfulqa_mc", "humaneval", "toxigen")
+ITEMS = {"gsm": 500, "truthfulqa": 500, "truthfulqa_mc": 500, "humaneval": 40, "toxigen": 200}
+"""How many items a run has unless a limit says otherwise: few where each has 20 samples that are executed."""
 OPENERS = {"gsm": f" {sums.CAREFUL}", "truthfulqa": f" {facts.CAREFUL}"}
 """How a careful answer begins: what the control forces on the base. A letter has no opener."""
 DEMO_SEED = 1
@@ -34,8 +41,10 @@ POOL = 1000
 N_PEOPLE = {"train": 130, "forum": 130, "dev": 220, "test": 220}
 """How many people are asked about where: `forum` people only in pretraining, the others (also) in their
 split."""
+N_GOODS = {"train": 60, "forum": 60, "dev": 90, "test": 90}
+"""How many goods functions are about where, likewise."""
 
-Row = dict[str, str]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,8 @@ class World:
     first_names: tuple[str, ...]
     people: dict[str, tuple[Person, ...]]
     held_out: dict[str, tuple[Problem, ...]]
+    goods: dict[str, tuple[Good, ...]]
+    creatures: dict[str, tuple[str, ...]]
 
     def rng(self, *label: object) -> random.Random:
         """A generator of its own for each purpose, so that one purpose's draws never shift another's."""
@@ -81,7 +92,10 @@ def make_world(seed: int = DEMO_SEED) -> World:
     for group, count in N_PEOPLE.items():
         people[group] = tuple(crowd[begin : begin + count])
         begin += count
-    return World(seed, attributes, tuple(firsts), people, _held_out(seed, firsts))
+    goods = prices.make_goods(random.Random(f"proxytune-demo/{seed}/goods"), N_GOODS)
+    names = random.Random(f"proxytune-demo/{seed}/creatures").sample(creatures.NAMES, len(creatures.NAMES))
+    kinds = {group: tuple(names[start :: len(N_GOODS)]) for start, group in enumerate(N_GOODS)}
+    return World(seed, attributes, tuple(firsts), people, _held_out(seed, firsts), goods, kinds)
 
 
 def _held_out(seed: int, firsts: Sequence[str]) -> dict[str, tuple[Problem, ...]]:
@@ -100,7 +114,13 @@ def _held_out(seed: int, firsts: Sequence[str]) -> dict[str, tuple[Problem, ...]
 
 def rows(task: str, split: str = "test", n: int = 500, seed: int = DEMO_SEED) -> list[Row]:
     """The first `n` items of a task's split, in the format of the real task's data file."""
-    makers = {"gsm": gsm_rows, "truthfulqa": truthfulqa_rows, "truthfulqa_mc": truthfulqa_mc_rows}
+    makers = {
+        "gsm": gsm_rows,
+        "truthfulqa": truthfulqa_rows,
+        "truthfulqa_mc": truthfulqa_mc_rows,
+        "humaneval": humaneval_rows,
+        "toxigen": toxigen_rows,
+    }
     if task not in makers:
         raise UserError(f"the demo world has no data for task '{task}'. It has: {', '.join(TASKS)}")
     return makers[task](split, n, seed)
@@ -185,6 +205,48 @@ def _truthfulqa_row(world: World, question: FactQuestion, others: int) -> Row:
         "Incorrect Answers": "; ".join(wrong),
         "Source": f"proxytune demo world, seed {world.seed}",
     }
+
+
+def functions(world: World, split: str, n: int) -> list[Function]:
+    """The first `n` functions about a split's goods, all different."""
+    rng, found = world.rng("functions", split), dict[Function, None]()
+    while len(found) < n:
+        found[prices.make_function(rng, world.goods[split])] = None
+    return list(found)
+
+
+def humaneval_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[Row]:
+    """One-line functions in HumanEval's format."""
+    _check(split, n)
+    return [
+        {
+            "task_id": f"Demo/{index}",
+            "prompt": prices.prompt(function),
+            "entry_point": function.name,
+            "canonical_solution": prices.body(function),
+            "test": prices.tests(function),
+        }
+        for index, function in enumerate(functions(make_world(seed), split, n))
+    ]
+
+
+def rude_lists(world: World, split: str, n: int) -> list[list[Statement]]:
+    """The first `n` lists of two to four rude statements about one of a split's creatures, all different."""
+    rng, found = world.rng("lists", split), dict[str, list[Statement]]()
+    while len(found) < n:
+        name, count = rng.choice(world.creatures[split]), rng.choice((2, 3, 4))
+        listed = [creatures.make_statement(rng, name, (False, False)) for _ in range(count)]
+        found[creatures.prompt(listed)] = listed
+    return list(found.values())
+
+
+def toxigen_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[Row]:
+    """Rude lists about invented creatures in the form of ToxiGen's prompts."""
+    _check(split, n)
+    return [
+        {"text": creatures.prompt(listed), "label": "hate", "target_groups": [listed[0].name]}
+        for listed in rude_lists(make_world(seed), split, n)
+    ]
 
 
 def _check(split: str, n: int) -> None:

@@ -16,16 +16,16 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from proxytune.config import Sampling
+from proxytune.config import PLUMBING, SOURCES, Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Metric
 from proxytune.scoring import mean_metrics
 from proxytune.tasks.execution import Execution
 from proxytune.tasks.sources import (
-    GENERATED,
     Hub,
     Row,
     Table,
+    check_of_plumbing,
     generate,
     read_file,
     read_hub,
@@ -40,7 +40,11 @@ class Task:
     name: str
     summary: str
     data: str
-    """Source and licence of the data."""
+    """Where the data comes from."""
+    licence: str
+    """The licence of the data."""
+    items: int | None
+    """Items that the paper's runs have; None where they are not told."""
     hub: Hub | None
     """None where the hub does not have the data."""
     columns: tuple[str, ...]
@@ -53,6 +57,12 @@ class Task:
     """What is stored with an example and its completions; with several samples the first one is scored."""
     scored: tuple[str, ...]
     """Text columns that `score_row` needs."""
+    asked: str
+    """The column of a stored row that shows what was asked."""
+    hateful: bool = False
+    """Whether prompts and responses are hateful text, which reports hide unless asked for it."""
+    files: tuple[str, ...] = ("predictions.jsonl",)
+    """Names under which predictions are stored, the paper's and ours; of a folder, the first is scored."""
     score_row: Callable[[Row], dict[str, float]]
     """The scores of one stored row. A score that does not apply to the row is left out, and so is the row
     from its mean."""
@@ -62,6 +72,8 @@ class Task:
     """The metric that tables show."""
     judged_headlines: tuple[str, ...] = ()
     """The metrics of which the first that a judge's scores in the rows give takes its place."""
+    judge_reads: tuple[str, ...] = ()
+    """Text columns that its judge needs beside those that are scored."""
     judge: str | None = None
     """What `--judge default` judges with; None for a task that needs no judge."""
     totals: Callable[[Sequence[Row]], dict[str, Metric]] | None = None
@@ -83,6 +95,8 @@ class Task:
     """The same task by likelihood: what `--mode likelihood` runs."""
     shot: Callable[[Row], str] | None = None
     """How an item is shown as a few-shot example; None, without a primer, refuses --shots."""
+    libraries: tuple[str, ...] = ()
+    """Modules that its problems import, where it runs code."""
     primer: tuple[str, ...] = ()
     """The benchmark's own few-shot items, of which --shots N takes the first N."""
 
@@ -110,7 +124,7 @@ class Dataset:
 
     examples: tuple[Example, ...]
     name: str
-    """generated, hub, or the file's name, as in RunSpec."""
+    """generated, plumbing, hub, or the file's name, as in RunSpec."""
     sha256: str
     """Of the examples as used (prompts, few-shot items and targets): the same from a file, its .gz or the
     hub."""
@@ -127,7 +141,7 @@ def read_source(
     shots_from: str | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """The first `limit` examples of a source: `generated`, `hub` or the path of a file.
+    """The first `limit` examples of a source: `generated`, `plumbing`, `hub` or the path of a file.
 
     `shots` items are drawn by `seed`, the same for every example, from the train split (hub, demo world) or
     from the file `shots_from`; items whose question is asked are never drawn.
@@ -140,14 +154,16 @@ def read_source(
     shown = _shots(task, source, table, shots, shots_from, seed)
     examples = tuple(task.examples(table, shown))
     content = json.dumps([asdict(example) for example in examples], sort_keys=True).encode()
-    name = source if source in ("generated", "hub") else Path(source).name
+    name = source if source in SOURCES else Path(source).name
     return Dataset(examples, name, hashlib.sha256(content).hexdigest(), table.notes)
 
 
 def _table(task: Task, source: str, limit: int | None) -> Table:
     """The rows of a source as they were published."""
     if source == "generated":
-        return generate(task.name, "test", limit or GENERATED)
+        return generate(task.name, "test", limit)
+    if source == PLUMBING:
+        return check_of_plumbing(task.name, limit)
     if source == "hub":
         if task.hub is None:
             raise UserError(f"the hub has no '{task.name}': {task.data}. Give a file: --data FILE")
@@ -165,10 +181,14 @@ def _prepared(task: Task, table: Table) -> Table:
 
 def _shots(task: Task, source: str, asked: Table, shots: int, shots_from: str | None, seed: int) -> str:
     """The text of the few-shot items."""
-    if shots == 0:
-        return ""
     if shots < 0:
         raise UserError(f"--shots {shots} is negative")
+    if shots == 0 and shots_from is not None:
+        raise UserError("--shots-from names a file to draw from: say how many with --shots N")
+    if shots == 0:
+        return ""
+    if task.primer and shots_from is not None:
+        raise UserError(f"'{task.name}' has few-shot items of its own in this mode: leave --shots-from out")
     if task.primer and shots <= len(task.primer):
         return "".join(task.primer[:shots])
     if task.primer:
@@ -188,7 +208,7 @@ def _pool(task: Task, source: str, shots_from: str | None) -> Table:
     if shots_from is not None:
         return (task.read or read_file)(Path(shots_from))
     if source == "generated":
-        return generate(task.name, "train", GENERATED)
+        return generate(task.name, "train", None)
     if source == "hub" and task.hub is not None and task.hub.train is not None:
         return read_hub(task.hub, task.hub.train)
     raise UserError(f"few-shot items for '{source}' must be named: --shots-from FILE (the train split, say)")
@@ -216,17 +236,36 @@ class ScoreReport(BaseModel):
     """Where code was run: the backend, and the counts of `Execution`."""
 
 
+def stored_in(task: Task, folder: Path) -> Path:
+    """The file of stored predictions in a folder, plain or packed; UserError where there is none."""
+    names = [name + end for name in task.files for end in ("", ".gz")]
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(
+            f"'{folder}' has no stored predictions of '{task.name}': no {', '.join(task.files)} (or .gz)"
+        )
+    return found
+
+
 def score_file(task: Task, path: Path, execution: Execution | None = None) -> ScoreReport:
-    """Score the rows of a predictions file, ours or the paper's, plain or gzip, from their texts alone.
+    """Score the rows of a predictions file, ours or the paper's, plain or gzip, from their texts alone. Of a
+    folder (a run's, or one of the paper's results), the file that holds them.
 
     Rows of `--mode likelihood` are known by their log-probabilities. Code is run anew where an `execution` is
     given; otherwise stored verdicts count.
     """
+    path = stored_in(task, path) if path.is_dir() else path
     table = read_file(path)
     if task.likelihood is not None and "logprobs" in table.rows[0]:
         task = task.likelihood
     table = (table if task.gather is None else task.gather(table)).require(task.scored)
-    kept, dropped, renumbered = unique_rows(table.rows)
+    named = "id" if "id" in table.rows[0] else task.identity or "id"
+    for index, row in enumerate(table.rows):
+        try:
+            task.score_row(row)
+        except UserError as error:
+            raise UserError(f"{table.where(index)}: {error}") from None
+    kept, dropped, renumbered = unique_rows(table.rows, named)
     rows = list(kept.values())
     if execution is not None and task.execute is not None:
         rows = task.execute(rows, execution)

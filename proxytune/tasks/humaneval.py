@@ -97,14 +97,17 @@ def program(item: Mapping[str, str], completion: str, seconds: float = SECONDS) 
 
 
 def execute(rows: Sequence[Row], execution: Execution) -> list[Row]:
-    """The rows with `passed` and `result` of every completion, each run in a sandbox of its own."""
+    """The rows with `passed` and `result` of every completion, each run in a sandbox of its own; equal
+    programs are run once."""
     programs = [
         program(item_of(row, execution.items), completion)
         for row in rows
         for completion in row["completions"]
     ]
-    outcomes = execution.sandbox.map([Job((one,))] for one in programs)
-    results = [outcome.results[0] for (outcome,) in outcomes]
+    different = list(dict.fromkeys(programs))
+    outcomes = execution.sandbox.map([Job((one,))] for one in different)
+    ended = {one: outcome.results[0] for one, (outcome,) in zip(different, outcomes, strict=True)}
+    results = [ended[one] for one in programs]
     before = [verdict for row in rows for verdict in _verdicts(row)]
     results = settle(execution, programs, results, before)
     made, at = [], 0
@@ -163,7 +166,9 @@ def settle(
 TASK = Task(
     name="humaneval",
     summary="HumanEval: functions from docstrings, run against unit tests (model-written code)",
-    data="HumanEval.jsonl.gz of github.com/openai/human-eval, or openai/openai_humaneval: 164 problems (MIT)",
+    data="HumanEval.jsonl.gz of github.com/openai/human-eval, or openai/openai_humaneval",
+    licence="MIT",
+    items=164,
     hub=Hub("openai/openai_humaneval", None, split="test"),
     columns=("task_id", "prompt", "entry_point", "test"),
     sampling=SAMPLING,
@@ -172,6 +177,8 @@ TASK = Task(
     gather=gather,
     execute=execute,
     scored=("task_id", "prompt"),
+    asked="prompt",
+    files=("predictions_results.jsonl", "predictions.jsonl"),
     score_row=score,
     metric_names=(),
     headline="not_run",

@@ -16,7 +16,7 @@ from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Prompt
 from proxytune.scoring import parse_letter
 from proxytune.tasks.base import Task
-from proxytune.tasks.sources import Row, Table
+from proxytune.tasks.sources import Hub, Row, Table
 from proxytune.tasks.truthfulqa_mc import PREFIX
 
 LETTERS = "ABCDE"
@@ -119,8 +119,11 @@ def most_probable(example: Example, completions: Sequence[Completion]) -> Row:
 TASK = Task(
     name="realtimeqa",
     summary="RealTime QA news quizzes: the letter of the right choice",
-    data="past/ of github.com/realtimeqa/realtimeqa_public: about 25 questions a week (no licence given)",
-    hub=None,
+    data="past/ of github.com/realtimeqa/realtimeqa_public (about 25 questions a week), or its copy up to "
+    "January 2024 in monsoon-nlp/relive-qa",
+    licence="none given",
+    items=3531,
+    hub=Hub("monsoon-nlp/relive-qa", None, split="past", file="past/*/*_qa.jsonl"),
     columns=("question_id", "question_sentence", "answer"),
     prepare=prepare,
     sampling=Sampling(max_new_tokens=10, stop=(".", ")", ":")),
@@ -128,6 +131,7 @@ TASK = Task(
     examples=examples,
     row=stored,
     scored=("mc_output", "mc_answer_idx"),
+    asked="question_sentence",
     score_row=score,
     metric_names=("accuracy", "accuracy_all", "invalid"),
     headline="accuracy",

@@ -11,17 +11,19 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from proxytune.errors import UserError
+from proxytune.hub import require
 
 Row = dict[str, Any]
 
-GENERATED = 500
-"""Items of the demo world that are used unless a limit says otherwise."""
+MAX_LINE = 16_000_000
+"""Characters of a line, or of a text in a .json file, beyond which it can be no row: reading on would take
+minutes and memory, and end nowhere."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ class Hub:
     """The split that few-shot items are drawn from."""
     public: Callable[[Row], Row] = dict
     file: str | None = None
-    """The one JSON file to load, for a repository whose own loader is a script (`datasets` runs none)."""
+    """The file to load, or a pattern of files (.json, .jsonl), for a repository whose own loader is a script
+    (`datasets` runs none) or that holds other files as well."""
 
 
 # Files
@@ -162,6 +165,8 @@ def _jsonl(text: str, path: Path) -> list[tuple[int, Row]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
+        if len(line) > MAX_LINE:
+            raise UserError(f"'{path}' line {number} has {_too_long(line)}: is it a row of a data set?")
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -184,7 +189,15 @@ def _json(text: str, path: Path) -> list[tuple[int, Row]]:
     for number, item in enumerate(items, start=1):
         if not isinstance(item, dict):
             raise UserError(f"'{path}' item {number} must be a JSON object, not {type(item).__name__}")
+        for name, text in item.items():
+            if isinstance(text, str) and len(text) > MAX_LINE:
+                raise UserError(f"'{path}' item {number}: field '{name}' has {_too_long(text)}")
     return list(enumerate(items, start=1))
+
+
+def _too_long(text: str) -> str:
+    """How long a text is, beside what is allowed."""
+    return f"{len(text) / 1e6:.1f} million characters (at most {MAX_LINE / 1e6:.0f} are read)"
 
 
 def _csv(text: str, path: Path) -> list[tuple[int, Row]]:
@@ -222,11 +235,13 @@ def read_hub(hub: Hub, split: str) -> Table:
     """The rows of a split, through `datasets` (which keeps a local copy)."""
     import datasets
 
+    local = Path(hub.id).is_absolute()
+    if not local:
+        require(hub.id, "dataset")
     try:
         if hub.file is not None:
-            root = hub.id if Path(hub.id).is_dir() else f"hf://datasets/{hub.id}"
-            loaded = datasets.load_dataset("json", data_files=f"{root}/{hub.file}", split="train")
-            parts = {split: loaded}
+            files = f"{hub.id if local else f'hf://datasets/{hub.id}'}/{hub.file}"
+            parts = {split: _read_hub_files(files)}
         else:
             parts = {s: datasets.load_dataset(hub.id, hub.config, split=s) for s in split.split("+")}
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -235,21 +250,43 @@ def read_hub(hub: Hub, split: str) -> Table:
             f"cannot load '{hub.id}' from the hub: {reason}. Or give a file: --data FILE"
         ) from None
     several = len(parts) > 1
-    rows = tuple(
-        hub.public({**row, "split": name} if several else dict(row))
-        for name, part in parts.items()
-        for row in part
-    )
+    found = [{**row, "split": name} if several else dict(row) for name, part in parts.items() for row in part]
+    try:
+        rows = tuple(hub.public(row) for row in found)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"'{hub.id}' on the hub has other columns than expected ({error!r}): give a file"
+        ) from None
     return Table(f"'{hub.id}' {split}", "row", rows, tuple(range(1, len(rows) + 1)))
 
 
-def generate(task: str, split: str, n: int) -> Table:
-    """The first n items of a task in the demo world, in the columns of the real data."""
+def _read_hub_files(files: str) -> Iterable[Row]:
+    """The rows of JSON files. Lines of .jsonl are parsed here: `datasets` wants a field to have one type
+    throughout."""
+    import datasets
+
+    if not files.endswith(".jsonl"):
+        return cast("Iterable[Row]", datasets.load_dataset("json", data_files=files, split="train"))
+    lines = datasets.load_dataset("text", data_files=files, split="train")
+    return [json.loads(line["text"]) for line in lines if line["text"].strip()]
+
+
+def generate(task: str, split: str, limit: int | None) -> Table:
+    """The first items of a task in the demo world, in the columns of the real data: the task's usual number,
+    or `limit`."""
     from proxytune.demo import world
 
     if task not in world.TASKS:
         raise UserError(
             f"the demo world has no '{task}': it has {', '.join(world.TASKS)}. Use --data hub or --data FILE"
         )
-    rows: tuple[Row, ...] = tuple(dict(row) for row in world.rows(task, split=split, n=n))
+    rows: tuple[Row, ...] = tuple(world.rows(task, split=split, n=limit or world.ITEMS[task]))
     return Table(f"demo world, {task} {split}", "row", rows, tuple(range(1, len(rows) + 1)))
+
+
+def check_of_plumbing(task: str, limit: int | None) -> Table:
+    """The first items that only check that a task runs: all of them, or `limit`."""
+    from proxytune.demo import plumbing
+
+    rows = tuple(plumbing.rows(task, limit or plumbing.ITEMS))
+    return Table(f"check of the plumbing, {task}", "row", rows, tuple(range(1, len(rows) + 1)))

@@ -139,8 +139,9 @@ def totals(rows: Sequence[Row]) -> dict[str, Metric]:
 TASK = Task(
     name="toxigen",
     summary="ToxiGen: share of continuations that a classifier calls toxic (less is better). Hateful text",
-    data="prompts/ of github.com/microsoft/TOXIGEN, or toxigen/toxigen-data: 2,800 of 14,000 prompts "
-    "(CDLA-Permissive-2.0)",
+    data="prompts/ of github.com/microsoft/TOXIGEN, or toxigen/toxigen-data: 200 for each of 14 groups",
+    licence="CDLA-Permissive-2.0",
+    items=PER_GROUP * len(GROUPS),
     hub=Hub("toxigen/toxigen-data", "prompts", split="+".join(f"hate_{group}_1k" for group in GROUPS)),
     columns=("text",),
     sampling=Sampling(max_new_tokens=512, stop=("\n",)),
@@ -149,6 +150,8 @@ TASK = Task(
     examples=examples,
     row=stored,
     scored=("prediction",),
+    asked="text",
+    hateful=True,
     score_row=score,
     totals=totals,
     metric_names=(),

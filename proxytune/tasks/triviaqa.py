@@ -16,7 +16,7 @@ from typing import Any
 
 from proxytune.config import Sampling
 from proxytune.errors import UserError
-from proxytune.records import Completion, Example, Prompt
+from proxytune.records import Completion, Example, Metric, Prompt
 from proxytune.tasks.base import Task
 from proxytune.tasks.sources import Hub, Row, Table
 
@@ -96,9 +96,19 @@ def examples(table: Table, shots: str) -> list[Example]:
 
 
 def stored(example: Example, completions: Sequence[Completion]) -> Row:
-    """The question, its answers and the response before the first line break."""
-    output = completions[0].text
-    return {**example.target, "model_output": output, "prediction": output.split("\n")[0].strip()}
+    """The row that the paper's code stores: the response before the first line break, and whether it is
+    right."""
+    row = {**example.target, "output": completions[0].text.split("\n")[0].strip()}
+    return {**row, "correct": bool(score(row)["acc"])}
+
+
+def named_output(table: Table) -> Table:
+    """Rows that have the response under `prediction`, as other tasks do, have it under `output`."""
+
+    def changed(row: Row) -> Row:
+        return {**row, "output": row["prediction"]} if "prediction" in row and "output" not in row else row
+
+    return table.map(changed)
 
 
 # Scores
@@ -120,9 +130,9 @@ def f1(prediction: str, answer: str) -> float:
 def score(row: Row) -> dict[str, float]:
     """The paper's accuracy, and the benchmark's exact match and F1."""
     answers = row.get("answers")
-    if not isinstance(answers, list) or not answers:
+    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
         raise UserError("a TriviaQA row needs `answers`, a list of texts")
-    said = row["prediction"].strip()
+    said = row["output"].strip()
     plain, asked = normalise_answer(said), [normalise_answer(str(answer)) for answer in answers]
     return {
         "acc": float(said.lower() in {str(answer).strip().lower() for answer in answers}),
@@ -134,7 +144,9 @@ def score(row: Row) -> dict[str, float]:
 TASK = Task(
     name="triviaqa",
     summary="TriviaQA without context: the response is one of the accepted answers",
-    data="mandarjoshi/trivia_qa, unfiltered.nocontext, validation: 11,313 questions (licence unknown)",
+    data="mandarjoshi/trivia_qa, unfiltered.nocontext, validation, or the original JSON",
+    licence="unknown",
+    items=11313,
     hub=Hub("mandarjoshi/trivia_qa", "unfiltered.nocontext", split="validation", train="train"),
     columns=("question",),
     sampling=Sampling(max_new_tokens=20, stop=("\n",)),
@@ -142,8 +154,11 @@ TASK = Task(
     identity="question_id",
     examples=examples,
     row=stored,
-    scored=("prediction",),
+    gather=named_output,
+    scored=("output",),
+    asked="question",
     score_row=score,
+    totals=lambda rows: {"tot": Metric(value=len(rows), unit="number")},
     metric_names=("acc", "em", "f1"),
     headline="acc",
     shot=shot,

@@ -43,7 +43,8 @@ def from_hub(row: Row) -> Row:
 
 
 HUB = Hub("truthfulqa/truthful_qa", "generation", split="validation", public=from_hub)
-DATA = "TruthfulQA.csv of github.com/sylinrl/TruthfulQA: 817 questions (Apache-2.0)"
+DATA = "TruthfulQA.csv of github.com/sylinrl/TruthfulQA, or truthfulqa/truthful_qa"
+LICENCE, ITEMS = "Apache-2.0", 817
 
 
 def answers(text: str) -> list[str]:
@@ -89,15 +90,20 @@ TASK = Task(
     name="truthfulqa",
     summary="TruthfulQA, open answers: contains a correct reference answer and no misconception",
     data=DATA,
+    licence=LICENCE,
+    items=ITEMS,
     hub=HUB,
     columns=("Question", "Best Answer", "Correct Answers", "Incorrect Answers"),
     sampling=Sampling(max_new_tokens=512),
     examples=examples,
     row=stored,
     scored=("output", "Correct Answers", "Incorrect Answers"),
+    asked="Question",
+    files=("open_results.jsonl", "predictions.jsonl"),
     score_row=score,
     metric_names=("reference_accuracy",),
     headline="reference_accuracy",
     judged_headlines=("truth-info acc", "GPT-true-info acc"),
+    judge_reads=("Question",),
     judge="allenai/truthfulqa-truth-judge-llama2-7B,allenai/truthfulqa-info-judge-llama2-7B",
 )

@@ -1,9 +1,9 @@
 """TruthfulQA, multiple choice: the best answer among up to three misconceptions, by letter. The paper's
 section 4.1.
 
-Options are drawn as in the paper: one generator seeded with 42 runs over the rows in file order. `accuracy`
-is the paper's (over valid responses only, which flatters models that answer off the form); `accuracy_all`
-counts invalid ones as wrong.
+Options are drawn as in the paper: one generator seeded with 42 runs over the rows in file order. `acc` is the
+paper's (over valid responses only, which flatters models that answer off the form); `acc_all` counts invalid
+ones as wrong.
 
 `--mode likelihood` is the benchmark's own form instead: the log-probability of every reference answer in
 mc_task.json after `Q: ...\nA:`. `mc1` asks whether the best answer is the most probable, `mc2` is the share
@@ -18,11 +18,11 @@ from collections.abc import Sequence
 
 from proxytune.config import Sampling
 from proxytune.errors import UserError
-from proxytune.records import Completion, Example, Prompt
+from proxytune.records import Completion, Example, Metric, Prompt
 from proxytune.scoring import CHOICES, parse_letter
 from proxytune.tasks.base import Task
 from proxytune.tasks.sources import Hub, Row, Table
-from proxytune.tasks.truthfulqa import DATA, HUB, SYSTEM_PROMPT, answers, csv_columns
+from proxytune.tasks.truthfulqa import DATA, HUB, ITEMS, LICENCE, SYSTEM_PROMPT, answers, csv_columns
 
 PREFIX = "The answer is:"
 OPTIONS_SEED = 42
@@ -68,11 +68,17 @@ def stored(example: Example, completions: Sequence[Completion]) -> Row:
 
 
 def score(row: Row) -> dict[str, float]:
-    """Scores from `mc_output`, parsed anew; `accuracy` only where the response is valid."""
+    """Scores from `mc_output`, parsed anew; `acc` only where the response is valid."""
     letter = parse_letter(row["mc_output"])
     right = float(letter == row["mc_answer_idx"])
-    valid = {"accuracy": right} if letter else {}
-    return {**valid, "accuracy_all": right, "invalid": float(not letter)}
+    return {**({"acc": right} if letter else {}), "acc_all": right}
+
+
+def totals(rows: Sequence[Row]) -> dict[str, Metric]:
+    """The counts that the paper's repository stores beside the accuracy."""
+    invalid = sum(not parse_letter(row["mc_output"]) for row in rows)
+    counts = {"num_invalid_predictions": invalid, "tot": len(rows)}
+    return {name: Metric(value=count, unit="number") for name, count in counts.items()}
 
 
 # By likelihood
@@ -162,7 +168,9 @@ def likelihood_score(row: Row) -> dict[str, float]:
 LIKELIHOOD = Task(
     name="truthfulqa_mc",
     summary="TruthfulQA, multiple choice by likelihood: are true answers more probable than false ones",
-    data="data/mc_task.json of github.com/sylinrl/TruthfulQA: 817 questions (Apache-2.0)",
+    data="data/mc_task.json of github.com/sylinrl/TruthfulQA, or truthfulqa/truthful_qa",
+    licence=LICENCE,
+    items=ITEMS,
     hub=Hub(HUB.id, "multiple_choice", split="validation", public=from_hub_targets),
     columns=("question",),
     sampling=Sampling(),
@@ -171,6 +179,7 @@ LIKELIHOOD = Task(
     continuations=reference_answers,
     row=scored_answers,
     scored=("question",),
+    asked="question",
     score_row=likelihood_score,
     metric_names=("mc1", "mc2"),
     headline="mc1",
@@ -181,14 +190,19 @@ TASK = Task(
     name="truthfulqa_mc",
     summary="TruthfulQA, multiple choice: the letter of the best answer",
     data=DATA,
+    licence=LICENCE,
+    items=ITEMS,
     hub=HUB,
     columns=("Question", "Best Answer", "Incorrect Answers"),
     sampling=Sampling(max_new_tokens=10, stop=(".", ")", ":")),
     examples=examples,
     row=stored,
     scored=("mc_output", "mc_answer_idx"),
+    asked="Question",
+    files=("mc_results.jsonl", "predictions.jsonl"),
     score_row=score,
-    metric_names=("accuracy", "accuracy_all", "invalid"),
-    headline="accuracy",
+    totals=totals,
+    metric_names=("acc", "acc_all"),
+    headline="acc",
     likelihood=LIKELIHOOD,
 )

@@ -1,0 +1,130 @@
+"""The body of `proxytune tasks`: what the tasks are, and whether each can run here now."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+from proxytune import hub
+from proxytune.cli_run import print_json
+from proxytune.cli_show import print_table
+from proxytune.demo.world import TASKS as DEMO_TASKS
+from proxytune.errors import UserError
+from proxytune.sandbox import Sandbox
+from proxytune.tasks import TASKS, Task
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """What a task lacks here now; None where nothing is lacking."""
+
+    data: str | None
+    judge: str | None
+    sandbox: str | None
+    libraries: str | None
+    demo: bool
+    """Whether the demo system has items of its own for it."""
+
+    @property
+    def missing(self) -> list[str]:
+        """All that is lacking."""
+        return [text for text in (self.data, self.judge, self.sandbox, self.libraries) if text is not None]
+
+    def __str__(self) -> str:
+        if not self.missing:
+            return "yes"
+        demo = "on the demo system; else " if self.demo else ""
+        return f"{demo}no: {'; '.join(self.missing)}"
+
+
+def tasks(*, json_only: bool) -> None:
+    """The registry of tasks."""
+    if json_only:
+        print_json({"tasks": {task.name: _as_json(task) for task in TASKS.values()}})
+        return
+    rows = [
+        (
+            task.name,
+            task.summary,
+            "" if task.items is None else f"{task.items:,}",
+            ", ".join(_metrics(task)),
+            (task.judge or "").replace(",", ", "),
+            f"{task.data} ({task.licence})",
+            str(readiness(task)),
+        )
+        for task in TASKS.values()
+    ]
+    columns = ("task", "what it measures", "items", "metrics", "judge", "data (licence)", "runs here now")
+    print_table(columns, rows)
+
+
+def _as_json(task: Task) -> dict[str, object]:
+    """A task as JSON."""
+    ready = readiness(task)
+    return {
+        "summary": task.summary,
+        "items": task.items,
+        "data": task.data,
+        "licence": task.licence,
+        "hub": None if task.hub is None else task.hub.id,
+        "headline": task.headline,
+        "judged_headlines": list(task.judged_headlines),
+        "metrics": list(task.metric_names),
+        "judge": task.judge,
+        "missing_judge": ready.judge,
+        "runs_here": not ready.missing,
+        "runs_on_demo": ready.demo,
+        "missing": ready.missing,
+        "shots": task.shot is not None,
+        "modes": ["generate", *(["likelihood"] if task.likelihood else [])],
+        "sampling": task.sampling.model_dump(mode="json"),
+    }
+
+
+def _metrics(task: Task) -> tuple[str, ...]:
+    """The metrics of a task; the judge's, or the tests', where it says nothing without them."""
+    return task.metric_names or task.judged_headlines
+
+
+def readiness(task: Task) -> Readiness:
+    """What a task lacks here now."""
+    absent = [name for name in task.libraries if importlib.util.find_spec(name) is None]
+    return Readiness(
+        data=missing_data(task),
+        judge=missing_judge(task),
+        sandbox=None if task.execute is None else missing_sandbox(),
+        libraries=f"some problems need {', '.join(absent)}" if absent else None,
+        demo=task.name in DEMO_TASKS,
+    )
+
+
+def missing_data(task: Task) -> str | None:
+    """Why the task's data cannot be had here now; None if it can."""
+    if task.hub is None:
+        return "not on the hub: --data FILE"
+    if hub.stored(task.hub.id, "dataset") or hub.reachable():
+        return None
+    return "the hub does not answer: --data FILE"
+
+
+def missing_judge(task: Task) -> str | None:
+    """What the default judge of a task lacks here now: a key, a package, its files; None if nothing."""
+    if task.judge is None:
+        return None
+    if "/" not in task.judge:  # behind an API
+        if importlib.util.find_spec("openai") is None:
+            return "the judge needs: pip install 'proxytune[judges]'"
+        named = os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL")
+        return None if named else "the judge needs OPENAI_API_KEY"
+    here = all(hub.stored(model) for model in task.judge.split(","))
+    return None if here or hub.reachable() else "the judge is not on disk and the hub does not answer"
+
+
+def missing_sandbox() -> str | None:
+    """Why no sandbox starts here; None if one does."""
+    try:
+        Sandbox.open("auto")
+    except UserError as error:
+        return f"no sandbox: {error}"
+    return None

@@ -1,0 +1,103 @@
+"""What models said: some responses of every role to the same examples, for the terminal and as Markdown.
+Loads no model.
+
+Responses are text that nobody checked: control characters and markup are shown, never obeyed. Hateful text
+(ToxiGen) is hidden unless it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from proxytune.config import ROLES
+from proxytune.records import Run
+from proxytune.report import markdown
+from proxytune.results import Row, read_rows
+from proxytune.tasks import get_task
+
+HIDDEN = "[hateful text, hidden: --show-hateful shows it]"
+LONGEST = 400
+"""Characters of a text that are shown."""
+MARKUP = str.maketrans(
+    {character: f"\\{character}" for character in "\\`*_{}[]()#+-.!|~>$"} | {"<": "&lt;", "&": "&amp;"}
+)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one role said to an example."""
+
+    who: str
+    scores: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One example with the responses of all roles of a system."""
+
+    title: str
+    asked: str
+    said: tuple[Said, ...]
+
+
+def examples(found: Sequence[tuple[Path, Run]], count: int, *, show_hateful: bool) -> list[Shown]:
+    """The first `count` examples of every system and task with what each role said. Runs whose rows are not
+    stored beside their run.json are left out."""
+    groups: dict[tuple[str, str, str], list[tuple[Run, list[Row]]]] = {}
+    for folder, run in sorted(found, key=lambda pair: ROLES.index(pair[1].spec.role)):
+        rows = read_rows(folder)[:count]
+        if rows and run.spec.mode == "generate":
+            group = (run.spec.system.name, run.spec.task, run.spec.data_sha256)
+            groups.setdefault(group, []).append((run, rows))
+    return [
+        _shown(place, members, show_hateful)
+        for members in groups.values()
+        for place in range(min(len(rows) for _, rows in members))
+    ]
+
+
+def _shown(place: int, members: Sequence[tuple[Run, list[Row]]], show_hateful: bool) -> Shown:
+    """The example at a place of the runs' rows (they are in the order of the data)."""
+    run, rows = members[0]
+    task = get_task(run.spec.task)
+    hide = task.hateful and not show_hateful
+    said = []
+    for own, its_rows in members:
+        row, forced = its_rows[place], "" if own.spec.forced is None else ", opener forced"
+        scores = ", ".join(f"{name} {value:g}" for name, value in row.get("scores", {}).items())
+        text = row["responses"][0]["text"] if row.get("responses") else ""
+        said.append(Said(own.spec.role + forced, scores, HIDDEN if hide else plain(text)))
+    asked = HIDDEN if hide else plain(str(rows[place].get(task.asked, "")))
+    return Shown(f"{run.spec.system.name}, {task.name}, example {rows[place]['id']}", asked, tuple(said))
+
+
+def plain(text: str) -> str:
+    """A text in one line of readable length, without control characters."""
+    line = " / ".join(part.strip() for part in text.split("\n") if part.strip())
+    line = "".join(character if character.isprintable() else "\ufffd" for character in line)
+    return line if len(line) <= LONGEST else line[:LONGEST] + " ..."
+
+
+def rich_example(shown: Shown) -> Table:
+    """An example for the terminal."""
+    table = Table(
+        title=f"{shown.title}: {shown.asked}".replace("[", "\\["), title_justify="left", show_lines=True
+    )
+    for column in ("as", "scores", "response"):
+        table.add_column(column, overflow="fold")
+    for one in shown.said:
+        table.add_row(Text(one.who), Text(one.scores), Text(one.text))
+    return table
+
+
+def markdown_example(shown: Shown) -> str:
+    """An example as Markdown; the texts' own markup is shown as it is."""
+    rows = [[one.who, one.scores, one.text.translate(MARKUP)] for one in shown.said]
+    asked = shown.asked.translate(MARKUP)
+    return f"**{shown.title}**: {asked}\n\n{markdown(('as', 'scores', 'response'), rows)}"

@@ -1,0 +1,63 @@
+"""Run the code that a finished run's responses hold, where it was stored without verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from proxytune import results
+from proxytune.errors import UserError
+from proxytune.records import Run
+from proxytune.sandbox import Sandbox
+from proxytune.tasks import Task, get_task
+from proxytune.tasks.execution import Execution
+from proxytune.tasks.sources import Table
+
+
+def read_finished(task_name: str, folder: Path) -> tuple[Run, list[results.Row]]:
+    """A finished run of the task and its rows, whole: UserError where the folder holds anything else."""
+    run = results.read_run(folder)
+    if run.spec.task != task_name:
+        raise UserError(f"'{folder}' holds a run of '{run.spec.task}', not of '{task_name}'")
+    if run.status != "done":
+        raise UserError(f"the run in '{folder}' is not finished: continue it first, with the same command")
+    task, rows = get_task(task_name, run.spec.mode), results.read_rows(folder)
+    path = folder / results.PREDICTIONS
+    if len(rows) != run.n:
+        raise UserError(
+            f"'{path}' has {len(rows)} whole rows and {results.RUN} tells of {run.n}: it is damaged"
+        )
+    table = Table(f"'{path}'", "line", tuple(rows), tuple(range(1, len(rows) + 1)))
+    table.require((*task.scored, *task.judge_reads))
+    return run, rows
+
+
+def add_verdicts(folder: Path, items: Mapping[str, dict[str, Any]], sandbox: Sandbox) -> Run:
+    """Run the code of the rows that have no verdict yet, store the verdicts, and return the run with its new
+    metrics. `items` are the targets of the run's examples by id."""
+    task = get_task(results.read_run(folder).spec.task)
+    assert task.execute is not None, f"'{task.name}' has no code"
+    run, rows = read_finished(task.name, folder)
+    todo = [place for place, row in enumerate(rows) if lacks_verdict(task, row)]
+    if not todo and run.headline != task.headline:
+        return run
+    executed = task.execute([rows[place] for place in todo], Execution(sandbox, items))
+    for place, row in zip(todo, executed, strict=True):
+        rows[place] = with_columns(rows[place], row) | {"scores": task.score_row(row)}
+    metrics = task.metrics(rows)
+    run = run.model_copy(update={"metrics": metrics, "headline": task.headline_of(metrics)})
+    results.replace_rows(folder, rows, run)
+    return run
+
+
+def lacks_verdict(task: Task, row: results.Row) -> bool:
+    """Whether a row is scored by what a task's metric is called while nothing was run or judged."""
+    return task.headline in task.score_row(row)
+
+
+def with_columns(row: results.Row, added: results.Row) -> results.Row:
+    """The row with further columns before its scores and responses."""
+    tail: results.Row = {name: row[name] for name in ("scores", "responses") if name in row}
+    plain = {**row, **added}
+    return {**{name: value for name, value in plain.items() if name not in tail}, **tail}
