@@ -107,6 +107,12 @@ def read_rows(folder: Path) -> list[Row]:
     return [row for row, _ in _complete_lines(path)] if path.exists() else []
 
 
+def read_traces(folder: Path) -> list[Row]:
+    """The traces of a run, one per response: `id`, `sample` and `tokens`."""
+    path = folder / TRACE
+    return [row for row, _ in _complete_lines(path)] if path.exists() else []
+
+
 def find_runs(root: Path) -> list[tuple[Path, Run]]:
     """Every finished run under `root` with its folder, in the order of the folders' names. One that cannot be
     read (another version's, say) is left out with a note."""
