@@ -118,7 +118,9 @@ def finished(folder: Path) -> Run:
         folder = folder.parent
     run = read_run(folder)
     if run.status != "done":
-        raise UserError(f"the run in '{folder}' is not finished: `proxytune eval` with its settings continues it")
+        raise UserError(
+            f"the run in '{folder}' is not finished: `proxytune eval` with its settings continues it"
+        )
     return run
 
 
@@ -156,7 +158,9 @@ def steered_tokens(folder: Path, run: Run) -> pd.DataFrame:
     """`tokens_of` a run as proxy, with `changed` (the proxy's first choice is not the base's) and `shift`
     (probability of the token under the proxy less that under the base)."""
     if run.spec.role != "proxy":
-        raise UserError(f"the run in '{folder}' is of the {run.spec.role}: this needs a traced run of the proxy")
+        raise UserError(
+            f"the run in '{folder}' is of the {run.spec.role}: this needs a traced run of the proxy"
+        )
     tokens = tokens_of(folder, run)
     tokens["changed"] = tokens["top_proxy"] != tokens["top_base"]
     tokens["shift"] = tokens["p_proxy"] - tokens["p_base"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,8 @@ from proxytune.analysis import (
 )
 from proxytune.errors import UserError
 from proxytune.records import Metric
+
+Row = TypeVar("Row", bound=Figures)
 
 
 class PositionRow(Figures):
@@ -86,7 +88,7 @@ def over_responses(tokens: pd.DataFrame, column: str) -> Metric:
     return ratio_over_responses(grouped.sum().to_numpy(FLOATS), grouped.count().to_numpy(FLOATS))
 
 
-def by_position[Row: Figures](
+def by_position(
     tokens: pd.DataFrame,
     ranges: Sequence[tuple[int, int]],
     row: Callable[[int, int, pd.DataFrame], Row],
@@ -165,7 +167,9 @@ def agreement(folder: Path) -> Agreement:
     traced with `--trace agreement`."""
     run = finished(folder)
     if run.spec.role not in ("proxy", "tuned"):
-        raise UserError(f"the run in '{folder}' is of the {run.spec.role}: agreement is of proxy and tuned runs")
+        raise UserError(
+            f"the run in '{folder}' is of the {run.spec.role}: agreement is of proxy and tuned runs"
+        )
     tokens = tokens_of(folder, run, "agreement")
     for role in ("proxy", "base"):
         tokens[f"same_{role}"] = (tokens[f"top_{role}"] == tokens["top_tuned"]).astype(float)
