@@ -1,5 +1,5 @@
-"""What every analysis shares: traced runs as a table of tokens, figures with intervals, and results that write
-themselves as JSON and CSV.
+"""What every analysis shares: traced runs as a table of tokens, figures with intervals, and results that
+write themselves as JSON and CSV.
 
 Analyses read stored runs and traces only. They load no model and never touch torch, so they run on a laptop
 and on runs that were made elsewhere.
@@ -22,7 +22,7 @@ from scipy import stats
 from proxytune.config import Role, shipped
 from proxytune.errors import UserError
 from proxytune.records import Metric, Run
-from proxytune.results import TRACE, read_run, read_traces
+from proxytune.results import TRACE, Row, read_rows, read_run, read_traces
 from proxytune.scoring import INTERVAL_SEED, RESAMPLES
 
 FLOATS = np.float64
@@ -66,7 +66,7 @@ class Source(Figures):
 
 
 class Analysis(Figures):
-    """The result of an analysis: a table (`rows`), and figures beside it. JSON is `model_dump(mode="json")`."""
+    """The result of an analysis: a table, and figures beside it. JSON is `model_dump(mode="json")`."""
 
     name: ClassVar[str]
     """The subcommand of `proxytune analyze`."""
@@ -114,54 +114,64 @@ def published(name: str) -> dict[str, Any]:
 
 def finished(folder: Path) -> Run:
     """The finished run of a folder; UserError where there is none."""
-    if folder.name == "run.json":
-        folder = folder.parent
     run = read_run(folder)
     if run.status != "done":
-        raise UserError(
-            f"the run in '{folder}' is not finished: `proxytune eval` with its settings continues it"
-        )
+        raise UserError(f"the run in '{folder}' is not finished: the command that began it continues it")
     return run
 
 
 def tokens_of(folder: Path, run: Run, needs: str = "tokens") -> pd.DataFrame:
-    """The trace of a run, one line per generated token, end-of-sequence included.
+    """The trace of a run, one line per generated token.
 
     Columns: response (0, 1, ... in the order of the file), position (0 is the response's first token), text,
-    alpha, `p_<role>` (probability of the token), `top_<role>` (the role's own first choice) and, where
-    agreement was traced, `kl_proxy` and `kl_base` (KL(tuned || role) in nats). UserError if the run has no
-    trace, or not the kind that `needs` names.
+    end (it is the end-of-sequence token), alpha, `p_<role>` (probability of the token), `top_<role>` (the
+    role's own first choice) and, where agreement was traced, `kl_proxy` and `kl_base` (KL(tuned || role) in
+    nats). UserError if the run has no trace, or not the kind that `needs` names.
     """
     if run.spec.trace == "off" or (needs == "agreement" and run.spec.trace != "agreement"):
-        kind = " agreement" if needs == "agreement" else ""
+        spec, kind = run.spec, " agreement" if needs == "agreement" else ""
+        command = f"proxytune eval {spec.task} --system {spec.system.name} --as {spec.role} --trace{kind}"
+        raise UserError(f"the run in '{folder}' has no such trace: `{command}` makes one")
+    ends = {
+        (row["id"], sample): response["finish_reason"] == "eos"
+        for row in read_rows(folder)
+        for sample, response in enumerate(row["responses"])
+    }
+    traces = read_traces(folder)
+    if sorted(ends) != sorted((trace["id"], trace["sample"]) for trace in traces):
         raise UserError(
-            f"the run in '{folder}' has no such trace: run `proxytune eval {run.spec.task} --system "
-            f"{run.spec.system.name} --as {run.spec.role} --trace{kind}` and analyse that run"
+            f"'{folder / TRACE}' does not hold every response: delete the folder and run it again"
         )
-    columns: dict[str, list[Any]] = {}
-    count = 0
-    for number, line in enumerate(read_traces(folder)):
-        for position, token in enumerate(line["tokens"]):
-            entry = {"response": number, "position": position, "text": token["text"], "alpha": token["alpha"]}
-            entry |= {f"p_{role}": p for role, p in token["probability"].items()}
-            entry |= {f"top_{role}": top for role, top in token["top"].items()}
-            entry |= {f"kl_{role}": kl for role, kl in token.get("divergence", {}).items()}
-            for name, value in entry.items():
-                columns.setdefault(name, []).append(value)
-            count += 1
-    if not count or any(len(values) != count for values in columns.values()):
-        raise UserError(f"'{folder / TRACE}' does not hold a whole trace: delete the folder and run it again")
-    return pd.DataFrame(columns)
+    tokens = pd.DataFrame([entry for number, trace in enumerate(traces) for entry in _entries(number, trace)])
+    if tokens.empty:
+        raise UserError(f"the responses of the run in '{folder}' have no tokens")
+    last = tokens["position"] == tokens.groupby("response")["position"].transform("max")
+    ended = pd.Series([ends[trace["id"], trace["sample"]] for trace in traces])
+    tokens["end"] = last & ended[tokens["response"]].to_numpy()
+    return tokens
+
+
+def _entries(number: int, trace: Row) -> Iterator[dict[str, Any]]:
+    """The lines of one response."""
+    for position, token in enumerate(trace["tokens"]):
+        entry = {"response": number, "position": position, "text": token["text"], "alpha": token["alpha"]}
+        entry |= {f"p_{role}": p for role, p in token["probability"].items()}
+        entry |= {f"top_{role}": top for role, top in token["top"].items()}
+        yield entry | {f"kl_{role}": kl for role, kl in token.get("divergence", {}).items()}
 
 
 def steered_tokens(folder: Path, run: Run) -> pd.DataFrame:
-    """`tokens_of` a run as proxy, with `changed` (the proxy's first choice is not the base's) and `shift`
-    (probability of the token under the proxy less that under the base)."""
+    """`tokens_of` a run of the proxy without the end-of-sequence tokens (the paper's code leaves them out),
+    with `changed` (the proxy's first choice is not the base's) and `shift` (probability of the token under
+    the proxy less that under the base)."""
     if run.spec.role != "proxy":
         raise UserError(
             f"the run in '{folder}' is of the {run.spec.role}: this needs a traced run of the proxy"
         )
     tokens = tokens_of(folder, run)
+    tokens = tokens[~tokens["end"]].copy()
+    if tokens.empty:
+        raise UserError(f"the responses of the run in '{folder}' are all empty")
     tokens["changed"] = tokens["top_proxy"] != tokens["top_base"]
     tokens["shift"] = tokens["p_proxy"] - tokens["p_base"]
     return tokens

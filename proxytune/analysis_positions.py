@@ -50,7 +50,7 @@ class Positions(Analysis):
     source: Source
     tokens: int
     changed: Metric
-    """Over all tokens, end-of-sequence included; the interval is over responses."""
+    """Over all tokens but end-of-sequence; the interval is over responses."""
     shift: Metric
     paper_changed: float | None
     """The share that the paper gives for the task (of other models)."""
@@ -145,6 +145,7 @@ class Agreement(Analysis):
     source: Source
     """`source.role` says on whose outputs."""
     tokens: int
+    """End-of-sequence included: where to end is part of what is compared."""
     kl_proxy: Metric
     """Mean over all tokens, in nats; the intervals are over responses."""
     kl_base: Metric
