@@ -12,26 +12,26 @@ import dataclasses
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
 from proxytune import __version__, results
 from proxytune.config import AlphaSchedule, Mode, Role, RunSpec, Sampling, System, TraceKind, parse_alpha
-from proxytune.decode import Decoder
+from proxytune.decode import Decoder, DecodeStats
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.progress import Progress
 from proxytune.provenance import provenance
 from proxytune.records import Completion, Cost, Example, Metric, Prompt, RoleMemory, Run
 from proxytune.results import Row, RunFolder
+from proxytune.run_rows import prediction, whole_examples
 from proxytune.sandbox import Sandbox
 from proxytune.tasks import Dataset, Task, get_task, read_source
-from proxytune.tasks.execution import Execution
 
 CHECKPOINT_SECONDS = 10.0
 """How often the cost so far is written to run.json while a run is going on."""
@@ -53,6 +53,22 @@ class Job:
     def folder(self, root: Path) -> Path:
         """Where the run lives under a folder of results."""
         return results.folder_for(root, self.spec, self.defaults)
+
+    def responses(self, example: Example) -> int:
+        """How many completions an example gets."""
+        texts = self.task.continuations
+        return self.spec.sampling.n if texts is None else len(texts(example))
+
+
+class Meter(Protocol):
+    """What knows the price of a run so far: its decoder, or its share of one."""
+
+    stats: DecodeStats
+
+    @property
+    def memory(self) -> dict[str, RoleMemory]:
+        """Bytes per model."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,8 @@ def plan(system: System, task: str, as_: str, options: Options) -> Job:
         get_task(named)  # a mistyped task there would silently mean the hub
     if options.mode == "likelihood" and options.trace != "off":
         raise UserError("a trace is of generated tokens: leave --trace out with --mode likelihood")
+    if options.trace == "agreement":
+        system.require_agreement(role)
     alpha = alpha_for(system, role, options.alpha, allow_negative=options.allow_negative_alpha)
     usual = system.data.get(task, "hub")
     source = usual if options.data is None else options.data
@@ -200,7 +218,7 @@ def run_job(job: Job, path: Path, models: Models, resources: Resources) -> Run:
     Raises UserError as `RunFolder.open` does, and KeyboardInterrupt with the line that says what is kept.
     """
     made = provenance(__version__, device_name(), torch.get_num_threads())
-    new = Run(status="running", spec=job.spec, headline=job.task.headline, started=_now(), made=made)
+    new = Run(status="running", spec=job.spec, headline=job.task.headline, started=now(), made=made)
     with (
         RunFolder.open(path, new) as folder,
         Progress(_title(job), job.task.headline, resources.progress) as progress,
@@ -234,11 +252,10 @@ class Session:
     """One process's part of a run."""
 
     def __init__(self, job: Job, folder: RunFolder, *, continued: bool) -> None:
-        self.job = job
-        self.folder = folder
+        self.job, self.folder = job, folder
         before = folder.run.cost
         self.before = before.model_copy(update={"sessions": before.sessions + 1}) if continued else before
-        self.decoder: Decoder | None = None
+        self.meter: Meter | None = None
 
     def decode(self, models: Models, resources: Resources, progress: Progress) -> None:
         """Decode, score and store the examples that are missing."""
@@ -246,77 +263,76 @@ class Session:
         todo = [example for example in self.job.data.examples if example.id not in done]
         if not todo:
             return
-        self.decoder = Decoder(
-            models, spec.role, max_batch=resources.max_batch, kv_memory=resources.kv_memory
+        decoder = Decoder(
+            models,
+            spec.role,
+            max_batch=resources.max_batch,
+            kv_memory=resources.kv_memory,
+            agreement=spec.trace == "agreement",
         )
-        for note in self.decoder.notes():
+        self.meter = decoder
+        for note in decoder.notes():
             progress.note(note)
         for note in self.job.data.notes:
             progress.note(note)
-        counts = {example.id: self._responses(example) for example in todo}
-        stats, n = self.decoder.stats, len(self.job.data.examples)
-        progress.begin(n, len(done), self._scores_so_far(), lambda: stats.generated_tokens)
+        counts = {example.id: self.job.responses(example) for example in todo}
+        stats, n = decoder.stats, len(self.job.data.examples)
+        progress.begin(n, len(done), self.scores_so_far(), lambda: stats.generated_tokens)
         saved = time.monotonic()
         try:
-            for example, completions in whole_examples(self._stream(todo), todo, counts):
-                row = self._store(example, completions, resources.sandbox)
+            for example, completions in whole_examples(self._stream(decoder, todo), todo, counts):
+                row = self.store(example, completions, resources.sandbox)
                 progress.advance(row["scores"].get(self.job.task.headline))
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    self.folder.save(self._so_far())
+                    self.folder.save(self.so_far())
                     saved = time.monotonic()
         except BaseException:
             with contextlib.suppress(UserError):  # the disk may be what failed
-                self.folder.save(self._so_far())
+                self.folder.save(self.so_far())
             raise
 
-    def _responses(self, example: Example) -> int:
-        """How many completions an example gets."""
-        texts = self.job.task.continuations
-        return self.job.spec.sampling.n if texts is None else len(texts(example))
-
-    def _stream(self, todo: Sequence[Example]) -> Iterator[Completion]:
+    def _stream(self, decoder: Decoder, todo: Sequence[Example]) -> Iterator[Completion]:
         """Completions of the missing examples: generated, or given texts with their log-probabilities."""
-        assert self.decoder is not None
         spec = self.job.spec
         alpha = spec.alpha if spec.role == "proxy" else None
         if self.job.task.continuations is not None:
-            return self.decoder.likelihoods(todo, self.job.task.continuations, alpha=alpha)
-        return self.decoder.stream(
+            return decoder.likelihoods(todo, self.job.task.continuations, alpha=alpha)
+        return decoder.stream(
             todo, spec.sampling, alpha=alpha, task=spec.task, trace=spec.trace, forced=spec.forced
         )
 
-    def _store(self, example: Example, completions: Sequence[Completion], sandbox: Sandbox | None) -> Row:
+    def store(self, example: Example, completions: Sequence[Completion], sandbox: Sandbox | None) -> Row:
         """Append the row of one finished example, and its traces."""
         row = prediction(self.job.task, example, completions, sandbox)
         traces = [
-            {"id": example.id, "sample": c.sample, "tokens": [dataclasses.asdict(token) for token in c.trace]}
+            {"id": example.id, "sample": c.sample, "tokens": [token.row() for token in c.trace]}
             for c in completions
             if self.job.spec.trace != "off"
         ]
         self.folder.append(row, traces)
         return row
 
-    def _scores_so_far(self) -> list[float]:
+    def scores_so_far(self) -> list[float]:
         """The headline scores of the rows that an earlier session stored."""
         scores = (
             row.get("scores", {}).get(self.job.task.headline) for row in results.read_rows(self.folder.path)
         )
         return [score for score in scores if score is not None]
 
-    def _so_far(self) -> Run:
+    def so_far(self) -> Run:
         """The run as it stands."""
         return self.folder.run.model_copy(update={"n": len(self.folder.done), "cost": self._cost()})
 
     def _cost(self) -> Cost:
         """What all sessions took."""
-        if self.decoder is None:
+        if self.meter is None:
             return self.before
-        stats, before = self.decoder.stats, self.before
+        stats, before = self.meter.stats, self.before
         return Cost(
             seconds=before.seconds + stats.seconds,
             prompt_tokens=before.prompt_tokens + stats.prompt_tokens,
             generated_tokens=before.generated_tokens + stats.generated_tokens,
-            memory=_peaks(before.memory, self.decoder.memory),
+            memory=_peaks(before.memory, self.meter.memory),
             preemptions=before.preemptions + stats.preemptions,
             sessions=before.sessions,
         )
@@ -330,39 +346,11 @@ class Session:
             "status": "done",
             "metrics": metrics,
             "headline": self.job.task.headline_of(metrics),
-            "finished": _now(),
+            "finished": now(),
         }
-        run = self._so_far().model_copy(update=update)
+        run = self.so_far().model_copy(update=update)
         self.folder.finish(run, order)
         return run
-
-
-def prediction(
-    task: Task, example: Example, completions: Sequence[Completion], sandbox: Sandbox | None = None
-) -> Row:
-    """The stored row of one example: the task's own columns, its scores, and every response as it was
-    generated. Code is run where there is a sandbox for it."""
-    row = task.row(example, completions)
-    if sandbox is not None and task.execute is not None:
-        (row,) = task.execute([row], Execution(sandbox, {example.id: example.target}))
-    responses = [
-        {"text": c.text, "finish_reason": c.finish_reason, "tokens": len(c.token_ids)} for c in completions
-    ]
-    return {"id": example.id, **row, "scores": task.score_row(row), "responses": responses}
-
-
-def whole_examples(
-    stream: Iterator[Completion], examples: Sequence[Example], counts: Mapping[str, int]
-) -> Iterator[tuple[Example, list[Completion]]]:
-    """Each example with its completions in order, as soon as the last of its `counts` is there."""
-    by_id = {example.id: example for example in examples}
-    waiting: dict[str, list[Completion]] = {}
-    for completion in stream:
-        group = waiting.setdefault(completion.example_id, [])
-        group.append(completion)
-        if len(group) == counts[completion.example_id]:
-            del waiting[completion.example_id]
-            yield by_id[completion.example_id], sorted(group, key=lambda c: c.sample)
 
 
 def generate(
@@ -432,7 +420,7 @@ def _title(job: Job) -> str:
     )
 
 
-def _now() -> str:
+def now() -> str:
     """The time, in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 

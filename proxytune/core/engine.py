@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from proxytune.core.divergence import from_reference
 from proxytune.core.logits import Choice, Shift, ban, choose, combine, log_probability
 from proxytune.core.runner import Runner
 from proxytune.core.scheduler import Request, Row, Scheduler, TokenTrace
 from proxytune.errors import UserError
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,10 @@ class Ensemble:
     runners: Mapping[str, Runner]
     lead: str
     terms: tuple[Term, ...] = ()
+    observed: Ensemble | None = None
+    """What is traced as the proxy where it is not this combination that decodes."""
+    reference: str | None = None
+    """The model whose divergence from the proxy and from its lead is traced; it only watches."""
 
     def combine(self, logits: Mapping[str, Tensor], alpha: Tensor) -> Tensor:
         """Logits [B, V] per model, alpha [B] -> [B, V] on the lead's device."""
@@ -159,14 +167,33 @@ class Engine:
         rows: list[Row],
         alphas: list[float],
     ) -> None:
-        views = {**{name: values.to(combined.device) for name, values in logits.items()}, "proxy": combined}
+        views = self._views(combined, logits, alphas)
         chosen = {name: log_probability(values, tokens).exp().tolist() for name, values in views.items()}
         top = {name: values.argmax(-1).tolist() for name, values in views.items()}
+        apart = self._divergence(views)
         for index, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-            probability = {name: values[index] for name, values in chosen.items()}
             row.trace.append(
-                TokenTrace(token, alphas[index], probability, {n: v[index] for n, v in top.items()})
+                TokenTrace(token, alphas[index], _at(index, chosen), _at(index, top), _at(index, apart))
             )
+
+    def _views(
+        self, combined: Tensor, logits: Mapping[str, Tensor], alphas: list[float]
+    ) -> dict[str, Tensor]:
+        """Every model's logits [B, V] and those of the proxy, on one device."""
+        views = {name: values.to(combined.device) for name, values in logits.items()}
+        if self.ensemble.observed is None:
+            return {**views, "proxy": combined}
+        strength = torch.tensor(alphas, dtype=torch.float64, device=combined.device)
+        return {**views, "proxy": self.ensemble.observed.combine(views, strength)}
+
+    def _divergence(self, views: Mapping[str, Tensor]) -> dict[str, list[float]]:
+        """Model -> its divergence from the reference, per row; nothing without a reference."""
+        reference = self.ensemble.reference
+        if reference is None:
+            return {}
+        lead = (self.ensemble.observed or self.ensemble).lead
+        known = self.ensemble.runners[reference].alignment.shared
+        return from_reference(views, reference, ("proxy", lead), known)
 
     def _advance(self, rows: list[Row], tokens: Tensor, logprobs: Tensor) -> list[Result]:
         results, done = [], []
@@ -193,6 +220,11 @@ class Engine:
         """length where a model's window is full first: spelled out, a token can take several ids."""
         full = any(len(ids) > self.ensemble.runners[name].window for name, ids in row.ids.items())
         return "length" if full else None
+
+
+def _at(index: int, values: Mapping[str, list[Number]]) -> dict[str, Number]:
+    """One row of per-model lists."""
+    return {name: found[index] for name, found in values.items()}
 
 
 def banned(rows: list[Row]) -> tuple[list[int], list[int]]:
