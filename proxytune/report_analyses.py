@@ -1,4 +1,4 @@
-"""Figures and tables of the analyses: influence by position, token and equation, and agreement with tuning."""
+"""Figures and tables of the analyses: influence by position, by token, in equations, and agreement."""
 
 from __future__ import annotations
 
@@ -189,8 +189,9 @@ def ngrams_table(title: str, rows: Sequence[NgramRow]) -> Table:
     """Tokens with their phrases."""
     cells = [
         (
-            row.token, "" if row.shift is None else bounded(row.shift, 1, 100), "" if row.n is None else str(row.n),
-            row.gram or "", f"{row.count} / {row.occurrences}" if row.gram else "",
+            row.token, "" if row.shift is None else bounded(row.shift, 1, 100),
+            "" if row.n is None else str(row.n), row.gram or "",
+            f"{row.count} / {row.occurrences}" if row.gram else "",
         )
         for row in rows
     ]  # fmt: skip
@@ -203,7 +204,8 @@ def published_ngrams(paper: Mapping[str, Any]) -> Table:
     rows = paper["analyses"]["truthfulqa_ngrams"]["rows"]
     cells = [(row["token"], row["gram"], f"{row['count']} / {row['occurrences']}") for row in rows]
     return Table(
-        "The paper's twenty tokens on TruthfulQA (13B)", ("token", "most common 4-gram", "count / occurrences"),
+        "The paper's twenty tokens on TruthfulQA (13B)",
+        ("token", "most common 4-gram", "count / occurrences"),
         tuple(TableRow(cell, "published") for cell in cells), words=2, folded=True,
     )  # fmt: skip
 
@@ -220,11 +222,12 @@ def equations_figure(found: Equations) -> Figure | None:
     layers: list[charts.Layer] = []
     for row in rows:
         name, color = names[row.rule], "published" if row.rule == "published" else "proxy"
-        ends = [
+        ends: list[charts.Datum] = [
             {
                 "name": name, "value": 100 * side.mean, "text": word, "low": 100 * row.left.mean,
                 "high": 100 * row.right.mean,
-                "label": f"{name}, {word} of the equals sign; {100 * side.mean:.2f} points; {side.tokens} tokens",
+                "label": f"{name}, {word} of the equals sign; {100 * side.mean:.2f} points; "
+                f"{side.tokens} tokens",
             }
             for word, side in (("left", row.left), ("right", row.right))
         ]  # fmt: skip
@@ -237,8 +240,9 @@ def equations_figure(found: Equations) -> Figure | None:
         ]
     cells = [
         (
-            names[row.rule], f"{100 * row.left.mean:.2f}", str(row.left.tokens), f"{100 * row.right.mean:.2f}",
-            str(row.right.tokens), number(row.t, 2), number(row.df, 0), "" if row.p is None else f"{row.p:.2g}",
+            names[row.rule], f"{100 * row.left.mean:.2f}", str(row.left.tokens),
+            f"{100 * row.right.mean:.2f}", str(row.right.tokens), number(row.t, 2), number(row.df, 0),
+            "" if row.p is None else f"{row.p:.2g}",
         )
         for row in rows
     ]  # fmt: skip
@@ -270,25 +274,29 @@ def _ends(ends: Sequence[charts.Datum], x: Any, y: Any, color: str, *, apart: bo
 
 def agreement_figures(found: Agreement) -> list[Figure]:
     """KL to the tuned model and shared first choices, against position."""
-    task, on = found.source.task, f"on the {found.source.role}'s outputs"
+    task = found.source.task
+    on = "on the proxy's outputs" if found.source.role == "proxy" else "on the tuned model's outputs"
     shown, x = curve(found.rows, found.bands)
     y = charts.axis("value", "KL divergence from tuned, nats (median)", type="symlog", constant=0.01)
     y["axis"] = {"values": [0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30], "format": "~r"}
     layers: list[charts.Layer] = []
     for role in ("base", "proxy"):
         data = _divergences(shown, role)
-        layers += [*_banded(data, x, y, role), charts.words(data[-1:], x, y, role, "right")]
+        layers += [*_banded(data, x, y, role), charts.words(data[:1], x, y, role, "right")]
     same_y = charts.axis("value", "same first choice as tuned, %", domain=[0, 100])
     same: list[charts.Layer] = []
     for role in ("base", "proxy"):
         data = _data(shown, lambda row, r=role: getattr(row, f"same_{r}"), 100, f"{role} agrees", "%")  # type: ignore[misc]
-        same += [*_banded(data, x, same_y, role), charts.words([data[-1] | {"text": role}], x, same_y, role)]
+        same += [
+            *_banded(data, x, same_y, role),
+            charts.words([data[0] | {"text": role}], x, same_y, role, dy=9 if role == "proxy" else -9),
+        ]
     table = _agreement_table(f"{task}: agreement with tuned, {on}", shown)
     first = found.first_step
     return [
         Figure(
             name=f"agreement-kl-{task}-{found.source.role}",
-            title=f"{task}: distance from direct tuning, {on}",
+            title=f"{task}: distance from tuned, {on}",
             caption=f"median and middle half; first step: proxy {first.kl_proxy.median:.3f}, base "
             f"{first.kl_base.median:.3f} nats (paper, AlpacaFarm: {found.paper_first_step['proxy']} and "
             f"{found.paper_first_step['base']})",
@@ -297,7 +305,7 @@ def agreement_figures(found: Agreement) -> list[Figure]:
         ),
         Figure(
             name=f"agreement-same-{task}-{found.source.role}",
-            title=f"{task}: same first choice as the tuned model, {on}",
+            title=f"{task}: same first choice as tuned, {on}",
             caption=f"over all tokens: proxy {100 * found.same_proxy.value:.1f}%, base "
             f"{100 * found.same_base.value:.1f}%; areas are 95% intervals",
             table=table,

@@ -7,7 +7,7 @@ variables of its colour scheme.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -178,14 +178,16 @@ def sides(
     found: list[Side] = []
     for (x, y), text in zip(places, texts, strict=True):
         long = 6.2 * len(text)
-        boxes = {
+        boxes: dict[Side, tuple[float, float, float, float]] = {
             "right": (x + 8, y - 7, x + 8 + long, y + 7),
             "left": (x - 8 - long, y - 7, x - 8, y + 7),
             "above": (x - long / 2, y + 7, x + long / 2, y + 21),
             "below": (x - long / 2, y - 21, x + long / 2, y - 7),
         }
 
-        def cost(side: Side, boxes: dict[str, tuple[float, ...]] = boxes) -> tuple[float, int]:
+        def cost(
+            side: Side, boxes: Mapping[Side, tuple[float, float, float, float]] = boxes
+        ) -> tuple[float, int]:
             left, low, right, high = boxes[side]
             hit = sum(left < c and a < right and low < d and b < high for a, b, c, d in taken)
             outside = max(0, -left) + max(0, right - width) + max(0, -low) + max(0, high - height)

@@ -32,7 +32,7 @@ def published_scores(paper: Mapping[str, Any], task: str) -> list[Published]:
         table = paper["tables"][number]
         for i, column in enumerate(table["columns"]):
             own = column["task"] or ("triviaqa" if column["name"] == "TriviaQA" else None)
-            if PAPER_TASKS.get(own, own) != task:
+            if own is None or PAPER_TASKS.get(own, own) != task:
                 continue
             rows = [
                 {
@@ -71,11 +71,11 @@ def beside_table(rows: Sequence[RoleRow], paper: Mapping[str, Sequence[Published
             roles = {row.role: row for row in own if row.system == system and not row.forced}
             first = next(iter(roles.values()), None) or next(row for row in own if row.system == system)
             gap = roles["proxy"].cells[3] if "proxy" in roles else ""
-            cells = [percent(roles[role].score) if role in roles else "" for role in ORDER]
+            cells = [percent(roles[role].score).split()[0] if role in roles else "" for role in ORDER]
             name = (task, visible(system), visible(first.metric))
             lines.append(TableRow((*name, *cells, gap, str(first.n)), "strong"))
         lines += _published_lines(task, paper.get(task, ()))
-    note = "our lines in bold with 95% intervals, published ones (of other models) in grey"
+    note = "ours in bold, published figures of other models in grey; the drawings have the intervals"
     columns = ("task", "models", "metric, %", *ORDER, "gap closed", "examples")
     return Table("All scores", columns, tuple(lines), note, words=3)
 
@@ -129,7 +129,7 @@ def score_figure(rows: Sequence[RoleRow]) -> Figure:
     """Every role's score with its interval."""
     task, called = rows[0].task, [visible(name) for name in names(rows)]
     unit = "" if rows[0].score.unit == "number" else ", %"
-    domain = {} if rows[0].score.unit == "number" else {"domain": [0, 100]}
+    domain: dict[str, Any] = {} if rows[0].score.unit == "number" else {"domain": [0, 100]}
     x = charts.axis("score", visible(rows[0].metric) + unit, **domain)
     y = {**charts.axis("name", "", "nominal"), "sort": called, "title": None}
     layers: list[charts.Layer] = []
@@ -223,14 +223,11 @@ def price_figure(rows: Sequence[RoleRow], what: Literal["memory", "time"]) -> Fi
     low, high = min(prices) / 1.6, max(prices) * 1.9
     shares = known[0].score.unit != "number"
     x = charts.log_axis("price", words + " (log scale)", low, high)
-    y = charts.axis(
-        "score",
-        visible(known[0].metric) + (", %" if shares else ""),
-        **({"domain": [-4, 106]} if shares else {}),
-    )
+    bounds: dict[str, Any] = {"domain": [-4, 106]} if shares else {}
+    y = charts.axis("score", visible(known[0].metric) + (", %" if shares else ""), **bounds)
     if shares:
         y["axis"] = {"values": [0, 20, 40, 60, 80, 100]}
-    data = []
+    data: list[charts.Datum] = []
     unit = "MB" if what == "memory" else "ms per token"
     for name, row, price in zip(names(known), known, prices, strict=True):
         told = visible(f"{name}; {percent(row.score)}; {price:.3g} {unit}")

@@ -133,7 +133,9 @@ def tiles(rows: Sequence[RoleRow]) -> list[Mapping[str, Any]]:
         own = {row.role: row for row in rows if (row.system, row.task, row.forced) == (system, task, None)}
         if not {"base", "proxy", "tuned"} <= own.keys():
             continue
-        values = {role: in_percent(row.score.value, row.score) or 0.0 for role, row in own.items()}
+        values: dict[str, float] = {
+            role: in_percent(row.score.value, row.score) or 0.0 for role, row in own.items()
+        }
         gap = own["proxy"].gap_closed
         places = {"base": 0.0, "tuned": 100.0, "proxy": 100 * (gap or 0)}
         if gap is None:

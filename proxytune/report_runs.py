@@ -20,14 +20,16 @@ def cost_table(root: Path, found: Found) -> Table:
         row, cost = role_rows([run])[0], run.cost
         pace = cost.tokens_per_second
         cells.append((
-            str(folder.relative_to(root)), row.label, run.spec.alpha.text if run.spec.role == "proxy" else "",
-            str(run.n), percent(run.metrics[run.headline]), f"{cost.seconds:.1f}", str(cost.generated_tokens),
-            "" if pace is None else f"{pace:.0f}", size(row.memory), str(cost.preemptions), str(cost.sessions),
+            str(folder.relative_to(root)), row.label,
+            run.spec.alpha.text if run.spec.role == "proxy" else "", str(run.n),
+            percent(run.metrics[run.headline]), f"{cost.seconds:.1f}", str(cost.generated_tokens),
+            "" if pace is None else f"{pace:.0f}", size(row.memory), str(cost.preemptions),
+            str(cost.sessions),
             run.started.replace("T", " ").removesuffix("+00:00"),
         ))  # fmt: skip
     columns = (
-        "folder", "as", "alpha", "examples", "score", "seconds", "tokens", "tokens / s", "memory", "preemptions",
-        "sessions", "started (UTC)",
+        "folder", "as", "alpha", "examples", "score", "seconds", "tokens", "tokens / s", "memory",
+        "preemptions", "sessions", "started (UTC)",
     )  # fmt: skip
     return Table(f"{len(found)} runs: cost and speed", columns, rows_of(cells), words=3)
 
@@ -66,7 +68,10 @@ def made_table(found: Found) -> tuple[Table, ...]:
     columns = ("runs", "proxytune", "commit", "device", "threads", "platform", "packages")
     lines = rows_of([(str(count), *key) for key, count in groups.items()])
     commands = rows_of([
-        (run.made.command, run.spec.task, run.spec.role, run.spec.data, run.spec.data_sha256[:12], str(run.spec.sampling.seed))
+        (
+            run.made.command, run.spec.task, run.spec.role, run.spec.data, run.spec.data_sha256[:12],
+            str(run.spec.sampling.seed),
+        )
         for _, run in found
     ])  # fmt: skip
     named = ("command", "task", "as", "data", "sha256 of the items", "seed")

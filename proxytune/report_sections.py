@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from proxytune.report_analyses import (
 from proxytune.report_charts import Figure, Table
 from proxytune.report_figures import beside_table, gap_figure, price_figure, published_scores, score_figure
 from proxytune.report_runs import cost_table, made_table, systems_table
-from proxytune.report_sweeps import failure_tables, skip_figures, sweep_figures, sweep_table
+from proxytune.report_sweeps import failure_tables, skip_figures, sweep_figures
 from proxytune.report_tokens import SENSITIVE, TraceSet, trace_sets
 from proxytune.results import PREDICTIONS, find_runs
 
@@ -117,10 +118,10 @@ def sections(inputs: Inputs) -> list[Section]:
     ]
 
 
-def attempt(make: Callable[[], Found]) -> Found | None:
-    """What an analysis finds; None, with a note on stderr, where it does not fit the run."""
+def attempt(make: Callable[..., Found], *folders: Path | None) -> Found | None:
+    """What an analysis finds in folders; None, with a note on stderr, where it does not fit the runs."""
     try:
-        return make()
+        return make(*folders)
     except UserError as error:
         print(f"note: left out of the page: {error}", file=sys.stderr)
         return None
@@ -135,8 +136,9 @@ def parts_of(figures: Sequence[Figure | None], *tables: Table, sensitive: bool =
 
 def either(section: Section, parts: Sequence[Part], missing: str, command: str) -> Section:
     """The section with its parts, or with the line that says what makes them."""
-    made = {"parts": tuple(parts)} if parts else {"missing": missing, "command": command}
-    return Section(section.id, section.short, section.title, section.intro if parts else (), **made)  # type: ignore[arg-type]
+    if parts:
+        return dataclasses.replace(section, parts=tuple(parts))
+    return dataclasses.replace(section, intro=(), missing=missing, command=command)
 
 
 # Runs
@@ -184,7 +186,8 @@ def runs_section(inputs: Inputs) -> Section:
     tables = (cost_table(inputs.root, inputs.found), systems_table(inputs.found), *made_table(inputs.found))
     return Section(
         "runs", "Runs", "Runs: cost, speed and provenance",
-        ("Every finished run under the folder of results that this page was made from.",), (Part((), tables),),
+        ("Every finished run under the folder of results that this page was made from.",),
+        (Part((), tables),),
     )  # fmt: skip
 
 
@@ -208,7 +211,7 @@ def tokens_section(inputs: Inputs) -> Section:
 
 def positions_section(inputs: Inputs) -> Section:
     """Influence by position."""
-    found = [one for chosen in inputs.sets if (one := attempt(lambda c=chosen: positions(c.folder)))]  # type: ignore[misc]
+    found = [one for chosen in inputs.sets if (one := attempt(positions, chosen.folder))]
     figures = [figure for one in found for figure in positions_figures(one)]
     parts = [Part(tuple(figures), (positions_table(found),))] if found else []
     intro = ("Where in a response the proxy speaks differently from the base (the paper's appendix C.2).",)
@@ -245,7 +248,7 @@ def equations_section(inputs: Inputs) -> Section:
     """Reasoning against arithmetic."""
     parts: list[Part] = []
     for chosen in inputs.sets:
-        if chosen.run.spec.task == "gsm" and (found := attempt(lambda c=chosen: equations(c.folder))):  # type: ignore[misc]
+        if chosen.run.spec.task == "gsm" and (found := attempt(equations, chosen.folder)):
             parts += parts_of([equations_figure(found)])
     intro = (
         "Does the proxy change the reasoning (left of the equals sign) or the arithmetic (right of it)? "
@@ -261,12 +264,13 @@ def equations_section(inputs: Inputs) -> Section:
 
 def agreement_section(inputs: Inputs) -> Section:
     """Agreement with direct tuning."""
-    parts: list[Part] = []
+    figures: list[Figure] = []
     for folder, run in inputs.found:
         if run.spec.trace == "agreement" and run.spec.role in ("proxy", "tuned"):
-            found = attempt(lambda f=folder: agreement(f))  # type: ignore[misc]
+            found = attempt(agreement, folder)
             if found is not None and len(found.rows) >= 4:
-                parts += parts_of(agreement_figures(found))
+                figures += agreement_figures(found)
+    parts = list(parts_of(figures))
     intro = (
         "How near the proxy comes to the directly tuned model, token by token: the divergence of the two "
         "distributions, and how often their first choices are the same.",
@@ -281,25 +285,27 @@ def agreement_section(inputs: Inputs) -> Section:
 
 def alpha_section(inputs: Inputs) -> Section:
     """Score against alpha."""
-    parts: list[Part] = []
+    figures: list[Figure] = []
     for folder in find_sweeps(inputs.root):
-        found = attempt(lambda f=folder: sweep(f))  # type: ignore[misc]
+        found = attempt(sweep, folder)
         if found is not None and sum(point.value is not None for point in found.points) > 2:
-            parts += parts_of(sweep_figures(found), sweep_table(found))
-    intro = ("The strength of the shift: 0 is the base alone, 1 the paper's setting (6.2).",)
+            figures += sweep_figures(found)
+    parts = list(parts_of(figures))
+    intro = ("Alpha 0 is the base alone, 1 the paper's setting (6.2).",)
     empty = Section("alpha", "Alpha", "The strength of the shift", intro)
     return either(empty, parts, "No sweep over alpha", inputs.command("sweep-alpha", "--alphas 0:2:0.2"))
 
 
 def skip_section(inputs: Inputs) -> Section:
     """What ending the correction early does."""
-    parts: list[Part] = []
+    figures: list[Figure] = []
     for folder in find_sweeps(inputs.root):
         if not any(path.parent == folder and run.spec.alpha.kind == "first" for path, run in inputs.found):
             continue
-        found = attempt(lambda f=folder: skip(f, _control(inputs, f)))  # type: ignore[misc]
+        found = attempt(skip, folder, _control(inputs, folder))
         if found is not None:
-            parts += parts_of(skip_figures(found), sweep_table(found))
+            figures += skip_figures(found)
+    parts = list(parts_of(figures))
     intro = (
         "The later tokens change little: can the correction be left out there? The proxy steers the first t "
         "tokens only, then the base goes on alone.",
@@ -327,7 +333,7 @@ def failures_section(inputs: Inputs) -> Section:
     """Base against proxy, item by item."""
     parts: list[Part] = []
     for first, second in _pairs(inputs):
-        found = attempt(lambda a=first, b=second: failures(a, b))  # type: ignore[misc]
+        found = attempt(failures, first, second)
         if found is not None:
             parts += parts_of([], *failure_tables(found), sensitive=found.first.task in SENSITIVE)
     intro = (

@@ -56,7 +56,8 @@ def _against(
 ) -> Figure:
     """A metric of the points, with its interval; `control` is a level that another run has."""
     unit = of(points[0]).unit
-    y = charts.axis("value", visible(what) + ("" if unit == "number" else ", %"), zero=True)
+    bounds: dict[str, Any] = {"zero": True} if unit == "number" else {"domain": [0, 100]}
+    y = charts.axis("value", visible(what) + ("" if unit == "number" else ", %"), **bounds)
     data = []
     for point in points:
         metric = of(point)
@@ -70,16 +71,18 @@ def _against(
     if control is not None:
         value = in_percent(control[1].value, control[1]) or 0.0
         layers.append(charts.level(value, y, "base"))
-        at_end = [{"value": value, "text": visible(control[0])}]
-        layers.append(
-            charts.words(at_end, {"value": charts.WIDTH - 4}, y, "base", "above", align="right", dy=-4)
-        )
     known = [datum for datum in data if datum["low"] is not None]
     layers += [
         charts.band(known, x, y, "proxy"),
         charts.line(data, x, y, "proxy"),
         charts.points(data, x, y, "proxy"),
     ]
+    if control is not None:
+        # under its line, unless it would stand in the axis there
+        top = 100.0 if unit != "number" else max(datum["high"] or datum["value"] for datum in data)
+        side: charts.Side = "below" if value > top / 8 else "above"
+        named, dy = [{"value": value, "text": visible(control[0])}], 5 if side == "below" else -5
+        layers.append(charts.words(named, {"value": 8}, y, "base", side, align="left", dy=dy))
     return Figure(name=name, title=title, caption=caption, table=table, layers=tuple(layers))
 
 
@@ -87,14 +90,15 @@ def trade_off_figure(found: Sweep) -> Figure:
     """Truth against information: the paper's ten points, and ours where judges gave them."""
     x = charts.axis("info", "informative, %", zero=False)
     y = charts.axis("truth", "true, %", zero=False)
-    printed = [
+    printed: list[charts.Datum] = [
         {
             "info": 100 * p.info, "truth": 100 * p.truth, "order": p.alpha, "text": f"{p.alpha:g}",
-            "label": f"paper, 13B; alpha {p.alpha:g}; true {100 * p.truth:.1f}%; informative {100 * p.info:.1f}%",
+            "label": f"paper, 13B; alpha {p.alpha:g}; true {100 * p.truth:.1f}%; "
+            f"informative {100 * p.info:.1f}%",
         }
         for p in found.paper
     ]  # fmt: skip
-    ours = [
+    ours: list[charts.Datum] = [
         {
             "info": in_percent(p.info.value, p.info), "truth": in_percent(p.truth.value, p.truth),
             "order": p.value, "text": p.alpha,
@@ -104,14 +108,11 @@ def trade_off_figure(found: Sweep) -> Figure:
         for p in found.points
         if p.truth is not None and p.info is not None and p.value is not None
     ]  # fmt: skip
-    layers: list[charts.Layer] = [
-        charts.path(printed, x, y, "published"),
-        charts.hollow(printed, x, y, shape="circle"),
-        charts.words(printed, x, y, "published", "right"),
-        charts.path(ours, x, y, "proxy"),
-        charts.points(ours, x, y, "proxy"),
-        charts.words(ours, x, y, "proxy", "right"),
-    ]
+    layers: list[charts.Layer] = []
+    for data, color in ((printed, "published"), (ours, "proxy")):
+        draw = charts.hollow if color == "published" else charts.points
+        layers += [charts.path(data, x, y, color), draw(data, x, y, color, shape="circle")]
+        layers += [charts.words([d], x, y, color, "above", align="left", dx=4, dy=-5) for d in data]
     cells = [
         (who, datum["text"], f"{datum['truth']:.1f}", f"{datum['info']:.1f}")
         for who, data in (("paper, 13B", printed), (found.source.system, ours))
@@ -150,7 +151,7 @@ def skip_figures(found: Skip) -> list[Figure]:
         told = None if control is None else ("base, opener forced", getattr(control, kind))
         return _against(
             found.points, lambda p: "all" if p.until is None else str(p.until), x,
-            lambda p: getattr(p, kind), what,  # type: ignore[no-any-return]
+            lambda p: getattr(p, kind), what,
             name=f"skip-{kind}-{task}", title=title, caption=caption, table=table, control=told,
         )  # fmt: skip
 
