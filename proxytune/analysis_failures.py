@@ -130,5 +130,8 @@ ANSWERS = ("answer", "answers", "Best Answer", "mc_answer_idx")
 
 
 def _said(row: Row) -> str:
-    """The first response of a row, or what it chose where answers were compared."""
-    return str(row["responses"][0]["text"]) if row["responses"] else ""
+    """The first response of a row, or what it chose where given texts were compared."""
+    logprobs = row.get("logprobs")
+    if isinstance(logprobs, dict):
+        return str(max(logprobs, key=lambda text: float(logprobs[text])))
+    return str(row["mc_output"] if logprobs else row["responses"][0]["text"])

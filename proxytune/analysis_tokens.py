@@ -187,11 +187,11 @@ def _with_grams(rows: Sequence[NgramRow], texts: Sequence[str]) -> Iterator[Ngra
     stated = {row["token"]: row for row in published("truthfulqa_ngrams")["rows"]}
     for row in rows:
         common = grams.get(row.token, Counter()).most_common(1)
-        gram, count = common[0] if common else (None, 0)
+        phrase, count = common[0] if common else (None, 0)
         paper = stated.get(row.token)
         yield row.model_copy(
             update={
-                "gram": gram,
+                "gram": phrase,
                 "count": count,
                 "occurrences": occurrences[row.token],
                 "paper": None
@@ -249,7 +249,8 @@ def paper_sides(texts: Sequence[str]) -> tuple[list[int], list[int]]:
     def belongs(index: int) -> bool:
         return 0 <= index < len(tokens) and (tokens[index].isdigit() or tokens[index] in _SYMBOLS)
 
-    left, right = [], []
+    left: list[int] = []
+    right: list[int] = []
     for equal in (index for index, token in enumerate(tokens) if token == "="):
         for step, side in ((-1, left), (1, right)):
             index = equal + step
@@ -274,7 +275,9 @@ def corrected_sides(texts: Sequence[str]) -> tuple[list[int], list[int]]:
             if side_of[before.start()] != 2:
                 side_of[before.start() : before.end()] = b"\1" * (before.end() - before.start())
             side_of[after.start() : after.end()] = b"\2" * (after.end() - after.start())
-    left, right, start = [], [], 0
+    left: list[int] = []
+    right: list[int] = []
+    start = 0
     for index, piece in enumerate(texts):
         sides = {side_of[start + i] for i, letter in enumerate(piece) if not letter.isspace()} - {0}
         start += len(piece)

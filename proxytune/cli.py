@@ -12,9 +12,42 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from proxytune import __version__
+from proxytune.cli_analyze import analyze
+from proxytune.cli_options import (
+    AllowCode,
+    Alpha,
+    As,
+    AsOrAll,
+    Batch,
+    CodePython,
+    Data,
+    Json,
+    JudgeName,
+    KvMemory,
+    Limit,
+    MaxCost,
+    MaxNewTokens,
+    ModeName,
+    Negative,
+    Out,
+    Price,
+    RemoteCode,
+    SandboxName,
+    Seed,
+    Shots,
+    ShotsFrom,
+    SystemName,
+    TaskName,
+    Temperature,
+    TopK,
+    TopP,
+    Trace,
+    Vocab,
+    Yes,
+)
 from proxytune.errors import UserError
 
 
@@ -48,84 +81,6 @@ app = typer.Typer(
     help="Proxy-tuning: logits = base + alpha * (expert - antiexpert), decoded, evaluated and explained.\n\n"
     "Begin with: proxytune demo",
 )
-
-TaskName = Annotated[str, typer.Argument(metavar="TASK", help="A task; `proxytune tasks` lists them.")]
-SystemName = Annotated[
-    str,
-    typer.Option("--system", "-s", metavar="S", help="A system's name (`proxytune systems`) or a YAML file."),
-]
-As = Annotated[str, typer.Option("--as", help="base, expert, antiexpert, tuned or proxy.")]
-AsOrAll = Annotated[str, typer.Option("--as", help="base, expert, antiexpert, tuned, proxy, or all of them.")]
-Alpha = Annotated[
-    str | None,
-    typer.Option(help="0 to 10, or first:N, warmup:N, linear:FROM:TO:N. Default: the system's."),
-]
-Negative = Annotated[
-    bool,
-    typer.Option(
-        "--allow-negative-alpha", help="Allow alpha below 0: it undoes what the expert was tuned for."
-    ),
-]
-Vocab = Annotated[
-    str | None,
-    typer.Option(help="strict (vocabularies must agree) or intersect (combine on the shared tokens)."),
-]
-RemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a checkpoint.")
-]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Cut responses after this many tokens.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
-TopP = Annotated[
-    float | None, typer.Option(help="Sample from the smallest set that has this probability; 1 is off.")
-]
-TopK = Annotated[int | None, typer.Option(help="Sample among the k most probable tokens; 0 is off.")]
-Seed = Annotated[int, typer.Option(help="Of the sampling noise (and of the choice of few-shot items).")]
-Batch = Annotated[
-    int | None, typer.Option(help="At most this many rows at a time. Default: what memory allows.")
-]
-KvMemory = Annotated[
-    str | None, typer.Option(help="Memory for the KV caches, e.g. 4GB. Default: what is free.")
-]
-Data = Annotated[
-    str | None,
-    typer.Option(metavar="FILE|hub", help="Where the items come from. Default: the system's, or hub."),
-]
-Limit = Annotated[int | None, typer.Option(help="Only the first N items.")]
-Shots = Annotated[int, typer.Option(help="Few-shot items before each question.")]
-ShotsFrom = Annotated[str | None, typer.Option(metavar="FILE", help="Draw few-shot items from this file.")]
-Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: results/<system>/<task>/<as>/.")]
-ModeName = Annotated[
-    str, typer.Option(help="generate, or likelihood: compare given answers by their log-probabilities.")
-]
-Trace = Annotated[bool, typer.Option("--trace", help="Store every token's probability under each role.")]
-JudgeName = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODEL",
-        help="Who judges the responses: default, none, a folder or hub id (MODEL#LABEL; TRUTH,INFO), or a "
-        "model of the endpoint in OPENAI_BASE_URL.",
-    ),
-]
-Yes = Annotated[bool, typer.Option("--yes", help="Agree to what a judge behind an API costs.")]
-MaxCost = Annotated[
-    float | None, typer.Option(help="Spend at most this many US dollars on the judge.", min=0)
-]
-Price = Annotated[
-    str | None, typer.Option(metavar="IN,OUT", help="The judge's price in USD per million tokens.")
-]
-AllowCode = Annotated[
-    bool,
-    typer.Option("--allow-code-execution", help="Run model-written code (humaneval, ds1000), in a sandbox."),
-]
-SandboxName = Annotated[
-    str,
-    typer.Option("--sandbox", help="auto, bubblewrap, namespaces, or weak (a separate process with limits)."),
-]
-CodePython = Annotated[
-    str | None,
-    typer.Option(metavar="PYTHON", help="The interpreter that runs the code. Default: proxytune's own."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 
 def _version(asked: bool) -> None:
@@ -217,7 +172,20 @@ def generate(
     cli_generate.generate(made, asked, compare=compare, json_only=json)
 
 
-@app.command("eval")
+class TraceCommand(TyperCommand):
+    """A command whose `--trace` may stand without its value, `tokens`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Say the value where it was left out."""
+        said: list[str] = []
+        for argument, after in zip(args, [*args[1:], ""], strict=True):
+            said.append(argument)
+            if argument == "--trace" and after not in ("tokens", "agreement"):
+                said.append("tokens")
+        return super().parse_args(ctx, said)
+
+
+@app.command("eval", cls=TraceCommand)
 def evaluate(
     task: TaskName,
     system: SystemName = "demo",
@@ -229,7 +197,7 @@ def evaluate(
     shots_from: ShotsFrom = None,
     out: Out = None,
     mode: ModeName = "generate",
-    trace: Trace = False,
+    trace: Trace = None,
     seed: Seed = 0,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
@@ -267,7 +235,7 @@ def evaluate(
         shots=shots,
         shots_from=shots_from,
         out=out,
-        trace=trace,
+        trace=cli_run.read_trace(trace),
         mode=mode,
         seed=seed,
         batch=batch,
@@ -278,6 +246,70 @@ def evaluate(
     )
     judging = cli_judge.Request(judge=judge, yes=yes, max_cost=max_cost, price=price, seed=seed)
     cli_judge.evaluate(cli_run.read_system(system, vocab), asked, judging, json_only=json)
+
+
+@app.command("sweep-alpha")
+def sweep_alpha(
+    task: TaskName,
+    alphas: Annotated[
+        str,
+        typer.Option(
+            metavar="ALPHAS", help="FROM:TO:STEP, or a list of what --alpha takes: 0,0.5,first:4,1."
+        ),
+    ],
+    system: SystemName = "demo",
+    data: Data = None,
+    limit: Limit = None,
+    shots: Shots = 0,
+    shots_from: ShotsFrom = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The sweep's folder. Default: results/<system>/<task>/proxy/sweep/.")
+    ] = None,
+    mode: ModeName = "generate",
+    seed: Seed = 0,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    batch: Batch = None,
+    kv_memory: KvMemory = None,
+    vocab: Vocab = None,
+    allow_negative_alpha: Negative = False,
+    trust_remote_code: RemoteCode = False,
+    allow_code_execution: AllowCode = False,
+    judge: JudgeName = None,
+    yes: Yes = False,
+    max_cost: MaxCost = None,
+    price: Price = None,
+    json: Json = False,
+) -> None:
+    """Evaluate the proxy under many alphas at once: models are loaded once, and the alphas of an example
+    share its prompt. An interrupted sweep is continued by the same command.
+
+    Example: proxytune sweep-alpha truthfulqa --system demo --alphas 0:2:0.2 --limit 100
+    """
+    from proxytune import cli_judge, cli_run, cli_sweep
+
+    changed = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    asked = cli_run.Request(
+        task=task,
+        as_="proxy",
+        alpha=None,
+        changed={name: value for name, value in changed.items() if value is not None},
+        data=data,
+        limit=limit,
+        shots=shots,
+        shots_from=shots_from,
+        out=out,
+        trace="off",
+        mode=mode,
+        seed=seed,
+        batch=batch,
+        kv_memory=kv_memory,
+        allow_negative_alpha=allow_negative_alpha,
+        trust_remote_code=trust_remote_code,
+        code=cli_run.Code(allow_code_execution, "auto", None),
+    )
+    judging = cli_judge.Request(judge=judge, yes=yes, max_cost=max_cost, price=price, seed=seed)
+    cli_sweep.sweep(cli_run.read_system(system, vocab), alphas, asked, judging, json_only=json)
 
 
 @app.command()
@@ -347,6 +379,13 @@ def export(
 @app.command()
 def report(
     results: Annotated[Path, typer.Argument(help="A folder of results.")] = Path("results"),
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write one page that needs nothing else: tables, curves, tokens."),
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write every figure as an SVG file into this folder.")
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of tables.")] = False,
     write: Annotated[
         bool,
@@ -355,13 +394,16 @@ def report(
         ),
     ] = False,
 ) -> None:
-    """The stored runs as tables.
+    """The stored runs as tables, or as a page with figures and a token-level view.
 
-    Example: proxytune report results --markdown
+    Example: proxytune report results --html report.html
     """
-    from proxytune import cli_show
+    from proxytune import cli_report, cli_show
 
-    cli_show.report(results, markdown=markdown, write=write)
+    if html is not None or figures is not None:
+        cli_report.report(results, html=html, figures=figures, markdown=markdown, write=write)
+    else:
+        cli_show.report(results, markdown=markdown, write=write)
 
 
 @app.command()
@@ -384,3 +426,6 @@ def systems(json: Json = False) -> None:
     from proxytune import cli_show
 
     cli_show.systems(json_only=json)
+
+
+app.add_typer(analyze, name="analyze")

@@ -1,86 +1,53 @@
 """Evaluate a role of a system on a task, and generate from prompts: examples -> decoder -> rows -> scores ->
-Run.
-
-What is finished is stored at once (results.py); metrics are computed at the end from the stored rows, so that
-a run that was interrupted and continued says the same as one that was not.
+Run. How one run is started, continued and closed is in run_session.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import torch
-
-from proxytune import __version__, results
-from proxytune.config import AlphaSchedule, Mode, Role, RunSpec, Sampling, System, TraceKind, parse_alpha
-from proxytune.decode import Decoder, DecodeStats
+from proxytune.config import (
+    AlphaSchedule,
+    Mode,
+    Role,
+    RunSpec,
+    Sampling,
+    System,
+    TraceKind,
+    parse_alpha,
+)
+from proxytune.decode import Decoder
 from proxytune.errors import UserError
 from proxytune.models import Models
-from proxytune.progress import Progress
-from proxytune.provenance import provenance
-from proxytune.records import Completion, Cost, Example, Metric, Prompt, RoleMemory, Run
-from proxytune.results import Row, RunFolder
-from proxytune.run_rows import prediction, whole_examples
-from proxytune.sandbox import Sandbox
-from proxytune.tasks import Dataset, Task, get_task, read_source
+from proxytune.records import Completion, Example, Metric, Prompt, Run
+from proxytune.run_session import Job, Resources, run_job
+from proxytune.tasks import get_task, read_source
 
-CHECKPOINT_SECONDS = 10.0
-"""How often the cost so far is written to run.json while a run is going on."""
+__all__ = [
+    "ORDER",
+    "RESULTS",
+    "Job",
+    "Options",
+    "Resources",
+    "alpha_for",
+    "evaluate",
+    "evaluate_all",
+    "generate",
+    "plan",
+    "run_job",
+    "score_of",
+]
+
 RESULTS = Path("results")
 """Where runs go unless another folder is named."""
 ORDER: tuple[Role, ...] = ("base", "expert", "antiexpert", "proxy", "tuned")
 """The order in which all roles are evaluated: the second large model comes last, when the others can go."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run that can be started: its settings, what they are by default, and its examples."""
-
-    task: Task
-    data: Dataset
-    spec: RunSpec
-    defaults: RunSpec
-
-    def folder(self, root: Path) -> Path:
-        """Where the run lives under a folder of results."""
-        return results.folder_for(root, self.spec, self.defaults)
-
-    def responses(self, example: Example) -> int:
-        """How many completions an example gets."""
-        texts = self.task.continuations
-        return self.spec.sampling.n if texts is None else len(texts(example))
-
-
-class Meter(Protocol):
-    """What knows the price of a run so far: its decoder, or its share of one."""
-
-    stats: DecodeStats
-
-    @property
-    def memory(self) -> dict[str, RoleMemory]:
-        """Bytes per model."""
-        ...
-
-
-@dataclass(frozen=True)
-class Resources:
-    """How a run is computed; nothing here changes what is generated."""
-
-    max_batch: int | None = None
-    kv_memory: int | None = None
-    """Bytes for the KV pools of all models."""
-    progress: bool = True
-    sandbox: Sandbox | None = None
-    """Runs the code that responses hold; without one they are stored without verdicts."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +167,8 @@ def evaluate_all(
     jobs: dict[Role, Job] = {}
     for role in (role for role in ORDER if role in system.roles):
         own = options if role == "proxy" else dataclasses.replace(options, alpha=None)
+        if options.trace == "agreement" and role not in ("proxy", "tuned"):
+            own = dataclasses.replace(own, trace="tokens")  # it is between these two
         jobs[role] = plan(system, task, role, own)
     own_models, runs = models or Models(system), dict[Role, Run]()
     folders = {
@@ -207,150 +176,9 @@ def evaluate_all(
     }
     for role, job in jobs.items():
         if role == "tuned":
-            own_models.release(keep=[role])
+            own_models.release(keep=["proxy", role] if options.trace == "agreement" else [role])
         runs[role] = run_job(job, folders[role], own_models, resources or Resources())
     return runs if judge is None else {role: judge(folder) for role, folder in folders.items()}
-
-
-def run_job(job: Job, path: Path, models: Models, resources: Resources) -> Run:
-    """Start or continue a run in the folder `path`, and return it finished.
-
-    Raises UserError as `RunFolder.open` does, and KeyboardInterrupt with the line that says what is kept.
-    """
-    made = provenance(__version__, device_name(), torch.get_num_threads())
-    new = Run(status="running", spec=job.spec, headline=job.task.headline, started=now(), made=made)
-    with (
-        RunFolder.open(path, new) as folder,
-        Progress(_title(job), job.task.headline, resources.progress) as progress,
-    ):
-        if folder.run.status == "done":
-            progress.note(
-                f"'{path}' is done already: this is its stored result (delete the folder to run it again)"
-            )
-            return folder.run
-        if folder.cut:
-            progress.note(
-                f"'{path / results.PREDICTIONS}': cut off a last line that was torn when the run was stopped"
-            )
-        if folder.run is not new:
-            progress.note(
-                f"continuing '{path}': {len(folder.done)} of {len(job.data.examples)} examples are done"
-            )
-        session = Session(job, folder, continued=folder.run is not new)
-        folder.save(folder.run.model_copy(update={"cost": session.before}))  # a kill must not undo the count
-        try:
-            session.decode(models, resources, progress)
-        except KeyboardInterrupt:
-            done, n = len(folder.done), len(job.data.examples)
-            raise KeyboardInterrupt(
-                f"interrupted: {done} of {n} examples are kept in '{path}'; the same command continues"
-            ) from None
-        return session.finish()
-
-
-class Session:
-    """One process's part of a run."""
-
-    def __init__(self, job: Job, folder: RunFolder, *, continued: bool) -> None:
-        self.job, self.folder = job, folder
-        before = folder.run.cost
-        self.before = before.model_copy(update={"sessions": before.sessions + 1}) if continued else before
-        self.meter: Meter | None = None
-
-    def decode(self, models: Models, resources: Resources, progress: Progress) -> None:
-        """Decode, score and store the examples that are missing."""
-        spec, done = self.job.spec, self.folder.done
-        todo = [example for example in self.job.data.examples if example.id not in done]
-        if not todo:
-            return
-        decoder = Decoder(
-            models,
-            spec.role,
-            max_batch=resources.max_batch,
-            kv_memory=resources.kv_memory,
-            agreement=spec.trace == "agreement",
-        )
-        self.meter = decoder
-        for note in decoder.notes():
-            progress.note(note)
-        for note in self.job.data.notes:
-            progress.note(note)
-        counts = {example.id: self.job.responses(example) for example in todo}
-        stats, n = decoder.stats, len(self.job.data.examples)
-        progress.begin(n, len(done), self.scores_so_far(), lambda: stats.generated_tokens)
-        saved = time.monotonic()
-        try:
-            for example, completions in whole_examples(self._stream(decoder, todo), todo, counts):
-                row = self.store(example, completions, resources.sandbox)
-                progress.advance(row["scores"].get(self.job.task.headline))
-                if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    self.folder.save(self.so_far())
-                    saved = time.monotonic()
-        except BaseException:
-            with contextlib.suppress(UserError):  # the disk may be what failed
-                self.folder.save(self.so_far())
-            raise
-
-    def _stream(self, decoder: Decoder, todo: Sequence[Example]) -> Iterator[Completion]:
-        """Completions of the missing examples: generated, or given texts with their log-probabilities."""
-        spec = self.job.spec
-        alpha = spec.alpha if spec.role == "proxy" else None
-        if self.job.task.continuations is not None:
-            return decoder.likelihoods(todo, self.job.task.continuations, alpha=alpha)
-        return decoder.stream(
-            todo, spec.sampling, alpha=alpha, task=spec.task, trace=spec.trace, forced=spec.forced
-        )
-
-    def store(self, example: Example, completions: Sequence[Completion], sandbox: Sandbox | None) -> Row:
-        """Append the row of one finished example, and its traces."""
-        row = prediction(self.job.task, example, completions, sandbox)
-        traces = [
-            {"id": example.id, "sample": c.sample, "tokens": [token.row() for token in c.trace]}
-            for c in completions
-            if self.job.spec.trace != "off"
-        ]
-        self.folder.append(row, traces)
-        return row
-
-    def scores_so_far(self) -> list[float]:
-        """The headline scores of the rows that an earlier session stored."""
-        scores = (
-            row.get("scores", {}).get(self.job.task.headline) for row in results.read_rows(self.folder.path)
-        )
-        return [score for score in scores if score is not None]
-
-    def so_far(self) -> Run:
-        """The run as it stands."""
-        return self.folder.run.model_copy(update={"n": len(self.folder.done), "cost": self._cost()})
-
-    def _cost(self) -> Cost:
-        """What all sessions took."""
-        if self.meter is None:
-            return self.before
-        stats, before = self.meter.stats, self.before
-        return Cost(
-            seconds=before.seconds + stats.seconds,
-            prompt_tokens=before.prompt_tokens + stats.prompt_tokens,
-            generated_tokens=before.generated_tokens + stats.generated_tokens,
-            memory=_peaks(before.memory, self.meter.memory),
-            preemptions=before.preemptions + stats.preemptions,
-            sessions=before.sessions,
-        )
-
-    def finish(self) -> Run:
-        """Compute the metrics from the stored rows, in the order of the examples, and close the run."""
-        order = [example.id for example in self.job.data.examples]
-        rows = {row["id"]: row for row in results.read_rows(self.folder.path)}
-        metrics = self.job.task.metrics([rows[example_id] for example_id in order])
-        update = {
-            "status": "done",
-            "metrics": metrics,
-            "headline": self.job.task.headline_of(metrics),
-            "finished": now(),
-        }
-        run = self.so_far().model_copy(update=update)
-        self.folder.finish(run, order)
-        return run
 
 
 def generate(
@@ -399,30 +227,6 @@ def named_by_content(prompts: Sequence[Prompt]) -> list[Example]:
         digest = hashlib.sha256(content).hexdigest()[:16]
         examples.append(Example(id=f"{digest}-{seen[prompt]}", prompt=prompt))
     return examples
-
-
-def device_name() -> str:
-    """What the models run on unless a device map says otherwise."""
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
-
-
-def _peaks(a: dict[str, RoleMemory], b: dict[str, RoleMemory]) -> dict[str, RoleMemory]:
-    """Per model the larger KV peak of two sessions."""
-    peak = {name: max(side[name].kv_peak for side in (a, b) if name in side) for name in {**a, **b}}
-    return {name: {**a, **b}[name].model_copy(update={"kv_peak": kv}) for name, kv in peak.items()}
-
-
-def _title(job: Job) -> str:
-    """What the progress display calls a run."""
-    alpha = f" alpha {job.spec.alpha.text}" if job.spec.role == "proxy" and job.spec.alpha.text != "1" else ""
-    return f"{job.spec.system.name} {job.spec.task} {job.spec.role}{alpha}" + (
-        " (opener forced)" if job.spec.forced else ""
-    )
-
-
-def now() -> str:
-    """The time, in UTC."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def score_of(run: Run) -> Metric:

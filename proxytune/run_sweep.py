@@ -26,17 +26,8 @@ from proxytune.progress import Progress
 from proxytune.provenance import provenance
 from proxytune.records import Completion, Example, RoleMemory, Run
 from proxytune.results import SWEEP, RunFolder
-from proxytune.run import (
-    CHECKPOINT_SECONDS,
-    RESULTS,
-    Job,
-    Options,
-    Resources,
-    Session,
-    device_name,
-    now,
-    plan,
-)
+from proxytune.run import RESULTS, Options, plan
+from proxytune.run_session import CHECKPOINT_SECONDS, Job, Resources, Session, device_name, now
 
 MAX_ALPHAS = 100
 """Most alphas of one sweep: a mistyped step must not start ten thousand runs."""
@@ -256,9 +247,12 @@ def _finished(
 
 
 def _settle(parts: Sequence[Part], decoder: Decoder) -> None:
-    """Share out what the decoder took: seconds by tokens, prompt tokens by examples."""
+    """Share out what the decoder took by the tokens that a part generated, and prompt tokens by examples."""
     tokens = sum(part.stats.generated_tokens for part in parts)
     missing = sum(len(part.todo) for part in parts)
     for part in parts:
-        part.stats.seconds = decoder.stats.seconds * part.stats.generated_tokens / max(tokens, 1)
-        part.stats.prompt_tokens = round(decoder.stats.prompt_tokens * len(part.todo) / missing)
+        own = part.stats.generated_tokens
+        for name, value in vars(decoder.stats).items():
+            by = len(part.todo) / missing if name == "prompt_tokens" else own / max(tokens, 1)
+            setattr(part.stats, name, value * by if isinstance(value, float) else round(value * by))
+        part.stats.generated_tokens = own

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from proxytune import results, run
+from proxytune import results, run, run_session
 from proxytune.config import Sampling, System, load_system
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
@@ -185,7 +185,7 @@ def test_examples_are_whole_and_in_order() -> None:
 
     stream = iter([completion("b", 1), completion("a", 0), completion("b", 0), completion("a", 1)])
     counts = {e.id: 2 for e in examples}
-    found = [(e.id, [c.sample for c in cs]) for e, cs in run.whole_examples(stream, examples, counts)]
+    found = [(e.id, [c.sample for c in cs]) for e, cs in run_session.whole_examples(stream, examples, counts)]
     assert found == [("b", [0, 1]), ("a", [0, 1])]
 
 

@@ -5,7 +5,7 @@ the same kind of step: every model is fed the row's last token, and the logits m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -55,6 +55,25 @@ class Ensemble:
             for t in self.terms
         ]
         return combine(lead, shifts, alpha)
+
+    def views(
+        self, combined: Tensor, logits: Mapping[str, Tensor], alphas: Sequence[float]
+    ) -> dict[str, Tensor]:
+        """Every model's logits [B, V] and those of the proxy, on one device, for the trace."""
+        views = {name: values.to(combined.device) for name, values in logits.items()}
+        if self.observed is None:
+            return {**views, "proxy": combined}
+        strength = torch.tensor(alphas, dtype=torch.float64, device=combined.device)
+        return {**views, "proxy": self.observed.combine(views, strength)}
+
+    def divergence(self, views: Mapping[str, Tensor]) -> dict[str, list[float]]:
+        """`proxy` and its lead -> divergence of the reference from it, per row; nothing without a
+        reference."""
+        if self.reference is None:
+            return {}
+        lead = (self.observed or self).lead
+        known = self.runners[self.reference].alignment.shared
+        return from_reference(views, self.reference, ("proxy", lead), known)
 
     def _shared(self, term: Term) -> Tensor | None:
         known = [self.runners[name].alignment.shared for name in (term.expert, term.antiexpert)]
@@ -167,33 +186,14 @@ class Engine:
         rows: list[Row],
         alphas: list[float],
     ) -> None:
-        views = self._views(combined, logits, alphas)
+        views = self.ensemble.views(combined, logits, alphas)
         chosen = {name: log_probability(values, tokens).exp().tolist() for name, values in views.items()}
         top = {name: values.argmax(-1).tolist() for name, values in views.items()}
-        apart = self._divergence(views)
+        apart = self.ensemble.divergence(views)
         for index, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
             row.trace.append(
                 TokenTrace(token, alphas[index], _at(index, chosen), _at(index, top), _at(index, apart))
             )
-
-    def _views(
-        self, combined: Tensor, logits: Mapping[str, Tensor], alphas: list[float]
-    ) -> dict[str, Tensor]:
-        """Every model's logits [B, V] and those of the proxy, on one device."""
-        views = {name: values.to(combined.device) for name, values in logits.items()}
-        if self.ensemble.observed is None:
-            return {**views, "proxy": combined}
-        strength = torch.tensor(alphas, dtype=torch.float64, device=combined.device)
-        return {**views, "proxy": self.ensemble.observed.combine(views, strength)}
-
-    def _divergence(self, views: Mapping[str, Tensor]) -> dict[str, list[float]]:
-        """Model -> its divergence from the reference, per row; nothing without a reference."""
-        reference = self.ensemble.reference
-        if reference is None:
-            return {}
-        lead = (self.ensemble.observed or self.ensemble).lead
-        known = self.ensemble.runners[reference].alignment.shared
-        return from_reference(views, reference, ("proxy", lead), known)
 
     def _advance(self, rows: list[Row], tokens: Tensor, logprobs: Tensor) -> list[Result]:
         results, done = [], []
