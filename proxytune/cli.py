@@ -19,6 +19,7 @@ from proxytune.cli_analyze import analyze
 from proxytune.cli_options import (
     AllowCode,
     Alpha,
+    Alphas,
     As,
     AsOrAll,
     Batch,
@@ -39,6 +40,7 @@ from proxytune.cli_options import (
     Seed,
     Shots,
     ShotsFrom,
+    SweepOut,
     SystemName,
     TaskName,
     Temperature,
@@ -251,20 +253,13 @@ def evaluate(
 @app.command("sweep-alpha")
 def sweep_alpha(
     task: TaskName,
-    alphas: Annotated[
-        str,
-        typer.Option(
-            metavar="ALPHAS", help="FROM:TO:STEP, or a list of what --alpha takes: 0,0.5,first:4,1."
-        ),
-    ],
+    alphas: Alphas,
     system: SystemName = "demo",
     data: Data = None,
     limit: Limit = None,
     shots: Shots = 0,
     shots_from: ShotsFrom = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The sweep's folder. Default: results/<system>/<task>/proxy/sweep/.")
-    ] = None,
+    out: SweepOut = None,
     mode: ModeName = "generate",
     seed: Seed = 0,
     max_new_tokens: MaxNewTokens = None,

@@ -18,6 +18,10 @@ Alpha = Annotated[
     str | None,
     typer.Option(help="0 to 10, or first:N, warmup:N, linear:FROM:TO:N. Default: the system's."),
 ]
+Alphas = Annotated[
+    str,
+    typer.Option(metavar="ALPHAS", help="FROM:TO:STEP, or a list of what --alpha takes: 0,0.5,first:4,1."),
+]
 Negative = Annotated[
     bool,
     typer.Option(
@@ -52,6 +56,9 @@ Limit = Annotated[int | None, typer.Option(help="Only the first N items.")]
 Shots = Annotated[int, typer.Option(help="Few-shot items before each question.")]
 ShotsFrom = Annotated[str | None, typer.Option(metavar="FILE", help="Draw few-shot items from this file.")]
 Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: results/<system>/<task>/<as>/.")]
+SweepOut = Annotated[
+    Path | None, typer.Option(help="The sweep's folder. Default: results/<system>/<task>/proxy/sweep/.")
+]
 ModeName = Annotated[
     str, typer.Option(help="generate, or likelihood: compare given answers by their log-probabilities.")
 ]
