@@ -40,9 +40,9 @@ def curve(
     groups."""
     title = "position in the response, tokens (0 is the first)"
     if len(rows) <= MANY:
-        return list(rows), charts.axis("at", title, nice=False)
+        return list(rows), charts.axis("at", title, nice=False, padding=7)
     shown = [row for row in rows if row.first < SINGLE] + [row for row in bands if row.first >= SINGLE]
-    x = charts.axis("at", title + ", log scale", type="symlog", nice=False)
+    x = charts.axis("at", title + ", log scale", type="symlog", nice=False, padding=7)
     edges = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
     return shown, x | {"axis": {"values": [edge for edge in edges if edge <= rows[-1].last], "format": "~r"}}
 
@@ -84,7 +84,7 @@ def positions_figures(found: Positions) -> list[Figure]:
             title=f"{task}: how often the proxy chooses another token than the base",
             caption=f"{found.tokens} tokens of {found.source.n} responses; the area is a 95% interval",
             table=table,
-            layers=(*over_all, *_banded(changed, x, y, "proxy"), *labels),
+            layers=(*over_all, *labels, *_banded(changed, x, y, "proxy")),
         ),
         Figure(
             name=f"positions-shift-{task}",
@@ -289,7 +289,7 @@ def agreement_figures(found: Agreement) -> list[Figure]:
         data = _data(shown, lambda row, r=role: getattr(row, f"same_{r}"), 100, f"{role} agrees", "%")  # type: ignore[misc]
         same += [
             *_banded(data, x, same_y, role),
-            charts.words([data[0] | {"text": role}], x, same_y, role, dy=9 if role == "proxy" else -9),
+            charts.words([data[0] | {"text": role}], x, same_y, role, dy=17 if role == "proxy" else -9),
         ]
     table = _agreement_table(f"{task}: agreement with tuned, {on}", shown)
     first = found.first_step

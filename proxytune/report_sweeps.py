@@ -28,7 +28,7 @@ def sweep_figures(found: Sweep) -> list[Figure]:
     numbers = [point for point in found.points if point.value is not None]
     figures = []
     if len(numbers) > 1:
-        x = charts.axis("at", "alpha", nice=False)
+        x = charts.axis("at", "alpha", nice=False, padding=7)
         figures.append(
             _against(
                 numbers, lambda p: p.value, x, lambda p: p.score, found.metric,
@@ -71,18 +71,18 @@ def _against(
     if control is not None:
         value = in_percent(control[1].value, control[1]) or 0.0
         layers.append(charts.level(value, y, "base"))
+        # under its line, unless it would stand in the axis there
+        top = 100.0 if unit != "number" else max(datum["high"] or datum["value"] for datum in data)
+        side: charts.Side = "below" if value > top / 8 else "above"
+        named = [{"value": value, "text": f"{visible(control[0])}: {value:.1f}"}]
+        dy = -5 if side == "above" else 5 if unit != "number" else 14
+        layers.append(charts.words(named, {"value": 8}, y, "base", side, align="left", dy=dy))
     known = [datum for datum in data if datum["low"] is not None]
     layers += [
         charts.band(known, x, y, "proxy"),
         charts.line(data, x, y, "proxy"),
         charts.points(data, x, y, "proxy"),
     ]
-    if control is not None:
-        # under its line, unless it would stand in the axis there
-        top = 100.0 if unit != "number" else max(datum["high"] or datum["value"] for datum in data)
-        side: charts.Side = "below" if value > top / 8 else "above"
-        named, dy = [{"value": value, "text": visible(control[0])}], 5 if side == "below" else -5
-        layers.append(charts.words(named, {"value": 8}, y, "base", side, align="left", dy=dy))
     return Figure(name=name, title=title, caption=caption, table=table, layers=tuple(layers))
 
 
@@ -112,7 +112,12 @@ def trade_off_figure(found: Sweep) -> Figure:
     for data, color in ((printed, "published"), (ours, "proxy")):
         draw = charts.hollow if color == "published" else charts.points
         layers += [charts.path(data, x, y, color), draw(data, x, y, color, shape="circle")]
-        layers += [charts.words([d], x, y, color, "above", align="left", dx=4, dy=-5) for d in data]
+        for i, datum in enumerate(data):
+            after = data[i + 1] if i + 1 < len(data) else None
+            # beside the line that goes on from here
+            rising = after is not None and after["info"] > datum["info"] and after["truth"] > datum["truth"]
+            look: dict[str, Any] = {"dx": -8} if rising else {"align": "left", "dx": 4, "dy": -5}
+            layers.append(charts.words([datum], x, y, color, "left" if rising else "above", **look))
     cells = [
         (who, datum["text"], f"{datum['truth']:.1f}", f"{datum['info']:.1f}")
         for who, data in (("paper, 13B", printed), (found.source.system, ours))
