@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from proxytune import __version__
 from proxytune.errors import needs_extra
@@ -28,7 +27,7 @@ class Drawn:
     """A figure and its drawing, which is the only markup that a part brings."""
 
     figure: Figure
-    svg: Markup
+    svg: str
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,11 @@ class Report:
                 {**_fields(section), "parts": [_drawn_part(part) for part in section.parts]}
                 for section in self.sections
             ],
-            css=Markup(asset("report.css")),
-            early=Markup(early),
-            js=Markup(js),
-            hashes=Markup(f"{_hash(early)} {_hash(js)}"),
-            data=Markup(embedded(token_data(self.inputs.sets))),
+            css=asset("report.css"),
+            early=early,
+            js=js,
+            hashes=f"{_hash(early)} {_hash(js)}",
+            data=embedded(token_data(self.inputs.sets)),
         )
 
 
@@ -111,7 +110,7 @@ def _fields(section: Section) -> dict[str, Any]:
 
 def _drawn_part(part: Any) -> DrawnPart:
     return DrawnPart(
-        tuple(Drawn(figure, Markup(themed_svg(figure))) for figure in part.figures),
+        tuple(Drawn(figure, themed_svg(figure)) for figure in part.figures),
         part.tables,
         part.sensitive,
     )
@@ -143,7 +142,7 @@ def tiles(rows: Sequence[RoleRow]) -> list[Mapping[str, Any]]:
         found.append({
             "system": visible(system), "task": task, "metric": visible(own["proxy"].metric),
             "gap": "n/a" if gap is None else f"{100 * gap:.1f}%",
-            "told": "base and tuned do not differ firmly" if gap is None else "of the gap closed",
+            "told": "no firm gap between base and tuned" if gap is None else "of the gap closed",
             **{f"{role}_at": f"{min(max(place, -2), 102):.1f}" for role, place in places.items()},
             **{role: f"{values[role]:.1f}" for role in places},
         })  # fmt: skip

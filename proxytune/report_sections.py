@@ -15,7 +15,7 @@ from proxytune.analysis_sweep import find_sweeps, skip, sweep
 from proxytune.analysis_tokens import equations, ngrams
 from proxytune.errors import UserError
 from proxytune.records import Run
-from proxytune.report import RoleRow, by_task, main_runs, paper_gap_closed, read_paper, role_rows
+from proxytune.report import RoleRow, by_task, paper_gap_closed, read_paper, role_rows
 from proxytune.report_analyses import (
     agreement_figures,
     equations_figure,
@@ -28,7 +28,7 @@ from proxytune.report_charts import Figure, Table
 from proxytune.report_figures import beside_table, gap_figure, price_figure, published_scores, score_figure
 from proxytune.report_runs import cost_table, made_table, systems_table
 from proxytune.report_sweeps import failure_tables, skip_figures, sweep_figures
-from proxytune.report_tokens import SENSITIVE, TraceSet, trace_sets
+from proxytune.report_tokens import SENSITIVE, TraceSet, plainness, trace_sets
 from proxytune.results import PREDICTIONS, find_runs
 
 MIN_COUNTS = (100, 30, 10, 3)
@@ -92,13 +92,34 @@ def read_inputs(root: Path) -> Inputs:
     found = find_runs(root)
     if not found:
         raise UserError(f"no finished run in '{root}': `proxytune eval` makes one")
-    runs, others = main_runs(root)
-    rows: dict[tuple[str, str, str], RoleRow] = {}
-    for row in role_rows(runs):
-        rows.setdefault((row.system, row.task, row.label), row)
-    chosen = tuple(rows.values())
-    hidden = others + len(runs) - len(chosen)
-    return Inputs(root, tuple(found), chosen, hidden, tuple(trace_sets(found)), read_paper())
+    runs = table_runs(root, found)
+    rows = tuple(role_rows(runs))
+    return Inputs(root, tuple(found), rows, len(found) - len(runs), tuple(trace_sets(found)), read_paper())
+
+
+def table_runs(root: Path, found: Sequence[tuple[Path, Run]]) -> list[Run]:
+    """The runs that the tables are about: per system and task, one for each role and control.
+
+    That is a run with default settings (`root/<system>/<task>/<as>`) where there is one, else one on the
+    examples, and with the metric, that most roles were run with.
+    """
+    groups: dict[tuple[str, str], list[tuple[Path, Run]]] = {}
+    for pair in sorted(found, key=plainness):
+        groups.setdefault((pair[1].spec.system.name, pair[1].spec.task), []).append(pair)
+    chosen = list[Run]()
+    for pairs in groups.values():
+        usual = [run for folder, run in pairs if len(folder.relative_to(root).parts) == 3]
+        roles: dict[tuple[str, str], set[str]] = {}
+        for run in usual or [run for _, run in pairs]:
+            roles.setdefault((run.spec.data_sha256, run.headline), set()).add(run.spec.role)
+        most = max(roles, key=lambda key: len(roles[key]))
+        same = [run for _, run in pairs if (run.spec.data_sha256, run.headline) == most]
+        own: dict[tuple[str, bool], Run] = {}
+        for run in (*usual, *same):
+            own.setdefault((run.spec.role, bool(run.spec.forced)), run)
+        chosen += own.values()
+    places = {id(run): i for i, (_, run) in enumerate(found)}
+    return sorted(chosen, key=lambda run: places[id(run)])
 
 
 def sections(inputs: Inputs) -> list[Section]:
@@ -350,7 +371,7 @@ def _pairs(inputs: Inputs) -> Iterator[tuple[Path, Path]]:
     seen = set[tuple[str, str]]()
     usable = [
         (folder, run)
-        for folder, run in sorted(inputs.found, key=lambda pair: len(pair[0].parts))
+        for folder, run in sorted(inputs.found, key=plainness)
         if not run.spec.forced and (folder / PREDICTIONS).exists()
     ]
     for folder, run in usable:

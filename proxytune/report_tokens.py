@@ -41,11 +41,17 @@ class TraceSet:
     others: dict[Role, tuple[Path, Run]] = field(default_factory=dict)
 
 
+def plainness(pair: tuple[Path, Run]) -> tuple[bool, int, bool, str]:
+    """Sorts runs of one role so that the one a reader expects comes first: with the system's own alpha, near
+    the top of the folder of results (so no part of a sweep), and not made for its trace."""
+    folder, run = pair
+    return run.spec.alpha != run.spec.system.alpha, len(folder.parts), run.spec.trace != "off", str(folder)
+
+
 def trace_sets(found: Sequence[tuple[Path, Run]]) -> list[TraceSet]:
-    """The traced proxy runs among `found`, one for each system and task: of several the one with the shortest
-    folder name, so a run in its default place rather than a part of a sweep."""
+    """The traced proxy runs among `found`, one for each system and task."""
     chosen: dict[tuple[str, str], tuple[Path, Run]] = {}
-    for folder, run in sorted(found, key=lambda pair: (len(pair[0].parts), str(pair[0]))):
+    for folder, run in sorted(found, key=plainness):
         if run.spec.role == "proxy" and not run.spec.forced and (folder / TRACE).exists():
             chosen.setdefault((run.spec.system.name, run.spec.task), (folder, run))
     return [TraceSet(folder, run, _others(run, found)) for folder, run in chosen.values()]
@@ -63,7 +69,7 @@ def _others(proxy: Run, found: Sequence[tuple[Path, Run]]) -> dict[Role, tuple[P
         and run.headline == proxy.headline
     ]
     for folder, run in sorted(
-        same, key=lambda pair: (pair[1].spec.data_sha256 != proxy.spec.data_sha256, len(pair[0].parts))
+        same, key=lambda pair: (pair[1].spec.data_sha256 != proxy.spec.data_sha256, plainness(pair))
     ):
         near.setdefault(run.spec.role, (folder, run))
     return near

@@ -444,3 +444,24 @@ def test_reports_load_no_model() -> None:
     code = "import sys, proxytune.report_html\nprint({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_tables_are_of_runs_that_belong_together(tmp_path: Path) -> None:
+    rows = [example(0, "x", True)]
+    few = {"limit": 20, "data_sha256": "2" * 64}
+    for role in ("base", "proxy", "tuned"):
+        put(
+            tmp_path / "s" / "gsm" / role / "limit=20-1",
+            run(role, {"proxy": 0.6}.get(role, 0.5), **few),
+            rows,
+        )
+    for alpha in ("0", "0.5"):
+        other = run("proxy", 0.1, alpha=parse_alpha(alpha), **few)
+        put(tmp_path / "s" / "gsm" / "proxy" / "a" / f"alpha={alpha}", other, rows)
+    put(tmp_path / "s" / "gsm" / "base" / "forced", run("base", 0.3, forced=" So", **few), rows)
+    put(tmp_path / "s" / "gsm" / "expert" / "limit=30-1", run("expert", 0.7, data_sha256="3" * 64), rows)
+    inputs = Report.read(tmp_path).inputs
+    assert [(row.label, row.score.value) for row in inputs.rows] == [
+        ("base", 0.5), ("base, opener forced", 0.3), ("proxy", 0.6), ("tuned", 0.5),
+    ]  # fmt: skip
+    assert inputs.others == 3
