@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from proxytune import report_charts as charts
+from proxytune.analysis import published
 from proxytune.analysis_positions import Agreement, AgreementRow, PositionRow, Positions
 from proxytune.analysis_tokens import Equations, NgramRow, Ngrams
 from proxytune.records import Metric
@@ -17,6 +18,8 @@ MANY = 80
 SINGLE = 32
 """The first positions, which are shown one by one even then."""
 TOKENS_DRAWN, TOKENS_LISTED = 15, 60
+LABELLED = 330
+"""Width of a drawing with words to its right."""
 AtPositions = TypeVar("AtPositions", PositionRow, AgreementRow)
 
 
@@ -64,18 +67,9 @@ def positions_figures(found: Positions) -> list[Figure]:
     changed = _data(shown, lambda row: row.changed, 100, "changed", "%")
     shift = _data(shown, lambda row: row.shift, 100, "mean shift", " points")
     y = charts.axis("value", "first choices changed, %", domain=[0, 100])
-    own, end = 100 * found.changed.value, changed[-1]["at"]
+    own = 100 * found.changed.value
     theirs = None if found.paper_changed is None else 100 * found.paper_changed
-    over_all = [charts.level(own, y, "proxy")]
-    side: charts.Side = "below" if theirs is not None and theirs > own else "above"
-    told = [{"at": end, "value": own, "text": f"all tokens {own:.1f}%"}]
-    labels = [charts.words(told, x, y, "proxy", side, align="right", dy=4 if side == "below" else -4)]
-    if theirs is not None:
-        over_all.append(charts.level(theirs, y, "published"))
-        other: charts.Side = "above" if side == "below" else "below"
-        told = [{"at": end, "value": theirs, "text": f"paper, 13B: {theirs:.1f}%"}]
-        dy = -4 if other == "above" else 4
-        labels.append(charts.words(told, x, y, "published", other, align="right", dy=dy))
+    over_all = _levels(own, theirs, y)
     band_y = charts.axis("value", "mean shift of the token, points")
     table = _position_table(f"{task}: by position", shown)
     return [
@@ -84,7 +78,13 @@ def positions_figures(found: Positions) -> list[Figure]:
             title=f"{task}: how often the proxy chooses another token than the base",
             caption=f"{found.tokens} tokens of {found.source.n} responses; the area is a 95% interval",
             table=table,
-            layers=(*over_all, *labels, *_banded(changed, x, y, "proxy")),
+            layers=(
+                *over_all,
+                *_published_curve(task, changed[-1]["at"], x, y),
+                *_banded(changed, x, y, "proxy"),
+            ),
+            width=LABELLED,
+            system=found.source.system,
         ),
         Figure(
             name=f"positions-shift-{task}",
@@ -92,8 +92,41 @@ def positions_figures(found: Positions) -> list[Figure]:
             caption="p(proxy) - p(base) of the chosen token, in percentage points; 95% interval of the mean",
             table=table,
             layers=tuple(_banded(shift, x, band_y, "proxy")),
+            system=found.source.system,
         ),
     ]
+
+
+def _levels(own: float, theirs: float | None, y: Any) -> list[charts.Layer]:
+    """Dashed lines at our share and at the paper's, named to the right of the drawing."""
+    named = [("proxy", own, f"all: {own:.1f}%")]
+    if theirs is not None:
+        named.append(("published", theirs, f"paper, 13B: {theirs:.1f}%"))
+    named.sort(key=lambda level: level[1])
+    near = theirs is not None and abs(theirs - own) < 7
+    layers: list[charts.Layer] = []
+    for i, (color, value, text) in enumerate(named):
+        layers.append(charts.level(value, y, color))
+        dy = (6 if i == 0 else -6) if near else 0
+        told = [{"value": value, "text": text}]
+        layers.append(charts.words(told, {"value": LABELLED}, y, color, "right", dx=5, dy=dy))
+    return layers
+
+
+def _published_curve(task: str, last: float, x: Any, y: Any) -> list[charts.Layer]:
+    """The paper's curve, which it draws for one task, as far as ours goes."""
+    drawn = published("changed_top1")["by_position"]
+    if task != drawn["task"]:
+        return []
+    data = [
+        {
+            "at": at, "value": 100 * share,
+            "label": f"paper, 13B, read off its plot; position {at}; about {100 * share:.0f}%",
+        }
+        for at, share in drawn["points"]
+        if at <= last
+    ]  # fmt: skip
+    return [charts.line(data, x, y, "published", dashed=True), charts.hollow(data, x, y)]
 
 
 def _data(
@@ -182,6 +215,7 @@ def ngrams_figure(found: Ngrams, task: str) -> Figure | None:
         layers=(charts.intervals(data, x, y, "proxy", along="x"), charts.points(data, x, y, "proxy")),
         height=22 * len(rows),
         width=350,
+        system="" if found.source is None else found.source.system,
     )
 
 
@@ -256,6 +290,7 @@ def equations_figure(found: Equations) -> Figure | None:
         layers=tuple(layers),
         height=52 * len(rows),
         width=330,
+        system=found.source.system,
     )
 
 
@@ -302,6 +337,7 @@ def agreement_figures(found: Agreement) -> list[Figure]:
             f"{found.paper_first_step['base']})",
             table=table,
             layers=tuple(layers),
+            system=found.source.system,
         ),
         Figure(
             name=f"agreement-same-{task}-{found.source.role}",
@@ -310,6 +346,7 @@ def agreement_figures(found: Agreement) -> list[Figure]:
             f"{100 * found.same_base.value:.1f}%; areas are 95% intervals",
             table=table,
             layers=tuple(same),
+            system=found.source.system,
         ),
     ]
 

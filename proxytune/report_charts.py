@@ -8,7 +8,7 @@ variables of its colour scheme.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from proxytune.errors import needs_extra
@@ -19,7 +19,7 @@ Layer = dict[str, Any]
 Side = Literal["right", "left", "above", "below"]
 
 COLORS = {
-    "base": "#6f7881", "antiexpert": "#a0568a", "expert": "#b86e00", "proxy": "#0068a8", "tuned": "#00805c",
+    "base": "#5f6871", "antiexpert": "#9a5084", "expert": "#9a5c00", "proxy": "#0068a8", "tuned": "#007a58",
     "published": "#59636d", "ink": "#1b2126", "muted": "#59636c", "rule": "#e3e5e4", "card": "#ffffff",
 }  # fmt: skip
 """One colour per name and no two the same: the light values of report.css."""
@@ -69,8 +69,8 @@ class Figure:
     layers: tuple[Layer, ...]
     width: int = WIDTH
     height: int = HEIGHT
-    extra: dict[str, Any] = field(default_factory=dict)
-    """More keys of the Vega-Lite specification."""
+    system: str = ""
+    """The system that it is of; told in the title where a page shows several."""
 
 
 def rows_of(cells: Sequence[Sequence[str]]) -> tuple[TableRow, ...]:
@@ -229,7 +229,6 @@ def _drawn(figure: Figure, background: str | None) -> str:
         "config": _CONFIG,
         "padding": 4,
         "background": background,
-        **figure.extra,
     }
     found: str = vl_convert.vegalite_to_svg(specification, vl_version="5.20", allowed_base_urls=[])
     return found

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,12 @@ class Report:
         """The report on the runs under `root`. UserError where there is none, or vl-convert is missing."""
         needs_extra("the report with figures", "vl_convert", "report")
         inputs = read_inputs(root)
-        return cls(inputs, tuple(sections(inputs)))
+        return cls(inputs, tuple(distinct(sections(inputs))))
 
     @property
     def figures(self) -> list[Figure]:
-        """All figures, each once."""
-        found = [figure for section in self.sections for part in section.parts for figure in part.figures]
-        return list({figure.name: figure for figure in found}.values())
+        """All figures."""
+        return [figure for section in self.sections for part in section.parts for figure in part.figures]
 
     def write_html(self, path: Path) -> None:
         """Write the page."""
@@ -91,6 +91,28 @@ class Report:
             hashes=f"{_hash(early)} {_hash(js)}",
             data=embedded(token_data(self.inputs.sets)),
         )
+
+
+def distinct(found: Sequence[Section]) -> list[Section]:
+    """The sections with figures of different names; where they are of several systems, the titles say of
+    which."""
+    systems = {figure.system for one in found for part in one.parts for figure in part.figures} - {""}
+    taken = set[str]()
+
+    def named(figure: Figure) -> Figure:
+        title = figure.title
+        if figure.system and len(systems) > 1:
+            title = visible(f"{figure.system}, {title}")
+        name = next(
+            name for k in count(1) if (name := figure.name if k == 1 else f"{figure.name}-{k}") not in taken
+        )
+        taken.add(name)
+        return replace(figure, name=name, title=title)
+
+    return [
+        replace(one, parts=tuple(replace(p, figures=tuple(named(f) for f in p.figures)) for p in one.parts))
+        for one in found
+    ]
 
 
 def asset(name: str) -> str:

@@ -11,6 +11,8 @@ from proxytune.report import percent, role_rows, size
 from proxytune.report_charts import Table, rows_of
 
 Found = Sequence[tuple[Path, Run]]
+LISTED = 25
+"""Runs up to which their table is open."""
 
 
 def cost_table(root: Path, found: Found) -> Table:
@@ -31,7 +33,9 @@ def cost_table(root: Path, found: Found) -> Table:
         "folder", "as", "alpha", "examples", "score", "seconds", "tokens", "tokens / s", "memory",
         "preemptions", "sessions", "started (UTC)",
     )  # fmt: skip
-    return Table(f"{len(found)} runs: cost and speed", columns, rows_of(cells), words=3)
+    return Table(
+        f"{len(found)} runs: cost and speed", columns, rows_of(cells), words=3, folded=len(found) > LISTED
+    )
 
 
 def systems_table(found: Found) -> Table:

@@ -33,6 +33,7 @@ def sweep_figures(found: Sweep) -> list[Figure]:
             _against(
                 numbers, lambda p: p.value, x, lambda p: p.score, found.metric,
                 name=f"alpha-{task}", title=f"{task}: score against alpha", table=sweep_table(found),
+                system=found.source.system,
                 caption=f"{numbers[0].n} examples; the area is a 95% interval; alpha 0 is the base alone",
             )
         )  # fmt: skip
@@ -52,6 +53,7 @@ def _against(
     title: str,
     caption: str,
     table: Table,
+    system: str,
     control: tuple[str, Metric] | None = None,
 ) -> Figure:
     """A metric of the points, with its interval; `control` is a level that another run has."""
@@ -83,7 +85,7 @@ def _against(
         charts.line(data, x, y, "proxy"),
         charts.points(data, x, y, "proxy"),
     ]
-    return Figure(name=name, title=title, caption=caption, table=table, layers=tuple(layers))
+    return Figure(name=name, title=title, caption=caption, table=table, layers=tuple(layers), system=system)
 
 
 def trade_off_figure(found: Sweep) -> Figure:
@@ -130,6 +132,7 @@ def trade_off_figure(found: Sweep) -> Figure:
         caption=told + "hollow: the paper's ten points (13B); the numbers are alphas",
         table=Table("Truth and information", ("who", "alpha", "true, %", "informative, %"), rows_of(cells)),
         layers=tuple(layers),
+        system=found.source.system,
     )
 
 
@@ -158,6 +161,7 @@ def skip_figures(found: Skip) -> list[Figure]:
             found.points, lambda p: "all" if p.until is None else str(p.until), x,
             lambda p: getattr(p, kind), what,
             name=f"skip-{kind}-{task}", title=title, caption=caption, table=table, control=told,
+            system=found.source.system,
         )  # fmt: skip
 
     return [
@@ -191,7 +195,7 @@ def failure_tables(found: Failures) -> list[Table]:
         if items:
             cells = [
                 tuple(
-                    clipped(text, SHOWN)
+                    clipped(text.strip(), SHOWN)
                     for text in (item.id, item.question, item.answer, item.first, item.second)
                 )
                 for item in items[:LISTED]

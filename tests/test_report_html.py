@@ -465,3 +465,53 @@ def test_tables_are_of_runs_that_belong_together(tmp_path: Path) -> None:
         ("base", 0.5), ("base, opener forced", 0.3), ("proxy", 0.6), ("tuned", 0.5),
     ]  # fmt: skip
     assert inputs.others == 3
+
+
+def test_two_systems_have_figures_of_their_own(tmp_path: Path) -> None:
+    for system in ("one", "two"):
+        traced = run("proxy", 0.8, system=system, trace="tokens")
+        put(tmp_path / system / "gsm" / "proxy", traced, [example(0, "x", True)], [tokens_for(0)])
+    figures = {figure.name: figure.title for figure in Report.read(tmp_path).figures}
+    assert figures["positions-shift-gsm"].startswith("one, gsm: how far")
+    assert figures["positions-shift-gsm-2"].startswith("two, gsm: how far")
+
+
+def test_text_has_enough_contrast_in_both_schemes() -> None:
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    schemes = re.findall(r":root[^{]*\{([^}]*)\}", report_html.asset("report.css"))[:2]
+    for scheme in schemes:
+        colors = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", scheme))
+        for name in (
+            "ink",
+            "muted",
+            "base",
+            "antiexpert",
+            "expert",
+            "proxy",
+            "tuned",
+            "published",
+            "good",
+            "bad",
+        ):
+            for behind in ("paper", "card", "soft"):
+                low, high = sorted((luminance(colors[name]), luminance(colors[behind])))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (name, behind)
+    light = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", schemes[0]))
+    assert light.items() >= COLORS.items() - {("published", COLORS["published"])}
+
+
+def test_the_papers_curve_is_drawn_for_its_task(tmp_path: Path) -> None:
+    traced = run("proxy", 0.8, task="alpaca_farm", trace="tokens")
+    put(
+        tmp_path / "s" / "alpaca_farm" / "proxy",
+        traced,
+        [example(0, "x", True)],
+        [[token("a", 0.5, 0.6)] * 90],
+    )
+    figures = {figure.name: figure for figure in Report.read(tmp_path).figures}
+    drawn = svg(figures["positions-changed-alpaca_farm"])
+    assert drawn.count("paper, 13B, read off its plot; position") == 6
