@@ -63,7 +63,7 @@ EQUATIONS = [
     ("2|+|3|=|5|+|1|=|6", "3+21+5", "5+16", "2+3", "5+16"),  # the middle counts twice, or once
     (" $|1|,|0|0|0| x| 2| =| |2|0|0|0|.", " 2 x000,1 $", " 2000", " $1,000 x 2", "2000"),  # a lone space
     (" (|1|.|5|+|2|)|*|2|=|7|.|5|.", "2*", "7", " (1.5+2)*2", "7.5"),  # points and brackets
-    ("1|,$|2|=|3", "2,$1", "3", "", "3"),  # a piece that is a substring of the symbols
+    ("1|,$|2|=|3", "2,$1", "3", "", ""),  # a piece that is a substring of the symbols
     ("x| =| 5", "x", " 5", "", ""),  # an unknown is no number; the letter x is a symbol of the paper's
     ("A|4|=|5", "4", "5", "", ""),
     (" 3|.| |4|+|5|=|9", "5+4 ", "9", "4+5", "9"),  # a sentence that ends in a number

@@ -214,11 +214,11 @@ def test_bad_alphas_are_refused_before_anything_is_written(system: System, tmp_p
 def test_kill_9_loses_nothing(yaml: Path, system: System, models: Models, tmp_path: Path) -> None:
     """Killed again and again at any moment, the sweep ends as one that was left alone."""
     sampling = Sampling(max_new_tokens=24)
-    options = run.Options(sampling=sampling, limit=60)
+    options = run.Options(sampling=sampling, limit=40)
     whole, _ = run_sweep.sweep(
         system, "gsm", ALPHAS, options, out=tmp_path / "w", resources=QUIET, models=models
     )
-    command = ["sweep-alpha", "gsm", "--system", str(yaml), "--alphas", "0:2:0.5,first:4", "--limit", "60"]
+    command = ["sweep-alpha", "gsm", "--system", str(yaml), "--alphas", "0:2:0.5,first:4", "--limit", "40"]
     command += ["--max-new-tokens", "24", "--batch", "16", "--out", str(tmp_path / "k")]
     code = f"from proxytune.cli import app; app({command!r})"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -229,7 +229,7 @@ def test_kill_9_loses_nothing(yaml: Path, system: System, models: Models, tmp_pa
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
             now = sum(1 for path in (tmp_path / "k").rglob("predictions.jsonl") for _ in path.open())
-            if now > stored + 40:
+            if now > stored + 60:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
                 break
