@@ -11,6 +11,7 @@ from proxytune.records import Metric
 from proxytune.report import ORDER, RoleRow, percent, size, stored_percent
 from proxytune.report_charts import Figure, Table, TableRow
 from proxytune.report_text import visible
+from proxytune.report_tokens import LOWER_IS_BETTER
 
 PAPER_TASKS = {"codex_humaneval": "humaneval"}
 """The paper's repository's names of tasks that we call otherwise."""
@@ -259,7 +260,8 @@ def price_figure(rows: Sequence[RoleRow], what: Literal["memory", "time"]) -> Fi
     return Figure(
         name=f"price-{what}-{task}",
         title=f"{task}: score against {'memory' if what == 'memory' else 'time'}",
-        caption="up and to the left is better; lines are 95% intervals",
+        caption=f"{'down' if task in LOWER_IS_BETTER else 'up'} and to the left is better; "
+        "lines are 95% intervals",
         table=table,
         layers=tuple(layers),
     )

@@ -133,7 +133,7 @@ def test_the_scheduler_needs_no_torch() -> None:
 
 def test_reports_need_no_models() -> None:
     """`report` and `analysis` run on a laptop: nothing that they reach loads a model."""
-    for start in ("report", "analysis"):
+    for start in ("report", "report_html", "analysis"):
         reached, todo = set[str](), [start] if start in graph() else []
         while todo:
             module = todo.pop()

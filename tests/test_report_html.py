@@ -324,6 +324,8 @@ def test_figures_have_axes_with_units_intervals_and_tooltips(made: Report) -> No
         "100 ex", "12 ex"
     )
     assert "memory of weights and KV cache, MB" in drawn["price-memory-gsm"]
+    better = {f.name: f.caption.split()[0] for f in made.figures if f.name.startswith("price-time")}
+    assert better == {"price-time-gsm": "up", "price-time-toxigen": "down"}
     assert "position in the response, tokens" in drawn["positions-changed-gsm"]
     assert "paper, 13B: 13.5%" in drawn["positions-changed-gsm"]
     assert ">alpha<" in drawn["alpha-gsm"] and "alpha 0.5; exact_match" in drawn["alpha-gsm"]
