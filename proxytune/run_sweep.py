@@ -110,7 +110,7 @@ def sweep(
     are not run again. `judge` is given the folder of every finished run and returns the judged run. Raises
     UserError as `plan` and `RunFolder.open` do, and KeyboardInterrupt with the line that says what is kept.
     """
-    resources = resources or Resources()
+    resources, own_models = resources or Resources(), models or Models(system)
     for alpha in alphas:
         alpha.check(allow_negative=options.allow_negative_alpha)
     job = plan(system, task, "proxy", dataclasses.replace(options, alpha=None))
@@ -134,10 +134,11 @@ def sweep(
         if runs:
             progress.note(f"{len(runs)} of {len(jobs)} alphas in '{folder}' are done already")
         if parts:
-            _decode(parts, job, folder, models or Models(system), resources, progress)
+            _decode(parts, job, folder, own_models, resources, progress)
         runs |= {part.alpha: part.session.finish() for part in parts}
     done = [runs[alpha] for alpha in alphas]
     if judge is not None:
+        own_models.release(keep=[])  # a judge may be a large model as well
         done = [judge(folder / run_name(alpha)) for alpha in alphas]
     return folder, done
 
