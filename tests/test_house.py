@@ -70,7 +70,18 @@ def test_every_dependency_is_constrained() -> None:
 
 def test_make_help_lists_the_targets() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("setup", "demo", "test", "check", "check-all", "fix", "report", "demo-models", "demo-report", "clean"):
+    for target in (
+        "setup",
+        "demo",
+        "test",
+        "check",
+        "check-all",
+        "fix",
+        "report",
+        "demo-models",
+        "demo-report",
+        "clean",
+    ):
         assert re.search(rf"make {target} ", shown), target
 
 
