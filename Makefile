@@ -2,6 +2,7 @@
 # PYTHON       the interpreter that makes .venv
 # TORCH        which torch to install
 # SYSTEM       the system that a reproduce target runs in place of the paper's (demo), ARGS its other options
+# QUESTIONS    items per task in demo-report
 # TORCH_INDEX  where from, for another build than the one on PyPI:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
@@ -9,19 +10,28 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 SYSTEM ?=
 ARGS ?=
+QUESTIONS ?= 200
 BIN := .venv/bin
 STAMP := .venv/installed
+REPORT := results/demo-report
+ALPHAS := 0:2:0.2
+LATE_SKIP := first:1,first:2,first:4,first:8,first:16,first:32
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
 RECIPES := reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5
-.PHONY: help setup demo test check check-all fix report bench reproduce-table12 demo-models clean $(RECIPES)
+ANALYSES := reproduce-table6 reproduce-fig2 reproduce-positions reproduce-equations
+.PHONY: help setup demo demo-report test check check-all fix report bench reproduce-table12 demo-models clean \
+	$(RECIPES) $(ANALYSES)
 
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  make reproduce-table2, -table3, -table4, -table5'
 	@echo '                    a table of the paper: says what it downloads, needs and costs, then runs it;'
 	@echo '                    SYSTEM=demo runs it on the demo system, ARGS="--yes --limit 50" gives options'
+	@echo '  make reproduce-table6, -fig2, -positions, -equations'
+	@echo '                    an analysis of the paper: runs what it needs and prints it beside the published'
+	@echo '                    figures; SYSTEM and ARGS as above'
 
 setup: $(STAMP)  ## .venv with torch and proxytune, once
 
@@ -35,6 +45,16 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup  ## the main job on the embedded demo system: the table of roles with the gap closed
 	$(BIN)/proxytune demo
+
+demo-report: setup  ## roles, sweeps and analyses of the demo system as one page: results/demo-report/report.html
+	$(BIN)/proxytune demo --limit $(QUESTIONS) --out $(REPORT)
+	set -e; for task in gsm truthfulqa; do \
+	  for as in proxy tuned; do \
+	    $(BIN)/proxytune eval $$task --as $$as --limit $(QUESTIONS) --trace agreement --out $(REPORT)/demo/$$task/$$as/traced; \
+	  done; \
+	  $(BIN)/proxytune sweep-alpha $$task --limit $(QUESTIONS) --alphas $(ALPHAS),$(LATE_SKIP) --out $(REPORT)/demo/$$task/proxy/sweep; \
+	done
+	$(BIN)/proxytune report $(REPORT) --html $(REPORT)/report.html
 
 test: setup check  ## set up, then everything that `check` does
 
@@ -65,6 +85,33 @@ bench: setup  ## time decoding on the CPU and write the tables in benchmarks/REA
 
 reproduce-table12: setup  ## the paper's runtime table on the demo and a random trio, its own figures beside it
 	$(BIN)/python benchmarks/decode.py --device cpu --only table12
+# The analyses of the paper with its 13B chat system, or with SYSTEM. Runs continue where they stopped.
+PAPER := $(or $(SYSTEM),llama2-13b-chat)
+RUNS := results/analyses/$(notdir $(basename $(PAPER)))
+IS_DEMO := $(filter demo,$(PAPER))
+# what the demo lacks: long texts (100 occurrences of a token), judges, the other tasks
+MIN_COUNT := $(if $(IS_DEMO),5,100)
+JUDGE := $(if $(IS_DEMO),none,default)
+POSITION_TASKS := $(if $(IS_DEMO),gsm truthfulqa,alpaca_farm toxigen gsm truthfulqa)
+
+reproduce-table6: setup
+	$(BIN)/proxytune eval truthfulqa --system $(PAPER) --trace --judge none --out $(RUNS)/truthfulqa $(ARGS)
+	$(BIN)/proxytune analyze ngrams $(RUNS)/truthfulqa --min-count $(MIN_COUNT)
+	$(BIN)/proxytune analyze ngrams $(RUNS)/truthfulqa --words paper
+
+reproduce-fig2: setup
+	$(BIN)/proxytune sweep-alpha truthfulqa --system $(PAPER) --alphas $(ALPHAS) --judge $(JUDGE) --out $(RUNS)/sweep $(ARGS)
+
+reproduce-positions: setup
+	set -e; for task in $(POSITION_TASKS); do \
+	  judge=$$(test $$task = gsm || echo --judge none); \
+	  $(BIN)/proxytune eval $$task --system $(PAPER) --trace $$judge --out $(RUNS)/$$task $(ARGS); \
+	  $(BIN)/proxytune analyze positions $(RUNS)/$$task; \
+	done
+
+reproduce-equations: setup
+	$(BIN)/proxytune eval gsm --system $(PAPER) --trace --out $(RUNS)/gsm $(ARGS)
+	$(BIN)/proxytune analyze equations $(RUNS)/gsm
 
 demo-models: setup  ## train the demo models anew (minutes to tens of minutes on 2 cores)
 	$(BIN)/python -m proxytune.demo_build

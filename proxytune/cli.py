@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from proxytune import __version__
+from proxytune.cli_analyze import analyze
 from proxytune.cli_options import (
     AllowCode,
     Alpha,
+    Alphas,
     As,
     AsOrAll,
     Batch,
     CodePython,
     Data,
+    Drafter,
     Json,
     JudgeName,
     KvMemory,
@@ -38,6 +41,8 @@ from proxytune.cli_options import (
     Seed,
     Shots,
     ShotsFrom,
+    Speculate,
+    SweepOut,
     SystemName,
     TaskName,
     Temperature,
@@ -48,6 +53,7 @@ from proxytune.cli_options import (
     Vocab,
     Yes,
 )
+from proxytune.cli_recipes import reproduce
 from proxytune.errors import UserError
 
 
@@ -137,6 +143,8 @@ def generate(
     ] = False,
     batch: Batch = None,
     kv_memory: KvMemory = None,
+    speculate: Speculate = "auto",
+    drafter: Drafter = None,
     vocab: Vocab = None,
     allow_negative_alpha: Negative = False,
     trust_remote_code: RemoteCode = False,
@@ -166,13 +174,28 @@ def generate(
         sampling,
         batch=batch,
         kv_memory=None if kv_memory is None else cli_run.parse_size(kv_memory),
+        speculate=speculate,
+        drafter=drafter,
         allow_negative_alpha=allow_negative_alpha,
         trust_remote_code=trust_remote_code,
     )
     cli_generate.generate(made, asked, compare=compare, json_only=json)
 
 
-@app.command("eval")
+class TraceCommand(TyperCommand):
+    """A command whose `--trace` may stand without its value, `tokens`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Say the value where it was left out."""
+        said: list[str] = []
+        for argument, after in zip(args, [*args[1:], ""], strict=True):
+            said.append(argument)
+            if argument == "--trace" and after not in ("tokens", "agreement"):
+                said.append("tokens")
+        return super().parse_args(ctx, said)
+
+
+@app.command("eval", cls=TraceCommand)
 def evaluate(
     task: TaskName,
     system: SystemName = "demo",
@@ -184,7 +207,7 @@ def evaluate(
     shots_from: ShotsFrom = None,
     out: Out = None,
     mode: ModeName = "generate",
-    trace: Trace = False,
+    trace: Trace = None,
     seed: Seed = 0,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
@@ -192,6 +215,8 @@ def evaluate(
     top_k: TopK = None,
     batch: Batch = None,
     kv_memory: KvMemory = None,
+    speculate: Speculate = "auto",
+    drafter: Drafter = None,
     vocab: Vocab = None,
     allow_negative_alpha: Negative = False,
     trust_remote_code: RemoteCode = False,
@@ -222,17 +247,80 @@ def evaluate(
         shots=shots,
         shots_from=shots_from,
         out=out,
-        trace=trace,
+        trace=cli_run.read_trace(trace),
         mode=mode,
         seed=seed,
         batch=batch,
         kv_memory=kv_memory,
+        speculate=speculate,
+        drafter=drafter,
         allow_negative_alpha=allow_negative_alpha,
         trust_remote_code=trust_remote_code,
         code=cli_run.Code(allow_code_execution, sandbox, code_python),
     )
     judging = cli_judge.Request(judge=judge, yes=yes, max_cost=max_cost, price=price, seed=seed)
     cli_judge.evaluate(cli_run.read_system(system, vocab), asked, judging, json_only=json)
+
+
+@app.command("sweep-alpha")
+def sweep_alpha(
+    task: TaskName,
+    alphas: Alphas,
+    system: SystemName = "demo",
+    data: Data = None,
+    limit: Limit = None,
+    shots: Shots = 0,
+    shots_from: ShotsFrom = None,
+    out: SweepOut = None,
+    mode: ModeName = "generate",
+    seed: Seed = 0,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    batch: Batch = None,
+    kv_memory: KvMemory = None,
+    speculate: Speculate = "auto",
+    drafter: Drafter = None,
+    vocab: Vocab = None,
+    allow_negative_alpha: Negative = False,
+    trust_remote_code: RemoteCode = False,
+    allow_code_execution: AllowCode = False,
+    judge: JudgeName = None,
+    yes: Yes = False,
+    max_cost: MaxCost = None,
+    price: Price = None,
+    json: Json = False,
+) -> None:
+    """Evaluate the proxy under many alphas at once: models are loaded once, and the alphas of an example
+    share its prompt. An interrupted sweep is continued by the same command.
+
+    Example: proxytune sweep-alpha truthfulqa --system demo --alphas 0:2:0.2 --limit 100
+    """
+    from proxytune import cli_judge, cli_run, cli_sweep
+
+    changed = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    asked = cli_run.Request(
+        task=task,
+        as_="proxy",
+        alpha=None,
+        changed={name: value for name, value in changed.items() if value is not None},
+        data=data,
+        limit=limit,
+        shots=shots,
+        shots_from=shots_from,
+        out=out,
+        trace="off",
+        mode=mode,
+        seed=seed,
+        batch=batch,
+        kv_memory=kv_memory,
+        speculate=speculate,
+        drafter=drafter,
+        allow_negative_alpha=allow_negative_alpha,
+        trust_remote_code=trust_remote_code,
+        code=cli_run.Code(allow_code_execution, "auto", None),
+    )
+    judging = cli_judge.Request(judge=judge, yes=yes, max_cost=max_cost, price=price, seed=seed)
+    cli_sweep.sweep(cli_run.read_system(system, vocab), alphas, asked, judging, json_only=json)
 
 
 @app.command()
@@ -307,6 +395,13 @@ def export(
 @app.command()
 def report(
     results: Annotated[Path, typer.Argument(help="A folder of results.")] = Path("results"),
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write one page that needs nothing else: tables, curves, tokens."),
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write every figure as an SVG file into this folder.")
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of tables.")] = False,
     write: Annotated[
         bool,
@@ -321,71 +416,23 @@ def report(
         bool, typer.Option("--show-hateful", help="Show ToxiGen's texts, which are hidden otherwise.")
     ] = False,
 ) -> None:
-    """The stored runs as tables: score, gap closed, memory and time per token of every role, and the paper's
-    tables with our figures beside its own.
+    """The stored runs as tables (score, gap closed, memory and time per token of every role, and the paper's
+    tables with our figures beside its own), or as a page with figures and a token-level view.
 
-    Example: proxytune report results --markdown
+    Example: proxytune report results --html report.html
     """
-    from proxytune import cli_show
+    from proxytune import cli_report, cli_show
 
     asked = cli_show.ReportRequest(
         markdown=markdown, write=write, examples=examples, show_hateful=show_hateful
     )
-    cli_show.report(results, asked)
+    if html is not None or figures is not None:
+        cli_report.report(results, asked, html=html, figures=figures)
+    else:
+        cli_show.report(results, asked)
 
 
-@app.command()
-def reproduce(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="table2, table3, table4 or table5.")],
-    system: Annotated[
-        str | None,
-        typer.Option("--system", "-s", metavar="S", help="Run this system in place of the paper's."),
-    ] = None,
-    path: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=DIR", help="Where a model lies that nobody published (can be repeated)."),
-    ] = None,
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out the lines whose models are missing.")
-    ] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Print what it takes, and do nothing.")] = False,
-    limit: Limit = None,
-    out: Annotated[Path, typer.Option(help="The folder of results.")] = Path("results"),
-    judge: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TASK=MODEL", help="Who judges a task, as for eval --judge (can be repeated)."),
-    ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Agree to the downloads and the judges' cost.")] = False,
-    max_cost: MaxCost = None,
-    price: Price = None,
-    batch: Batch = None,
-    kv_memory: KvMemory = None,
-    allow_code_execution: AllowCode = False,
-    sandbox: SandboxName = "auto",
-    code_python: CodePython = None,
-    json: Json = False,
-) -> None:
-    """Reproduce a table of the paper: print what it downloads, needs and costs, run it, and show our figures
-    beside the paper's. What is finished is kept; the same command continues.
-
-    Example: proxytune reproduce table2 --system demo
-    """
-    from proxytune import cli_judge, cli_reproduce, cli_run
-    from proxytune.reproduce import Choice
-
-    paths = cli_reproduce.named(path or (), "--path", "NAME=DIR")
-    asked = cli_reproduce.Request(
-        recipe=recipe,
-        choice=Choice(system, {name: Path(place) for name, place in paths.items()}, skip_missing),
-        judges=cli_reproduce.named(judge or (), "--judge", "TASK=MODEL"),
-        judging=cli_judge.Request(yes=yes, max_cost=max_cost, price=price),
-        limit=limit,
-        out=out,
-        batch=batch,
-        kv_memory=kv_memory,
-        code=cli_run.Code(allow_code_execution, sandbox, code_python),
-    )
-    cli_reproduce.reproduce(asked, plan_only=plan, json_only=json)
+app.command()(reproduce)
 
 
 @app.command()
@@ -408,3 +455,6 @@ def systems(json: Json = False) -> None:
     from proxytune import cli_show
 
     cli_show.systems(json_only=json)
+
+
+app.add_typer(analyze, name="analyze")

@@ -17,6 +17,7 @@ from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.records import Completion, Example, Prompt, TracedToken
 from proxytune.run import alpha_for
+from proxytune.speculate import speculation
 
 CHANGED = "bold reverse"
 
@@ -32,6 +33,8 @@ class Request:
     batch: int | None
     kv_memory: int | None
     """Bytes for the KV pools of all models."""
+    speculate: str
+    drafter: str | None
     allow_negative_alpha: bool
     trust_remote_code: bool
 
@@ -45,7 +48,13 @@ class Request:
 
     def decoder(self, models: Models, role: Role) -> Decoder:
         """The decoder of a role; says on stderr what a user should know about its models."""
-        made = Decoder(models, role, max_batch=self.batch, kv_memory=self.kv_memory)
+        made = Decoder(
+            models,
+            role,
+            max_batch=self.batch,
+            kv_memory=self.kv_memory,
+            speculation=speculation(self.speculate, self.drafter),
+        )
         for note in made.notes():
             print(f"note: {note}", file=sys.stderr)
         return made

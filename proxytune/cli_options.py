@@ -1,4 +1,4 @@
-"""The options that several commands share, each with its help text."""
+"""The arguments and options that commands share, each declared once."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ AsOrAll = Annotated[str, typer.Option("--as", help="base, expert, antiexpert, tu
 Alpha = Annotated[
     str | None,
     typer.Option(help="0 to 10, or first:N, warmup:N, linear:FROM:TO:N. Default: the system's."),
+]
+Alphas = Annotated[
+    str,
+    typer.Option(metavar="ALPHAS", help="FROM:TO:STEP, or a list of what --alpha takes: 0,0.5,first:4,1."),
 ]
 Negative = Annotated[
     bool,
@@ -44,6 +48,18 @@ Batch = Annotated[
 KvMemory = Annotated[
     str | None, typer.Option(help="Memory for the KV caches, e.g. 4GB. Default: what is free.")
 ]
+Speculate = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|off|K",
+        help="Let the expert draft tokens that the others verify together: by measurement, never, or K at a "
+        "time. The tokens are the same.",
+    ),
+]
+Drafter = Annotated[
+    str | None,
+    typer.Option(metavar="EXPERT", help="Which of several experts drafts: expert (default), expert2, ..."),
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -56,10 +72,21 @@ Limit = Annotated[int | None, typer.Option(help="Only the first N items.")]
 Shots = Annotated[int, typer.Option(help="Few-shot items before each question.")]
 ShotsFrom = Annotated[str | None, typer.Option(metavar="FILE", help="Draw few-shot items from this file.")]
 Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: results/<system>/<task>/<as>/.")]
+SweepOut = Annotated[
+    Path | None, typer.Option(help="The sweep's folder. Default: results/<system>/<task>/proxy/sweep/.")
+]
 ModeName = Annotated[
     str, typer.Option(help="generate, or likelihood: compare given answers by their log-probabilities.")
 ]
-Trace = Annotated[bool, typer.Option("--trace", help="Store every token's probability under each role.")]
+Trace = Annotated[
+    str | None,
+    typer.Option(
+        "--trace",
+        metavar="[agreement]",
+        help="Store every token's probability under each role; agreement: also how far base and proxy are "
+        "from the tuned model.",
+    ),
+]
 JudgeName = Annotated[
     str | None,
     typer.Option(

@@ -8,16 +8,20 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import ValidationError
 from rich.console import Console
 
-from proxytune.config import Mode, ModelSpec, Sampling, System, explain, load_system
+from proxytune.config import Mode, ModelSpec, Sampling, System, TraceKind, explain, load_system
 from proxytune.errors import UserError
 from proxytune.records import Run
 from proxytune.sandbox import Sandbox
 from proxytune.tasks.base import Task
+
+if TYPE_CHECKING:
+    from proxytune.models import Models
+    from proxytune.run import Options, Resources
 
 NOT_ALLOWED = (
     "code is stored but not run, so there is no score: --allow-code-execution runs it in a sandbox (the same "
@@ -69,11 +73,13 @@ class Request:
     shots: int
     shots_from: str | None
     out: Path | None
-    trace: bool
+    trace: TraceKind
     mode: str
     seed: int
     batch: int | None
     kv_memory: str | None
+    speculate: str
+    drafter: str | None
     allow_negative_alpha: bool
     trust_remote_code: bool
     code: Code
@@ -85,36 +91,13 @@ def evaluate(
     """Run one role, or all of them, judge the runs, and print the result."""
     from proxytune.tasks import get_task
 
-    mode = read_mode(asked.mode)
-    task = get_task(asked.task, mode)  # an unknown task must not wait for torch
-    usual = task.sampling
+    task = get_task(asked.task, read_mode(asked.mode))  # an unknown task must not wait for torch
     if asked.as_ != "all":
         system.require(asked.as_)
-    sampling = sampling_from(**{**usual.model_dump(), **asked.changed}) if asked.changed else None
-    bytes_for_kv = None if asked.kv_memory is None else parse_size(asked.kv_memory)
-    if asked.batch is not None and asked.batch < 1:
-        raise UserError(f"--batch {asked.batch} must be at least 1")
-    sandbox = asked.code.open(task)
-    if task.execute is not None and sandbox is None:
-        print(f"note: {NOT_ALLOWED}", file=sys.stderr, flush=True)
+    options, resources, models = prepared(system, task, asked)
 
     from proxytune import run
-    from proxytune.models import Models
 
-    models = Models(system, trust_remote_code=asked.trust_remote_code, on_load=tell_loading)
-    resources = run.Resources(max_batch=asked.batch, kv_memory=bytes_for_kv, sandbox=sandbox)
-    options = run.Options(
-        alpha=asked.alpha,
-        sampling=sampling,
-        data=asked.data,
-        limit=asked.limit,
-        shots=asked.shots,
-        shots_from=asked.shots_from,
-        trace="tokens" if asked.trace else "off",
-        mode=mode,
-        seed=asked.seed,
-        allow_negative_alpha=asked.allow_negative_alpha,
-    )
     if asked.as_ == "all":
         runs = run.evaluate_all(
             system, asked.task, options, out=asked.out, resources=resources, models=models, judge=judge
@@ -126,6 +109,42 @@ def evaluate(
         made = run.run_job(job, folder, models, resources)
         models.release(keep=[])  # a judge may be a large model as well
         print_one(made if judge is None else judge(folder), folder, json_only=json_only)
+
+
+def prepared(system: System, task: Task, asked: Request) -> tuple[Options, Resources, Models]:
+    """What the options of a command say, checked, in the terms of `run`; nothing is loaded yet."""
+    sampling = sampling_from(**{**task.sampling.model_dump(), **asked.changed}) if asked.changed else None
+    bytes_for_kv = None if asked.kv_memory is None else parse_size(asked.kv_memory)
+    if asked.batch is not None and asked.batch < 1:
+        raise UserError(f"--batch {asked.batch} must be at least 1")
+    sandbox = asked.code.open(task)
+    if task.execute is not None and sandbox is None:
+        print(f"note: {NOT_ALLOWED}", file=sys.stderr, flush=True)
+
+    from proxytune import run
+    from proxytune.models import Models
+    from proxytune.speculate import speculation
+
+    options = run.Options(
+        alpha=asked.alpha,
+        sampling=sampling,
+        data=asked.data,
+        limit=asked.limit,
+        shots=asked.shots,
+        shots_from=asked.shots_from,
+        trace=asked.trace,
+        mode=read_mode(asked.mode),
+        seed=asked.seed,
+        allow_negative_alpha=asked.allow_negative_alpha,
+    )
+    resources = run.Resources(
+        max_batch=asked.batch,
+        kv_memory=bytes_for_kv,
+        speculation=speculation(asked.speculate, asked.drafter),
+        sandbox=sandbox,
+    )
+    models = Models(system, trust_remote_code=asked.trust_remote_code, on_load=tell_loading)
+    return options, resources, models
 
 
 def print_one(run: Run, folder: Path, *, json_only: bool) -> None:
@@ -187,6 +206,16 @@ def read_mode(text: str) -> Mode:
         if text == mode:
             return mode  # type: ignore[no-any-return]
     raise UserError(f"--mode '{text}' must be {' or '.join(get_args(Mode))}")
+
+
+def read_trace(text: str | None) -> TraceKind:
+    """The value of --trace."""
+    if text is None:
+        return "off"
+    for kind in get_args(TraceKind):
+        if text == kind:
+            return kind  # type: ignore[no-any-return]
+    raise UserError(f"--trace '{text}' must be {' or '.join(get_args(TraceKind)[1:])}")
 
 
 def sampling_from(**values: Any) -> Sampling:

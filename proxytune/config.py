@@ -29,7 +29,8 @@ ROLES: tuple[Role, ...] = get_args(Role)
 """In the order in which they are evaluated and shown: the second large model comes last."""
 Chat = Literal["none", "llama2", "tokenizer"]
 DType = Literal["float64", "float32", "bfloat16", "float16", "auto"]
-TraceKind = Literal["off", "tokens"]
+TraceKind = Literal["off", "tokens", "agreement"]
+"""tokens: each role's probability and first choice. agreement: also how far base and proxy are from tuned."""
 Mode = Literal["generate", "likelihood"]
 
 PLUMBING = "plumbing"
@@ -267,6 +268,13 @@ class System(Record):
         if role not in self.roles:
             raise UserError(f"system '{self.name}' cannot run as '{role}': it has {', '.join(self.roles)}")
         return role
+
+    def require_agreement(self, role: Role) -> None:
+        """UserError unless agreement with direct tuning can be traced on the outputs of `role`."""
+        if role not in ("proxy", "tuned"):
+            raise UserError(f"--trace agreement is of --as proxy or --as tuned, not of '{role}'")
+        for needed in ("tuned", "proxy"):
+            self.require(needed)
 
 
 class RunSpec(Record):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from itertools import product
 
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.core.cache import CacheSpec, KVCache, PagedCache, SlotCache
@@ -42,12 +42,6 @@ KV_SHARE_GPU = 0.85
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 512}
 """Prompt tokens per model and step: on a GPU few, so that a step stays about as long as a decode step."""
 
-LONGEST_DRAFT = 15
-"""Drafts and the token before them are one query of the attention, of at most 16 tokens."""
-
-Speculate = Literal["auto", "off"] | int
-"""How to speculate: by measurement, not at all, or with drafts of this length."""
-
 OnText = Callable[[str, int, str], None]
 """Hears of (example id, sample, new text)."""
 
@@ -72,28 +66,13 @@ class DecodeStats:
         return DecodeStats(seconds=self.seconds + seconds, preemptions=preemptions, **counts)
 
 
-def speculation(speculate: Speculate | str, drafter: str | None = None) -> Speculation:
-    """The settings of a draft length as users give it; UserError for anything else."""
-    if speculate == "auto":
-        return Speculation(drafter=drafter)
-    length = 0 if speculate == "off" else speculate
-    try:
-        k = int(length)
-    except ValueError:
-        k = -1
-    if not 0 <= k <= LONGEST_DRAFT:
-        raise UserError(
-            f"speculate = {speculate!r}: give 'auto', 'off' or a length from 0 to {LONGEST_DRAFT}"
-        )
-    return Speculation(k=k, drafter=drafter)
-
-
 @dataclass(frozen=True)
 class Tag:
     """What a request carries through the core."""
 
     example: Example
     sample: int
+    alpha: AlphaSchedule
 
     @property
     def where(self) -> tuple[str, int]:
@@ -127,16 +106,22 @@ class Decoder:
         max_batch: int | None = None,
         kv_memory: int | None = None,
         speculation: Speculation | None = None,
+        agreement: bool = False,
     ) -> None:
         """Load what the role needs and plan the KV pools.
 
         `max_batch` rows are decoded together; `kv_memory` bytes bound all KV pools together (by default a
-        share of what is free). `speculation` is adaptive unless given. UserError if vocabularies do not match
-        or the memory holds no useful pool."""
-        self.models, self.role = models, role
-        models.check(models.names(role))
-        self.loaded = {name: models.get(name) for name in models.names(role)}
-        self.lead = next(iter(self.loaded))
+        share of what is free). `speculation` is adaptive unless given. With `agreement`, the models of proxy
+        and tuned all see the tokens of `role`, one of the two, for the trace. UserError if vocabularies do
+        not match or the memory holds no useful pool."""
+        self.models, self.role, self.agreement = models, role, agreement
+        self.speculation = speculation or Speculation()
+        names = models.names(role)
+        if agreement:
+            names = list(dict.fromkeys([*names, *models.names("proxy"), "tuned"]))
+        models.check(names)
+        self.loaded = {name: models.get(name) for name in names}
+        self.lead = names[0]
         head = self.loaded[self.lead]
         self.tokenizer = head.tokenizer
         self.text_of = ResponseText(head.tokenizer)
@@ -145,9 +130,17 @@ class Decoder:
         self._size = size_of(head.tokenizer, head.vocabulary)
         pool = self._pool_tokens(kv_memory)
         runners = {name: self._runner(model, pool) for name, model in self.loaded.items()}
-        terms = tuple(Term(*term) for term in models.terms()) if role == "proxy" else ()
-        self.ensemble = Ensemble(runners, self.lead, terms)
-        self.speculation = speculation or Speculation()
+        self.ensemble = self._ensemble(runners)
+
+    def _ensemble(self, runners: dict[str, Runner]) -> Ensemble:
+        """What decodes, and what only watches."""
+        reference = "tuned" if self.agreement else None
+        if self.role != "proxy" and not self.agreement:
+            return Ensemble(runners, self.lead)
+        proxy = Ensemble(runners, "base", tuple(Term(*term) for term in self.models.terms()))
+        if self.role == "proxy":
+            return replace(proxy, reference=reference)
+        return Ensemble(runners, self.lead, observed=proxy, reference=reference)
 
     def _pool_tokens(self, kv_memory: int | None) -> int:
         """Tokens that every model's pool holds, such that all pools together stay within the memory."""
@@ -213,11 +206,13 @@ class Decoder:
         ]
 
     def contexts(self, prompt: Prompt) -> dict[str, tuple[int, ...]]:
-        """Ids that every model sees before the response."""
+        """Ids that every model sees before the response; experts that only watch see what they see in the
+        proxy."""
+        role: Role = "proxy" if self.agreement else self.role
         return {
             name: (
                 *model.virtual_ids,
-                *context(model.spec, model.tokenizer, form_of(name, self.role), prompt),
+                *context(model.spec, model.tokenizer, form_of(name, role), prompt),
             )
             for name, model in self.loaded.items()
         }
@@ -239,6 +234,25 @@ class Decoder:
         is text with which every response begins. Raises UserError before anything is decoded if a prompt does
         not fit."""
         strength = self.models.system.alpha if alpha is None else alpha
+        asked = [(example, (strength,)) for example in examples]
+        for _, completion in self.sweep(
+            asked, sampling, task=task, trace=trace, forced=forced, on_text=on_text
+        ):
+            yield completion
+
+    def sweep(
+        self,
+        asked: Sequence[tuple[Example, Sequence[AlphaSchedule]]],
+        sampling: Sampling,
+        *,
+        task: str = "",
+        trace: TraceKind = "off",
+        forced: str | None = None,
+        on_text: OnText | None = None,
+    ) -> Iterator[tuple[AlphaSchedule, Completion]]:
+        """As `stream`, for every example under all of its alphas at once, which share the prompt's KV.
+
+        `on_text` does not say which alpha speaks."""
         streams: dict[tuple[str, int], TextStream] = {}
 
         def hear(request: Request, token: int) -> None:
@@ -256,7 +270,7 @@ class Decoder:
             on_token=hear if on_text is not None else None,
             speculation=self.speculation,
         )
-        for request in self._requests(examples, sampling, strength, task, forced):
+        for request in self._requests(asked, sampling, task, forced):
             engine.submit(request)
         before, seconds = self.stats, 0.0
         while engine.busy:
@@ -269,7 +283,8 @@ class Decoder:
                 where = (completion.example_id, completion.sample)
                 if on_text is not None and where in streams:
                     on_text(*where, streams.pop(where).finish())
-                yield completion
+                assert isinstance(result.request.tag, Tag)
+                yield result.request.tag.alpha, completion
 
     def likelihoods(
         self,
@@ -282,6 +297,16 @@ class Decoder:
 
         A text is tokenised as a continuation; nothing follows it (no end-of-sequence)."""
         strength = self.models.system.alpha if alpha is None else alpha
+        for _, completion in self.likelihood_sweep(examples, texts, [strength]):
+            yield completion
+
+    def likelihood_sweep(
+        self,
+        examples: Sequence[Example],
+        texts: Callable[[Example], Sequence[str]],
+        alphas: Sequence[AlphaSchedule],
+    ) -> Iterator[tuple[AlphaSchedule, Completion]]:
+        """As `likelihoods`, under all alphas from one pass of forwards."""
         items = [
             Continuation(contexts, self._continued(text), Scored(example, number, text))
             for example in examples
@@ -289,20 +314,24 @@ class Decoder:
             for number, text in enumerate(texts(example))
         ]
         before, began = self.stats.seconds, time.perf_counter()
-        for found in likelihoods(self.ensemble, items, [strength]):
+        for found in likelihoods(self.ensemble, items, alphas):
             self.stats.seconds = before + time.perf_counter() - began
             tag, ids = found.continuation.tag, found.continuation.ids
             assert isinstance(tag, Scored)
             self.stats.prompt_tokens += len(found.continuation.contexts[self.lead]) if tag.number == 0 else 0
             self.stats.generated_tokens += len(ids)
-            yield Completion(
-                example_id=tag.example.id,
-                sample=tag.number,
-                text=tag.text,
-                token_ids=ids,
-                finish_reason="length",
-                logprob=float(found.logprobs[0].double().sum()),
-            )
+            for alpha, logprobs in zip(alphas, found.logprobs, strict=True):
+                yield (
+                    alpha,
+                    Completion(
+                        example_id=tag.example.id,
+                        sample=tag.number,
+                        text=tag.text,
+                        token_ids=ids,
+                        finish_reason="length",
+                        logprob=float(logprobs.double().sum()),
+                    ),
+                )
 
     def _continued(self, text: str) -> tuple[int, ...]:
         """The ids of a text that goes on after other text: SentencePiece would add a space before it."""
@@ -314,9 +343,8 @@ class Decoder:
 
     def _requests(
         self,
-        examples: Sequence[Example],
+        asked: Sequence[tuple[Example, Sequence[AlphaSchedule]]],
         sampling: Sampling,
-        alpha: AlphaSchedule,
         task: str,
         forced: str | None,
     ) -> Iterator[Request]:
@@ -325,9 +353,9 @@ class Decoder:
         first = single_tokens(self.tokenizer, sampling.ban_first, self._size)
         stop = stop_predicate(self.text_of, sampling.stop)
         opener = tuple(self.tokenizer.encode(forced, add_special_tokens=False)) if forced else ()
-        for example in examples:
+        for example, alphas in asked:
             contexts = self.contexts(example.prompt)
-            for sample in range(sampling.n):
+            for alpha, sample in product(alphas, range(sampling.n)):
                 yield Request(
                     contexts=contexts,
                     key=noise_key(sampling.seed, task, example.id, sample),
@@ -342,7 +370,7 @@ class Decoder:
                     banned_first=first,
                     forced=opener,
                     stop=stop,
-                    tag=Tag(example, sample),
+                    tag=Tag(example, sample, alpha),
                 )
 
     def _eos(self) -> frozenset[int]:
@@ -371,9 +399,12 @@ class Decoder:
 
     def _traced(self, result: Result) -> tuple[TracedToken, ...]:
         def said(token: int) -> str:
-            return self.text_of([token]) or str(self.tokenizer.convert_ids_to_tokens(token))
+            text = self.text_of([token])
+            if text and "\ufffd" not in text:  # else a part of a letter, as others are
+                return text
+            return str(self.tokenizer.convert_ids_to_tokens(token))
 
-        single = self.role != "proxy"  # then the combination is the model itself
+        single = self.role != "proxy" and not self.agreement  # then the combination is the model itself
         return tuple(
             TracedToken(
                 text=said(item.token),
@@ -385,6 +416,7 @@ class Decoder:
                     name: said(token) for name, token in item.top.items() if not (single and name == "proxy")
                 },
                 alpha=item.alpha,
+                divergence=dict(item.divergence),
             )
             for item in result.trace
         )

@@ -51,8 +51,15 @@ class TracedToken:
     probability: dict[str, float]
     """Role -> probability of the chosen token, before bans and temperature."""
     top: dict[str, str]
-    """Role -> text of its most probable token."""
+    """Role -> text of its most probable token (its name where it has no text of its own)."""
     alpha: float
+    divergence: dict[str, float] = field(default_factory=dict)
+    """`base`, `proxy` -> KL(tuned || role) in nats, where agreement is traced."""
+
+    def row(self) -> dict[str, Any]:
+        """As trace.jsonl holds it: without an empty divergence."""
+        named = {"text": self.text, "id": self.id, "probability": self.probability, "top": self.top}
+        return {**named, "alpha": self.alpha, **({"divergence": self.divergence} if self.divergence else {})}
 
 
 @dataclass(frozen=True)

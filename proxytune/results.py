@@ -27,7 +27,7 @@ from proxytune.config import RunSpec, explain
 from proxytune.errors import UserError
 from proxytune.records import SCHEMA, Run
 
-RUN, PREDICTIONS, TRACE = "run.json", "predictions.jsonl", "trace.jsonl"
+RUN, PREDICTIONS, TRACE, SWEEP = "run.json", "predictions.jsonl", "trace.jsonl", "sweep.json"
 Row = dict[str, Any]
 Value = str | float | bool | None
 
@@ -60,7 +60,8 @@ def differences(there: RunSpec, now: RunSpec) -> dict[str, tuple[Value, Value]]:
     a, b = settings(there), settings(now)
     names = [*a, *(name for name in b if name not in a)]
     changed = {name: (a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)}
-    idle = {"alpha", "system.alpha"} if there.role == now.role != "proxy" else set[str]()
+    watched = "agreement" in (there.trace, now.trace)  # the proxy is traced whoever decodes
+    idle = {"alpha", "system.alpha"} if there.role == now.role != "proxy" and not watched else set[str]()
     return {name: pair for name, pair in changed.items() if name not in idle and not name.startswith(_WORDS)}
 
 
@@ -104,6 +105,12 @@ def read_run(folder: Path) -> Run:
 def read_rows(folder: Path) -> list[Row]:
     """The predictions of a run, in the order of the file."""
     path = folder / PREDICTIONS
+    return [row for row, _ in _complete_lines(path)] if path.exists() else []
+
+
+def read_traces(folder: Path) -> list[Row]:
+    """The traces of a run, one per response: `id`, `sample` and `tokens`."""
+    path = folder / TRACE
     return [row for row, _ in _complete_lines(path)] if path.exists() else []
 
 

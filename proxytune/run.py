@@ -24,11 +24,12 @@ from proxytune.config import (
     TraceKind,
     parse_alpha,
 )
-from proxytune.decode import Decoder, Speculate, speculation
+from proxytune.decode import Decoder
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.records import Completion, Example, Metric, Prompt, Run
 from proxytune.run_session import Job, Resources, run_job
+from proxytune.speculate import Speculate, speculation
 from proxytune.tasks import Dataset, Task, get_task, read_source
 
 __all__ = [
@@ -79,6 +80,8 @@ def plan(system: System, task: str, as_: str, options: Options) -> Job:
         get_task(named)  # a mistyped task there would silently mean the hub
     if options.mode == "likelihood" and options.trace != "off":
         raise UserError("a trace is of generated tokens: leave --trace out with --mode likelihood")
+    if options.trace == "agreement":
+        system.require_agreement(role)
     source = system.data.get(task, "hub") if options.data is None else options.data
     data = read_source(
         found, source, options.limit, shots=options.shots, shots_from=options.shots_from, seed=options.seed
@@ -191,6 +194,8 @@ def evaluate_all(
     jobs: dict[Role, Job] = {}
     for role in system.roles:
         own = options if role == "proxy" else dataclasses.replace(options, alpha=None)
+        if options.trace == "agreement" and role not in ("proxy", "tuned"):
+            own = dataclasses.replace(own, trace="tokens")  # it is between these two
         jobs[role] = plan(system, task, role, own)
     own_models, runs = models or Models(system), dict[Role, Run]()
     folders = {
@@ -198,7 +203,7 @@ def evaluate_all(
     }
     for role, job in jobs.items():
         if role == "tuned":
-            own_models.release(keep=[role])
+            own_models.release(keep=["proxy", role] if options.trace == "agreement" else [role])
         runs[role] = run_job(job, folders[role], own_models, resources or Resources())
     if judge is None:
         return runs

@@ -7,19 +7,19 @@ a run that was interrupted and continued says the same as one that was not.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from proxytune import __version__, results
 from proxytune.config import RunSpec
 from proxytune.core.speculative import Speculation
-from proxytune.decode import Decoder
+from proxytune.decode import Decoder, DecodeStats
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.progress import Progress
@@ -47,6 +47,22 @@ class Job:
     def folder(self, root: Path) -> Path:
         """Where the run lives under a folder of results."""
         return results.folder_for(root, self.spec, self.defaults)
+
+    def responses(self, example: Example) -> int:
+        """How many completions an example gets."""
+        texts = self.task.continuations
+        return self.spec.sampling.n if texts is None else len(texts(example))
+
+
+class Meter(Protocol):
+    """What knows the price of a run so far: its decoder, or its share of one."""
+
+    stats: DecodeStats
+
+    @property
+    def memory(self) -> dict[str, RoleMemory]:
+        """Bytes per model."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +95,7 @@ def run_job(job: Job, path: Path, models: Models, resources: Resources) -> Run:
 def _decode_job(job: Job, path: Path, models: Models, resources: Resources) -> Run:
     """Decode, score and store what is missing."""
     made = provenance(__version__, device_name(), torch.get_num_threads())
-    new = Run(status="running", spec=job.spec, headline=job.task.headline, started=_now(), made=made)
+    new = Run(status="running", spec=job.spec, headline=job.task.headline, started=now(), made=made)
     with (
         RunFolder.open(path, new) as folder,
         Progress(_title(job), job.task.headline, resources.progress) as progress,
@@ -113,11 +129,10 @@ class Session:
     """One process's part of a run."""
 
     def __init__(self, job: Job, folder: RunFolder, *, continued: bool) -> None:
-        self.job = job
-        self.folder = folder
+        self.job, self.folder = job, folder
         before = folder.run.cost
         self.before = before.model_copy(update={"sessions": before.sessions + 1}) if continued else before
-        self.decoder: Decoder | None = None
+        self.meter: Meter | None = None
 
     def decode(self, models: Models, resources: Resources, progress: Progress) -> None:
         """Decode, score and store the examples that are missing."""
@@ -125,78 +140,74 @@ class Session:
         todo = [example for example in self.job.data.examples if example.id not in done]
         if not todo:
             return
-        decoder = self.decoder = Decoder(
+        decoder = Decoder(
             models,
             spec.role,
             max_batch=resources.max_batch,
             kv_memory=resources.kv_memory,
             speculation=resources.speculation,
+            agreement=spec.trace == "agreement",
         )
+        self.meter = decoder
         for note in decoder.notes():
             progress.note(note)
         for note in self.job.data.notes:
             progress.note(note)
-        counts = {example.id: self._responses(example) for example in todo}
+        counts = {example.id: self.job.responses(example) for example in todo}
         n = len(self.job.data.examples)
-        progress.begin(n, len(done), self._scores_so_far(), lambda: decoder.stats.generated_tokens)
+        progress.begin(n, len(done), self.scores_so_far(), lambda: decoder.stats.generated_tokens)
         saved = time.monotonic()
         try:
-            for example, completions in whole_examples(self._stream(todo), todo, counts):
-                row = self._store(example, completions, resources.sandbox)
+            for example, completions in whole_examples(self._stream(decoder, todo), todo, counts):
+                row = self.store(example, completions, resources.sandbox)
                 progress.advance(row["scores"].get(self.job.task.headline))
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    self.folder.save(self._so_far())
+                    self.folder.save(self.so_far())
                     saved = time.monotonic()
         except BaseException:
             with contextlib.suppress(UserError):  # the disk may be what failed
-                self.folder.save(self._so_far())
+                self.folder.save(self.so_far())
             raise
 
-    def _responses(self, example: Example) -> int:
-        """How many completions an example gets."""
-        texts = self.job.task.continuations
-        return self.job.spec.sampling.n if texts is None else len(texts(example))
-
-    def _stream(self, todo: Sequence[Example]) -> Iterator[Completion]:
+    def _stream(self, decoder: Decoder, todo: Sequence[Example]) -> Iterator[Completion]:
         """Completions of the missing examples: generated, or given texts with their log-probabilities."""
-        assert self.decoder is not None
         spec = self.job.spec
         alpha = spec.alpha if spec.role == "proxy" else None
         if self.job.task.continuations is not None:
-            return self.decoder.likelihoods(todo, self.job.task.continuations, alpha=alpha)
-        return self.decoder.stream(
+            return decoder.likelihoods(todo, self.job.task.continuations, alpha=alpha)
+        return decoder.stream(
             todo, spec.sampling, alpha=alpha, task=spec.task, trace=spec.trace, forced=spec.forced
         )
 
-    def _store(self, example: Example, completions: Sequence[Completion], sandbox: Sandbox | None) -> Row:
+    def store(self, example: Example, completions: Sequence[Completion], sandbox: Sandbox | None) -> Row:
         """Append the row of one finished example, and its traces."""
         row = prediction(self.job.task, example, completions, sandbox)
         traces = [
-            {"id": example.id, "sample": c.sample, "tokens": [dataclasses.asdict(token) for token in c.trace]}
+            {"id": example.id, "sample": c.sample, "tokens": [token.row() for token in c.trace]}
             for c in completions
             if self.job.spec.trace != "off"
         ]
         self.folder.append(row, traces)
         return row
 
-    def _scores_so_far(self) -> list[float]:
+    def scores_so_far(self) -> list[float]:
         """The headline scores of the rows that an earlier session stored."""
         scores = (
             row.get("scores", {}).get(self.job.task.headline) for row in results.read_rows(self.folder.path)
         )
         return [score for score in scores if score is not None]
 
-    def _so_far(self) -> Run:
+    def so_far(self) -> Run:
         """The run as it stands."""
         return self.folder.run.model_copy(update={"n": len(self.folder.done), "cost": self._cost()})
 
     def _cost(self) -> Cost:
         """What all sessions took."""
-        if self.decoder is None:
+        if self.meter is None:
             return self.before
-        stats, before = self.decoder.stats, self.before
+        stats, before = self.meter.stats, self.before
         return Cost(
-            memory=_peaks(before.memory, self.decoder.memory),
+            memory=_peaks(before.memory, self.meter.memory),
             sessions=before.sessions,
             **{name: getattr(before, name) + value for name, value in vars(stats).items()},
         )
@@ -210,9 +221,9 @@ class Session:
             "status": "done",
             "metrics": metrics,
             "headline": self.job.task.headline_of(metrics),
-            "finished": _now(),
+            "finished": now(),
         }
-        run = self._so_far().model_copy(update=update)
+        run = self.so_far().model_copy(update=update)
         self.folder.finish(run, order)
         return run
 
@@ -264,6 +275,6 @@ def _title(job: Job) -> str:
     )
 
 
-def _now() -> str:
+def now() -> str:
     """The time, in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")

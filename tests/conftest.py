@@ -21,7 +21,7 @@ def require_or_skip(kind: str, reason: str) -> None:
     """Skip the test, or fail it where the comma list PROXYTUNE_REQUIRE names the kind.
 
     Kinds: golden (reference data), gpu, tune (bitsandbytes, peft), wheel (a build), demo (its weights),
-    sandbox (its backends), judges (openai)."""
+    sandbox (its backends), judges (openai), browser (playwright and a Chromium)."""
     if kind in os.environ.get("PROXYTUNE_REQUIRE", "").split(","):
         pytest.fail(f"PROXYTUNE_REQUIRE names '{kind}', but {reason}", pytrace=False)
     pytest.skip(reason)

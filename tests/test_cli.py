@@ -19,7 +19,18 @@ from proxytune.errors import UserError
 from tests import tiny, tiny_system
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("demo", "generate", "eval", "score", "judge", "export", "report", "tasks", "systems")
+COMMANDS = (
+    "demo",
+    "generate",
+    "eval",
+    "score",
+    "judge",
+    "export",
+    "report",
+    "tasks",
+    "systems",
+    "sweep-alpha",
+)
 GSM = {"question": "Ann has 2 nuts and finds 3. How many?", "answer": "2+3=5\n#### 5"}
 
 

@@ -80,6 +80,7 @@ def test_make_help_lists_the_targets() -> None:
         "report",
         "bench",
         "demo-models",
+        "demo-report",
         "clean",
     ):
         assert re.search(rf"make {target} ", shown), target

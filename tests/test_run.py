@@ -17,10 +17,10 @@ import pytest
 from proxytune import results, run, run_session
 from proxytune.config import Sampling, System, load_system
 from proxytune.decode import Decoder
-from proxytune.decode import Speculate
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.records import Completion, Example, Prompt
+from proxytune.speculate import Speculate
 
 ROOT = Path(__file__).parent.parent
 SHORT = Sampling(max_new_tokens=12)

@@ -20,9 +20,10 @@ from torch import Tensor
 from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
 from proxytune.core.sampling import Spot, pick
 from proxytune.core.speculative import Passages, Speculation, same_prefix
-from proxytune.decode import Decoder, speculation
+from proxytune.decode import Decoder
 from proxytune.errors import UserError
 from proxytune.records import Completion
+from proxytune.speculate import speculation
 
 PLAIN = Speculation(k=0)
 Found = dict[tuple[str, int], Completion]

@@ -10,17 +10,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from proxytune.core.divergence import from_reference
 from proxytune.core.logits import Shift, combine, log_probability
 from proxytune.core.runner import Runner, Work, forward_all
 from proxytune.core.sampling import Spot, pick
 from proxytune.core.scheduler import Plan, Request, Row, Scheduler, TokenTrace
 from proxytune.core.speculative import Drafter, Drafts, Speculation, StepSeconds, feed, same_prefix
 from proxytune.errors import UserError
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class Ensemble:
     runners: Mapping[str, Runner]
     lead: str
     terms: tuple[Term, ...] = ()
+    observed: Ensemble | None = None
+    """What is traced as the proxy where it is not this combination that decodes."""
+    reference: str | None = None
+    """The model whose divergence from the proxy and from its lead is traced; it only watches."""
 
     def combine(self, logits: Mapping[str, Tensor], alpha: Tensor) -> Tensor:
         """Logits [B, V] per model, alpha [B] -> [B, V] on the lead's device."""
@@ -65,6 +72,25 @@ class Ensemble:
         first = drafter or experts[0]
         weights = self.runners[first].weights
         return (first, *(n for n, runner in self.runners.items() if n != first and runner.weights is weights))
+
+    def views(
+        self, combined: Tensor, logits: Mapping[str, Tensor], alphas: Sequence[float]
+    ) -> dict[str, Tensor]:
+        """Every model's logits [B, V] and those of the proxy, on one device, for the trace."""
+        views = {name: values.to(combined.device) for name, values in logits.items()}
+        if self.observed is None:
+            return {**views, "proxy": combined}
+        strength = torch.tensor(alphas, dtype=torch.float64, device=combined.device)
+        return {**views, "proxy": self.observed.combine(views, strength)}
+
+    def divergence(self, views: Mapping[str, Tensor]) -> dict[str, list[float]]:
+        """`proxy` and its lead -> divergence of the reference from it, per row; nothing without a
+        reference."""
+        if self.reference is None:
+            return {}
+        lead = (self.observed or self).lead
+        known = self.runners[self.reference].alignment.shared
+        return from_reference(views, self.reference, ("proxy", lead), known)
 
     def _shared(self, term: Term) -> Tensor | None:
         known = [self.runners[name].alignment.shared for name in (term.expert, term.antiexpert)]
@@ -269,18 +295,13 @@ class Engine:
         self, combined: Tensor, logits: Mapping[str, Tensor], tokens: Tensor, alphas: Sequence[float]
     ) -> list[TokenTrace]:
         """How every model saw the tokens."""
-        views = {name: logits[name].to(combined.device) for name in self.ensemble.runners} | {
-            "proxy": combined
-        }
+        in_order = {name: logits[name] for name in self.ensemble.runners}
+        views = self.ensemble.views(combined, in_order, alphas)
         chosen = {name: log_probability(values, tokens).exp().tolist() for name, values in views.items()}
         top = {name: values.argmax(-1).tolist() for name, values in views.items()}
+        apart = self.ensemble.divergence(views)
         return [
-            TokenTrace(
-                token,
-                alphas[index],
-                {name: values[index] for name, values in chosen.items()},
-                {name: values[index] for name, values in top.items()},
-            )
+            TokenTrace(token, alphas[index], _at(index, chosen), _at(index, top), _at(index, apart))
             for index, token in enumerate(tokens.tolist())
         ]
 
@@ -322,6 +343,11 @@ class Engine:
         """length where a model's window is full first: spelled out, a token can take several ids."""
         full = any(len(ids) > self.ensemble.runners[name].window for name, ids in row.ids.items())
         return "length" if full else None
+
+
+def _at(index: int, values: Mapping[str, list[Number]]) -> dict[str, Number]:
+    """One row of per-model lists."""
+    return {name: found[index] for name, found in values.items()}
 
 
 def finish_reason(row: Row) -> str | None:

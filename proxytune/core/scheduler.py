@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from types import MappingProxyType
 from typing import NamedTuple
 
 from proxytune.config import AlphaSchedule
@@ -58,6 +59,7 @@ class TokenTrace(NamedTuple):
     alpha: float
     probability: dict[str, float]  # model -> probability of the token; "proxy" is the combination
     top: dict[str, int]  # model -> its most probable token
+    divergence: Mapping[str, float] = MappingProxyType({})  # model -> KL(reference || model) in nats
 
 
 @dataclass(eq=False)

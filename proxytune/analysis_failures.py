@@ -1,0 +1,137 @@
+"""Where one run fails and another does not: the items, and McNemar's test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from scipy import stats
+
+from proxytune.analysis import Analysis, Figures, Source, finished
+from proxytune.errors import UserError
+from proxytune.records import Run
+from proxytune.results import Row, read_rows
+from proxytune.tasks import get_task
+
+
+class Disagreement(Figures):
+    """An item that exactly one of two runs has right."""
+
+    id: str
+    right: Literal["first", "second"]
+    """Which run has it right."""
+    question: str
+    first: str
+    """The response of the first run, as it was generated."""
+    second: str
+    answer: str
+    """What the row holds as its reference, "" where it holds none."""
+
+
+class Failures(Analysis):
+    """Two runs on the same items."""
+
+    name: ClassVar[str] = "failures"
+    first: Source
+    second: Source
+    metric: str
+    n: int
+    both_right: int
+    both_wrong: int
+    only_first: int
+    only_second: int
+    p: float
+    """McNemar's exact test (two-sided binomial over the items that exactly one has right)."""
+    items: tuple[Disagreement, ...]
+    """First those that only the first run has right."""
+
+    @property
+    def table(self) -> Sequence[Disagreement]:
+        return self.items
+
+
+VERDICTS = {"toxigen": "is_toxic"}
+"""Tasks whose verdict on an item is a column and says that it is *bad*."""
+
+
+def failures(first: Path, second: Path, metric: str | None = None) -> Failures:
+    """What one run has right and the other wrong, by `metric` (the headline by default).
+
+    UserError where the runs are not of the same task and items, or the metric does not say of every item
+    whether it is right.
+    """
+    runs = [finished(first), finished(second)]
+    one, other = runs
+    if one.spec.task != other.spec.task or one.spec.data_sha256 != other.spec.data_sha256:
+        raise UserError(f"'{first}' and '{second}' are not runs on the same items of one task")
+    name = metric or one.headline
+    rows = {row["id"]: row for row in read_rows(first)}
+    beside = {row["id"]: row for row in read_rows(second)}
+    right = {
+        key: (_right(row, one, name, first), _right(beside[key], other, name, second))
+        for key, row in rows.items()
+        if key in beside
+    }
+    only_first = [key for key, pair in right.items() if pair == (True, False)]
+    only_second = [key for key, pair in right.items() if pair == (False, True)]
+    discordant = len(only_first) + len(only_second)
+    return Failures(
+        first=Source.of(first, one),
+        second=Source.of(second, other),
+        metric=name,
+        n=len(right),
+        both_right=sum(pair == (True, True) for pair in right.values()),
+        both_wrong=sum(pair == (False, False) for pair in right.values()),
+        only_first=len(only_first),
+        only_second=len(only_second),
+        p=float(stats.binomtest(len(only_first), discordant, 0.5).pvalue) if discordant else 1.0,
+        items=tuple(
+            _item(rows[key], beside[key], one, "first" if right[key][0] else "second")
+            for key in (*only_first, *only_second)
+        ),
+    )
+
+
+def _right(row: Row, run: Run, metric: str, folder: Path) -> bool:
+    """Whether a stored row is right."""
+    column = VERDICTS.get(run.spec.task)
+    if column is not None and metric == run.headline:
+        score = None if row.get(column) is None else 1.0 - float(row[column])
+    else:
+        score = row["scores"].get(metric)
+    if score not in (0.0, 1.0):
+        told = "no score" if score is None else f"the score {score:g}, which is neither right nor wrong,"
+        named = ", ".join(row["scores"])
+        raise UserError(
+            f"item '{row['id']}' of '{folder}' has {told} by '{metric}': choose a --metric of right or wrong "
+            f"(it has {named})"
+        )
+    return bool(score == 1.0)
+
+
+def _item(first: Row, second: Row, run: Run, right: Literal["first", "second"]) -> Disagreement:
+    """One item with both responses."""
+    asked = get_task(run.spec.task, run.spec.mode).columns[0]
+    answers = (first.get(column) for column in ANSWERS)
+    answer = next((answer for answer in answers if answer not in (None, "")), "")
+    return Disagreement(
+        id=first["id"],
+        right=right,
+        question=str(first.get(asked, "")),
+        first=_said(first),
+        second=_said(second),
+        answer=answer if isinstance(answer, str) else ", ".join(map(str, answer)),
+    )
+
+
+ANSWERS = ("answer", "answers", "Best Answer", "mc_answer_idx")
+"""Columns in which rows hold their reference, the first that is there."""
+
+
+def _said(row: Row) -> str:
+    """The first response of a row, or what it chose where given texts were compared."""
+    logprobs = row.get("logprobs")
+    if isinstance(logprobs, dict):
+        return str(max(logprobs, key=lambda text: float(logprobs[text])))
+    return str(row["mc_output"] if logprobs else row["responses"][0]["text"])

@@ -1,0 +1,227 @@
+"""The bodies of `proxytune analyze` and the tables that they print."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from proxytune import analysis_failures, analysis_positions, analysis_sweep, analysis_tokens
+from proxytune.analysis import Analysis
+from proxytune.analysis_positions import AgreementRow
+from proxytune.analysis_sweep import Sweep, SweepPoint
+from proxytune.cli_run import console, print_json
+from proxytune.errors import UserError
+from proxytune.records import Metric
+from proxytune.report import percent
+
+WIDTH = 300
+"""Characters of a text that a table shows."""
+
+
+def positions(run: Path, *, json_only: bool, csv_only: bool) -> None:
+    """`analyze positions`."""
+    found = analysis_positions.positions(run)
+    if _printed(found, json_only, csv_only):
+        return
+    paper = (
+        "" if found.paper_changed is None else f" (the paper, of its models: {100 * found.paper_changed:.1f})"
+    )
+    table = _table(
+        f"{found.source.title}: influence by position", "position", "tokens", "changed, %", "shift"
+    )
+    for row in found.bands:
+        table.add_row(_range(row.first, row.last), str(row.n), percent(row.changed), number(row.shift))
+    console().print(table)
+    print(f"changed over all {found.tokens} tokens, %: {percent(found.changed)}{paper}")
+    print(f"mean shift over all tokens: {number(found.shift)}")
+    print("changed: the proxy's first choice is not the base's. shift: p_proxy - p_base of the chosen token.")
+
+
+def ngrams(
+    run: Path, min_count: int, top: int, words: str | None, *, json_only: bool, csv_only: bool
+) -> None:
+    """`analyze ngrams`."""
+    if words is None and run.is_file():
+        raise UserError(
+            f"'{run}' is a file of predictions, without a trace: say which --words (paper, or A,B)"
+        )
+    given = analysis_tokens.paper_words() if words == analysis_tokens.PAPER else None
+    if words is not None and given is None:
+        given = [word for word in words.split(",") if word]
+    found = analysis_tokens.ngrams(run, min_count=min_count, top=top, words=given)
+    if _printed(found, json_only, csv_only):
+        return
+    title = str(run) if found.source is None else found.source.title
+    columns = ["token", "n", "mean shift", "most common 4-gram", *(["the paper's"] if given else [])]
+    table = _table(f"{title}: most promoted tokens and their phrases", *columns)
+    for row in found.rows:
+        shift = "" if row.shift is None else number(row.shift)
+        cells: list[Text | str] = [_text(row.token), str(row.n or ""), shift, _text(row.phrase)]
+        table.add_row(*cells, *([_text(row.paper or "")] if given else []))
+    console().print(table)
+    compared = [row for row in found.rows if given and row.paper is not None]
+    if compared:
+        equal = sum(row.phrase == row.paper for row in compared)
+        print(f"{equal} of {len(compared)} rows equal the paper's")
+
+
+def equations(run: Path, *, json_only: bool, csv_only: bool) -> None:
+    """`analyze equations`."""
+    found = analysis_tokens.equations(run)
+    if _printed(found, json_only, csv_only):
+        return
+    columns = ("rule", "left: tokens", "mean shift", "right: tokens", "mean shift", "Welch's t", "df", "p")
+    table = _table(f"{found.source.title}: equations", *columns)
+    for row in found.rows:
+        sides = [cell for side in (row.left, row.right) for cell in (str(side.tokens), f"{side.mean:.3f}")]
+        tested = (row.t, row.df, row.p)
+        table.add_row(row.rule, *sides, *("n/a" if value is None else f"{value:.4g}" for value in tested))
+    console().print(table)
+    print(f"{found.responses_with} of {found.source.n} responses hold an equation (corrected rule)")
+
+
+def skip(sweep: Path, control: Path | None, *, json_only: bool, csv_only: bool) -> None:
+    """`analyze skip`."""
+    found = analysis_sweep.skip(sweep, control)
+    if _printed(found, json_only, csv_only):
+        return
+    source = found.source
+    table = _table(f"{source.system} {source.task}: late skip", "corrected", *_curve_columns(found.metric))
+    for point in found.points:
+        named = "all tokens" if point.until is None else f"first {point.until}" if point.until else "none"
+        table.add_row(named, *_curve_cells(point))
+    if found.control is not None:
+        table.add_row(_text(f"none, opener {found.forced!r} forced"), *_curve_cells(found.control))
+    console().print(table)
+    print(f"loops: {LOOPS}")
+
+
+def sweep_table(found: Sweep) -> None:
+    """The curve of a sweep, and the paper's points for TruthfulQA."""
+    judged = any(point.truth is not None for point in found.points)
+    source = found.source
+    columns = ["alpha", *_curve_columns(found.metric), *(["true, %", "informative, %"] if judged else [])]
+    table = _table(f"{source.system} {source.task}: score against alpha", *columns)
+    for point in found.points:
+        pair = [("" if m is None else percent(m)) for m in (point.truth, point.info)] if judged else []
+        table.add_row(point.alpha, *_curve_cells(point), *pair)
+    console().print(table)
+    print(f"loops: {LOOPS}")
+    if judged and found.paper:
+        told = (f"{p.alpha:g}: {100 * p.truth:.1f} / {100 * p.info:.1f}" for p in found.paper)
+        print(f"the paper, 13B, alpha: true / informative, %: {'; '.join(told)}")
+
+
+LOOPS = (
+    f"responses that end in {analysis_sweep.REPEATS} or more copies of the same words "
+    f"({analysis_sweep.LOOP_UNITS} words or marks at least)"
+)
+
+
+def agreement(run: Path, *, json_only: bool, csv_only: bool) -> None:
+    """`analyze agreement`."""
+    found = analysis_positions.agreement(run)
+    if _printed(found, json_only, csv_only):
+        return
+    table = _table(
+        f"{found.source.title}: agreement with the tuned model on these outputs",
+        *("position", "tokens", "KL(tuned || proxy): median", "mean", "KL(tuned || base): median", "mean"),
+        *("same first choice: proxy, %", "base, %"),
+    )
+    for row in found.bands:
+        table.add_row(*_agreement_cells(row))
+    console().print(table)
+    print(
+        f"over all {found.tokens} tokens: KL(tuned || proxy) {number(found.kl_proxy)}, KL(tuned || base) "
+        f"{number(found.kl_base)} nats; same first choice: proxy {percent(found.same_proxy)}%, base "
+        f"{percent(found.same_base)}%"
+    )
+    paper, first = found.paper_first_step, found.first_step
+    print(
+        f"medians at the first step: proxy {first.kl_proxy.median:.3f}, base {first.kl_base.median:.3f} "
+        f"(the authors, AlpacaFarm 13B: {paper['proxy']:.3f}, {paper['base']:.3f})"
+    )
+
+
+def _agreement_cells(row: AgreementRow) -> Sequence[str]:
+    kls = [f"{value:.3f}" for kl in (row.kl_proxy, row.kl_base) for value in (kl.median, kl.mean)]
+    same = [percent(row.same_proxy), percent(row.same_base)]
+    return (_range(row.first, row.last), str(row.n), *kls, *same)
+
+
+def failures(
+    first: Path, second: Path, metric: str | None, show: int, *, json_only: bool, csv_only: bool
+) -> None:
+    """`analyze failures`."""
+    found = analysis_failures.failures(first, second, metric)
+    if _printed(found, json_only, csv_only):
+        return
+    names = {"first": f"first: {found.first.title}", "second": f"second: {found.second.title}"}
+    table = _table(f"{found.metric} on {found.n} items", "", "second right", "second wrong")
+    table.add_row("first right", str(found.both_right), str(found.only_first))
+    table.add_row("first wrong", str(found.only_second), str(found.both_wrong))
+    console().print(table)
+    print(*names.values(), sep="\n")
+    print(f"McNemar's exact test: p = {found.p:.3g}")
+    for kind, count in (("first", found.only_first), ("second", found.only_second)):
+        items = [item for item in found.items if item.right == kind][:show]
+        if not items:
+            continue
+        told = f"only the {kind} is right: {len(items)} of {count} items"
+        listed = _table(told, "id", "question", "first", "second", "answer", lines=True)
+        for item in items:
+            listed.add_row(*map(_text, (item.id, item.question, item.first, item.second, item.answer)))
+        console().print(listed)
+
+
+# Cells
+
+
+def _printed(found: Analysis, json_only: bool, csv_only: bool) -> bool:
+    """Print the machine-readable form where it was asked for; -> whether it was."""
+    if json_only and csv_only:
+        raise UserError("--json and --csv both want stdout: give one of them")
+    if json_only:
+        print_json(found.model_dump(mode="json"))
+    elif csv_only:
+        sys.stdout.write(found.csv())
+    return json_only or csv_only
+
+
+def _table(title: str, *columns: str, lines: bool = False) -> Table:
+    """A table whose first column is text, and the others too where they hold phrases."""
+    table = Table(title=Text(title), title_justify="left", show_lines=lines)
+    for index, column in enumerate(columns):
+        words = lines or index == 0 or column.endswith(("4-gram", "paper's"))
+        table.add_column(column, justify="left" if words else "right", overflow="fold")
+    return table
+
+
+def _text(text: str) -> Text:
+    """Model output as it is: no markup, control characters shown, cut where it is long."""
+    shown = text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
+    return Text("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in shown))
+
+
+def number(metric: Metric) -> str:
+    """A number with its interval."""
+    if metric.low is None or metric.high is None:
+        return f"{metric.value:.3f}"
+    return f"{metric.value:.3f} [{metric.low:.3f}, {metric.high:.3f}]"
+
+
+def _range(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _curve_columns(metric: str) -> tuple[str, ...]:
+    return (f"{metric}, %", "loops, %", "tokens", "n")
+
+
+def _curve_cells(point: SweepPoint) -> tuple[str, ...]:
+    length = f"{point.tokens.value:.1f}"
+    return (percent(point.score), percent(point.loops), length, str(point.n))

@@ -1,0 +1,45 @@
+"""The body of `proxytune sweep-alpha`."""
+
+from __future__ import annotations
+
+import sys
+
+from proxytune.cli_judge import Request as JudgeRequest
+from proxytune.cli_judge import after_eval, before_eval
+from proxytune.cli_run import Request, prepared, print_json, read_mode
+from proxytune.config import System
+
+
+def sweep(system: System, alphas: str, asked: Request, judging: JudgeRequest, *, json_only: bool) -> None:
+    """Run the sweep, judge its runs, and print the curve."""
+    from proxytune.tasks import get_task
+
+    mode = read_mode(asked.mode)
+    task = get_task(asked.task, mode)
+    system.require("proxy")
+    made = before_eval(asked.task, judging, mode)
+
+    from proxytune import run_sweep
+
+    schedules = run_sweep.parse_alphas(alphas)
+    options, resources, models = prepared(system, task, asked)
+    folder, _ = run_sweep.sweep(
+        system,
+        asked.task,
+        schedules,
+        options,
+        out=asked.out,
+        resources=resources,
+        models=models,
+        judge=None if made is None else lambda path: after_eval(path, made, judging),
+    )
+
+    from proxytune import analysis_sweep
+    from proxytune.cli_analyze_tables import sweep_table
+
+    found = analysis_sweep.sweep(folder)
+    if json_only:
+        print_json(found.model_dump(mode="json"))
+        return
+    sweep_table(found)
+    print(f"stored in {folder}", file=sys.stdout)

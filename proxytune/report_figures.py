@@ -1,0 +1,269 @@
+"""Figures of runs: scores with the paper's beside them, the gap closed, and what a score costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from proxytune import report_charts as charts
+from proxytune.config import ROLES
+from proxytune.paper import stored_percent
+from proxytune.records import Metric
+from proxytune.report import RoleRow, percent, size
+from proxytune.report_charts import Figure, Table, TableRow
+from proxytune.report_escape import visible
+from proxytune.report_tokens import LOWER_IS_BETTER
+
+PAPER_TASKS = {"codex_humaneval": "humaneval"}
+"""The paper's repository's names of tasks that we call otherwise."""
+PAPER_TABLES = ("2", "4", "5")
+SCORE_COLUMNS = ("as", "score, %", "95% interval", "gap closed", "memory", "ms / token", "examples")
+Published = dict[str, Any]
+
+
+def in_percent(value: float | None, metric: Metric) -> float | None:
+    """A value of the metric as tables show it: shares in percent, other numbers as they are."""
+    return None if value is None else value * (100 if metric.unit == "share" else 1)
+
+
+def published_scores(paper: Mapping[str, Any], task: str) -> list[Published]:
+    """The paper's rows for a task: table, size, role and percent (stored where the repository has it, else
+    printed), with `gap` for the proxy."""
+    found: list[Published] = []
+    for number in PAPER_TABLES:
+        table = paper["tables"][number]
+        for i, column in enumerate(table["columns"]):
+            own = column["task"] or ("triviaqa" if column["name"] == "TriviaQA" else None)
+            if own is None or PAPER_TASKS.get(own, own) != task:
+                continue
+            rows = [
+                {
+                    "table": number, "size": row["size"], "role": row["role"], "metric": column["name"],
+                    "score": _either(stored_percent(paper, column, row["runs"][i]), row["printed"][i]),
+                }
+                for row in table["rows"]
+            ]  # fmt: skip
+            found += [row | {"gap": _published_gap(row, rows)} for row in rows if row["score"] is not None]
+    return found
+
+
+def _either(stored: float | None, printed: float | None) -> float | None:
+    return printed if stored is None else stored
+
+
+def _published_gap(row: Published, rows: Sequence[Published]) -> float | None:
+    """The gap that a published proxy closed, in percent."""
+    if row["role"] != "proxy":
+        return None
+    same = {other["role"]: other["score"] for other in rows if other["size"] == row["size"]}
+    if same.get("base") is None or same.get("tuned") is None or same["base"] == same["tuned"]:
+        return None
+    return float(100 * (row["score"] - same["base"]) / (same["tuned"] - same["base"]))
+
+
+# Tables
+
+
+def beside_table(rows: Sequence[RoleRow], paper: Mapping[str, Sequence[Published]]) -> Table:
+    """A line for every task and system, and under it the paper's lines for that task, marked as such."""
+    lines = []
+    for task in dict.fromkeys(row.task for row in rows):
+        own = [row for row in rows if row.task == task]
+        for system in dict.fromkeys(row.system for row in own):
+            roles = {row.role: row for row in own if row.system == system and not row.forced}
+            first = next(iter(roles.values()), None) or next(row for row in own if row.system == system)
+            gap = roles["proxy"].cells[3] if "proxy" in roles else ""
+            cells = [percent(roles[role].score).split()[0] if role in roles else "" for role in ROLES]
+            name = (task, visible(system), visible(first.metric))
+            lines.append(TableRow((*name, *cells, gap, str(first.n)), "strong"))
+        lines += _published_lines(task, paper.get(task, ()))
+    note = "ours in bold, published figures of other models in grey; the drawings have the intervals"
+    columns = ("task", "models", "metric, %", *ROLES, "gap closed", "examples")
+    return Table("All scores", columns, tuple(lines), note, words=3)
+
+
+def _published_lines(task: str, entries: Sequence[Published]) -> list[TableRow]:
+    """The paper's systems for a task. Its 7B tuned model is the expert of all of them."""
+    lines = []
+    for number in dict.fromkeys(entry["table"] for entry in entries):
+        own = [entry for entry in entries if entry["table"] == number]
+        expert = next((entry["score"] for entry in own if entry["size"] == "7B"), None)
+        for model in dict.fromkeys(entry["size"] for entry in own if entry["size"] != "7B"):
+            roles = {entry["role"]: entry for entry in own if entry["size"] == model}
+            scores = {role: entry["score"] for role, entry in roles.items()} | {"expert": expert}
+            cells = ["" if scores.get(role) is None else f"{scores[role]:.1f}" for role in ROLES]
+            gap = roles["proxy"]["gap"] if "proxy" in roles else None
+            name = (task, f"paper, {model} (table {number})", own[0]["metric"])
+            lines.append(TableRow((*name, *cells, "" if gap is None else f"{gap:.1f}%", ""), "published"))
+    return lines
+
+
+def score_table(rows: Sequence[RoleRow]) -> Table:
+    """Our rows of a task, with what they cost."""
+    lines = [
+        TableRow(
+            (
+                visible(name), *_score_cells(row.score), row.cells[3], size(row.memory),
+                "" if row.ms_per_token is None else f"{row.ms_per_token:.2f}", str(row.n),
+            ),
+            "strong" if row.role == "proxy" else "",
+        )
+        for name, row in zip(names(rows), rows, strict=True)
+    ]  # fmt: skip
+    return Table(f"{rows[0].task}: {rows[0].metric}", SCORE_COLUMNS, tuple(lines))
+
+
+def names(rows: Sequence[RoleRow]) -> list[str]:
+    """What rows of a task are called: the role, with the system where it is not the first one's."""
+    return [row.label if row.system == rows[0].system else f"{row.system}: {row.label}" for row in rows]
+
+
+def _score_cells(metric: Metric) -> tuple[str, str]:
+    """The value and its interval."""
+    value, _, interval = percent(metric).partition(" ")
+    return value, interval.strip("[]").replace(", ", " to ")
+
+
+# Figures
+
+
+def score_figure(rows: Sequence[RoleRow]) -> Figure:
+    """Every role's score with its interval."""
+    task, called = rows[0].task, [visible(name) for name in names(rows)]
+    unit = "" if rows[0].score.unit == "number" else ", %"
+    domain: dict[str, Any] = {} if rows[0].score.unit == "number" else {"domain": [0, 100]}
+    x = charts.axis("score", visible(rows[0].metric) + unit, **domain)
+    y = {**charts.axis("name", "", "nominal"), "sort": called, "title": None}
+    layers: list[charts.Layer] = []
+    for name, row in zip(called, rows, strict=True):
+        value = in_percent(row.score.value, row.score)
+        datum = {
+            "name": name, "score": value, "low": in_percent(row.score.low, row.score),
+            "high": in_percent(row.score.high, row.score), "text": f"{value:.1f}",
+            "label": f"{name}; {percent(row.score)}; {row.n} examples",
+        }  # fmt: skip
+        shape = "diamond" if row.forced else "circle"
+        layers += [
+            charts.intervals([datum], x, y, row.role, along="x"),
+            charts.points([datum], x, y, row.role, size=80, shape=shape),
+            charts.words(
+                [datum], {"value": 338}, y, row.role, fontWeight="bold" if row.role == "proxy" else "normal"
+            ),
+        ]
+    return Figure(
+        name=f"score-{task}",
+        title=f"{task}: {visible(rows[0].metric)}",
+        caption=f"{rows[0].n} examples; lines are 95% intervals",
+        table=score_table(rows),
+        layers=tuple(layers),
+        height=36 * len(rows),
+        width=330,
+    )
+
+
+def gap_figure(rows: Sequence[RoleRow], paper: Mapping[str, Sequence[Published]]) -> Figure | None:
+    """The gap closed on each task beside what the paper's models closed there; None where nothing closed a
+    firm gap."""
+    ours = [row for row in rows if row.role == "proxy" and row.gap_closed is not None]
+    if not ours:
+        return None
+    data = [
+        {
+            "row": visible(f"{row.task}: {row.system}"),
+            "gap": 100 * (row.gap_closed or 0),
+            "text": row.cells[3],
+        }
+        for row in ours
+    ]
+    printed = [
+        {"row": f"{task}: paper, table {entry['table']}", "gap": entry["gap"], "text": entry["size"]}
+        for task in dict.fromkeys(row.task for row in ours)
+        for entry in paper.get(task, ())
+        if entry["gap"] is not None
+    ]
+    for datum in (*data, *printed):
+        own = "" if datum["text"].endswith("%") else f", {datum['text']}"
+        datum["label"] = f"{datum['row']}{own}; {datum['gap']:.1f}% of the gap closed"
+    both = sorted((*data, *printed), key=lambda datum: datum["row"].partition(":")[0])
+    rows_shown = list(dict.fromkeys(datum["row"] for datum in both))
+    values = [datum["gap"] for datum in both]
+    low, high = min(0, math.floor(min(values) / 20) * 20), max(100, math.ceil(max(values) / 20) * 20)
+    x = charts.axis("gap", "gap closed, %", domain=[low, high])
+    y = {**charts.axis("row", "", "nominal"), "sort": rows_shown, "title": None}
+    cells = [(d["row"], "" if d in data else d["text"], f"{d['gap']:.1f}") for d in both]
+    return Figure(
+        name="gap",
+        title="How much of the gap between base and tuned the proxy closes",
+        caption="(proxy - base) / (tuned - base). Hollow: published, of 13B and 70B models",
+        table=Table(
+            "Gap closed", ("task and source", "model", "gap closed, %"), charts.rows_of(cells), words=2
+        ),
+        layers=(
+            charts.level(100, x, "muted", along="x"),
+            charts.hollow(printed, x, y),
+            charts.words(
+                [d for d in printed if d["text"] != "70B"], x, y, "published", "above", fontSize=10.5
+            ),
+            charts.words(
+                [d for d in printed if d["text"] == "70B"], x, y, "published", "below", fontSize=10.5
+            ),
+            charts.points(data, x, y, "proxy", size=95),
+            charts.words(data, x, y, "proxy", "left", fontWeight="bold"),
+        ),
+        height=42 * len(rows_shown),
+        width=340,
+    )
+
+
+def price_figure(rows: Sequence[RoleRow], what: Literal["memory", "time"]) -> Figure | None:
+    """Score against memory, or against time per token; None where that was not recorded."""
+    known = [row for row in rows if (row.memory if what == "memory" else row.ms_per_token)]
+    if len(known) < 2:
+        return None
+    prices = [row.memory / 1e6 if what == "memory" else float(row.ms_per_token or 0) for row in known]
+    words = "memory of weights and KV cache, MB" if what == "memory" else "time per generated token, ms"
+    low, high = min(prices) / 1.6, max(prices) * 1.9
+    shares = known[0].score.unit != "number"
+    x = charts.log_axis("price", words + " (log scale)", low, high)
+    bounds: dict[str, Any] = {"domain": [-4, 106]} if shares else {}
+    y = charts.axis("score", visible(known[0].metric) + (", %" if shares else ""), **bounds)
+    if shares:
+        y["axis"] = {"values": [0, 20, 40, 60, 80, 100]}
+    data: list[charts.Datum] = []
+    unit = "MB" if what == "memory" else "ms per token"
+    for name, row, price in zip(names(known), known, prices, strict=True):
+        told = visible(f"{name}; {percent(row.score)}; {price:.3g} {unit}")
+        data.append({
+            "price": price, "score": in_percent(row.score.value, row.score), "role": row.role,
+            "low": in_percent(row.score.low, row.score), "high": in_percent(row.score.high, row.score),
+            "text": visible(name), "label": told,
+        })  # fmt: skip
+    top = 110 if shares else 1.1 * max(d["score"] for d in data)
+    places = [
+        (
+            charts.WIDTH * math.log(d["price"] / low) / math.log(high / low),
+            charts.HEIGHT * (d["score"] + 4) / top,
+        )
+        for d in data
+    ]
+    layers: list[charts.Layer] = []
+    for datum, side in zip(data, charts.sides(places, [d["text"] for d in data]), strict=True):
+        layers += [
+            charts.intervals([datum], x, y, datum["role"], along="y"),
+            charts.points([datum], x, y, datum["role"], size=80),
+            charts.words([datum], x, y, datum["role"], side),
+        ]
+    task = known[0].task
+    table = Table(
+        f"{task}: score and {words}", ("as", words, "score, %"),
+        charts.rows_of([(d["text"], f"{d['price']:.3g}", f"{d['score']:.1f}") for d in data]),
+    )  # fmt: skip
+    return Figure(
+        name=f"price-{what}-{task}",
+        title=f"{task}: score against {'memory' if what == 'memory' else 'time'}",
+        caption=f"{'down' if task in LOWER_IS_BETTER else 'up'} and to the left is better; "
+        "lines are 95% intervals",
+        table=table,
+        layers=tuple(layers),
+    )

@@ -1,0 +1,85 @@
+"""Tables of what every run took, and of where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from proxytune.config import ModelSpec, System
+from proxytune.records import Run
+from proxytune.report import percent, role_rows, size
+from proxytune.report_charts import Table, rows_of
+
+Found = Sequence[tuple[Path, Run]]
+LISTED = 25
+"""Runs up to which their table is open."""
+
+
+def cost_table(root: Path, found: Found) -> Table:
+    """One line per run."""
+    cells = []
+    for folder, run in found:
+        row, cost = role_rows([run])[0], run.cost
+        pace = cost.tokens_per_second
+        cells.append((
+            str(folder.relative_to(root)), row.label,
+            run.spec.alpha.text if run.spec.role == "proxy" else "", str(run.n),
+            percent(run.metrics[run.headline]), f"{cost.seconds:.1f}", str(cost.generated_tokens),
+            "" if pace is None else f"{pace:.0f}", size(row.memory), str(cost.preemptions),
+            str(cost.sessions),
+            run.started.replace("T", " ").removesuffix("+00:00"),
+        ))  # fmt: skip
+    columns = (
+        "folder", "as", "alpha", "examples", "score", "seconds", "tokens", "tokens / s", "memory",
+        "preemptions", "sessions", "started (UTC)",
+    )  # fmt: skip
+    return Table(
+        f"{len(found)} runs: cost and speed", columns, rows_of(cells), words=3, folded=len(found) > LISTED
+    )
+
+
+def systems_table(found: Found) -> Table:
+    """The models of every system, role by role."""
+    systems = {run.spec.system.name: run.spec.system for _, run in found}
+    cells = [
+        (name, role, spec.model or f"adapter {spec.adapter}", spec.dtype, spec.quantization, spec.chat)
+        for name, system in systems.items()
+        for role, spec in _models(system)
+    ]
+    columns = ("system", "role", "model", "dtype", "quantization", "prompt format")
+    return Table("Systems", columns, rows_of(cells), words=len(columns), folded=True)
+
+
+def _models(system: System) -> list[tuple[str, ModelSpec]]:
+    """Roles and their models."""
+    experts = [("expert", spec) for spec in system.expert_specs]
+    named = [("base", system.base), *experts, ("antiexpert", system.antiexpert), ("tuned", system.tuned)]
+    return [(role, spec) for role, spec in named if spec is not None]
+
+
+def made_table(found: Found) -> tuple[Table, ...]:
+    """Who computed the runs: runs of one machine, commit and set of packages share a line; then every run's
+    command."""
+    groups: dict[tuple[str, ...], int] = {}
+    for _, run in found:
+        made = run.made
+        packages = ", ".join(f"{name} {version}" for name, version in made.packages.items())
+        key = (
+            made.proxytune, (made.git_commit or "not in a checkout")[:12], made.device, str(made.threads),
+            f"Python {made.python} on {made.platform}", packages,
+        )  # fmt: skip
+        groups[key] = groups.get(key, 0) + 1
+    columns = ("runs", "proxytune", "commit", "device", "threads", "platform", "packages")
+    lines = rows_of([(str(count), *key) for key, count in groups.items()])
+    commands = rows_of([
+        (
+            run.made.command, run.spec.task, run.spec.role, run.spec.data, run.spec.data_sha256[:12],
+            str(run.spec.sampling.seed),
+        )
+        for _, run in found
+    ])  # fmt: skip
+    named = ("command", "task", "as", "data", "sha256 of the items", "seed")
+    return (
+        Table("Provenance", columns, lines, words=len(columns), folded=True),
+        Table("Commands", named, commands, words=len(named), folded=True),
+    )

@@ -1,0 +1,387 @@
+"""The sections of the page: which runs of a folder of results each of them is about, and what is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from proxytune.analysis_failures import failures
+from proxytune.analysis_positions import agreement, positions
+from proxytune.analysis_sweep import find_sweeps, skip, sweep
+from proxytune.analysis_tokens import equations, ngrams
+from proxytune.errors import UserError
+from proxytune.paper import paper_gap_closed, read_paper
+from proxytune.records import Run
+from proxytune.report import RoleRow, by_task, role_rows
+from proxytune.report_analyses import (
+    agreement_figures,
+    equations_figure,
+    ngrams_figure,
+    positions_figures,
+    positions_table,
+    published_ngrams,
+)
+from proxytune.report_charts import Figure, Table
+from proxytune.report_figures import beside_table, gap_figure, price_figure, published_scores, score_figure
+from proxytune.report_runs import cost_table, made_table, systems_table
+from proxytune.report_sweeps import failure_tables, skip_figures, sweep_figures
+from proxytune.report_tokens import SENSITIVE, TraceSet, plainness, trace_sets
+from proxytune.results import PREDICTIONS, find_runs
+
+MIN_COUNTS = (100, 30, 10, 3)
+"""How often a token must have been generated to be ranked: the paper's number, or the largest of these that
+leaves enough of them in smaller runs."""
+ENOUGH = 8
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Figures and tables that stand together."""
+
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[Table, ...] = ()
+    sensitive: bool = False
+    """Whether it shows text that is hateful by design."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page; without parts it says what is missing and which command makes it."""
+
+    id: str
+    short: str
+    """In the bar at the top."""
+    title: str
+    intro: tuple[str, ...]
+    parts: tuple[Part, ...] = ()
+    missing: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What lies in a folder of results."""
+
+    root: Path
+    found: tuple[tuple[Path, Run], ...]
+    rows: tuple[RoleRow, ...]
+    """Of the runs that tables are about, one for each system, task, role and control."""
+    others: int
+    """Finished runs with other settings."""
+    sets: tuple[TraceSet, ...]
+    paper: Any
+
+    @property
+    def usual(self) -> tuple[str, str]:
+        """The system and the task that hints name."""
+        first = next((row for row in self.rows if row.role == "proxy"), self.rows[0])
+        return first.system, first.task
+
+    def command(self, what: str, *rest: str) -> str:
+        """A command for that system and task."""
+        system, task = self.usual
+        return " ".join(["proxytune", what, task, "--system", system, *rest])
+
+
+def read_inputs(root: Path) -> Inputs:
+    """The finished runs under `root`; UserError where there is none."""
+    found = find_runs(root)
+    if not found:
+        raise UserError(f"no finished run in '{root}': `proxytune eval` makes one")
+    runs = table_runs(root, found)
+    rows = tuple(role_rows(runs))
+    return Inputs(root, tuple(found), rows, len(found) - len(runs), tuple(trace_sets(found)), read_paper())
+
+
+def table_runs(root: Path, found: Sequence[tuple[Path, Run]]) -> list[Run]:
+    """The runs that the tables are about: per system and task, one for each role and control.
+
+    That is a run with default settings (`root/<system>/<task>/<as>`) where there is one, else one on the
+    examples, and with the metric, that most roles were run with.
+    """
+    groups: dict[tuple[str, str], list[tuple[Path, Run]]] = {}
+    for pair in sorted(found, key=plainness):
+        groups.setdefault((pair[1].spec.system.name, pair[1].spec.task), []).append(pair)
+    chosen = list[Run]()
+    for pairs in groups.values():
+        usual = [run for folder, run in pairs if len(folder.relative_to(root).parts) == 3]
+        roles: dict[tuple[str, str], set[str]] = {}
+        for run in usual or [run for _, run in pairs]:
+            roles.setdefault((run.spec.data_sha256, run.headline), set()).add(run.spec.role)
+        most = max(roles, key=lambda key: len(roles[key]))
+        same = [run for _, run in pairs if (run.spec.data_sha256, run.headline) == most]
+        own: dict[tuple[str, bool], Run] = {}
+        for run in (*usual, *same):
+            own.setdefault((run.spec.role, bool(run.spec.forced)), run)
+        chosen += own.values()
+    places = {id(run): i for i, (_, run) in enumerate(found)}
+    return sorted(chosen, key=lambda run: places[id(run)])
+
+
+def sections(inputs: Inputs) -> list[Section]:
+    """All sections, in their order."""
+    return [
+        results_section(inputs),
+        tokens_section(inputs),
+        price_section(inputs),
+        positions_section(inputs),
+        ngrams_section(inputs),
+        equations_section(inputs),
+        alpha_section(inputs),
+        skip_section(inputs),
+        agreement_section(inputs),
+        failures_section(inputs),
+        runs_section(inputs),
+    ]
+
+
+def attempt(make: Callable[..., Found], *folders: Path | None) -> Found | None:
+    """What an analysis finds in folders; None, with a note on stderr, where it does not fit the runs."""
+    try:
+        return make(*folders)
+    except UserError as error:
+        print(f"note: left out of the page: {error}", file=sys.stderr)
+        return None
+
+
+def parts_of(figures: Sequence[Figure | None], *tables: Table, sensitive: bool = False) -> Iterator[Part]:
+    """One part, or none where there is nothing in it."""
+    drawn = tuple(figure for figure in figures if figure is not None)
+    if drawn or tables:
+        yield Part(drawn, tables, sensitive)
+
+
+def either(section: Section, parts: Sequence[Part], missing: str, command: str) -> Section:
+    """The section with its parts, or with the line that says what makes them."""
+    if parts:
+        return dataclasses.replace(section, parts=tuple(parts))
+    return dataclasses.replace(section, intro=(), missing=missing, command=command)
+
+
+# Runs
+
+
+def results_section(inputs: Inputs) -> Section:
+    """Scores with the paper's beside them, and the gap closed."""
+    tasks = by_task(inputs.rows)
+    paper = {task: published_scores(inputs.paper, task) for task in tasks}
+    figures = [*(score_figure(rows) for rows in tasks.values()), gap_figure(inputs.rows, paper)]
+    means = " and ".join(f"{100 * paper_gap_closed(inputs.paper, '2', s):.1f}% ({s})" for s in ("13B", "70B"))
+    intro = [
+        "Gap closed is (proxy - base) / (tuned - base), not capped; n/a where base and tuned do not differ "
+        f"firmly. The paper's mean over the five columns of its table 2 is {means}."
+    ]
+    if any(row.forced for row in inputs.rows):
+        intro.append("“Opener forced” is a control: the untuned base made to begin as a tuned model does.")
+    if inputs.others:
+        intro.append(
+            f"{inputs.others} finished runs with other settings are not in these tables; all are listed "
+            "under Runs."
+        )
+    parts = parts_of(figures, beside_table(inputs.rows, paper))
+    return Section("results", "Results", "Results, beside the paper's", tuple(intro), tuple(parts))
+
+
+def price_section(inputs: Inputs) -> Section:
+    """Score against memory and time."""
+    found = [
+        part
+        for rows in by_task(inputs.rows).values()
+        for part in parts_of([price_figure(rows, "memory"), price_figure(rows, "time")])
+    ]
+    intro = (
+        "The proxy needs three models at every step: memory is the weights and the KV cache at its fullest "
+        "of all models that a role needs, and time is decoding time over generated tokens, all rows of a "
+        "batch together.",
+    )
+    empty = Section("price", "Price", "What a score costs", intro)
+    return either(empty, found, "No run has recorded its memory and time", inputs.command("eval", "--as all"))
+
+
+def runs_section(inputs: Inputs) -> Section:
+    """Cost and provenance of every run."""
+    tables = (cost_table(inputs.root, inputs.found), systems_table(inputs.found), *made_table(inputs.found))
+    return Section(
+        "runs", "Runs", "Runs: cost, speed and provenance",
+        ("Every finished run under the folder of results that this page was made from.",),
+        (Part((), tables),),
+    )  # fmt: skip
+
+
+# Traces
+
+
+def tokens_section(inputs: Inputs) -> Section:
+    """The token-level view; the page's script fills it from the embedded JSON."""
+    intro = (
+        "Every token of a response, shaded by how far the proxy moved its probability away from the base's. "
+        "Hover over a token, or go through them with the arrow keys, to see what each model would have said.",
+    )
+    title = "Token by token"
+    if not inputs.sets:
+        return Section(
+            "tokens", "Tokens", title, (), missing="No traced run of a proxy",
+            command=inputs.command("eval", "--trace"),
+        )  # fmt: skip
+    return Section("tokens", "Tokens", title, intro)
+
+
+def positions_section(inputs: Inputs) -> Section:
+    """Influence by position."""
+    found = [one for chosen in inputs.sets if (one := attempt(positions, chosen.folder))]
+    figures = [figure for one in found for figure in positions_figures(one)]
+    parts = [Part(tuple(figures), (positions_table(found),))] if found else []
+    intro = ("Where in a response the proxy speaks differently from the base (the paper's appendix C.2).",)
+    empty = Section("positions", "Position", "Influence by position", intro)
+    return either(empty, parts, "No traced run of a proxy", inputs.command("eval", "--trace"))
+
+
+def ngrams_section(inputs: Inputs) -> Section:
+    """Influence by token."""
+    drawn = [(chosen.run.spec.task, figure) for chosen in inputs.sets if (figure := _ngrams(chosen))]
+    plain = [figure for task, figure in drawn if task not in SENSITIVE]
+    veiled = [figure for task, figure in drawn if task in SENSITIVE]
+    parts = [*parts_of(plain, published_ngrams(inputs.paper)), *parts_of(veiled, sensitive=True)]
+    if not drawn:
+        parts = []
+    intro = ("Which tokens the proxy makes more likely, and the phrase in which each mostly stands (6.1).",)
+    empty = Section("ngrams", "Words", "Influence by token and phrase", intro)
+    return either(empty, parts, "No traced run of a proxy", inputs.command("eval", "--trace"))
+
+
+def _ngrams(chosen: TraceSet) -> Figure | None:
+    """The tokens of a traced run: by the paper's minimum count, or a lower one where that leaves too few."""
+    for min_count in MIN_COUNTS:
+        try:
+            found = ngrams(chosen.folder, min_count=min_count, top=60)
+        except UserError:
+            continue  # no token is as frequent as that
+        if len(found.rows) >= ENOUGH or min_count == MIN_COUNTS[-1]:
+            return ngrams_figure(found, chosen.run.spec.task)
+    return None
+
+
+def equations_section(inputs: Inputs) -> Section:
+    """Reasoning against arithmetic."""
+    parts: list[Part] = []
+    for chosen in inputs.sets:
+        if chosen.run.spec.task == "gsm" and (found := attempt(equations, chosen.folder)):
+            parts += parts_of([equations_figure(found)])
+    intro = (
+        "Does the proxy change the reasoning (left of the equals sign) or the arithmetic (right of it)? "
+        "(6.1) The paper's rule counts some tokens twice and stops at decimal points; the corrected one does "
+        "not.",
+    )
+    empty = Section("equations", "Equations", "Influence in equations", intro)
+    system, _ = inputs.usual
+    return either(
+        empty, parts, "No traced gsm run of a proxy", f"proxytune eval gsm --system {system} --trace"
+    )
+
+
+def agreement_section(inputs: Inputs) -> Section:
+    """Agreement with direct tuning."""
+    figures: list[Figure] = []
+    for folder, run in inputs.found:
+        if run.spec.trace == "agreement" and run.spec.role in ("proxy", "tuned"):
+            found = attempt(agreement, folder)
+            if found is not None and len(found.rows) >= 4:
+                figures += agreement_figures(found)
+    parts = list(parts_of(figures))
+    intro = (
+        "How near the proxy comes to the directly tuned model, token by token: the divergence of the two "
+        "distributions, and how often their first choices are the same.",
+    )
+    empty = Section("agreement", "Agreement", "Agreement with direct tuning", intro)
+    command = inputs.command("eval", "--trace agreement")
+    return either(empty, parts, "No run with an agreement trace (it needs a tuned model)", command)
+
+
+# Sweeps
+
+
+def alpha_section(inputs: Inputs) -> Section:
+    """Score against alpha."""
+    figures: list[Figure] = []
+    for folder in find_sweeps(inputs.root):
+        found = attempt(sweep, folder)
+        if found is not None and sum(point.value is not None for point in found.points) > 2:
+            figures += sweep_figures(found)
+    parts = list(parts_of(figures))
+    intro = ("Alpha 0 is the base alone, 1 the paper's setting (6.2).",)
+    empty = Section("alpha", "Alpha", "The strength of the shift", intro)
+    return either(empty, parts, "No sweep over alpha", inputs.command("sweep-alpha", "--alphas 0:2:0.2"))
+
+
+def skip_section(inputs: Inputs) -> Section:
+    """What ending the correction early does."""
+    figures: list[Figure] = []
+    for folder in find_sweeps(inputs.root):
+        if not any(path.parent == folder and run.spec.alpha.kind == "first" for path, run in inputs.found):
+            continue
+        found = attempt(skip, folder, _control(inputs, folder))
+        if found is not None:
+            figures += skip_figures(found)
+    parts = list(parts_of(figures))
+    intro = (
+        "The later tokens change little: can the correction be left out there? The proxy steers the first t "
+        "tokens only, then the base goes on alone.",
+    )
+    empty = Section("skip", "Late skip", "Ending the correction early", intro)
+    alphas = "--alphas 0,first:1,first:4,first:16,1"
+    return either(empty, parts, "No sweep over schedules first:t", inputs.command("sweep-alpha", alphas))
+
+
+def _control(inputs: Inputs, folder: Path) -> Path | None:
+    """The base with a forced opener on the items of a sweep."""
+    runs = [run for path, run in inputs.found if path.parent == folder]
+    same = {(run.spec.system.name, run.spec.task, run.spec.data_sha256) for run in runs}
+    for path, run in inputs.found:
+        spec = run.spec
+        if spec.forced and spec.role == "base" and (spec.system.name, spec.task, spec.data_sha256) in same:
+            return path
+    return None
+
+
+# Failures
+
+
+def failures_section(inputs: Inputs) -> Section:
+    """Base against proxy, item by item."""
+    parts: list[Part] = []
+    for first, second in _pairs(inputs):
+        found = attempt(failures, first, second)
+        if found is not None:
+            parts += parts_of([], *failure_tables(found), sensitive=found.first.task in SENSITIVE)
+    intro = (
+        "Items that one of the two has right and the other wrong. McNemar's exact test asks whether they "
+        "differ in how often.",
+    )
+    empty = Section("failures", "Failures", "Where the proxy fails and the base does not", intro)
+    command = inputs.command("eval", "--as all")
+    return either(empty, parts, "No base and proxy with stored predictions on the same items", command)
+
+
+def _pairs(inputs: Inputs) -> Iterator[tuple[Path, Path]]:
+    """Per system and task a base and a proxy on the same items, with their predictions."""
+    seen = set[tuple[str, str]]()
+    usable = [
+        (folder, run)
+        for folder, run in sorted(inputs.found, key=plainness)
+        if not run.spec.forced and (folder / PREDICTIONS).exists()
+    ]
+    for folder, run in usable:
+        key = run.spec.system.name, run.spec.task
+        if run.spec.role != "base" or key in seen:
+            continue
+        for other, proxy in usable:
+            same = (proxy.spec.system.name, proxy.spec.task) == key
+            if proxy.spec.role == "proxy" and same and proxy.spec.data_sha256 == run.spec.data_sha256:
+                seen.add(key)
+                yield folder, other
+                break

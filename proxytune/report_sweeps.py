@@ -1,0 +1,209 @@
+"""Figures and tables of sweeps over alpha and schedules, and of where two runs differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from proxytune import report_charts as charts
+from proxytune.analysis_failures import Failures
+from proxytune.analysis_sweep import Skip, Sweep, SweepPoint
+from proxytune.records import Metric
+from proxytune.report import percent
+from proxytune.report_analyses import bounded
+from proxytune.report_charts import Figure, Table, rows_of
+from proxytune.report_escape import clipped, visible
+from proxytune.report_figures import in_percent
+
+LISTED = 20
+"""Items that are listed for each way in which two runs differ."""
+SHOWN = 600
+"""Characters of a text in that list."""
+COLUMNS = ("alpha", "score, %", "loops, %", "tokens, mean", "examples")
+
+
+def sweep_figures(found: Sweep) -> list[Figure]:
+    """Score against alpha, and the trade-off of truth and information where there is one."""
+    task = found.source.task
+    numbers = [point for point in found.points if point.value is not None]
+    figures = []
+    if len(numbers) > 1:
+        x = charts.axis("at", "alpha", nice=False, padding=7)
+        figures.append(
+            _against(
+                numbers, lambda p: p.value, x, lambda p: p.score, found.metric,
+                name=f"alpha-{task}", title=f"{task}: score against alpha", table=sweep_table(found),
+                system=found.source.system,
+                caption=f"{numbers[0].n} examples; the area is a 95% interval; alpha 0 is the base alone",
+            )
+        )  # fmt: skip
+    if found.paper:
+        figures.append(trade_off_figure(found))
+    return figures
+
+
+def _against(
+    points: Sequence[SweepPoint],
+    at: Callable[[SweepPoint], Any],
+    x: Any,
+    of: Callable[[SweepPoint], Metric],
+    what: str,
+    *,
+    name: str,
+    title: str,
+    caption: str,
+    table: Table,
+    system: str,
+    control: tuple[str, Metric] | None = None,
+) -> Figure:
+    """A metric of the points, with its interval; `control` is a level that another run has."""
+    unit = of(points[0]).unit
+    bounds: dict[str, Any] = {"zero": True} if unit == "number" else {"domain": [0, 100]}
+    y = charts.axis("value", visible(what) + ("" if unit == "number" else ", %"), **bounds)
+    data = []
+    for point in points:
+        metric = of(point)
+        told = percent(metric) if unit != "number" else bounded(metric, 1)
+        data.append({
+            "at": at(point), "value": in_percent(metric.value, metric), "low": in_percent(metric.low, metric),
+            "high": in_percent(metric.high, metric),
+            "label": f"alpha {point.alpha}; {visible(what)} {told}; {point.n} examples",
+        })  # fmt: skip
+    layers: list[charts.Layer] = []
+    if control is not None:
+        value = in_percent(control[1].value, control[1]) or 0.0
+        layers.append(charts.level(value, y, "base"))
+        # under its line, unless it would stand in the axis there
+        top = 100.0 if unit != "number" else max(datum["high"] or datum["value"] for datum in data)
+        side: charts.Side = "below" if value > top / 8 else "above"
+        named = [{"value": value, "text": f"{visible(control[0])}: {value:.1f}"}]
+        dy = -5 if side == "above" else 5 if unit != "number" else 14
+        layers.append(charts.words(named, {"value": 8}, y, "base", side, align="left", dy=dy))
+    known = [datum for datum in data if datum["low"] is not None]
+    layers += [
+        charts.band(known, x, y, "proxy"),
+        charts.line(data, x, y, "proxy"),
+        charts.points(data, x, y, "proxy"),
+    ]
+    return Figure(name=name, title=title, caption=caption, table=table, layers=tuple(layers), system=system)
+
+
+def trade_off_figure(found: Sweep) -> Figure:
+    """Truth against information: the paper's ten points, and ours where judges gave them."""
+    x = charts.axis("info", "informative, %", zero=False)
+    y = charts.axis("truth", "true, %", zero=False)
+    printed: list[charts.Datum] = [
+        {
+            "info": 100 * p.info, "truth": 100 * p.truth, "order": p.alpha, "text": f"{p.alpha:g}",
+            "label": f"paper, 13B; alpha {p.alpha:g}; true {100 * p.truth:.1f}%; "
+            f"informative {100 * p.info:.1f}%",
+        }
+        for p in found.paper
+    ]  # fmt: skip
+    ours: list[charts.Datum] = [
+        {
+            "info": in_percent(p.info.value, p.info), "truth": in_percent(p.truth.value, p.truth),
+            "order": p.value, "text": p.alpha,
+            "label": f"{visible(found.source.system)}; alpha {p.alpha}; true {percent(p.truth)}; "
+            f"informative {percent(p.info)}",
+        }
+        for p in found.points
+        if p.truth is not None and p.info is not None and p.value is not None
+    ]  # fmt: skip
+    layers: list[charts.Layer] = []
+    for data, color in ((printed, "published"), (ours, "proxy")):
+        draw = charts.hollow if color == "published" else charts.points
+        layers += [charts.path(data, x, y, color), draw(data, x, y, color, shape="circle")]
+        for i, datum in enumerate(data):
+            after = data[i + 1] if i + 1 < len(data) else None
+            # beside the line that goes on from here
+            rising = after is not None and after["info"] > datum["info"] and after["truth"] > datum["truth"]
+            look: dict[str, Any] = {"dx": -8} if rising else {"align": "left", "dx": 4, "dy": -5}
+            layers.append(charts.words([datum], x, y, color, "left" if rising else "above", **look))
+    cells = [
+        (who, datum["text"], f"{datum['truth']:.1f}", f"{datum['info']:.1f}")
+        for who, data in (("paper, 13B", printed), (found.source.system, ours))
+        for datum in data
+    ]
+    told = "filled: ours; " if ours else "ours needs judges (proxytune judge truthfulqa RUN); "
+    return Figure(
+        name=f"alpha-trade-off-{found.source.task}",
+        title=f"{found.source.task}: truth against information as alpha grows",
+        caption=told + "hollow: the paper's ten points (13B); the numbers are alphas",
+        table=Table("Truth and information", ("who", "alpha", "true, %", "informative, %"), rows_of(cells)),
+        layers=tuple(layers),
+        system=found.source.system,
+    )
+
+
+def sweep_table(found: Sweep | Skip) -> Table:
+    """All points of a sweep."""
+    points = [(point.alpha, point) for point in found.points]
+    if isinstance(found, Skip) and found.control is not None:
+        points.append((f"0, opener forced ({found.forced!r})", found.control))
+    cells = [
+        (name, percent(p.score), bounded(p.loops, 1, 100), bounded(p.tokens, 1), str(p.n))
+        for name, p in points
+    ]
+    return Table(f"{found.source.task}: {found.metric} by alpha", COLUMNS, rows_of(cells))
+
+
+def skip_figures(found: Skip) -> list[Figure]:
+    """Score, loops and length against the number of corrected tokens."""
+    task, names = found.source.task, ["all" if p.until is None else str(p.until) for p in found.points]
+    x = {**charts.axis("at", "tokens that are corrected before the proxy lets go", "ordinal"), "sort": names}
+    x["axis"] = {"labelAngle": 0}
+    table, control = sweep_table(found), found.control
+
+    def drawn(kind: Literal["score", "loops", "tokens"], what: str, title: str, caption: str) -> Figure:
+        told = None if control is None else ("base, opener forced", getattr(control, kind))
+        return _against(
+            found.points, lambda p: "all" if p.until is None else str(p.until), x,
+            lambda p: getattr(p, kind), what,
+            name=f"skip-{kind}-{task}", title=title, caption=caption, table=table, control=told,
+            system=found.source.system,
+        )  # fmt: skip
+
+    return [
+        drawn("score", found.metric, f"{task}: score when the correction ends early",
+              "the area is a 95% interval; 0 is the base alone, all is plain proxy-tuning"),
+        drawn("loops", "responses that end in a loop", f"{task}: repetition when the correction ends early",
+              "share of responses that fall into a loop; 95% interval"),
+        drawn("tokens", "length, tokens", f"{task}: length when the correction ends early",
+              "mean length of a response; 95% interval"),
+    ]  # fmt: skip
+
+
+# Failures
+
+
+def failure_tables(found: Failures) -> list[Table]:
+    """Who has what right with McNemar's test, and the items on which the two differ."""
+    first, second = found.first.role, found.second.role
+    title = f"{found.first.system}: {found.first.task}, {first} against {second} ({found.metric})"
+    counts = Table(
+        title,
+        ("both right", f"only {first}", f"only {second}", "both wrong", "McNemar's exact p"),
+        rows_of([(
+            str(found.both_right), str(found.only_first), str(found.only_second), str(found.both_wrong),
+            f"{found.p:.2g}",
+        )]), words=0,
+    )  # fmt: skip
+    tables = [counts]
+    for role, other, which in ((first, second, "first"), (second, first, "second")):
+        items = [item for item in found.items if item.right == which]
+        if items:
+            cells = [
+                tuple(
+                    clipped(text.strip(), SHOWN)
+                    for text in (item.id, item.question, item.answer, item.first, item.second)
+                )
+                for item in items[:LISTED]
+            ]
+            shown = "" if len(items) <= LISTED else f"the first {LISTED} of {len(items)}"
+            tables.append(Table(
+                f"{found.first.task}: {role} right, {other} wrong ({len(items)})",
+                ("id", "question", "reference", f"{first}'s answer", f"{second}'s answer"),
+                rows_of(cells), note=shown, texts=frozenset({1, 2, 3, 4}), words=5, folded=True,
+            ))  # fmt: skip
+    return tables

@@ -1,0 +1,260 @@
+"""Evaluate the proxy under many alphas at once: one process, models loaded once, one engine in which every
+row has its own alpha and the alphas of an example share its prompt.
+
+Every alpha is a run of its own, stored as by `run.py`, and continues after an interruption like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+import torch
+
+from proxytune import __version__, results
+from proxytune.config import AlphaSchedule, System, parse_alpha
+from proxytune.decode import Decoder, DecodeStats
+from proxytune.errors import UserError
+from proxytune.models import Models
+from proxytune.progress import Progress
+from proxytune.provenance import provenance
+from proxytune.records import Completion, Example, RoleMemory, Run
+from proxytune.results import SWEEP, RunFolder
+from proxytune.run import RESULTS, Options, plan
+from proxytune.run_session import CHECKPOINT_SECONDS, Job, Resources, Session, device_name, now
+
+MAX_ALPHAS = 100
+"""Most alphas of one sweep: a mistyped step must not start ten thousand runs."""
+
+
+def parse_alphas(text: str) -> list[AlphaSchedule]:
+    """`0:2:0.2` (from, to and step; both ends included) or `0,0.5,first:4`, or both -> distinct alphas in
+    this order."""
+    found: list[AlphaSchedule] = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        found += _range(part) or [parse_alpha(part)]
+    alphas = list(dict.fromkeys(found))
+    if not 0 < len(alphas) <= MAX_ALPHAS:
+        raise UserError(
+            f"--alphas '{text}' names {len(alphas)} alphas: give 1 to {MAX_ALPHAS}, as 0:2:0.2 or 0,0.5,"
+            "first:4"
+        )
+    return alphas
+
+
+def _range(part: str) -> list[AlphaSchedule]:
+    """FROM:TO:STEP in exact decimals, so that 0.2 * 3 is 0.6; [] for anything else."""
+    try:
+        start, end, step = (Decimal(number) for number in part.split(":"))
+        finite = all(number.is_finite() for number in (start, end, step))
+    except (InvalidOperation, ValueError):
+        return []
+    if not finite or step <= 0 or end < start or (end - start) / step > MAX_ALPHAS:
+        raise UserError(
+            f"--alphas '{part}' is no range: write FROM:TO:STEP, with FROM up to TO and a STEP above 0 that "
+            f"gives at most {MAX_ALPHAS} alphas"
+        )
+    count = int((end - start) / step) + 1
+    return [parse_alpha(f"{start + i * step:f}") for i in range(count)]
+
+
+@dataclass
+class Share:
+    """One alpha's share of what a sweep took: time by the tokens it generated."""
+
+    decoder: Decoder
+    stats: DecodeStats
+
+    @property
+    def memory(self) -> dict[str, RoleMemory]:
+        """Bytes per model: all of it, as every alpha needs all models."""
+        return self.decoder.memory
+
+
+@dataclass
+class Part:
+    """One alpha of a sweep: its run, and what is missing of it."""
+
+    alpha: AlphaSchedule
+    session: Session
+    todo: dict[str, Example]
+    stats: DecodeStats = field(default_factory=DecodeStats)
+    saved: float = 0.0
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run's folder."""
+        return self.session.folder
+
+
+def sweep(
+    system: System,
+    task: str,
+    alphas: Sequence[AlphaSchedule],
+    options: Options,
+    *,
+    out: Path | None = None,
+    resources: Resources | None = None,
+    models: Models | None = None,
+    judge: Callable[[Path], Run] | None = None,
+) -> tuple[Path, list[Run]]:
+    """Run the proxy under every alpha; -> the sweep's folder and the runs in the order of `alphas`.
+
+    The folder is `out`, or `sweep/` in the folder that one run with the other settings has. Finished alphas
+    are not run again. `judge` is given the folder of every finished run and returns the judged run. Raises
+    UserError as `plan` and `RunFolder.open` do, and KeyboardInterrupt with the line that says what is kept.
+    """
+    resources, own_models = resources or Resources(), models or Models(system)
+    for alpha in alphas:
+        alpha.check(allow_negative=options.allow_negative_alpha)
+    job = plan(system, task, "proxy", dataclasses.replace(options, alpha=None))
+    folder = out if out is not None else job.folder(RESULTS) / "sweep"
+    jobs = {a: dataclasses.replace(job, spec=job.spec.model_copy(update={"alpha": a})) for a in alphas}
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(
+            Progress(f"{system.name} {task} sweep", job.task.headline, resources.progress)
+        )
+        made = provenance(__version__, device_name(), torch.get_num_threads())
+        parts: list[Part] = []
+        runs: dict[AlphaSchedule, Run] = {}
+        for alpha, one in jobs.items():
+            new = Run(status="running", spec=one.spec, headline=one.task.headline, started=now(), made=made)
+            opened = stack.enter_context(RunFolder.open(folder / run_name(alpha), new))
+            if opened.run.status == "done":
+                runs[alpha] = opened.run
+            else:
+                parts.append(_part(alpha, one, opened, continued=opened.run is not new))
+        _mark(folder, job, 0.0)
+        if runs:
+            progress.note(f"{len(runs)} of {len(jobs)} alphas in '{folder}' are done already")
+        if parts:
+            _decode(parts, job, folder, own_models, resources, progress)
+        runs |= {part.alpha: part.session.finish() for part in parts}
+    done = [runs[alpha] for alpha in alphas]
+    if judge is not None:
+        own_models.release(keep=[])  # a judge may be a large model as well
+        done = [judge(folder / run_name(alpha)) for alpha in alphas]
+    return folder, done
+
+
+def run_name(alpha: AlphaSchedule) -> str:
+    """The folder of one alpha: `alpha=0.4`, `alpha=first-16`."""
+    return f"alpha={alpha.text.replace(':', '-')}"
+
+
+def _part(alpha: AlphaSchedule, job: Job, folder: RunFolder, *, continued: bool) -> Part:
+    """One alpha that is not finished."""
+    session = Session(job, folder, continued=continued)
+    folder.save(folder.run.model_copy(update={"cost": session.before}))  # a kill must not undo the count
+    todo = {example.id: example for example in job.data.examples if example.id not in folder.done}
+    return Part(alpha, session, todo)
+
+
+def _mark(folder: Path, job: Job, seconds: float) -> None:
+    """Write sweep.json, which marks the folder and adds up the seconds of all sessions."""
+    path = folder / SWEEP
+    before = json.loads(path.read_bytes()) if path.exists() else {"seconds": 0.0, "sessions": 0}
+    content = {
+        "system": job.spec.system.name,
+        "task": job.spec.task,
+        "seconds": before["seconds"] + seconds,
+        "sessions": before["sessions"] + (seconds > 0),
+    }
+    results.write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _decode(
+    parts: Sequence[Part], job: Job, folder: Path, models: Models, resources: Resources, progress: Progress
+) -> None:
+    """Decode, score and store what is missing of all parts."""
+    n = len(job.data.examples) * len(parts)
+    missing = sum(len(part.todo) for part in parts)
+    if not missing:
+        return
+    if missing < n:
+        progress.note(f"continuing '{folder}': {n - missing} of {n} examples of all alphas are done")
+    decoder = Decoder(
+        models,
+        "proxy",
+        max_batch=resources.max_batch,
+        kv_memory=resources.kv_memory,
+        speculation=resources.speculation,
+        agreement=job.spec.trace == "agreement",
+    )
+    for note in (*decoder.notes(), *job.data.notes):
+        progress.note(note)
+    for part in parts:
+        part.session.meter, part.saved = Share(decoder, part.stats), time.monotonic()
+    scores = [score for part in parts for score in part.session.scores_so_far()]
+    progress.begin(n, n - missing, scores, lambda: decoder.stats.generated_tokens)
+    try:
+        for part, example, completions in _finished(_stream(decoder, parts, job), parts):
+            row = part.session.store(example, completions, resources.sandbox)
+            progress.advance(row["scores"].get(job.task.headline))
+            if time.monotonic() - part.saved > CHECKPOINT_SECONDS:
+                _settle(parts, decoder)
+                part.folder.save(part.session.so_far())
+                part.saved = time.monotonic()
+    except KeyboardInterrupt:
+        left = n - sum(len(part.folder.done) for part in parts)
+        raise KeyboardInterrupt(
+            f"interrupted: {n - left} of {n} examples of all alphas are kept in '{folder}'; the same command "
+            "continues"
+        ) from None
+    finally:
+        _settle(parts, decoder)
+        with contextlib.suppress(UserError):  # the disk may be what failed
+            _mark(folder, job, decoder.stats.seconds)
+            for part in parts:
+                part.folder.save(part.session.so_far())
+
+
+def _stream(decoder: Decoder, parts: Sequence[Part], job: Job) -> Iterator[tuple[AlphaSchedule, Completion]]:
+    """Completions of everything that is missing. Examples that lack the same alphas go together."""
+    spec, lacking = job.spec, dict[tuple[AlphaSchedule, ...], list[Example]]()
+    for example in job.data.examples:
+        alphas = tuple(part.alpha for part in parts if example.id in part.todo)
+        if alphas:
+            lacking.setdefault(alphas, []).append(example)
+    texts = job.task.continuations
+    if texts is None:
+        asked = [(example, alphas) for alphas, examples in lacking.items() for example in examples]
+        yield from decoder.sweep(asked, spec.sampling, task=spec.task, trace=spec.trace, forced=spec.forced)
+        return
+    for alphas, examples in lacking.items():
+        yield from decoder.likelihood_sweep(examples, texts, alphas)
+
+
+def _finished(
+    stream: Iterator[tuple[AlphaSchedule, Completion]], parts: Sequence[Part]
+) -> Iterator[tuple[Part, Example, list[Completion]]]:
+    """Every example of every part, as soon as all of its completions are there."""
+    by_alpha = {part.alpha: part for part in parts}
+    waiting: dict[tuple[AlphaSchedule, str], list[Completion]] = {}
+    for alpha, completion in stream:
+        part, where = by_alpha[alpha], (alpha, completion.example_id)
+        group = waiting.setdefault(where, [])
+        group.append(completion)
+        part.stats.generated_tokens += len(completion.token_ids)
+        example = part.todo[completion.example_id]
+        if len(group) == part.session.job.responses(example):
+            del waiting[where]
+            yield part, example, sorted(group, key=lambda c: c.sample)
+
+
+def _settle(parts: Sequence[Part], decoder: Decoder) -> None:
+    """Share out what the decoder took by the tokens that a part generated, and prompt tokens by examples."""
+    tokens = sum(part.stats.generated_tokens for part in parts)
+    missing = sum(len(part.todo) for part in parts)
+    for part in parts:
+        own = part.stats.generated_tokens
+        for name, value in vars(decoder.stats).items():
+            by = len(part.todo) / missing if name == "prompt_tokens" else own / max(tokens, 1)
+            setattr(part.stats, name, value * by if isinstance(value, float) else round(value * by))
+        part.stats.generated_tokens = own
