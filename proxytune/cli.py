@@ -19,7 +19,6 @@ from proxytune.cli_analyze import analyze
 from proxytune.cli_options import (
     AllowCode,
     Alpha,
-    Alphas,
     As,
     AsOrAll,
     Batch,
@@ -42,7 +41,6 @@ from proxytune.cli_options import (
     Shots,
     ShotsFrom,
     Speculate,
-    SweepOut,
     SystemName,
     TaskName,
     Temperature,
@@ -53,7 +51,7 @@ from proxytune.cli_options import (
     Vocab,
     Yes,
 )
-from proxytune.cli_recipes import reproduce
+from proxytune.cli_recipes import reproduce, sweep_alpha
 from proxytune.errors import UserError
 
 
@@ -262,65 +260,7 @@ def evaluate(
     cli_judge.evaluate(cli_run.read_system(system, vocab), asked, judging, json_only=json)
 
 
-@app.command("sweep-alpha")
-def sweep_alpha(
-    task: TaskName,
-    alphas: Alphas,
-    system: SystemName = "demo",
-    data: Data = None,
-    limit: Limit = None,
-    shots: Shots = 0,
-    shots_from: ShotsFrom = None,
-    out: SweepOut = None,
-    mode: ModeName = "generate",
-    seed: Seed = 0,
-    max_new_tokens: MaxNewTokens = None,
-    temperature: Temperature = None,
-    batch: Batch = None,
-    kv_memory: KvMemory = None,
-    speculate: Speculate = "auto",
-    drafter: Drafter = None,
-    vocab: Vocab = None,
-    allow_negative_alpha: Negative = False,
-    trust_remote_code: RemoteCode = False,
-    allow_code_execution: AllowCode = False,
-    judge: JudgeName = None,
-    yes: Yes = False,
-    max_cost: MaxCost = None,
-    price: Price = None,
-    json: Json = False,
-) -> None:
-    """Evaluate the proxy under many alphas at once: models are loaded once, and the alphas of an example
-    share its prompt. An interrupted sweep is continued by the same command.
-
-    Example: proxytune sweep-alpha truthfulqa --system demo --alphas 0:2:0.2 --limit 100
-    """
-    from proxytune import cli_judge, cli_run, cli_sweep
-
-    changed = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    asked = cli_run.Request(
-        task=task,
-        as_="proxy",
-        alpha=None,
-        changed={name: value for name, value in changed.items() if value is not None},
-        data=data,
-        limit=limit,
-        shots=shots,
-        shots_from=shots_from,
-        out=out,
-        trace="off",
-        mode=mode,
-        seed=seed,
-        batch=batch,
-        kv_memory=kv_memory,
-        speculate=speculate,
-        drafter=drafter,
-        allow_negative_alpha=allow_negative_alpha,
-        trust_remote_code=trust_remote_code,
-        code=cli_run.Code(allow_code_execution, "auto", None),
-    )
-    judging = cli_judge.Request(judge=judge, yes=yes, max_cost=max_cost, price=price, seed=seed)
-    cli_sweep.sweep(cli_run.read_system(system, vocab), alphas, asked, judging, json_only=json)
+app.command("sweep-alpha")(sweep_alpha)
 
 
 @app.command()

@@ -1,4 +1,5 @@
-"""`proxytune reproduce`: what a user can type. Its body is in cli_reproduce."""
+"""The commands that make many runs, `sweep-alpha` and `reproduce`: what a user can type. Their bodies are in
+cli_sweep and cli_reproduce."""
 
 from __future__ import annotations
 
@@ -9,15 +10,93 @@ import typer
 
 from proxytune.cli_options import (
     AllowCode,
+    Alphas,
     Batch,
     CodePython,
+    Data,
+    Drafter,
     Json,
+    JudgeName,
     KvMemory,
     Limit,
     MaxCost,
+    MaxNewTokens,
+    ModeName,
+    Negative,
     Price,
+    RemoteCode,
     SandboxName,
+    Seed,
+    Shots,
+    ShotsFrom,
+    Speculate,
+    SweepOut,
+    SystemName,
+    TaskName,
+    Temperature,
+    Vocab,
+    Yes,
 )
+
+
+def sweep_alpha(
+    task: TaskName,
+    alphas: Alphas,
+    system: SystemName = "demo",
+    data: Data = None,
+    limit: Limit = None,
+    shots: Shots = 0,
+    shots_from: ShotsFrom = None,
+    out: SweepOut = None,
+    mode: ModeName = "generate",
+    seed: Seed = 0,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    batch: Batch = None,
+    kv_memory: KvMemory = None,
+    speculate: Speculate = "auto",
+    drafter: Drafter = None,
+    vocab: Vocab = None,
+    allow_negative_alpha: Negative = False,
+    trust_remote_code: RemoteCode = False,
+    allow_code_execution: AllowCode = False,
+    judge: JudgeName = None,
+    yes: Yes = False,
+    max_cost: MaxCost = None,
+    price: Price = None,
+    json: Json = False,
+) -> None:
+    """Evaluate the proxy under many alphas at once: models are loaded once, and the alphas of an example
+    share its prompt. An interrupted sweep is continued by the same command.
+
+    Example: proxytune sweep-alpha truthfulqa --system demo --alphas 0:2:0.2 --limit 100
+    """
+    from proxytune import cli_judge, cli_run, cli_sweep
+
+    changed = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    asked = cli_run.Request(
+        task=task,
+        as_="proxy",
+        alpha=None,
+        changed={name: value for name, value in changed.items() if value is not None},
+        data=data,
+        limit=limit,
+        shots=shots,
+        shots_from=shots_from,
+        out=out,
+        trace="off",
+        mode=mode,
+        seed=seed,
+        batch=batch,
+        kv_memory=kv_memory,
+        speculate=speculate,
+        drafter=drafter,
+        allow_negative_alpha=allow_negative_alpha,
+        trust_remote_code=trust_remote_code,
+        code=cli_run.Code(allow_code_execution, "auto", None),
+    )
+    judging = cli_judge.Request(judge=judge, yes=yes, max_cost=max_cost, price=price, seed=seed)
+    cli_sweep.sweep(cli_run.read_system(system, vocab), alphas, asked, judging, json_only=json)
 
 
 def reproduce(
