@@ -59,6 +59,7 @@ def test_an_analysis_of_the_paper_runs_on_the_demo(folder: Path, target: str) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_demo_report_is_made(folder: Path) -> None:
     shown = make(folder, "demo-report", "QUESTIONS=8", "ALPHAS=0:1:0.5", "LATE_SKIP=first:4")
     report = folder / "results" / "demo-report"
