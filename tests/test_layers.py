@@ -18,7 +18,7 @@ ORDER = [
     "config",
     "records",
     "core",
-    "vocabulary families",
+    "vocabulary families quantized",
     "models blackbox demo",
     "prompts",
     "decode scoring sandbox",

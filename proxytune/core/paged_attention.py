@@ -107,7 +107,7 @@ def gathered(
     kv_heads, new = keys.shape[2], query.shape[2]
     wide = torch.promote_types(query.dtype, torch.float32)
     k, v = (pool[table.long()].flatten(1, 2).transpose(1, 2).to(wide) for pool in (keys, values))
-    grouped = query.unflatten(1, (kv_heads, -1)).to(wide)  # [R, Hkv, G, Q, Dk]
+    grouped = query.reshape(query.shape[0], kv_heads, -1, *query.shape[2:]).to(wide)  # [R, Hkv, G, Q, Dk]
     scores = grouped @ k[:, :, None].transpose(-1, -2) * scaling  # [R, Hkv, G, Q, L]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -122,7 +122,7 @@ def gathered(
         column = sinks.to(wide).view(1, kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, column], -1)
     weights = scores.softmax(-1)[..., : k.shape[2]].masked_fill(hidden, 0.0)  # NaN where nothing is visible
-    out = (weights @ v[:, :, None]).to(query.dtype)  # [R, Hkv, G, Q, Dv]
+    out: Tensor = (weights @ v[:, :, None]).to(query.dtype)  # [R, Hkv, G, Q, Dv]
     return out.flatten(1, 2).transpose(1, 2).contiguous().transpose(1, 2)
 
 

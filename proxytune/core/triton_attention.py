@@ -61,9 +61,9 @@ def _attend(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DV_PAD), tl.float32)
     if SINKS:  # a sink is one more score without a value; the first split counts it
-        if split == 0:
-            best = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32) * LOG2E
-            total = total + 1.0
+        sink = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32) * LOG2E
+        best = tl.where(split == 0, sink, best)
+        total = tl.where(split == 0, 1.0, total)
 
     for n_first in range(first, last, BLOCK_N):
         n = n_first + tl.arange(0, BLOCK_N)
@@ -102,7 +102,9 @@ def _attend(
         unit = ((row * heads + head) * QUERY + token) * splits + split  # [R, H, Q, S]
         tl.store(maxima + unit, best, mask=live)
         tl.store(sums + unit, total, mask=live)
-        tl.store(partial + unit[:, None] * DV + dv[None, :], acc, mask=wanted & (best > float("-inf"))[:, None])
+        tl.store(
+            partial + unit[:, None] * DV + dv[None, :], acc, mask=wanted & (best > float("-inf"))[:, None]
+        )
 
 
 @triton.jit
@@ -132,14 +134,15 @@ def _combine(
 
 def blocks(query: int, group: int, size: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """BLOCK_M, BLOCK_N, warps and stages for tiles of query * group rows and heads of `size` (padded)."""
+    if dtype == torch.float32:  # no tensor cores: larger tiles would not fit the registers
+        return 16, 16, 4, 2
     rows = min(64, max(16, triton.next_power_of_2(query * group)))
-    wide = dtype == torch.float32 or size > 128
-    return rows, 32 if wide else 64, 8 if rows == 64 and wide else 4, 2 if wide else 3
+    return (rows, 32, 8 if rows == 64 else 4, 2) if size > 128 else (rows, 64, 4, 3)
 
 
 def default_splits(tiles: int, tokens: int, block: int) -> int:
     """Splits for that many tiles and a table of that many tokens: enough programs, none below one block."""
-    return max(1, min(triton.cdiv(WIDE, tiles), triton.cdiv(tokens, block), MOST_SPLITS))
+    return max(1, min(-(-WIDE // tiles), -(-tokens // block), MOST_SPLITS))
 
 
 def launch(
@@ -168,7 +171,7 @@ def launch(
     units = 0 if direct else rows * heads * new * splits
     partial = torch.empty(units, dv, dtype=torch.float32, device=query.device)
     maxima, sums = torch.empty(2, units, dtype=torch.float32, device=query.device)
-    with torch.cuda.device_of(query):
+    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
         _attend[(tiles, rows, splits)](
             query, keys, values, table, lengths, lengths if sinks is None else sinks,
             partial, maxima, sums, out,
