@@ -40,9 +40,9 @@ def _replace(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has no linear layers that `quantization: int8` could quantise"
         )
     for name, module in found:
-        new = Int8Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-        if module.bias is not None:
-            new.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+        new = Int8Linear(module.in_features, module.out_features, bias=None, device="meta")
+        # the loader casts what it reads to the dtype that it finds here, so int8 must come later
+        new.weight, new.bias = module.weight, module.bias
         model.set_submodule(name, new)
 
 
@@ -68,7 +68,10 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
     def convert(self, input_dict: dict[str, Any], full_layer_name: str, **_: object) -> dict[str, Tensor]:
         """The loader's call: a tensor, or a list of one, under one name."""
         (value,) = input_dict.values()
-        weight, scale = quantize(value[0] if isinstance(value, list) else value)
+        value = value[0] if isinstance(value, list) else value
+        if not value.is_floating_point():
+            raise ValueError(f"{full_layer_name} is {value.dtype} and cannot be quantised")
+        weight, scale = quantize(value)
         return {full_layer_name: weight, f"{full_layer_name}_scale": scale}
 
 
@@ -110,11 +113,12 @@ def random_int8(
     deviation = float(getattr(config.get_text_config(), "initializer_range", 0.02))
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         path, _, own = name.rpartition(".")
-        new = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        if own == "weight_scale":
-            new.fill_(deviation / (127 * 128 / 3) ** 0.5)
-        elif new.dtype == torch.int8:
+        eight = own == "weight" and isinstance(model.get_submodule(path), Int8Linear)
+        new = torch.empty(parameter.shape, dtype=torch.int8 if eight else parameter.dtype, device=device)
+        if eight:
             new.random_(-127, 128, generator=generator)
+        elif own == "weight_scale":
+            new.fill_(deviation / (127 * 128 / 3) ** 0.5)
         elif new.dim() == 1:
             new.fill_(float(own == "weight"))
         else:

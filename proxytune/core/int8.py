@@ -48,16 +48,22 @@ class Int8Linear(nn.Linear):
     It is an nn.Linear so that peft can put adapters on it; whoever looks for layers with float weights asks
     `type(module) is nn.Linear`."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, device: torch.device | str) -> None:
+    def __init__(self, inputs: int, outputs: int, *, bias: Tensor | None, device: torch.device | str) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = inputs, outputs
         weight = torch.empty(outputs, inputs, dtype=torch.int8, device=device)
         scale = torch.empty(outputs, dtype=torch.float32, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
-        self.bias = (
-            nn.Parameter(torch.empty(outputs, device=device), requires_grad=False) if bias else None  # type: ignore[assignment]
-        )
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> Int8Linear:
+        """A linear layer quantised."""
+        bias = None if layer.bias is None else layer.bias.detach()
+        new = cls(layer.in_features, layer.out_features, bias=bias, device=layer.weight.device)
+        new.weight.data, new.weight_scale.data = quantize(layer.weight.detach())
+        return new
 
     def forward(self, input: Tensor) -> Tensor:
         """[.., K] -> [.., N] in the input's dtype."""
