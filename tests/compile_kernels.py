@@ -83,7 +83,7 @@ CASES = {
     "verify bf16 256": attend("bf16", 16, 8, 256, 256),
     "decode fp32 128": attend("fp32", 1, 1, 128, 128),
     "verify fp32 256": attend("fp32", 16, 8, 256, 256),
-    "every scalar 1": attend("bf16", 1, 1, 64, 64, heads=1, pages=1, splits=1, window=1, WINDOWED=True),
+    "scalars of 1, bf16": attend("bf16", 1, 1, 64, 64, heads=1, pages=1, splits=1, window=1, WINDOWED=True),
     "combine bf16": combine("bf16", 128),
     "linear bf16 1 x 8192": linear("bf16", 1, 8192),
     "linear bf16 1 x 28672": linear("bf16", 1, 28672),

@@ -18,7 +18,7 @@ from proxytune.core.paged_attention import KERNEL_DTYPES, runs_triton
 
 MOST_ROWS = 64
 """Up to this many rows weights are read as int8 by the kernel; more are multiplied with weights that were
-made 16 bits wide first, by the vendor's kernel."""
+made 16 bits wide first, by the vendor's kernel. On the CPU all are, so int8 saves memory there, not time."""
 CHUNK = 1024
 """Rows of a matrix that are quantised together, which bounds the float32 copies."""
 
@@ -39,7 +39,8 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The weights in a float dtype [N, K], each rounded once."""
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    return torch.mul(weight, scale[:, None], out=out)
+    wide = scale.to(torch.promote_types(dtype, torch.float32))
+    return torch.mul(weight, wide[:, None], out=out)
 
 
 class Int8Linear(nn.Linear):

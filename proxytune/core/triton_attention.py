@@ -21,6 +21,58 @@ MOST_SPLITS = 128
 
 
 @triton.jit
+def _span(length, new, window, split, splits, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr):
+    """First and last key of one split: whole blocks, the visible keys of the row shared out evenly."""
+    start = length * 0
+    if WINDOWED:
+        start = tl.maximum(length - new - window + 1, 0)
+    span = (length - start + splits - 1) // splits
+    span = (span + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    first = start + split * span
+    return first, tl.minimum(first + span, length)
+
+
+@triton.jit
+def _visible(scores, n, at, last, window, softcap, WINDOWED: tl.constexpr, CAPPED: tl.constexpr):
+    """Scores [M, N] in base 2, capped, and -inf where the tokens at positions `at` do not see keys `n`."""
+    if CAPPED:  # tanh(x) = 1 - 2 / (exp(2x) + 1), right at both ends
+        scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
+    seen = (n < last)[None, :] & (n[None, :] <= at[:, None])
+    if WINDOWED:
+        seen = seen & (at[:, None] - n[None, :] < window)
+    return tl.where(seen, scores * 1.4426950408889634, float("-inf"))
+
+
+@triton.jit
+def _load(at, mask, WIDEN: tl.constexpr):
+    """A masked load, zero elsewhere; WIDEN makes it float32."""
+    found = tl.load(at, mask=mask, other=0.0)
+    if WIDEN:
+        found = found.to(tl.float32)
+    return found
+
+
+@triton.jit
+def _store(
+    acc, best, total, partial, maxima, sums, out, row, head, token, live, heads, split, splits,
+    QUERY: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """Write a tile's result to `out` [R, Q, H, DV], or its part of it to `partial` [R, H, Q, S, DV]."""
+    dv = tl.arange(0, DV_PAD)
+    wanted = live[:, None] & (dv < DV)[None, :]
+    if DIRECT:
+        result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        place = ((row * QUERY + token) * heads + head)[:, None] * DV + dv[None, :]
+        tl.store(out + place, result.to(out.dtype.element_ty), mask=wanted)
+    else:
+        unit = ((row * heads + head) * QUERY + token) * splits + split
+        tl.store(maxima + unit, best, mask=live)
+        tl.store(sums + unit, total, mask=live)
+        place = unit[:, None] * DV + dv[None, :]
+        tl.store(partial + place, acc, mask=wanted & (best > float("-inf"))[:, None])
+
+
+@triton.jit
 def _attend(
     query, keys, values, table, lengths, sinks, partial, maxima, sums, out,
     q_row, q_head, q_token, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row,
@@ -33,7 +85,6 @@ def _attend(
 ):  # fmt: skip
     """One tile of queries against one split of its row's keys: the result itself (DIRECT), or its
     unnormalised part with the largest score and the sum of weights."""
-    LOG2E: tl.constexpr = 1.4426950408889634
     TILES: tl.constexpr = (GROUP * QUERY + BLOCK_M - 1) // BLOCK_M
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -45,23 +96,15 @@ def _attend(
 
     length = tl.minimum(tl.load(lengths + row).to(tl.int32), pages * PAGE)
     at = length - QUERY + token  # position of each new token
-    start = length * 0
-    if WINDOWED:
-        start = tl.maximum(length - QUERY - window + 1, 0)
-    span = (length - start + splits - 1) // splits
-    span = (span + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    first = start + split * span
-    last = tl.minimum(first + span, length)
+    first, last = _span(length, QUERY, window, split, splits, BLOCK_N, WINDOWED)
 
     q_at = query + row * q_row + head[:, None] * q_head + token[:, None] * q_token + dk[None, :]
-    q = tl.load(q_at, mask=live[:, None] & (dk < DK)[None, :], other=0.0)  # [M, DK]
-    if WIDEN:
-        q = q.to(tl.float32)
+    q = _load(q_at, live[:, None] & (dk < DK)[None, :], WIDEN)  # [M, DK]
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DV_PAD), tl.float32)
     if SINKS:  # a sink is one more score without a value; the first split counts it
-        sink = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32) * LOG2E
+        sink = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32) * 1.4426950408889634
         best = tl.where(split == 0, sink, best)
         total = tl.where(split == 0, 1.0, total)
 
@@ -70,41 +113,24 @@ def _attend(
         inside = n < last  # what lies beyond is never read, so it may be anything
         page = tl.load(table + row * table_row + n // PAGE, mask=inside, other=0).to(tl.int64)
         k_at = keys + (page * k_page + n % PAGE * k_slot)[None, :] + kv_head * k_head + dk[:, None]
-        k = tl.load(k_at, mask=inside[None, :] & (dk < DK)[:, None], other=0.0)  # [DK, N]
-        if WIDEN:
-            k = k.to(tl.float32)
+        k = _load(k_at, inside[None, :] & (dk < DK)[:, None], WIDEN)  # [DK, N]
         scores = tl.dot(q, k, input_precision="ieee") * scaling  # [M, N]
-        if CAPPED:  # tanh(x) = 1 - 2 / (exp(2x) + 1), right at both ends
-            scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
-        visible = inside[None, :] & (n[None, :] <= at[:, None])
-        if WINDOWED:
-            visible = visible & (at[:, None] - n[None, :] < window)
-        scores = tl.where(visible, scores * LOG2E, float("-inf"))
+        scores = _visible(scores, n, at, last, window, softcap, WINDOWED, CAPPED)
         higher = tl.maximum(best, tl.max(scores, 1))
         anchor = tl.where(higher == float("-inf"), 0.0, higher)  # nothing visible yet
         fade = tl.exp2(best - anchor)
         weights = tl.exp2(scores - anchor[:, None])
         total = total * fade + tl.sum(weights, 1)
         v_at = values + (page * v_page + n % PAGE * v_slot)[:, None] + kv_head * v_head + dv[None, :]
-        v = tl.load(v_at, mask=inside[:, None] & (dv < DV)[None, :], other=0.0)  # [N, DV]
-        weights = weights.to(v.dtype)
-        if WIDEN:
-            weights, v = weights.to(tl.float32), v.to(tl.float32)
+        v = _load(v_at, inside[:, None] & (dv < DV)[None, :], WIDEN)  # [N, DV]
+        weights = weights.to(values.dtype.element_ty).to(v.dtype)
         acc = tl.dot(weights, v, acc * fade[:, None], input_precision="ieee")
         best = higher
 
-    wanted = live[:, None] & (dv < DV)[None, :]
-    if DIRECT:
-        result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        place = ((row * QUERY + token) * heads + head)[:, None] * DV + dv[None, :]  # [R, Q, H, DV]
-        tl.store(out + place, result.to(out.dtype.element_ty), mask=wanted)
-    else:
-        unit = ((row * heads + head) * QUERY + token) * splits + split  # [R, H, Q, S]
-        tl.store(maxima + unit, best, mask=live)
-        tl.store(sums + unit, total, mask=live)
-        tl.store(
-            partial + unit[:, None] * DV + dv[None, :], acc, mask=wanted & (best > float("-inf"))[:, None]
-        )
+    _store(
+        acc, best, total, partial, maxima, sums, out, row, head, token, live, heads, split, splits,
+        QUERY, DV, DV_PAD, DIRECT,
+    )  # fmt: skip
 
 
 @triton.jit
