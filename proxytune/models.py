@@ -27,6 +27,7 @@ from proxytune.core.linear import use_row_linears
 from proxytune.core.runner import Forward
 from proxytune.errors import UserError, needs_extra
 from proxytune.families import UNBOUNDED, Family, examine
+from proxytune.quantized import Int8Config, bytes_needed
 from proxytune.vocabulary import Tokenizer
 
 DEMO_SCHEME = "demo://"
@@ -284,9 +285,11 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
     return module
 
 
-def _quantization(spec: ModelSpec) -> BitsAndBytesConfig | None:
+def _quantization(spec: ModelSpec) -> Int8Config | BitsAndBytesConfig | None:
     if spec.quantization == "none":
         return None
+    if spec.quantization == "int8":
+        return Int8Config()
     needs_extra(f"quantization {spec.quantization}", "bitsandbytes", "tune")
     logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # a warning per layer and forward
     if spec.quantization == "8bit":
@@ -312,7 +315,7 @@ def _check_memory(spec: ModelSpec, config: Any, remote: bool) -> float:
     return need
 
 
-SMALLER = "use a smaller dtype, quantization: 8bit or 4bit, or a device_map over several devices"
+SMALLER = "use a smaller dtype, quantization: int8 or 4bit, or a device_map over several devices"
 
 
 def weights_needed(spec: ModelSpec, config: Any, remote: bool) -> float:
@@ -322,8 +325,10 @@ def weights_needed(spec: ModelSpec, config: Any, remote: bool) -> float:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
     transformers_logging.set_verbosity(level)
-    numbers: int = sum(p.numel() for p in skeleton.parameters())
     dtype = (config.dtype or torch.float32) if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    if spec.quantization == "int8":
+        return float(bytes_needed(skeleton, dtype.itemsize))
+    numbers: int = sum(p.numel() for p in skeleton.parameters())
     per_number = {"none": dtype.itemsize, "8bit": 1.0, "4bit": 0.5}[spec.quantization]
     return float(numbers * per_number)
 

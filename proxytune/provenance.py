@@ -23,6 +23,7 @@ PACKAGES = (
     "datasets",
     "numpy",
     "bitsandbytes",
+    "triton",
 )
 _SECRET_NAME = re.compile(r"(?i)(key|token|secret|password|credential)$")
 _SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|github_pat_)[A-Za-z0-9_-]{8,}")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from proxytune.config import System, load_system
 from proxytune.errors import UserError
 from proxytune.sandbox import Sandbox
 from tests import tiny_system
+
+if not torch.cuda.is_available():  # before anything imports triton: its kernels run on CPU tensors then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(os.environ.get("PROXYTUNE_REFERENCE_DATA") or ROOT.parent / "shared")
@@ -21,7 +26,8 @@ def require_or_skip(kind: str, reason: str) -> None:
     """Skip the test, or fail it where the comma list PROXYTUNE_REQUIRE names the kind.
 
     Kinds: golden (reference data), gpu, tune (bitsandbytes, peft), wheel (a build), demo (its weights),
-    sandbox (its backends), judges (openai), browser (playwright and a Chromium)."""
+    sandbox (its backends), judges (openai), browser (playwright and a Chromium), triton (its interpreter runs
+    the CUDA kernels)."""
     if kind in os.environ.get("PROXYTUNE_REQUIRE", "").split(","):
         pytest.fail(f"PROXYTUNE_REQUIRE names '{kind}', but {reason}", pytrace=False)
     pytest.skip(reason)
@@ -61,3 +67,15 @@ def box() -> Sandbox:
     except UserError as error:
         require_or_skip("sandbox", str(error))
         raise
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The device on which Triton kernels run here: the GPU, or the CPU through Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        require_or_skip("triton", "triton is not installed")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    for module in ("paged_attention", "int8"):
+        monkeypatch.setattr(f"proxytune.core.{module}.runs_triton", lambda tensor: True)
+    return torch.device("cpu")

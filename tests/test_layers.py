@@ -18,7 +18,7 @@ ORDER = [
     "config hub",
     "records",
     "core",
-    "vocabulary families adapters speculate",
+    "vocabulary families adapters quantized speculate",
     "models blackbox demo",
     "prompts",
     "decode scoring sandbox",

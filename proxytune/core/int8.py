@@ -1,0 +1,78 @@
+"""Weight-only 8-bit linear layers: symmetric int8 weights with one scale per output, activations untouched.
+
+Why our own, where a well-kept library would do: in eager mode none of them multiplies int8 weights with
+16-bit activations in one pass on CUDA. torchao's Int8Tensor casts the whole weight to the activations' dtype
+and calls `mm` (5 bytes of traffic per weight, where bfloat16 weights cost 2), and gets fast through
+torch.compile only; bitsandbytes quantises the activations too, asks the device for outliers in every call (so
+no CUDA graph) and is documented to be slower than 16 bits at small batches; torch's own
+`_weight_int8pack_mm` takes float32 on CUDA and multiplies without tensor cores; EETQ's kernel comes from a
+hub. torchao's torch.compile route would compile the model, which we do not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from proxytune.core.paged_attention import KERNEL_DTYPES, runs_triton
+
+MOST_ROWS = 64
+"""Up to this many rows weights are read as int8 by the kernel; more are multiplied with weights that were
+made 16 bits wide first, by the vendor's kernel. On the CPU all are, so int8 saves memory there, not time."""
+CHUNK = 1024
+"""Rows of a matrix that are quantised together, which bounds the float32 copies."""
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [N, K] -> int8 [N, K] and scale [N] float32; |weight - scale * int8| <= scale / 2 everywhere."""
+    rounded = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    for first in range(0, weight.shape[0], CHUNK):
+        part = weight[first : first + CHUNK].float()
+        step = part.abs().amax(1) / 127
+        step[step == 0] = 1.0
+        scale[first : first + CHUNK] = step
+        rounded[first : first + CHUNK] = (part / step[:, None]).round_().to(torch.int8)
+    return rounded, scale
+
+
+def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights in a float dtype [N, K], each rounded once."""
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    wide = scale.to(torch.promote_types(dtype, torch.float32))
+    return torch.mul(weight, wide[:, None], out=out)
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer with int8 `weight` [N, K] and `weight_scale` [N].
+
+    It is an nn.Linear so that peft can put adapters on it; whoever looks for layers with float weights asks
+    `type(module) is nn.Linear`."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: Tensor | None, device: torch.device | str) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = inputs, outputs
+        weight = torch.empty(outputs, inputs, dtype=torch.int8, device=device)
+        scale = torch.empty(outputs, dtype=torch.float32, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> Int8Linear:
+        """A linear layer quantised."""
+        bias = None if layer.bias is None else layer.bias.detach()
+        new = cls(layer.in_features, layer.out_features, bias=bias, device=layer.weight.device)
+        new.weight.data, new.weight_scale.data = quantize(layer.weight.detach())
+        return new
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[.., K] -> [.., N] in the input's dtype."""
+        rows = input.numel() // self.in_features
+        if 0 < rows <= MOST_ROWS and input.dtype in KERNEL_DTYPES and runs_triton(input):
+            from proxytune.core.triton_linear import launch
+
+            flat = launch(input.reshape(rows, -1), self.weight, self.weight_scale, self.bias)
+            return flat.view(*input.shape[:-1], self.out_features)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return linear(input, dequantize(self.weight, self.weight_scale, input.dtype), bias)

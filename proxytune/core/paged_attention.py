@@ -1,0 +1,138 @@
+"""Attention of a few new tokens per row over keys and values in pages: decode (one new token) and verify.
+
+Lengths and page numbers stay on the device and nothing here waits for it, so that a call can be captured in a
+CUDA graph: what is launched depends on shapes alone, and a graph serves every length up to the width of its
+table. On CUDA it is the Triton kernel of `triton_attention`; whatever that does not take (`supported`) is
+gathered from the pages and written out.
+
+Not measured on a GPU so far: the kernel ran in Triton's interpreter only."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+MOST_NEW = 16
+"""Most new tokens per row for the kernel."""
+WIDEST = 256
+"""Largest head size for the kernel."""
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether Triton kernels can take this tensor."""
+    return tensor.is_cuda and _installed()
+
+
+def supported(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether the kernel takes query [R, H, Q, Dk] with pools [pages, PAGE, Hkv, Dk] and [.., Dv].
+
+    It does for 1 to 16 new tokens, heads in whole groups, head sizes up to 256, equal dtypes of 16 or 32
+    bits, pages of a power of two, and rows of numbers that lie together; it looks at shapes only."""
+    page, kv_heads = keys.shape[1:3]
+    return (
+        runs_triton(query)
+        and query.dtype in KERNEL_DTYPES
+        and query.dtype == keys.dtype == values.dtype
+        and 1 <= query.shape[2] <= MOST_NEW
+        and query.shape[1] % kv_heads == 0
+        and max(query.shape[-1], values.shape[-1]) <= WIDEST
+        and page & (page - 1) == 0
+        and query.stride(-1) == keys.stride(-1) == values.stride(-1) == 1
+    )
+
+
+def paged_attention(
+    query: Tensor,  # [R, H, Q, Dk], rotated; R rows with Q new tokens each
+    keys: Tensor,  # [pages, PAGE, Hkv, Dk], the new tokens' included
+    values: Tensor,  # [pages, PAGE, Hkv, Dv]
+    table: Tensor,  # [R, P] page numbers in order, padded with any valid page; int32 or int64
+    lengths: Tensor,  # [R] tokens of each row, the new ones included; int32 or int64
+    *,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # [H]
+    splits: int | None = None,
+) -> Tensor:
+    """Causal attention of the last Q tokens of every row -> [R, H, Q, Dv], a view of [R, Q, H, Dv].
+
+    `scaling` is Dk**-0.5 unless given. `window`: a token sees itself and the window - 1 before it. `softcap`:
+    scores become softcap * tanh(score / softcap) (Gemma 2). `sinks`: one more score per head that takes
+    weight but has no value (gpt-oss). A row of length 0, which pads a batch, gives zeros. `splits` cuts every
+    row's keys into that many parts that are added up; by default the shapes decide, so a result's last bits
+    depend on the batch, unless it is given."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not supported(query, keys, values):
+        return gathered(
+            query, keys, values, table, lengths, scaling=scaling, window=window, softcap=softcap, sinks=sinks
+        )
+    from proxytune.core.triton_attention import launch
+
+    return launch(
+        query,
+        keys,
+        values,
+        table,
+        lengths,
+        scaling=scaling,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        splits=splits,
+    )
+
+
+def gathered(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`paged_attention` written out, in any dtype and on any device: copies every page in the table."""
+    kv_heads, new = keys.shape[2], query.shape[2]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    k, v = (pool[table.long()].flatten(1, 2).transpose(1, 2).to(wide) for pool in (keys, values))
+    grouped = query.reshape(query.shape[0], kv_heads, -1, *query.shape[2:]).to(wide)  # [R, Hkv, G, Q, Dk]
+    scores = grouped @ k[:, :, None].transpose(-1, -2) * scaling  # [R, Hkv, G, Q, L]
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    at = lengths[:, None] - new + torch.arange(new, device=query.device)  # [R, Q]
+    behind = at[..., None] - torch.arange(k.shape[2], device=query.device)  # [R, Q, L]
+    visible = behind >= 0
+    if window is not None:
+        visible &= behind < window
+    hidden = ~visible[:, None, None]
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(wide).view(1, kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], -1)
+    weights = scores.softmax(-1)[..., : k.shape[2]].masked_fill(hidden, 0.0)  # NaN where nothing is visible
+    out: Tensor = (weights @ v[:, :, None]).to(query.dtype)  # [R, Hkv, G, Q, Dv]
+    return out.flatten(1, 2).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def token_slots(table: Tensor, lengths: Tensor, new: int, page: int, spare: int) -> Tensor:
+    """Where the last `new` tokens of every row go in a pool seen as [pages * PAGE, H, D]: [R * new], int64.
+
+    Made on the device from table [R, P] and lengths [R]. Rows of length 0 write to slot `spare`, which must
+    belong to no row: page 0, with which tables are padded, may be somebody's. Writing is
+    `pool.flatten(0, 1).index_copy_(0, slots, new_tokens)`, which a CUDA graph captures as it is."""
+    at = lengths[:, None].long() - new + torch.arange(new, device=lengths.device)  # [R, new]
+    there = at.clamp(min=0)
+    slots = table.long().gather(1, there // page) * page + there % page
+    return slots.masked_fill(at < 0, spare).flatten()
