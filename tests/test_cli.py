@@ -14,21 +14,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from proxytune import cli, cli_run, results
+from proxytune import cli, cli_run, hub, results
 from proxytune.errors import UserError
+from proxytune.sandbox import Sandbox
 from tests import tiny, tiny_system
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
-    "demo",
-    "generate",
-    "eval",
-    "score",
-    "judge",
-    "export",
-    "report",
-    "tasks",
-    "systems",
+    *("demo", "generate", "eval", "score", "judge", "export", "report", "reproduce", "tasks", "systems"),
     "sweep-alpha",
 )
 GSM = {"question": "Ann has 2 nuts and finds 3. How many?", "answer": "2+3=5\n#### 5"}
@@ -132,6 +125,40 @@ def test_tasks_and_systems() -> None:
     assert json.loads(proxytune("systems", "--json").stdout)["systems"]["demo"]["alpha"] == "1"
 
 
+def test_tasks_say_what_can_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+    def told() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(proxytune("tasks", "--json").stdout)["tasks"]
+        return found
+
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    monkeypatch.setattr(hub, "stored", lambda name, kind="model": False)
+    offline = told()
+    assert len(offline) == 9 and not any(task["runs_here"] for task in offline.values())
+    assert all("the hub does not answer: --data FILE" in task["missing"] for task in offline.values())
+    assert offline["gsm"]["runs_on_demo"] and offline["toxigen"]["missing_judge"]
+    assert "the judge needs OPENAI_API_KEY" in offline["alpaca_farm"]["missing"]
+
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr(Sandbox, "open", lambda *_: None)
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    online = told()
+    assert all(task["runs_here"] for name, task in online.items() if name not in ("ds1000", "alpaca_farm"))
+    assert {name: task["items"] for name, task in online.items()} == {
+        "alpaca_farm": 805, "gsm": 1319, "toxigen": 2800, "truthfulqa": 817, "truthfulqa_mc": 817,
+        "humaneval": 164, "ds1000": 200, "triviaqa": 11313, "realtimeqa": 3531,
+    }  # fmt: skip
+    assert all(task["licence"] and task["data"] for task in online.values())
+
+    def refuse(*_: object) -> None:
+        raise UserError("nothing isolates here")
+
+    monkeypatch.setattr(Sandbox, "open", refuse)
+    assert "no sandbox: nothing isolates here" in told()["humaneval"]["missing"]
+
+
 def short_eval(yaml: Path, *more: object) -> Result:
     """A short evaluation of the tiny system."""
     return proxytune("eval", "gsm", "--system", yaml, "--limit", 3, "--max-new-tokens", 6, *more)
@@ -195,6 +222,31 @@ def test_generate_streams_and_compares(yaml: Path) -> None:
     unchanged = json.loads(proxytune(*common, "--compare", "--alpha", 0, "--json").stdout)
     assert unchanged["changed"] == []
     assert unchanged["roles"]["proxy"]["text"] == unchanged["roles"]["base"]["text"]
+
+
+def test_compare_refuses_what_it_would_ignore(yaml: Path) -> None:
+    common = ("generate", "Ann has", "--system", yaml, "--max-new-tokens", 3)
+    refused(proxytune(*common, "--compare", "-n", 2), "one response of each role: leave -n 2 out")
+    refused(proxytune(*common, "--compare", "--as", "base"), "leave --as base out")
+    refused(proxytune(*common, "--as", "all"), "--compare shows all of them side by side")
+    assert proxytune(*common, "--compare", "--as", "all").exit_code == 0
+
+
+def test_a_mistyped_model_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's own library tries for half a minute before it says that there is no network."""
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    Path("typo.yaml").write_text("base: {model: llama2-13b-typo}\n")
+    asked = ("eval", "gsm", "--system", "typo.yaml", "--as", "base", "--data", gsm_file())
+    refused(proxytune(*asked), "cannot load 'llama2-13b-typo'", "A folder's name begins with ./")
+    asked = ("eval", "gsm", "--system", "demo", "--data", "hub", "--limit", 1)
+    refused(proxytune(*asked), "cannot load 'openai/gsm8k' from the hub", "--data FILE")
+
+
+def test_shots_from_without_shots(yaml: Path) -> None:
+    asked = ("eval", "gsm", "--system", yaml, "--shots-from", gsm_file())
+    refused(proxytune(*asked), "say how many with --shots N")
+    mc = ("eval", "truthfulqa_mc", "--system", yaml, "--mode", "likelihood", "--shots", 2)
+    refused(proxytune(*mc, "--shots-from", gsm_file()), "leave --shots-from out")
 
 
 def test_generate_reads_stdin(yaml: Path) -> None:
@@ -357,7 +409,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("proxytune.cli_show.tasks", fail)
+    monkeypatch.setattr("proxytune.cli_tasks.tasks", fail)
     found = proxytune("tasks")
     assert found.exit_code == 1 and isinstance(found.exception, RuntimeError)
 

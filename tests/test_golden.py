@@ -23,6 +23,8 @@ TRUTHFULQA = [
     "llama2-13B",
     *(f"{name}-helpful-prompt" for name in ("dexperts-13B", "llama2-chat-13B", "llama2-chat-7B")),
 ]
+TOXIGEN = ["dexperts-13B", "llama2-13B", "llama2-chat-13B"]
+ALPACA_FARM = ["dexperts-13B", "llama2-chat-13B", "llama2-chat-7B"]
 NUMERIC = {
     "dexperts-13B": 0.27748294162244125,
     "dexperts-gsm-13B": 0.4382107657316149,
@@ -137,7 +139,7 @@ def test_truthfulqa_prompts(reference: Path, run: str) -> None:
     assert shown(examples[0].prompt, run) == (folder / "example_mc_prompt.txt").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("run", ["dexperts-13B", "llama2-13B", "llama2-chat-13B"])
+@pytest.mark.parametrize("run", TOXIGEN)
 def test_toxigen_scores_and_prompts(reference: Path, run: str) -> None:
     folder = reference / "golden" / "toxigen" / run
     report = score_file(get_task("toxigen"), folder / "predictions.jsonl.gz")
@@ -160,7 +162,7 @@ def test_toxigen_scores_and_prompts(reference: Path, run: str) -> None:
         assert run == "dexperts-13B"
 
 
-@pytest.mark.parametrize("run", ["dexperts-13B", "llama2-chat-13B", "llama2-chat-7B"])
+@pytest.mark.parametrize("run", ALPACA_FARM)
 def test_alpaca_farm_scores_and_prompts(reference: Path, run: str) -> None:
     folder = reference / "golden" / "alpaca_farm" / run
     report = score_file(get_task("alpaca_farm"), folder / "annotations.json.gz")
@@ -182,6 +184,37 @@ def test_alpaca_farm_scores_and_prompts(reference: Path, run: str) -> None:
         {name: row[name] for name in ("instruction", "output_1", "generator_1", "dataset")} for row in data
     ]
     assert shown(examples[0].prompt, run) == (folder / "example_prompt.txt").read_text(encoding="utf-8")
+
+
+def test_every_golden_run_is_scored_by_a_test(reference: Path) -> None:
+    """27 runs with 31 files of metrics; those of code are in test_humaneval.py and test_ds1000.py, and both
+    files of a HumanEval run give the same problems."""
+    from test_ds1000 import RUNS as DS1000
+    from test_humaneval import RUNS as HUMANEVAL
+
+    here = {"gsm": GSM, "truthfulqa": TRUTHFULQA, "toxigen": TOXIGEN, "alpaca_farm": ALPACA_FARM}
+    tested = {**here, "codex_humaneval": list(HUMANEVAL), "ds1000": list(DS1000)}
+    manifest = metrics(reference / "golden" / "manifest.json")["entries"]
+    assert sorted((task, run) for task, runs in tested.items() for run in runs) == sorted(
+        (entry["task"], entry["model"]) for entry in manifest
+    )
+    assert len(manifest) == 27
+    assert len(list((reference / "golden").glob("*/*/*metrics.json"))) == 31
+
+
+@pytest.mark.parametrize(
+    "task", ["gsm", "truthfulqa", "truthfulqa_mc", "toxigen", "alpaca_farm", "humaneval"]
+)
+def test_a_folder_of_the_papers_results_stands_for_its_file(reference: Path, task: str) -> None:
+    name = {"truthfulqa_mc": "truthfulqa", "humaneval": "codex_humaneval"}.get(task, task)
+    folder = next(path for path in sorted((reference / "golden" / name).iterdir()) if "dexperts" in path.name)
+    stored = metrics(
+        folder
+        / {"truthfulqa": "open_metrics.json", "truthfulqa_mc": "mc_metrics.json"}.get(task, "metrics.json")
+    )
+    found = {name: metric.value for name, metric in score_file(get_task(task), folder).metrics.items()}
+    numbers = {key: value for key, value in stored.items() if not isinstance(value, str)}
+    assert {key: found[key] for key in numbers} == pytest.approx(numbers, abs=1e-9)
 
 
 def test_truthfulqa_targets_for_likelihood(reference: Path) -> None:

@@ -175,3 +175,47 @@ def test_a_run_that_cannot_be_read_is_left_out_with_a_note(
     (tmp_path / "bad" / "run.json").write_text("{")
     assert report.main_runs(tmp_path) == ([], 0)
     assert "left out" in capsys.readouterr().err
+
+
+# What models said
+
+
+def stored(folder: Path, role: str, said: str, task: str = "gsm", **row: Any) -> None:
+    """A finished run of one example on disk."""
+    made = run(role, 0.5, task=task)
+    path = folder / "tiny" / task / role
+    path.mkdir(parents=True)
+    (path / "run.json").write_text(made.model_dump_json())
+    line = {"id": "0", **row, "scores": {"exact_match": 0.5}, "responses": [{"text": said}]}
+    (path / "predictions.jsonl").write_text(json.dumps(line) + "\n")
+
+
+def test_examples_show_every_role_and_no_markup(tmp_path: Path) -> None:
+    hostile = "<script>alert(1)</script> | **b** [red]x[/red] \x1b[31m\n\nsecond line"
+    stored(tmp_path, "tuned", "5", question="How many [bold]nuts[/bold]?")
+    stored(tmp_path, "base", hostile, question="How many [bold]nuts[/bold]?")
+    found, _ = report.main_runs(tmp_path)
+    [shown] = report_text.examples(found, 3, show_hateful=False)
+    assert [one.who for one in shown.said] == ["base", "tuned"] and shown.said[1].text == "5"
+    assert shown.said[0].scores == "exact_match 0.5"
+    text = report_text.markdown_example(shown)
+    assert "<script" not in text and "\x1b" not in text and "\\|" in text and "\\*\\*b" in text
+    assert "/ second line" in text and len(text.splitlines()) == 6
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(report_text.rich_example(shown))
+    printed = console.export_text()
+    assert "[red]x[/red]" in printed and "[bold]nuts[/bold]" in printed and "\x1b" not in printed
+    long = report_text.plain("x" * 10_000)
+    assert len(long) < 500 and long.endswith("...")
+
+
+def test_hateful_text_is_hidden_unless_asked_for(tmp_path: Path) -> None:
+    stored(tmp_path, "base", "SAID", task="toxigen", text="ASKED", target_groups=["a"])
+    found, _ = report.main_runs(tmp_path)
+    for show in (False, True):
+        [shown] = report_text.examples(found, 1, show_hateful=show)
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(report_text.rich_example(shown))
+        for text in (report_text.markdown_example(shown), console.export_text()):
+            assert (("SAID" in text), ("ASKED" in text)) == (show, show)
+            assert ("hidden" in text) != show
