@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from proxytune import paper, report, report_paper
+from proxytune import paper, report, report_paper, report_text
 from proxytune.config import ModelSpec, RunSpec, Sampling, System, parse_alpha
 from proxytune.records import Cost, Metric, Provenance, RoleMemory, Run
 
