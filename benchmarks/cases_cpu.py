@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from proxytune.core.speculative import Speculation
-
 from benchmarks.baselines import HuggingFace, PaperLoop
 from benchmarks.lab import Lab, Table, alone_oracle, proxy_oracle
 from benchmarks.measure import Contender
@@ -23,6 +21,7 @@ from benchmarks.workloads import (
     workload,
 )
 from proxytune.config import Role
+from proxytune.core.speculative import Speculation
 from proxytune.decode import Decoder
 
 ACCEPTANCE = 0.8

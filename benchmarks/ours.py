@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from proxytune.core.sampling import Spot
-from proxytune.core.speculative import Speculation
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,7 +18,9 @@ from benchmarks.shapes import Bench, kv_bytes_per_token, read_bytes
 from benchmarks.workloads import Item, Workload
 from proxytune.config import Role
 from proxytune.core.engine import Engine, Ensemble, Term
+from proxytune.core.sampling import Spot
 from proxytune.core.scheduler import Request
+from proxytune.core.speculative import Speculation
 from proxytune.decode import PREFILL_TOKENS, Decoder
 
 PLAIN = Speculation(k=0, lookup=False)
