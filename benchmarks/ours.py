@@ -33,22 +33,24 @@ class Dial:
     """Drafts that are right with a given probability: acceptance on random weights.
 
     The true tokens are known from plain decoding. The drafter runs, for what it costs; then what it said is
-    replaced by the true token or, by a coin that is tossed once per request and position, a wrong one. Times
-    and tokens are those of an expert with this acceptance; the acceptance itself is made up."""
+    replaced by the true token in that share of a response's positions, and by a wrong one in the others, in
+    an order shuffled per request. Times and tokens are those of an expert with this acceptance; the
+    acceptance itself is made up."""
 
     proposals: Mapping[int, Sequence[int]]
-    """Drafts for every position, by the request's tag; made beforehand, so that the coin costs no time."""
+    """Drafts for every position, by the request's tag; made beforehand, so that it costs no time."""
 
     @classmethod
     def at(cls, acceptance: float, truth: Mapping[int, Sequence[int]], vocabulary: int) -> Dial:
         """A dial for responses `truth`, by tag."""
-        coins = {tag: random.Random(tag) for tag in truth}
-        return cls(
-            {
-                tag: [t if coins[tag].random() < acceptance else (t + 1) % vocabulary for t in said]
-                for tag, said in truth.items()
-            }
-        )
+        proposals = {}
+        for tag, said in truth.items():
+            hits = round(acceptance * len(said))
+            right = [True] * hits + [False] * (len(said) - hits)
+            random.Random(tag).shuffle(right)
+            pairs = zip(said, right, strict=True)
+            proposals[tag] = [token if held else (token + 1) % vocabulary for token, held in pairs]
+        return cls(proposals)
 
     def __call__(self, logits: Tensor, spots: Sequence[Spot]) -> Tensor:
         """Drafts [P] for the spots of logits [P, V]."""

@@ -22,9 +22,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from proxytune.adapters import Adapters
 from proxytune.config import ExpertSpec, ModelSpec, Role, System, load_system
+from proxytune.core.linear import use_row_linears
 from proxytune.decode import Decoder
+from proxytune.errors import UserError
 from proxytune.families import examine
-from proxytune.models import Loaded, Models, load_module
+from proxytune.models import Loaded, Models, resolve
 
 TRIO = ("base", "expert", "antiexpert")
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -117,7 +119,7 @@ class Bench:
 
 
 def demo_bench(max_rows: int) -> Bench:
-    """The demo system; its baselines load the same checkpoints once more."""
+    """The demo system; its baselines load the same checkpoints once more, as Hugging Face does."""
     system = load_system("demo")
     names = (*TRIO, "tuned")
     specs = {
@@ -126,7 +128,14 @@ def demo_bench(max_rows: int) -> Bench:
         "antiexpert": system.antiexpert,
         "tuned": system.tuned,
     }
-    plain = {name: load_module(spec) for name in names if (spec := specs[name]) is not None}
+    plain = {}
+    for name in names:
+        spec = specs[name]
+        if spec is None or spec.model is None:
+            raise UserError(f"the demo system has no {name} of its own")
+        plain[name] = AutoModelForCausalLM.from_pretrained(
+            resolve(spec.model), dtype=getattr(torch, spec.dtype), use_safetensors=True
+        ).eval()
     return Bench("demo", plain, Models(system), max_rows)
 
 
@@ -207,7 +216,8 @@ def _int8(linear: nn.Linear) -> nn.Module:
 
 
 def in_memory(plain: Mapping[str, PreTrainedModel], adapter: str | None = None) -> Models:
-    """Models that are made rather than loaded. Without an expert it is the LoRA in the folder `adapter`."""
+    """Models that are made rather than loaded, with what loading does to them (`models.load_module`). Without
+    an expert it is the LoRA in the folder `adapter`."""
     spec = ModelSpec(model="random")
     expert = spec if adapter is None else ExpertSpec(adapter=adapter)
     system = System(name="random", base=spec, expert=expert, antiexpert=spec)
@@ -215,6 +225,7 @@ def in_memory(plain: Mapping[str, PreTrainedModel], adapter: str | None = None) 
     loaded = {}
     for role, module in plain.items():
         own = twin(module)
+        use_row_linears(own)
         loaded[role] = Loaded(role, spec, own, tokenizer, examine(own), Adapters(), None, read_bytes(own))
     return Models(system, _loaded=loaded)
 

@@ -20,6 +20,7 @@ from benchmarks.measure import Timed, observe
 from benchmarks.ours import Ours
 from benchmarks.record import Oracle
 from benchmarks.workloads import log_uniform, random_contexts, uniform, workload
+from proxytune.core.linear import RowLinear
 from tests import oracle
 from tests.conftest import require_or_skip
 
@@ -169,6 +170,19 @@ def test_the_dial_sets_acceptance_and_leaves_the_tokens() -> None:
         outcome = plain.dialled(share, truth, 3).run()
         assert outcome.tokens == truth
         assert abs(outcome.accepted / outcome.drafted - share) < 0.1
+
+
+def test_baselines_run_hugging_faces_layers_and_ours_run_ours() -> None:
+    benches = [shapes.random_bench("smoke", CPU, torch.float32, 4)]
+    if (ROOT / "proxytune" / "demo" / "weights" / "base").is_dir():
+        benches.append(shapes.demo_bench(4))
+    for bench in benches:
+        ours = {name: model.module for name, model in bench.decoder("proxy").loaded.items()}
+        for role in shapes.TRIO:
+            kinds = {type(part) for part in bench.plain[role].modules() if isinstance(part, torch.nn.Linear)}
+            assert kinds == {torch.nn.Linear} and bench.plain[role].config._attn_implementation == "sdpa"
+        assert any(isinstance(part, RowLinear) for part in ours["base"].modules())
+        assert ours["base"].config._attn_implementation == "proxytune"
 
 
 def test_divergence_is_found_and_its_margin_told() -> None:
