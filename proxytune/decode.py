@@ -14,6 +14,7 @@ from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.core.cache import CacheSpec, KVCache, PagedCache, SlotCache
 from proxytune.core.engine import Engine, Ensemble, Result, Term
 from proxytune.core.likelihood import Continuation, likelihoods
+from proxytune.core.pace import Pace
 from proxytune.core.runner import Alignment, ModelRunner, ReferenceRunner, Runner
 from proxytune.core.scheduler import Request
 from proxytune.core.speculative import Speculation
@@ -115,7 +116,7 @@ class Decoder:
         and tuned all see the tokens of `role`, one of the two, for the trace. UserError if vocabularies do
         not match or the memory holds no useful pool."""
         self.models, self.role, self.agreement = models, role, agreement
-        self.speculation = speculation or Speculation()
+        self.speculation, self.pace = speculation or Speculation(), Pace()
         names = models.names(role)
         if agreement:
             names = list(dict.fromkeys([*names, *models.names("proxy"), "tuned"]))
@@ -269,6 +270,7 @@ class Decoder:
             trace=trace != "off",
             on_token=hear if on_text is not None else None,
             speculation=self.speculation,
+            pace=self.pace,
         )
         for request in self._requests(asked, sampling, task, forced):
             engine.submit(request)

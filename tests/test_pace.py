@@ -72,6 +72,14 @@ def test_never_much_slower_than_plain(verify: Cost, rows: int, acceptance: float
     assert speed > 0.97 * plain
 
 
+@pytest.mark.parametrize("rows", [1, 8, 32])
+@pytest.mark.parametrize("verify", [flat, bound])
+def test_trying_out_is_cheap_where_drafts_are_bad(verify: Cost, rows: int) -> None:
+    """Responses of 40 tokens, one in ten drafts stands."""
+    _, speed, plain = ride(verify, lambda n: 0.1 * verify(n), 0.1, rows, steps=40)
+    assert speed > 0.9 * plain
+
+
 def test_bad_drafts_mean_plain_decoding() -> None:
     chosen, _, _ = ride(bound, lambda n: 0.3 * bound(n), 0.3, rows=8)
     assert set(chosen) <= {0, 1} and chosen[0] > 95

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from proxytune.core.divergence import from_reference
 from proxytune.core.logits import Shift, combine, log_probability
+from proxytune.core.pace import Pace
 from proxytune.core.runner import Runner, Work, forward_all
 from proxytune.core.sampling import Spot, pick
 from proxytune.core.scheduler import Plan, Request, Row, Scheduler, TokenTrace
@@ -143,15 +144,16 @@ class Engine:
         trace: bool = False,
         on_token: Callable[[Request, int], None] | None = None,
         speculation: Speculation | None = None,
+        pace: Pace | None = None,
     ) -> None:
         """`on_token` hears of every token as it is chosen; `trace` records every model's view of it;
-        without `speculation` decoding is plain."""
+        without `speculation` decoding is plain. `pace`: what an engine before it has measured."""
         self.ensemble, self.trace, self.on_token = ensemble, trace, on_token
         runners, settings = ensemble.runners, speculation or Speculation(k=0)
         caches = {name: runner.rows for name, runner in runners.items()}
         longest = {name: runner.alignment.longest for name, runner in runners.items()}
         self.scheduler = Scheduler(caches, max_rows, prefill_tokens, longest)
-        self.drafter = Drafter(runners, ensemble.front(settings.drafter), ensemble.lead, settings)
+        self.drafter = Drafter(runners, ensemble.front(settings.drafter), ensemble.lead, settings, pace)
         self.counts = Counts()
 
     @property

@@ -47,6 +47,11 @@ class Times:
         """Whether this many tokens, or about as many, were measured often enough."""
         return any(count >= SAMPLES and 0.8 <= n / tokens <= 1.25 for n, (_, count) in self.seen.items())
 
+    def below(self, tokens: int) -> float:
+        """Seconds of the most tokens measured that are no more than these."""
+        known = [n for n in self.seen if n <= tokens]
+        return self.seen[max(known)][0] if known else 0.0
+
     def at(self, tokens: float) -> float:
         """Seconds for so many tokens: measured, between two measurements, or on the line through the last
         two."""
@@ -95,7 +100,7 @@ class Pace:
         if rows == 0:
             return 0
         for k in TRIED_FIRST:
-            if rows * (k + 1) <= SMALL_BATCH and not self._measured(rows, k):
+            if rows * (k + 1) <= SMALL_BATCH and not self._measured(rows, k) and self._promising(rows, k):
                 return k
         best = max(LADDER, key=lambda k: self.speed(rows, k))
         if best == 0 or self.speed(rows, best) < GAIN * self.speed(rows, 0):
@@ -107,12 +112,18 @@ class Pace:
     def _measured(self, rows: int, k: int) -> bool:
         return self.verify.known(rows * (k + 1)) and (k == 0 or self.draft.known(rows) or not self.draft.seen)
 
-    def speed(self, rows: int, k: int) -> float:
-        """Estimated tokens per second and row with drafts of length k; 0 where nothing is known yet."""
+    def _promising(self, rows: int, k: int) -> bool:
+        """Whether drafts of length k would win if reading them cost no more than what was measured so far."""
+        known = self.verify.below(rows * (k + 1))
+        return k == 0 or self.speed(rows, k, known) > GAIN * self.speed(rows, 0)
+
+    def speed(self, rows: int, k: int, verify: float | None = None) -> float:
+        """Estimated tokens per second and row with drafts of length k; 0 where nothing is known yet. `verify`
+        are the seconds of the verification if they are not to be estimated."""
         a = min(self.acceptance, 0.999)
         tokens = (1 - a ** (k + 1)) / (1 - a)
         all_stood = a**k
-        seconds = self.verify.at(rows * (k + 1))
+        seconds = self.verify.at(rows * (k + 1)) if verify is None else verify
         seconds += k * self.draft.at(rows) * self.forwards / self.drafted
         # one row that needs the closing forward is enough for it to run
         seconds += (1 - (1 - all_stood) ** rows) * self.close.at(max(1.0, rows * all_stood))

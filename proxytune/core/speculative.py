@@ -112,11 +112,13 @@ class Drafter:
         front: Sequence[str],
         lead: str,
         settings: Speculation,
+        pace: Pace | None = None,
     ) -> None:
         """`front`: the drafter and the models that stand on its weights; empty where a model decodes alone
-        and only earlier passages can be drafts. `lead` is the model whose ids the response has."""
+        and only earlier passages can be drafts. `lead` is the model whose ids the response has, `pace` what
+        earlier engines with the same models have measured."""
         self.runners, self.front, self.lead, self.settings = runners, tuple(front), lead, settings
-        self.pace = Pace()
+        self.pace = pace or Pace()
         self._longest = {name: runner.alignment.longest for name, runner in runners.items()}
         self._able = all(runner.rows.rewinds for runner in runners.values())
         self._passages: dict[int, Passages] = {}
