@@ -1,8 +1,8 @@
 """Triton kernel of `int8.Int8Linear`: activations times int8 weights, for a few rows at a time.
 
 Run so far in Triton's interpreter on CPU tensors, and compiled for sm_80 and sm_90 without being run there;
-the block sizes are reasoned, not tuned (benchmarks/kernels.py measures them). Importing this module needs the
-package `triton`.
+the block sizes are reasoned, not tuned (benchmarks/gpu_kernels.py measures them). Importing this module needs
+the package `triton`.
 
 One pass over the weights, no atomics and no second kernel, so a result depends on its inputs and the number
 of rows alone. The weights are the left operand: their 16 to 64 outputs fill the tensor cores' long side,
