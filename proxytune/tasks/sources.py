@@ -288,5 +288,5 @@ def check_of_plumbing(task: str, limit: int | None) -> Table:
     """The first items that only check that a task runs: all of them, or `limit`."""
     from proxytune.demo import plumbing
 
-    rows = tuple(plumbing.rows(task, limit or plumbing.ITEMS))
+    rows = tuple(plumbing.rows(task, min(limit or plumbing.ITEMS, plumbing.ITEMS)))
     return Table(f"check of the plumbing, {task}", "row", rows, tuple(range(1, len(rows) + 1)))
