@@ -62,7 +62,7 @@ check: setup  ## format, lint, types and the tests that are not slow
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 check-all: setup  ## the slow tests: the whole demo, the wheel, kill -9 and resume
 	$(BIN)/python -m pytest -m slow

@@ -7,7 +7,6 @@ proxytune runs it. Random weights give right times and meaningless text, so acce
 from __future__ import annotations
 
 import copy
-import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,9 +15,8 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from proxytune.adapters import Adapters
 from proxytune.config import ExpertSpec, ModelSpec, Role, System, load_system
@@ -27,6 +25,7 @@ from proxytune.decode import Decoder
 from proxytune.errors import UserError
 from proxytune.families import examine
 from proxytune.models import Loaded, Models, resolve
+from proxytune.quantized import random_int8
 
 TRIO = ("base", "expert", "antiexpert")
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -45,7 +44,7 @@ class Shape:
     vocabulary: int = 32000
     tied: bool = False
     int8: bool = False
-    """8-bit linears in the layers, as `quantization: 8bit` loads them; embeddings and head stay."""
+    """8-bit linears in the layers, as `quantization: int8` loads them; embeddings and head stay."""
 
     def config(self, window: int) -> LlamaConfig:
         """Its configuration; no end-of-sequence id, since lengths are forced."""
@@ -173,46 +172,16 @@ def lora_benches(
 
 def random_llama(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     """A Llama with random weights, made on the device."""
-    torch.manual_seed(seed)
+    module: PreTrainedModel
     config = shape.config(WINDOW)
-    config.num_hidden_layers = 0 if shape.int8 else shape.layers
-    with device:
-        module: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa"
-        )
-    if shape.int8:
-        _append_int8_layers(module, shape.layers, device, dtype)
+    if shape.int8:  # 70B in bfloat16 fits beside nothing
+        module = random_int8(config, device, dtype=dtype, seed=seed)
+    else:
+        torch.manual_seed(seed)
+        with device:
+            module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     module.eval().requires_grad_(False)
     return module
-
-
-def _append_int8_layers(
-    module: PreTrainedModel, layers: int, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Fill an empty model with quantised layers, one at a time: 70B in bfloat16 fits beside nothing."""
-    config = module.config
-    config.num_hidden_layers = layers
-    for index in range(layers):
-        with device:
-            layer = LlamaDecoderLayer(config, index).to(dtype)
-        linears = [(name, part) for name, part in layer.named_modules() if isinstance(part, nn.Linear)]
-        for name, linear in linears:
-            layer.set_submodule(name, _int8(linear))
-        module.model.layers.append(layer)
-    with torch.inference_mode():  # bitsandbytes sets its layers up in their first forward
-        module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
-
-
-def _int8(linear: nn.Linear) -> nn.Module:
-    """The linear with 8-bit weights."""
-    from bitsandbytes.nn import Int8Params, Linear8bitLt  # slow to import, and most runs do without
-
-    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # a warning per layer and forward
-    weight = linear.weight
-    quantised = Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
-    quantised.weight = Int8Params(weight.data, requires_grad=False, has_fp16_weights=False)
-    moved: nn.Module = quantised.to(weight.device)
-    return moved
 
 
 def in_memory(plain: Mapping[str, PreTrainedModel], adapter: str | None = None) -> Models:

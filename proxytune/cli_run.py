@@ -164,6 +164,11 @@ def print_one(run: Run, folder: Path, *, json_only: bool) -> None:
             f"{run.cost.generated_tokens} tokens in {run.cost.seconds:.1f} s ({row.ms_per_token:.2f} ms each)"
         )
         print(f"  {told}, memory {size(row.memory)}")
+    if run.cost.acceptance is not None and run.cost.tokens_per_step is not None:
+        print(
+            f"  speculation: {run.cost.acceptance:.0%} of drafts accepted, "
+            f"{run.cost.tokens_per_step:.2f} tokens per step"
+        )
     print(f"stored in {folder}")
 
 

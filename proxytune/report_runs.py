@@ -25,12 +25,16 @@ def cost_table(root: Path, found: Found) -> Table:
             str(folder.relative_to(root)), row.label,
             run.spec.alpha.text if run.spec.role == "proxy" else "", str(run.n),
             percent(run.metrics[run.headline]), f"{cost.seconds:.1f}", str(cost.generated_tokens),
-            "" if pace is None else f"{pace:.0f}", size(row.memory), str(cost.preemptions),
+            "" if pace is None else f"{pace:.0f}",
+            "" if cost.acceptance is None else f"{cost.acceptance:.0%}",
+            "" if cost.tokens_per_step is None else f"{cost.tokens_per_step:.2f}",
+            size(row.memory), str(cost.preemptions),
             str(cost.sessions),
             run.started.replace("T", " ").removesuffix("+00:00"),
         ))  # fmt: skip
     columns = (
-        "folder", "as", "alpha", "examples", "score", "seconds", "tokens", "tokens / s", "memory",
+        "folder", "as", "alpha", "examples", "score", "seconds", "tokens", "tokens / s",
+        "drafts accepted", "tokens / step", "memory",
         "preemptions", "sessions", "started (UTC)",
     )  # fmt: skip
     return Table(
