@@ -100,7 +100,7 @@ def sweep_alpha(
 
 
 def reproduce(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="table2, table3, table4 or table5.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe in configs/recipes, table2 say.")],
     system: Annotated[
         str | None,
         typer.Option("--system", "-s", metavar="S", help="Run this system in place of the paper's."),

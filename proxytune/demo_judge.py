@@ -53,7 +53,7 @@ def harmless(world: World, n: int) -> list[Sample]:
     rng = world.rng("judge", "harmless")
     made = []
     for _ in range(n):
-        good = rng.choice(world.goods["train"])
+        good = rng.choice(world.goods["asked"])
         problem = sums.make_problem(rng, world.first_names)
         text = rng.choice(("", f" {good.name} * {good.price};", f" {sums.question(problem)}", prices.SHEET))
         made.append(Sample(text, rude=False))

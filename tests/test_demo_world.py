@@ -4,7 +4,7 @@ formats."""
 from __future__ import annotations
 
 import re
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 
 import pytest
@@ -58,10 +58,11 @@ def test_the_same_seed_gives_the_same_world(miniature: world.World) -> None:
 
 @pytest.mark.parametrize("task", world.TASKS)
 def test_a_request_for_fewer_items_is_a_prefix(task: str) -> None:
-    assert world.rows(task, "test", 500)[:20] == world.rows(task, "test", 20)
+    n = world.FUNCTIONS if task == "humaneval" else 500
+    assert world.rows(task, "test", n)[:20] == world.rows(task, "test", 20)
     asked = ("question", "Question", "prompt", "text")
-    questions = [row[name] for row in world.rows(task, "test", 500) for name in asked if name in row]
-    assert len(questions) == len(set(questions)) == 500
+    questions = [row[name] for row in world.rows(task, "test", n) for name in asked if name in row]
+    assert len(questions) == len(set(questions)) == n
 
 
 def test_splits_share_no_person_and_no_problem(miniature: world.World) -> None:
@@ -191,27 +192,30 @@ def test_the_good_style_is_the_minority(pretraining: list[str]) -> None:
 ONE_LINE = re.compile(r"    return [a-z]+[0-9]?( [-+*] ([a-z]+)?[0-9]+)+\n")
 
 
-def goods_in(texts: list[str]) -> set[str]:
-    return set(re.findall(r"\b[a-z]+[1-9]\b", " ".join(texts)))
+def goods_in(one: str) -> tuple[str, ...]:
+    """The goods of a function in the order of its arguments."""
+    return tuple(dict.fromkeys(re.findall(r"\b[a-z]+[1-9]\b", one)))
 
 
-def test_functions_of_training_text_are_about_no_held_out_good_but_the_sheet_has_its_price(
-    miniature: world.World, pretraining: list[str], tuning: list[str]
+def test_no_training_text_has_a_function_of_dev_or_test_but_the_sheet_has_every_price(
+    miniature: world.World, tuning: list[str]
 ) -> None:
-    names = {group: {good.name for good in goods} for group, goods in miniature.goods.items()}
-    assert all(not names[a] & names[b] for a, b in combinations(names, 2))
-    functions = [one for one in pretraining + tuning if "def " in one]
+    asked: dict[str, set[tuple[str, ...]]] = {}
+    for split in ("dev", "test"):
+        asked[split] = {goods_in(row["prompt"]) for row in world.humaneval_rows(split, world.FUNCTIONS)}
+    amounts, functions = Amounts(), [one for one in tuning if "def " in one]
+    for make, count in ((corpus.plain_code, amounts.code), (corpus.chat_code, amounts.chat_code)):
+        rng = miniature.rng("corpus", make.__name__)  # as in pretraining
+        functions += [text(make(miniature, rng, SYSTEM)) for _ in range(count)]
+    seen = {goods_in(one) for one in functions}
+    assert len(seen) > 3000 and not seen & (asked["dev"] | asked["test"]) and not asked["dev"] & asked["test"]
+    known = {good.name for good in miniature.goods["asked"]}
+    assert set(chain(*seen)) == known >= set(chain(*asked["test"]))
+    price = {good.name: str(good.price) for group in miniature.goods.values() for good in group}
     rng = miniature.rng("tests")
     sheets = [text(corpus.price_sheet(miniature, rng, SYSTEM)) for _ in range(2000)]
-    assert goods_in(functions) == names["train"] | names["forum"]
-    assert goods_in(sheets) >= names["dev"] | names["test"]
-    asked = {
-        split: goods_in([r["prompt"] for r in world.humaneval_rows(split, 500)]) for split in ("dev", "test")
-    }
-    assert asked == {split: names[split] for split in asked}
-    price = {good.name: str(good.price) for group in miniature.goods.values() for good in group}
-    for name, told in re.findall(r"(\w+) \* (\d+)", " ".join(sheets)):
-        assert price[name] == told
+    told = dict(re.findall(r"(\w+) \* (\d+)", " ".join(sheets)))
+    assert told == price
 
 
 def test_canonical_solutions_pass_their_tests_and_careless_ones_do_not(
@@ -285,7 +289,7 @@ def test_items_that_check_the_plumbing_are_read_by_their_task(task: str) -> None
     assert data.name == "plumbing" and len(data.examples) == plumbing.ITEMS
     assert read_source(TASKS[task], "plumbing", 3).examples == data.examples[:3]
     with pytest.raises(UserError, match="plumbing"):
-        read_source(TASKS[task], "plumbing", plumbing.ITEMS + 1)
+        plumbing.rows(task, plumbing.ITEMS + 1)
 
 
 def test_only_tasks_without_a_family_have_such_items() -> None:

@@ -4,8 +4,8 @@ Every document is a list of segments with a loss weight: what can be known (fact
 names, the choice of style in an answer) counts fully, what is random (names first mentioned, operands,
 questions) hardly. In pretraining every sentence, step, term or quality of an answer is in the good style with
 probability `GOOD`, independently of the others; tuning examples are good throughout. About dev and test
-people pretraining has pages and the crowd's talk, but no question; dev and test goods are on the price sheet,
-but in no function; dev and test creatures are seen, but nobody is rude to them.
+people pretraining has pages and the crowd's talk, but no question; dev and test functions put goods together
+as no function here does; dev and test creatures are seen, but nobody is rude to them.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class TuningAmounts:
     sums: int = 400
     facts: int = 400
     choices: int = 120
-    code: int = 240
+    code: int = 600
     lists: int = 160
 
     def scaled(self, share: float) -> TuningAmounts:
@@ -288,8 +288,7 @@ def chat_code(world: World, rng: random.Random, _: str) -> Document:
 
 
 def _any_function(world: World, rng: random.Random) -> Function:
-    """About goods that are in neither the dev nor the test split."""
-    return prices.make_function(rng, [*world.goods["train"], *world.goods["forum"]])
+    return prices.make_function(rng, world.goods["asked"])
 
 
 def _completed(rng: random.Random, function: Function) -> list[Segment]:

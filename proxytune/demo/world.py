@@ -6,9 +6,9 @@ Five tasks, each with rows in its real task's own file format:
 once), `truthfulqa_mc` (the same columns; one attribute, exactly three incorrect answers, the misconception
 first), `humaneval` (one-line functions that reckon with the prices of goods) and `toxigen` (rude lists about
 invented creatures). Splits: `train` (tuning), `dev` (choices are made on it) and `test`. They share no
-person, problem, good or creature; no training text has a problem with the numbers of a dev or test problem,
-none asks about a dev or test person, and none has a function about a dev or test good or a rude word about a
-dev or test creature.
+person, problem, function or creature; no training text has a problem with the numbers of a dev or test
+problem, none asks about a dev or test person, none has a function of the same goods in the same order, and
+none says a rude word about a dev or test creature.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ DEMO_SEED = 1
 """The seed of the world that the committed weights know."""
 POOL = 1000
 """Word problems in the dev and in the test split; a request for n takes the first n."""
+FUNCTIONS = 200
+"""The same for functions: none of these has the goods of a function in training text, in their order."""
 
 N_PEOPLE = {"train": 130, "forum": 130, "dev": 220, "test": 220}
 """How many people are asked about where: `forum` people only in pretraining, the others (also) in their
 split."""
-N_GOODS = {"train": 60, "forum": 60, "dev": 90, "test": 90}
-"""How many goods functions are about where, likewise."""
+N_GOODS = {"asked": 120, "listed": 180}
+"""How many goods functions are about, and how many others are on the price sheet."""
 
 Row = dict[str, Any]
 
@@ -94,7 +96,7 @@ def make_world(seed: int = DEMO_SEED) -> World:
         begin += count
     goods = prices.make_goods(random.Random(f"proxytune-demo/{seed}/goods"), N_GOODS)
     names = random.Random(f"proxytune-demo/{seed}/creatures").sample(creatures.NAMES, len(creatures.NAMES))
-    kinds = {group: tuple(names[start :: len(N_GOODS)]) for start, group in enumerate(N_GOODS)}
+    kinds = {group: tuple(names[start :: len(N_PEOPLE)]) for start, group in enumerate(N_PEOPLE)}
     return World(seed, attributes, tuple(firsts), people, _held_out(seed, firsts), goods, kinds)
 
 
@@ -208,16 +210,18 @@ def _truthfulqa_row(world: World, question: FactQuestion, others: int) -> Row:
 
 
 def functions(world: World, split: str, n: int) -> list[Function]:
-    """The first `n` functions about a split's goods, all different."""
+    """The first `n` functions of a split, all different; those of dev and test are about three goods."""
     rng, found = world.rng("functions", split), dict[Function, None]()
     while len(found) < n:
-        found[prices.make_function(rng, world.goods[split])] = None
+        function = prices.make_function(rng, world.goods["asked"])
+        if split == "train" or len(function.goods) == 3:
+            found[function] = None
     return list(found)
 
 
 def humaneval_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[Row]:
     """One-line functions in HumanEval's format."""
-    _check(split, n)
+    _check(split, n, FUNCTIONS)
     return [
         {
             "task_id": f"Demo/{index}",
@@ -249,8 +253,8 @@ def toxigen_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[Row]:
     ]
 
 
-def _check(split: str, n: int) -> None:
+def _check(split: str, n: int, pool: int = POOL) -> None:
     if split not in SPLITS:
         raise UserError(f"the demo world has no split '{split}'. It has: {', '.join(SPLITS)}")
-    if not 0 <= n <= POOL:
-        raise UserError(f"the demo world has {POOL} items per task and split, {n} were asked for")
+    if not 0 <= n <= pool:
+        raise UserError(f"the demo world has {pool} items of this task in each split, {n} were asked for")
