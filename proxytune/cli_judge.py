@@ -99,12 +99,17 @@ def make(task_name: str, asked: Request) -> Judge | PairwiseJudge | None:
 
 def evaluate(system: System, asked: EvalRequest, judging: Request, *, json_only: bool) -> None:
     """`proxytune eval`: check the judge, run one role or all of them, judge the runs."""
+    run_roles(system, asked, json_only=json_only, judge=judge_of_runs(system, asked, judging))
+
+
+def judge_of_runs(system: System, asked: EvalRequest, judging: Request) -> Callable[[Path], Run] | None:
+    """What judges the runs of a command, checked before anything is decoded: the judge that was named, or the
+    system's own, or the task's."""
     named = system.judges.get(asked.task)
     if named is not None and judging.judge in (None, "default"):
         judging = replace(judging, judge=named)
     made = before_eval(asked.task, judging, read_mode(asked.mode))
-    after = None if made is None else lambda folder: after_eval(folder, made, judging)
-    run_roles(system, asked, json_only=json_only, judge=after)
+    return None if made is None else lambda folder: after_eval(folder, made, judging)
 
 
 def before_eval(task_name: str, asked: Request, mode: str) -> Judge | PairwiseJudge | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from proxytune.cli_judge import Request as JudgeRequest
-from proxytune.cli_judge import after_eval, before_eval
+from proxytune.cli_judge import judge_of_runs
 from proxytune.cli_run import Request, prepared, print_json, read_mode
 from proxytune.config import System
 
@@ -14,10 +14,9 @@ def sweep(system: System, alphas: str, asked: Request, judging: JudgeRequest, *,
     """Run the sweep, judge its runs, and print the curve."""
     from proxytune.tasks import get_task
 
-    mode = read_mode(asked.mode)
-    task = get_task(asked.task, mode)
+    task = get_task(asked.task, read_mode(asked.mode))
     system.require("proxy")
-    made = before_eval(asked.task, judging, mode)
+    judge = judge_of_runs(system, asked, judging)
 
     from proxytune import run_sweep
 
@@ -31,7 +30,7 @@ def sweep(system: System, alphas: str, asked: Request, judging: JudgeRequest, *,
         out=asked.out,
         resources=resources,
         models=models,
-        judge=None if made is None else lambda path: after_eval(path, made, judging),
+        judge=judge,
     )
 
     from proxytune import analysis_sweep

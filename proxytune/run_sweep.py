@@ -27,6 +27,7 @@ from proxytune.provenance import provenance
 from proxytune.records import Completion, Example, RoleMemory, Run
 from proxytune.results import SWEEP, RunFolder
 from proxytune.run import RESULTS, Options, plan
+from proxytune.run_code import add_verdicts
 from proxytune.run_session import CHECKPOINT_SECONDS, Job, Resources, Session, device_name, now
 
 MAX_ALPHAS = 100
@@ -137,6 +138,9 @@ def sweep(
             _decode(parts, job, folder, own_models, resources, progress)
         runs |= {part.alpha: part.session.finish() for part in parts}
     done = [runs[alpha] for alpha in alphas]
+    if resources.sandbox is not None and job.task.execute is not None:
+        items = {example.id: example.target for example in job.data.examples}
+        done = [add_verdicts(folder / run_name(alpha), items, resources.sandbox) for alpha in alphas]
     if judge is not None:
         own_models.release(keep=[])  # a judge may be a large model as well
         done = [judge(folder / run_name(alpha)) for alpha in alphas]
