@@ -227,8 +227,7 @@ def evaluate(
     price: Price = None,
     json: Json = False,
 ) -> None:
-    """Evaluate a system on a task, as one role or as all of them. An interrupted run is continued by the same
-    command.
+    """Evaluate a system on a task, as one role or all of them. The same command continues a stopped run.
 
     Example: proxytune eval gsm --system demo --as all --limit 100
     """
@@ -248,10 +247,7 @@ def evaluate(
         trace=cli_run.read_trace(trace),
         mode=mode,
         seed=seed,
-        batch=batch,
-        kv_memory=kv_memory,
-        speculate=speculate,
-        drafter=drafter,
+        how=cli_run.Decoding(batch, kv_memory, speculate, drafter),
         allow_negative_alpha=allow_negative_alpha,
         trust_remote_code=trust_remote_code,
         code=cli_run.Code(allow_code_execution, sandbox, code_python),

@@ -59,6 +59,32 @@ class Code:
         return found
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What the options said about how to decode; nothing here changes a token."""
+
+    batch: int | None
+    kv_memory: str | None
+    speculate: str
+    drafter: str | None
+
+    def resources(self, sandbox: Sandbox | None) -> Resources:
+        """The same, checked."""
+        if self.batch is not None and self.batch < 1:
+            raise UserError(f"--batch {self.batch} must be at least 1")
+        kv_memory = None if self.kv_memory is None else parse_size(self.kv_memory)
+
+        from proxytune.run import Resources
+        from proxytune.speculate import speculation
+
+        return Resources(
+            max_batch=self.batch,
+            kv_memory=kv_memory,
+            speculation=speculation(self.speculate, self.drafter),
+            sandbox=sandbox,
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What the options of `eval` said."""
@@ -76,10 +102,7 @@ class Request:
     trace: TraceKind
     mode: str
     seed: int
-    batch: int | None
-    kv_memory: str | None
-    speculate: str
-    drafter: str | None
+    how: Decoding
     allow_negative_alpha: bool
     trust_remote_code: bool
     code: Code
@@ -114,16 +137,12 @@ def evaluate(
 def prepared(system: System, task: Task, asked: Request) -> tuple[Options, Resources, Models]:
     """What the options of a command say, checked, in the terms of `run`; nothing is loaded yet."""
     sampling = sampling_from(**{**task.sampling.model_dump(), **asked.changed}) if asked.changed else None
-    bytes_for_kv = None if asked.kv_memory is None else parse_size(asked.kv_memory)
-    if asked.batch is not None and asked.batch < 1:
-        raise UserError(f"--batch {asked.batch} must be at least 1")
     sandbox = asked.code.open(task)
     if task.execute is not None and sandbox is None:
         print(f"note: {NOT_ALLOWED}", file=sys.stderr, flush=True)
 
     from proxytune import run
     from proxytune.models import Models
-    from proxytune.speculate import speculation
 
     options = run.Options(
         alpha=asked.alpha,
@@ -137,12 +156,7 @@ def prepared(system: System, task: Task, asked: Request) -> tuple[Options, Resou
         seed=asked.seed,
         allow_negative_alpha=asked.allow_negative_alpha,
     )
-    resources = run.Resources(
-        max_batch=asked.batch,
-        kv_memory=bytes_for_kv,
-        speculation=speculation(asked.speculate, asked.drafter),
-        sandbox=sandbox,
-    )
+    resources = asked.how.resources(sandbox)
     models = Models(system, trust_remote_code=asked.trust_remote_code, on_load=tell_loading)
     return options, resources, models
 
