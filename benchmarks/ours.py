@@ -18,6 +18,7 @@ from benchmarks.shapes import Bench, kv_bytes_per_token, read_bytes
 from benchmarks.workloads import Item, Workload
 from proxytune.config import Role
 from proxytune.core.engine import Engine, Ensemble, Term
+from proxytune.core.pace import Pace
 from proxytune.core.sampling import Spot
 from proxytune.core.scheduler import Request
 from proxytune.core.speculative import Speculation
@@ -86,6 +87,11 @@ class Ours:
     def _decoder(self) -> Decoder:
         return self.decoder or self.bench.decoder(self.role)
 
+    @cached_property
+    def _pace(self) -> Pace:
+        """What the warm-up and the runs have measured, kept as a Decoder keeps it."""
+        return Pace()
+
     def _owed(self) -> int:
         """Bytes that plain decoding of one row at a time has to read, prefill left out."""
         return sum(
@@ -130,6 +136,7 @@ class Ours:
             prefill_tokens=PREFILL_TOKENS[self.bench.device.type],
             on_token=hear,
             speculation=self.speculation,
+            pace=self._pace,
         )
         groups = (
             [[item] for item in self.workload.items] if self.workload.one_by_one else [self.workload.items]
