@@ -219,6 +219,21 @@ def test_passages_spare_forwards_of_the_drafter(trio: System) -> None:
     assert forwards[True] < forwards[False]
 
 
+@pytest.mark.parametrize("role", ["proxy", "tuned"])
+def test_the_trace_of_agreement_is_the_plain_one(role: str, trio: System, tmp_path: Path) -> None:
+    system = trio.model_copy(update={"tuned": spec(tiny.save(tmp_path / "tuned", tiny.build("llama", 7)))})
+    s = Sampling(max_new_tokens=12, temperature=0.8)
+    plain, fast = (
+        run(decoder(system, role, agreement=True, speculation=how), ragged(4), s, trace="agreement")
+        for how in (PLAIN, Speculation(k=3))
+    )
+    assert said(plain) == said(fast)
+    for where, c in fast.items():
+        for got, want in zip(c.trace, plain[where].trace, strict=True):
+            assert got.divergence is not None and want.divergence is not None
+            assert got.divergence == pytest.approx(want.divergence, abs=1e-9) and len(got.divergence) == 2
+
+
 def test_passages() -> None:
     p = Passages()
     p.extend([1, 2, 3, 4, 5, 1, 2])
