@@ -14,20 +14,19 @@ import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from proxytune.core.cache import PagedCache
-from proxytune.core.device_state import MOST_NEW, bucket, draw_of
+from proxytune.core.device_state import MOST_NEW, Widths, bucket, draw_of
 from proxytune.core.device_step import Said
 from proxytune.core.graphs import Graphs, Refused, Shape
 from proxytune.core.pace import GAIN, LADDER, RETRY, TRIED_FIRST, Times
 from proxytune.core.runner import ModelRunner, Runner
 from proxytune.core.sampling import pick
-from proxytune.core.scheduler import LOOKAHEAD, Plan, Row, Scheduler
+from proxytune.core.scheduler import Plan, Request, Row, Scheduler
 from proxytune.core.speculative import Drafter, Drafts, Speculation
 
 DEVICES = {"cuda"}
@@ -110,8 +109,13 @@ class DeviceLoop:
         self.pace = StepPace()
         self.flights: deque[Flight] = deque()
         self.k = 0
+        self._widths = Widths()
         self._wishes: list[int] = []
         self._landed = 0.0
+
+    def expect(self, request: Request) -> None:
+        """A request will come: the state has to be wide enough for it."""
+        self._widths = self._widths.join(Widths.of(request))
 
     def depths(self, rows: Sequence[Row]) -> list[int]:
         """What the scheduler is to make room for: this step and the one after it."""
@@ -136,9 +140,8 @@ class DeviceLoop:
         if self.graphs.refused is not None or list(plan.depths) != self._wishes:
             return False
         rows, waiting = self.scheduler.rows[: plan.decoding], self.scheduler.waiting
-        coming = [row.request for row in (*self.scheduler.rows, *islice(waiting, LOOKAHEAD))]
         most = min(self.scheduler.max_rows, len(self.scheduler.rows) + len(waiting))
-        state, draw = self.graphs.room_for(coming, most), draw_of(rows)
+        state, draw = self.graphs.room_for(self._widths, self.scheduler.max_rows), draw_of(rows)
         state.fill(rows)
         try:
             for size in dict.fromkeys((bucket(most), bucket(len(rows)))):

@@ -33,7 +33,7 @@ def bucket(rows: int) -> int:
 
 
 class Widths(NamedTuple):
-    """How wide the state has to be for some requests."""
+    """How wide the state has to be for some requests: powers of two, so that few sizes come up."""
 
     pages: int = 1
     bans: int = 0
@@ -41,13 +41,10 @@ class Widths(NamedTuple):
     forced: int = 0
 
     @classmethod
-    def of(cls, requests: Iterable[Request]) -> Widths:
-        """Wide enough for all of them, in powers of two, so that few sizes come up."""
-        found = cls()
-        for request in requests:
-            longest = max(map(len, request.contexts.values())) + request.max_new_tokens + MOST_NEW
-            own = cls(-(-longest // PAGE), len(bans_of(request)), len(request.eos), len(request.forced))
-            found = found.join(own)
+    def of(cls, request: Request) -> Widths:
+        """Wide enough for one of them."""
+        longest = max(map(len, request.contexts.values())) + request.max_new_tokens + MOST_NEW
+        found = -(-longest // PAGE), len(bans_of(request)), len(request.eos), len(request.forced)
         return cls(*(0 if width == 0 else 1 << (width - 1).bit_length() for width in found))
 
     def join(self, other: Widths) -> Widths:

@@ -173,6 +173,8 @@ class Engine:
                     f"holds {runner.rows.capacity}: raise --kv-memory or lower --max-new-tokens"
                 )
         self.scheduler.submit(request)
+        if self.device is not None:
+            self.device.expect(request)
         self.counts.prompt_tokens += len(request.contexts[self.ensemble.lead])
 
     def step(self) -> list[Result]:

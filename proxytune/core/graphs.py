@@ -21,8 +21,9 @@ from proxytune.core.cache import PagedCache
 from proxytune.core.device_sampling import Draw
 from proxytune.core.device_state import DeviceState, Widths, bucket
 from proxytune.core.device_step import Branches, DeviceStep, Logits, in_turn
-from proxytune.core.scheduler import Request
 
+CAPTURED = {"cuda"}
+"""Types of devices on which steps are captured; elsewhere they run as they are."""
 TIMED = 5
 """Replays by which branches in parallel and in turn are compared."""
 
@@ -62,9 +63,9 @@ class Graphs:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._sides = [torch.cuda.Stream(device) for _ in step.behind]  # type: ignore[no-untyped-call]
 
-    def room_for(self, requests: Sequence[Request], rows: int) -> DeviceState:
-        """The state, with room for these requests and so many rows. New buffers make the graphs void."""
-        need, state = Widths.of(requests), self.state
+    def room_for(self, need: Widths, rows: int) -> DeviceState:
+        """The state, at least so wide and with so many rows. New buffers make the graphs void."""
+        state = self.state
         if state is None or rows > state.rows or need.join(state.widths) != state.widths:
             if state is not None:
                 need, rows = need.join(state.widths), max(rows, state.rows)
@@ -76,14 +77,14 @@ class Graphs:
 
     def ready(self, shape: Shape) -> bool:
         """Whether `run` will not have to make a graph first."""
-        return self.device.type != "cuda" or shape in self._captured
+        return self.device.type not in CAPTURED or shape in self._captured
 
     def run(self, shape: Shape) -> Tensor:
         """One step of the first rows of the state -> what it says, packed, on the device and not yet there.
 
         Raises Refused, with the state as it was, if the step cannot be captured."""
         assert self.state is not None
-        if self.device.type != "cuda":
+        if self.device.type not in CAPTURED:
             return self.step(self.state.views(shape.rows), shape.k, shape.draw).packed()
         if shape not in self._captured:
             self.prepare(shape)
