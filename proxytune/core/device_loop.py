@@ -164,7 +164,7 @@ class DeviceLoop:
             landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
             landed.record()
         else:
-            said = on_device
+            said = on_device.clone()  # the next step writes over it
         waiting = len(self.scheduler.waiting)
         self.flights.append(Flight(rows, waiting, shape, said, landed, began, alone, steady))
 

@@ -59,7 +59,7 @@ class Graphs:
         self.state: DeviceState | None = None
         self._captured: dict[Shape, Captured] = {}
         self._pool: Any = None
-        if device.type == "cuda":
+        if device.type in CAPTURED:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._sides = [torch.cuda.Stream(device) for _ in step.behind]  # type: ignore[no-untyped-call]
 
