@@ -1,15 +1,23 @@
-"""On a GPU: pages in place of slots, and the same tokens. Skips without CUDA; the CPU runs the same pages
-elsewhere (test_decode's `layout`)."""
+"""On a GPU: pages in place of slots, captured steps, the same tokens. Skips without CUDA; the CPU runs the
+same pages and the same steps elsewhere (test_decode's `layout`, test_device_step, test_graphs)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import oracle
 import pytest
 import torch
 from conftest import require_or_skip
-from test_decode import check, decoder, ragged
+from test_decode import by_id, check, decoder, example, plain, ragged
 
 from proxytune.config import Sampling, System
+from proxytune.core import device_loop, graphs
 from proxytune.core.cache import PagedCache
+from proxytune.core.graphs import Graphs, Shape
+from proxytune.core.speculative import Speculation
+from proxytune.decode import Decoder
+from proxytune.records import Completion, Example
 
 
 @pytest.fixture(autouse=True)
@@ -18,17 +26,131 @@ def _gpu() -> None:
         require_or_skip("gpu", "no CUDA device")
 
 
-def test_tokens_are_the_oracles(trio: System) -> None:
-    d = decoder(trio)
+def in_dtype(system: System, dtype: str, device: str | None = None) -> System:
+    """The system with its models in another dtype, on a device."""
+    change = {"dtype": dtype, "device_map": device}
+    roles = ("base", "expert", "antiexpert")
+    return system.model_copy(
+        update={r: getattr(system, r).model_copy(update=change) for r in roles} | {"name": f"{dtype}"}
+    )
+
+
+def drafting(k: int | None) -> Speculation:
+    return Speculation(k=k, lookup=False)
+
+
+def tokens(d: Decoder, examples: Sequence[Example], s: Sampling) -> dict[tuple[str, int], tuple[int, ...]]:
+    return {where: c.token_ids for where, c in by_id(list(d.stream(examples, s))).items()}
+
+
+def graphs_of(d: Decoder) -> Graphs:
+    (found,) = d.ensemble._graphs.values()
+    return found
+
+
+@pytest.mark.parametrize("k", [0, 3, None])
+def test_tokens_are_the_oracles(trio: System, k: int | None) -> None:
+    d = decoder(trio, speculation=drafting(k))
     assert all(isinstance(runner.rows, PagedCache) for runner in d.ensemble.runners.values())
     check(d, ragged(20), Sampling(max_new_tokens=12))
     check(d, ragged(6, 1), Sampling(max_new_tokens=8, temperature=0.9, top_k=20, top_p=0.9, n=3))
+    assert graphs_of(d).refused is None and graphs_of(d)._captured
+
+
+SAMPLERS = [Sampling(max_new_tokens=24), Sampling(max_new_tokens=24, temperature=0.9, top_k=20, top_p=0.9)]
+
+
+@pytest.mark.parametrize("s", SAMPLERS, ids=["greedy", "sampled"])
+@pytest.mark.parametrize("k", [0, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graphs_change_nothing(
+    trio: System, monkeypatch: pytest.MonkeyPatch, dtype: str, k: int, s: Sampling
+) -> None:
+    """The same steps without capture, and with the models in turn or beside each other."""
+    found = []
+    for captured, parallel in ((set[str](), None), ({"cuda"}, False), ({"cuda"}, True)):
+        monkeypatch.setattr(graphs, "CAPTURED", captured)
+        d = decoder(in_dtype(trio, dtype), speculation=drafting(k))
+        made = d.ensemble.graphs(d.ensemble.front())
+        made.parallel = parallel
+        found.append(list(d.stream(ragged(20, 3), s)))
+        assert made.refused is None and bool(made._captured) == bool(captured)
+    first, *others = ({(c.example_id, c.token_ids, c.logprob) for c in one} for one in found)
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_float32_says_what_the_cpu_says(trio: System, k: int) -> None:
+    s, examples = Sampling(max_new_tokens=24), ragged(20, 4)
+    cpu = decoder(in_dtype(trio, "float32", "cpu"), speculation=Speculation(k=0))
+    gpu = decoder(in_dtype(trio, "float32"), speculation=drafting(k))
+    assert tokens(gpu, examples, s) == tokens(cpu, examples, s)
+
+
+def gap(d: Decoder, e: Example, said: Sequence[int], one: int, other: int) -> float:
+    """By how many standard deviations two tokens differ after `said`, in float64 with rounded weights."""
+    contexts, views = d.contexts(e.prompt), {}
+    for name in d.loaded:
+        module = plain(d, name)
+        for parameter in module.parameters():
+            parameter.data = parameter.data.bfloat16().double()
+        views[name] = oracle.last_logits(module, [*contexts[name], *said])
+    z = views["base"] + views["expert"] - views["antiexpert"]
+    return float((z[one] - z[other]).abs() / z.std())
+
+
+def test_divergences_in_bfloat16_are_near_ties(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verifying four tokens at once rounds otherwise than one at a time; only near-ties may turn."""
+    monkeypatch.setattr("test_decode._PLAIN", {})  # the weights are rounded here
+    half, s, examples = in_dtype(trio, "bfloat16"), Sampling(max_new_tokens=24), ragged(40, 5)
+    one, other = (tokens(decoder(half, speculation=drafting(k)), examples, s) for k in (0, 3))
+    d = decoder(half)
+    for e in examples:
+        a, b = one[e.id, 0], other[e.id, 0]
+        at = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+        if at is None:
+            assert a == b
+        else:
+            assert gap(d, e, a[:at], a[at], b[at]) < 0.2, e
+
+
+def test_nothing_is_read_in_a_replayed_step(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, replays = Graphs.run, list[Shape]()
+
+    def watched(self: Graphs, shape: Shape) -> torch.Tensor:
+        assert self.ready(shape)
+        replays.append(shape)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return run(self, shape)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Graphs, "run", watched)
+    check(decoder(trio, speculation=drafting(3)), ragged(8, 6), Sampling(max_new_tokens=16))
+    assert len(replays) > 4
+
+
+def test_the_engines_own_steps_say_the_same(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    s, examples = Sampling(max_new_tokens=20, temperature=0.8, n=2), ragged(10, 7)
+    ours = tokens(decoder(trio, speculation=drafting(3)), examples, s)
+    monkeypatch.setattr(device_loop, "DEVICES", set())
+    assert ours == tokens(decoder(trio, speculation=Speculation(k=3)), examples, s)
 
 
 def test_memory_does_not_grow_with_requests(trio: System) -> None:
-    d, settings = decoder(trio, max_batch=16), Sampling(max_new_tokens=8)
-    list(d.stream(ragged(64), settings))
-    before = torch.cuda.memory_allocated()
-    for seed in range(8):
-        list(d.stream(ragged(64, seed), settings))
+    """2,000 requests of all lengths after the first 64."""
+    d, settings = decoder(trio, max_batch=16, speculation=drafting(2)), Sampling(max_new_tokens=8)
+
+    def serve(examples: Sequence[Example]) -> list[Completion]:
+        return list(d.stream(examples, settings))
+
+    # the longest prompt first: no later request makes the state wider
+    serve([example("a" * 30, 0), *ragged(64)])
+    torch.cuda.synchronize()
+    before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    for seed in range(20):
+        assert len(serve(ragged(100, seed))) == 100
+    torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before
+    assert torch.cuda.memory_reserved() <= reserved + (64 << 20)  # graphs of batch sizes not seen before
