@@ -10,7 +10,8 @@ synchronisation were written without one at hand."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -72,6 +73,7 @@ class Graphs:
             caches = {n: r.cache for n, r in self.step.runners.items() if isinstance(r.cache, PagedCache)}
             size = self.step.runners[self.step.lead].alignment.size
             self._captured.clear()
+            self._pool = None  # it goes with its graphs
             self.state = state = DeviceState(caches, bucket(rows), need, size, self.device)
         return state
 
@@ -123,7 +125,7 @@ class Graphs:
             _without_waiting(once)
         main.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with _refusing(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             once()
         self._pool = self._pool or graph.pool()
         return Captured(graph, said)
@@ -142,14 +144,24 @@ class Graphs:
         return found
 
 
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What CUDA does not allow in a graph becomes Refused; memory that runs out stays what it is."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise Refused(str(error).splitlines()[0]) from error
+
+
 def _without_waiting(function: Callable[[], None]) -> None:
     """Run a function in which the host may not wait for the device; Refused if it does."""
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        function()
-    except RuntimeError as error:
-        raise Refused(str(error).splitlines()[0]) from error
+        with _refusing():
+            function()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
 
