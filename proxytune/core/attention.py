@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from proxytune.core.cache import KVCache, LayerShape, Placement
+from proxytune.core.device_attention import DevicePacked
 
 NAME = "proxytune"
 """Our name in the registry of attention functions."""
@@ -116,7 +117,7 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    packed: Packed | Discovery | None = None,
+    packed: Packed | DevicePacked | Discovery | None = None,
     **_: object,  # position ids, router flags: the interface hands every attention the same arguments
 ) -> tuple[Tensor, None]:
     """The function registered with transformers' AttentionInterface: -> [1, T, H, Dv], None."""
@@ -126,6 +127,8 @@ def attend(
     if isinstance(packed, Discovery):
         packed.see(layer, key, value, sliding_window)
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
+    if isinstance(packed, DevicePacked):
+        return packed.attend(layer, query, key, value, sliding_window, scaling, softcap, s_aux), None
     results = []
     for part in packed.parts:
         mine = part.tokens

@@ -254,7 +254,7 @@ class PagedCache:
     """Pages of PAGE tokens, [pages, PAGE, H, D] per layer, and a list of pages per row.
 
     Full pages of a shared prompt have one owner count per row; only a page that a row may still write is its
-    own."""
+    own. One page more, the last, belongs to nobody: a padded batch writes there (`spare`)."""
 
     rewinds = True
 
@@ -269,8 +269,8 @@ class PagedCache:
         self._tables_on: dict[object, Tensor] = {}
         self._pools = [
             (
-                torch.zeros(self.pages, PAGE, layer.heads, layer.key, dtype=spec.dtype, device=device),
-                torch.zeros(self.pages, PAGE, layer.heads, layer.value, dtype=spec.dtype, device=device),
+                torch.zeros(self.pages + 1, PAGE, layer.heads, layer.key, dtype=spec.dtype, device=device),
+                torch.zeros(self.pages + 1, PAGE, layer.heads, layer.value, dtype=spec.dtype, device=device),
             )
             for layer, device in zip(spec.layers, spec.devices, strict=True)
         ]
@@ -278,6 +278,15 @@ class PagedCache:
     @property
     def capacity(self) -> int:
         return self.pages * PAGE
+
+    @property
+    def spare(self) -> int:
+        """The page that belongs to nobody."""
+        return self.pages
+
+    def pools(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all pages: [pages + 1, PAGE, H, Dk] and [.., Dv]."""
+        return self._pools[layer]
 
     def fits(self, lengths: Sequence[int]) -> bool:
         held = [len(table) for table in self.tables] + [0] * (len(lengths) - len(self.tables))

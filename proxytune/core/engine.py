@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from proxytune.core.device_loop import DeviceLoop, steps_on_device
+from proxytune.core.device_step import DeviceStep
 from proxytune.core.divergence import from_reference
+from proxytune.core.graphs import Graphs
 from proxytune.core.logits import Shift, combine, log_probability
 from proxytune.core.pace import Pace
-from proxytune.core.runner import Runner, Work, forward_all
+from proxytune.core.runner import ModelRunner, Runner, Work, forward_all
 from proxytune.core.sampling import Spot, pick
 from proxytune.core.scheduler import Plan, Request, Row, Scheduler, TokenTrace
 from proxytune.core.speculative import Drafter, Drafts, Speculation, StepSeconds, feed, same_prefix
@@ -47,6 +50,8 @@ class Ensemble:
     """What is traced as the proxy where it is not this combination that decodes."""
     reference: str | None = None
     """The model whose divergence from the proxy and from its lead is traced; it only watches."""
+    _graphs: dict[tuple[str, ...], Graphs] = field(default_factory=dict)
+    """By front: they outlive the engine that made them."""
 
     def combine(self, logits: Mapping[str, Tensor], alpha: Tensor) -> Tensor:
         """Logits [B, V] per model, alpha [B] -> [B, V] on the lead's device."""
@@ -92,6 +97,15 @@ class Ensemble:
         lead = (self.observed or self).lead
         known = self.runners[self.reference].alignment.shared
         return from_reference(views, self.reference, ("proxy", lead), known)
+
+    def graphs(self, front: tuple[str, ...]) -> Graphs:
+        """The steps of this ensemble on its device, where all its models are."""
+        if front not in self._graphs:
+            runner = self.runners[self.lead]
+            assert isinstance(runner, ModelRunner)
+            step = DeviceStep(self.runners, front, self.lead, self.combine)
+            self._graphs[front] = Graphs(step, runner.device)
+        return self._graphs[front]
 
     def _shared(self, term: Term) -> Tensor | None:
         known = [self.runners[name].alignment.shared for name in (term.expert, term.antiexpert)]
@@ -153,8 +167,12 @@ class Engine:
         caches = {name: runner.rows for name, runner in runners.items()}
         longest = {name: runner.alignment.longest for name, runner in runners.items()}
         self.scheduler = Scheduler(caches, max_rows, prefill_tokens, longest)
-        self.drafter = Drafter(runners, ensemble.front(settings.drafter), ensemble.lead, settings, pace)
+        front = ensemble.front(settings.drafter)
+        self.drafter = Drafter(runners, front, ensemble.lead, settings, pace)
         self.counts = Counts()
+        self.device: DeviceLoop | None = None
+        if not trace and steps_on_device(runners, front, settings):
+            self.device = DeviceLoop(self.scheduler, self.drafter, ensemble.graphs(front))
 
     @property
     def busy(self) -> bool:
@@ -183,14 +201,19 @@ class Engine:
                     f"holds {runner.rows.capacity}: raise --kv-memory or lower --max-new-tokens"
                 )
         self.scheduler.submit(request)
+        if self.device is not None:
+            self.device.expect(request)
         self.counts.prompt_tokens += len(request.contexts[self.ensemble.lead])
 
     def step(self) -> list[Result]:
         """Every decoding row gets a token or more, and some waiting prompts are prefilled. -> what
-        finished."""
-        plan = self.scheduler.plan(self.drafter.depths)
+        finished. Steps on the device are read by the call after the one that starts them, or later."""
+        device = self.device
+        if device is not None and device.flights:
+            return self._land(device)
+        plan = self.scheduler.plan(self.drafter.depths if device is None else device.depths)
         rows = self.scheduler.rows[: plan.decoding]
-        if not rows:
+        if not rows or (device is not None and device.start(plan)):
             forward_all(self.ensemble.runners, {n: Work(s, ()) for n, s in plan.prefill.items()})
             return []
         began = time.perf_counter()
@@ -203,6 +226,16 @@ class Engine:
         seconds = StepSeconds(drafted - began, verified - drafted, time.perf_counter() - verified, closed)
         self._learn(drafts, chosen, None if any(plan.prefill.values()) else seconds)
         return self._advance(rows, chosen)
+
+    def _land(self, device: DeviceLoop) -> list[Result]:
+        """Take in what a step on the device said."""
+        tokens, logprobs, drafts = device.land()
+        chosen = [
+            [Chosen(token, logprob, None) for token, logprob in zip(*said, strict=True)]
+            for said in zip(tokens, logprobs, strict=True)
+        ]
+        self._learn(drafts, chosen, None)
+        return self._advance(self.scheduler.rows, chosen)
 
     def _learn(self, drafts: Drafts, chosen: Sequence[Sequence[Chosen]], seconds: StepSeconds | None) -> None:
         """Count the drafts that stood, and let the drafter know how the step went."""
@@ -311,6 +344,8 @@ class Engine:
         """Append the chosen tokens to their rows, up to where a response ends; take the drafts back."""
         results, done = [], []
         for index, (row, tokens) in enumerate(zip(rows, chosen, strict=True)):
+            if not tokens:
+                continue  # it came after the step was started
             self.counts.row_steps += 1
             reason = next((found for item in tokens if (found := self._append(row, item))), None)
             if reason is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -60,6 +60,11 @@ class Alignment:
         if self.columns is None:
             return logits[:, : self.size]
         return logits[:, self.columns.to(logits.device)]
+
+    def on(self, device: torch.device) -> Alignment:
+        """The same with its tensors on a device: copies within a step would wait for it."""
+        columns, shared = (None if t is None else t.to(device) for t in (self.columns, self.shared))
+        return replace(self, columns=columns, shared=shared)
 
     @cached_property
     def longest(self) -> int:
@@ -118,7 +123,7 @@ class ModelRunner:
         """`embed` turns ids [1, T] into embeddings where a soft prompt adds virtual tokens to the vocabulary
         (of this model or of one on the same weights). `lora` are the adapters that lie in the model's
         layers, `adapter` the one that this model runs with."""
-        self.model, self.cache, self.alignment, self.window = model, cache, alignment, window
+        self.model, self.cache, self.alignment, self.window = model, cache, alignment.on(device), window
         self.device, self.embed, self.lora, self.adapter = device, embed, lora, adapter
 
     @property

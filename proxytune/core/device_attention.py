@@ -1,0 +1,79 @@
+"""The attention of a decoding step whose lengths and page numbers stay on the device.
+
+The counterpart of `attention.Packed` for steps that a CUDA graph captures: shapes are fixed, everything that
+changes from step to step is a tensor, and nothing is read by the host. Every row has the same number of new
+tokens; those that do not count go to a page that belongs to nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from proxytune.core.cache import PAGE, PagedCache
+from proxytune.core.paged_attention import paged_attention
+
+
+@dataclass
+class DevicePart:
+    """One model's tokens within a forward: R rows with Q new tokens each, in a row."""
+
+    cache: PagedCache
+    table: Tensor  # [R, P] page numbers, padded with the cache's spare page
+    lengths: Tensor  # [R] tokens of each row, the new ones included; 0 where a row is idle
+    slots: Tensor  # [R * Q] where the new tokens' keys and values go in a pool seen as [pages * PAGE, H, D]
+    tokens: slice
+    """Where they stand among the tokens of the forward."""
+
+
+@dataclass
+class DevicePacked:
+    """The state of one forward: one part per model that stands on these weights."""
+
+    parts: Sequence[DevicePart]
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,  # [1, H, T, Dk]
+        key: Tensor,  # [1, Hkv, T, Dk]
+        value: Tensor,  # [1, Hkv, T, Dv]
+        window: int | None,
+        scaling: float | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Store the new keys and values, and let the queries see them and what came before: -> [1, T, H,
+        Dv]."""
+        results = []
+        for part in self.parts:
+            keys, values = part.cache.pools(layer)
+            for pool, new in ((keys, key), (values, value)):
+                lines = new[0, :, part.tokens].transpose(0, 1)  # [R * Q, Hkv, D]
+                pool.flatten(0, 1).index_copy_(0, part.slots, lines.to(pool.dtype))
+            rows, mine = part.lengths.shape[0], query[0, :, part.tokens]
+            q = mine.reshape(query.shape[1], rows, mine.shape[1] // rows, -1).transpose(0, 1)  # [R, H, Q, D]
+            result = paged_attention(
+                q,
+                keys,
+                values,
+                part.table,
+                part.lengths,
+                scaling=scaling,
+                window=window,
+                softcap=softcap,
+                sinks=sinks,
+            )
+            results.append(result.transpose(1, 2).flatten(0, 1))  # [R * Q, H, Dv]
+        return (results[0] if len(results) == 1 else torch.cat(results))[None]
+
+
+def slots_of(table: Tensor, positions: Tensor, real: Tensor, spare: int) -> Tensor:
+    """Where tokens go: table [R, P], positions [R, Q] and which of them count [R, Q] -> [R * Q].
+
+    The others go to the first slot of page `spare`; several may, and whose value stays there is all one."""
+    page = table.gather(1, positions // PAGE)
+    slots = page * PAGE + positions % PAGE
+    return slots.masked_fill(~real, spare * PAGE).flatten()

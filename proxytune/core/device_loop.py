@@ -1,0 +1,232 @@
+"""Decoding in steps that live on the device: the host starts a step, and reads what the last one said.
+
+While nobody comes or goes, the next step is started before the last one is read, so that the device never
+waits: what a step needs to know of the one before is already there. The host is one step behind, and for two
+steps every row has pages. A stop found in the text ends its row late: the step under way still decodes it,
+and what that says is dropped. When a row ends, the step under way is read before anything else is planned.
+
+The tokens are those of the engine's own steps. Passages said before are not looked up here."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from proxytune.core.cache import PagedCache
+from proxytune.core.device_state import MOST_NEW, Widths, bucket, draw_of
+from proxytune.core.device_step import Said
+from proxytune.core.graphs import Graphs, Refused, Shape
+from proxytune.core.pace import GAIN, LADDER, RETRY, TRIED_FIRST, Times
+from proxytune.core.runner import ModelRunner, Runner
+from proxytune.core.sampling import pick
+from proxytune.core.scheduler import Plan, Request, Row, Scheduler
+from proxytune.core.speculative import Drafter, Drafts, Speculation
+
+DEVICES = {"cuda"}
+"""Types of devices on which steps run this way. Elsewhere it is right too (the tests say so), but slower."""
+WIDE = 150
+"""Tokens per verification up to which a draft length is tried: beyond, products are compute-bound."""
+
+
+def steps_on_device(runners: Mapping[str, Runner], front: Sequence[str], settings: Speculation) -> bool:
+    """Whether these models can decode this way: our attention over pages, one device, one id per token."""
+    if settings.pick is not pick or (not front and settings.k and settings.lookup):
+        return False
+    devices = set()
+    for runner in runners.values():
+        if not isinstance(runner, ModelRunner) or not isinstance(runner.cache, PagedCache):
+            return False
+        devices |= {runner.device, *runner.cache.spec.devices}
+        if runner.alignment.longest > 1:
+            return False
+    return len(devices) == 1 and devices.pop().type in DEVICES
+
+
+@dataclass
+class StepPace:
+    """How far to draft, from the measured times of whole steps: a graph is not looked into."""
+
+    times: dict[int, Times] = field(default_factory=dict)
+    """By rows: seconds of a step by its tokens per row, k + 1."""
+    plain_steps: int = 0
+
+    def choose(self, rows: int, acceptance: float) -> int:
+        """The draft length for a step of so many rows."""
+        times, a = self.times.setdefault(rows, Times()), min(acceptance, 0.999)
+        for k in TRIED_FIRST:
+            if rows * (k + 1) <= WIDE and not times.known(k + 1):
+                return k
+
+        def speed(k: int) -> float:
+            seconds = times.at(k + 1)
+            return (1 - a ** (k + 1)) / (1 - a) / seconds if seconds else 0.0
+
+        best = max((k for k in LADDER if k == 0 or rows * (k + 1) <= WIDE), key=speed)
+        if best == 0 or speed(best) < GAIN * speed(0):
+            self.plain_steps += 1
+            return 1 if rows * 2 <= WIDE and self.plain_steps % RETRY == 0 else 0
+        return best
+
+
+@dataclass
+class Flight:
+    """A step that was started and not read yet."""
+
+    rows: list[Row]
+    waiting: int
+    """Requests that waited when it was started."""
+    shape: Shape
+    said: Tensor
+    """Packed, in the host's memory; complete once `landed`."""
+    landed: torch.cuda.Event | None
+    began: float
+    alone: bool
+    """Whether no prompts were computed behind it."""
+    steady: bool
+    """Whether it was started before the step before it was read."""
+
+
+class Landing(NamedTuple):
+    """What a step said, for the scheduler's rows as they are now."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    drafts: Drafts
+
+
+class DeviceLoop:
+    """Starts steps and reads them, one late."""
+
+    def __init__(self, scheduler: Scheduler, drafter: Drafter, graphs: Graphs) -> None:
+        self.scheduler, self.drafter, self.graphs = scheduler, drafter, graphs
+        self.pace = StepPace()
+        self.flights: deque[Flight] = deque()
+        self.k = 0
+        self._widths = Widths()
+        self._wishes: list[int] = []
+        self._landed = 0.0
+
+    def expect(self, request: Request) -> None:
+        """A request will come: the state has to be wide enough for it."""
+        self._widths = self._widths.join(Widths.of(request))
+
+    def depths(self, rows: Sequence[Row]) -> list[int]:
+        """What the scheduler is to make room for: this step and the one after it."""
+        if self.graphs.refused is not None:
+            return self.drafter.depths(rows)
+        self.k = self._choose(len(rows))
+        room = [row.request.max_new_tokens - len(row.tokens) for row in rows]
+        self._wishes = [min(2 * self.k + 1, left - 1) for left in room]
+        return self._wishes
+
+    def _choose(self, rows: int) -> int:
+        settings = self.drafter.settings
+        if not self.drafter.front or rows == 0:
+            return 0
+        if settings.k is not None:
+            return min(settings.k, MOST_NEW - 1)
+        return self.pace.choose(bucket(rows), self.drafter.pace.acceptance)
+
+    def start(self, plan: Plan) -> bool:
+        """Start the planned step, if it fits: all the room that was wished for, and models that can be
+        captured."""
+        if self.graphs.refused is not None or list(plan.depths) != self._wishes:
+            return False
+        rows, waiting = self.scheduler.rows[: plan.decoding], self.scheduler.waiting
+        most = min(self.scheduler.max_rows, len(self.scheduler.rows) + len(waiting))
+        state, draw = self.graphs.room_for(self._widths, self.scheduler.max_rows), draw_of(rows)
+        state.fill(rows)
+        try:
+            for size in dict.fromkeys((bucket(most), bucket(len(rows)))):
+                if not self.graphs.ready(Shape(size, self.k, draw)):
+                    self.graphs.prepare(Shape(size, self.k, draw))
+        except Refused as reason:
+            self.graphs.refused = str(reason)
+            warnings.warn(f"decoding without CUDA graphs, which is slower: {reason}", stacklevel=2)
+            return False
+        shape = Shape(bucket(len(rows)), self.k, draw)
+        self._launch(list(rows), shape, alone=not any(plan.prefill.values()))
+        return True
+
+    def _launch(self, rows: list[Row], shape: Shape, *, alone: bool, steady: bool = False) -> None:
+        began = time.perf_counter()
+        on_device, landed = self.graphs.run(shape), None
+        if on_device.is_cuda:
+            said = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
+            said.copy_(on_device, non_blocking=True)
+            landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            landed.record()
+        else:
+            said = on_device.clone()  # the next step writes over it
+        waiting = len(self.scheduler.waiting)
+        self.flights.append(Flight(rows, waiting, shape, said, landed, began, alone, steady))
+
+    def _follow(self) -> None:
+        """Start the next step before the last is read, if nobody came or went and there are pages for it."""
+        last, scheduler = self.flights[-1], self.scheduler
+        if last.rows != scheduler.rows or last.waiting != len(scheduler.waiting):
+            return
+        k = self._choose(len(last.rows))
+        shape = Shape(last.shape.rows, k, last.shape.draw)
+        if not self.graphs.ready(shape):
+            return
+        targets = {
+            name: [
+                length + min(last.shape.k + 1 + k + 1, row.request.max_new_tokens - len(row.tokens))
+                for length, row in zip(rows.lengths, last.rows, strict=True)
+            ]
+            for name, rows in scheduler.caches.items()
+        }
+        if not all(scheduler.caches[name].fits(lengths) for name, lengths in targets.items()):
+            return
+        state = self.graphs.state
+        assert state is not None
+        held = [len(table) for cache in state.caches.values() for table in cache.tables]
+        for name, lengths in targets.items():
+            scheduler.caches[name].reserve(lengths)
+        if held != [len(table) for cache in state.caches.values() for table in cache.tables]:
+            state.fill_tables()
+        self._launch(last.rows, shape, alone=True, steady=True)
+
+    def land(self) -> Landing:
+        """Read the oldest step, once the next is under way where it can be. The caches know its tokens from
+        then on; rows that have ended or are new since have none."""
+        self._follow()
+        flight = self.flights.popleft()
+        if flight.landed is not None:
+            flight.landed.synchronize()
+        self._time(flight)
+        said = Said.unpacked(flight.said, flight.shape.k)
+        counts, tokens, drafts, logprobs = (part.tolist() for part in said)
+        place = {row: index for index, row in enumerate(flight.rows)}
+        landing = Landing([], [], Drafts([], {}))
+        for index, row in enumerate(self.scheduler.rows):
+            at = place.get(row)
+            stood = 0 if at is None else counts[at]
+            landing.tokens.append([] if at is None else tokens[at][:stood])
+            landing.logprobs.append([] if at is None else logprobs[at][:stood])
+            landing.drafts.tokens.append([] if at is None else _counted(row, drafts[at]))
+            for rows in self.graphs.state.caches.values() if self.graphs.state else ():
+                rows.commit(index, stood)
+        return landing
+
+    def _time(self, flight: Flight) -> None:
+        """In a steady flow a step takes as long as from landing to landing."""
+        began, self._landed = self._landed if flight.steady else flight.began, time.perf_counter()
+        if flight.alone:
+            times = self.pace.times.setdefault(flight.shape.rows, Times())
+            times.add(flight.shape.k + 1, self._landed - began)
+
+
+def _counted(row: Row, drafts: list[int]) -> list[int]:
+    """The drafts that could have stood: up to an end, and short of the limit, where no draft is asked for."""
+    drafts = drafts[: max(0, row.request.max_new_tokens - len(row.tokens) - 1)]
+    ended = next((n for n, token in enumerate(drafts, 1) if token in row.request.eos), len(drafts))
+    return drafts[:ended]

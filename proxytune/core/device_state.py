@@ -1,0 +1,174 @@
+"""The rows of a batch as tensors of fixed size, and the way from the scheduler's rows to them.
+
+Four buffers, so that a change is one copy each: what a step moves, what a request sets (integers and floats),
+and the pages. A batch of fewer rows uses the first of them, at the same addresses, so that every CUDA graph
+reads and writes the same state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from proxytune.core.cache import PAGE, PagedCache
+from proxytune.core.device_sampling import Draw, Sampler
+from proxytune.core.scheduler import Request, Row
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+"""Rows that a batch is padded to; beyond the last, multiples of it."""
+MOST_NEW = 16
+"""Most tokens that a row is fed in one forward."""
+ALWAYS = np.iinfo(np.int64).max
+"""A ban that never ends."""
+HEADER = 5
+"""Integers of a request before its offsets: alpha's length and kind, top-k, key, forced tokens."""
+
+
+def bucket(rows: int) -> int:
+    """The rows that a batch of `rows` is padded to."""
+    return next((size for size in BUCKETS if size >= rows), -(-rows // BUCKETS[-1]) * BUCKETS[-1])
+
+
+class Widths(NamedTuple):
+    """How wide the state has to be for some requests: powers of two, so that few sizes come up."""
+
+    pages: int = 1
+    bans: int = 0
+    eos: int = 0
+    forced: int = 0
+
+    @classmethod
+    def of(cls, request: Request) -> Widths:
+        """Wide enough for one of them."""
+        longest = max(map(len, request.contexts.values())) + request.max_new_tokens + MOST_NEW
+        found = -(-longest // PAGE), len(bans_of(request)), len(request.eos), len(request.forced)
+        return cls(*(0 if width == 0 else 1 << (width - 1).bit_length() for width in found))
+
+    def join(self, other: Widths) -> Widths:
+        """Wide enough for what both are wide enough for."""
+        return Widths(*map(max, self, other))
+
+
+def bans_of(request: Request) -> dict[int, int]:
+    """Ids that may not be said, and from which position of the response on they may."""
+    until = dict.fromkeys(request.eos, request.min_new_tokens) if request.min_new_tokens else {}
+    until |= {token: max(1, until.get(token, 0)) for token in request.banned_first}
+    return until | dict.fromkeys(request.banned, ALWAYS)
+
+
+def draw_of(rows: Sequence[Row]) -> Draw:
+    """What the sampling settings of these rows need."""
+    sampled = [row.request for row in rows if row.request.temperature > 0]
+    return Draw(bool(sampled), any(request.top_k > 0 or request.top_p < 1 for request in sampled))
+
+
+class Batch(NamedTuple):
+    """The state of R rows, as views of the buffers."""
+
+    position: Tensor  # [R] tokens of the response so far
+    limit: Tensor  # [R] tokens that it may have; equal to position where the row is done or only padding
+    last: Mapping[str, Tensor]  # per model [R]: its id of the last token, which it has not seen
+    offset: Mapping[str, Tensor]  # per model [R]: tokens that it had seen at position 0
+    table: Mapping[str, Tensor]  # per model [R, P]
+    alpha_start: Tensor  # [R] float64
+    alpha_end: Tensor  # [R] float64
+    alpha_length: Tensor  # [R]
+    alpha_linear: Tensor  # [R] 1 where alpha goes in a line from start to end
+    sampler: Sampler
+
+    def alpha(self, positions: Tensor) -> Tensor:
+        """The schedules at positions [R, Q]: [R, Q] float64, as `AlphaSchedule.at` computes it."""
+        start, end, length = (c[:, None] for c in (self.alpha_start, self.alpha_end, self.alpha_length))
+        line = start + (end - start) * positions / length.clamp(min=1)
+        first = torch.where(self.alpha_linear[:, None] > 0, line, start)
+        return torch.where(positions >= length, end, first)
+
+
+class DeviceState:
+    """The buffers of up to `rows` rows. Row i is row i of every cache."""
+
+    def __init__(
+        self, caches: Mapping[str, PagedCache], rows: int, widths: Widths, size: int, device: torch.device
+    ) -> None:
+        """`size`: tokens in the vocabulary."""
+        self.caches, self.rows, self.widths, self.size, self.device = caches, rows, widths, size, device
+        whole = HEADER + len(caches) + widths.eos + 2 * widths.bans + widths.forced
+        self.moving = torch.zeros(rows, 2 + len(caches), dtype=torch.long, device=device)
+        self.whole = torch.zeros(rows, whole, dtype=torch.long, device=device)
+        self.real = torch.zeros(rows, 4, dtype=torch.float64, device=device)
+        self.tables = torch.zeros(len(caches), rows, widths.pages, dtype=torch.long, device=device)
+        self._whole, self._real = self.whole.cpu().numpy().copy(), self.real.cpu().numpy().copy()
+        self._present: list[Row] = []
+
+    def views(self, rows: int) -> Batch:
+        """The first `rows` rows."""
+        position, limit, *last = self.moving[:rows].unbind(1)
+        alpha_start, alpha_end, temperature, top_p = self.real[:rows].unbind(1)
+        w, models = self.widths, len(self.caches)
+        header, offsets, eos, ban, ban_until, forced = torch.split_with_sizes(
+            self.whole[:rows], [HEADER, models, w.eos, w.bans, w.bans, w.forced], 1
+        )
+        alpha_length, alpha_linear, top_k, key, forced_count = header.unbind(1)
+        return Batch(
+            position,
+            limit,
+            dict(zip(self.caches, last, strict=True)),
+            dict(zip(self.caches, offsets.unbind(1), strict=True)),
+            dict(zip(self.caches, self.tables[:, :rows].unbind(0), strict=True)),
+            alpha_start,
+            alpha_end,
+            alpha_length,
+            alpha_linear,
+            Sampler(temperature, top_k, top_p, key, ban, ban_until, eos, forced, forced_count),
+        )
+
+    def fill(self, rows: Sequence[Row]) -> None:
+        """Make these the rows, as the host knows them; the others become padding."""
+        moving = np.zeros(self.moving.shape, dtype=np.int64)
+        for index, row in enumerate(rows):
+            last = [row.ids[name][-1] for name in self.caches]
+            moving[index] = [len(row.tokens), row.request.max_new_tokens, *last]
+            if index >= len(self._present) or self._present[index] is not row:
+                self._set(index, row.request)
+        self._present = list(rows)
+        for target, source in ((self.moving, moving), (self.whole, self._whole), (self.real, self._real)):
+            self._send(target, torch.from_numpy(source))
+        self.fill_tables()
+
+    def fill_tables(self) -> None:
+        """Let every row have the pages that its caches have reserved for it."""
+        tables = np.empty(self.tables.shape, dtype=np.int64)
+        for model, cache in enumerate(self.caches.values()):
+            tables[model] = cache.spare
+            for index, pages in enumerate(cache.tables[: len(self._present)]):
+                held = pages[: self.widths.pages]
+                tables[model, index, : len(held)] = held
+        self._send(self.tables, torch.from_numpy(tables))
+
+    def _send(self, target: Tensor, source: Tensor) -> None:
+        """Copy to the device without waiting for it. Pinned memory is not given out again before its copy is
+        done (torch's host allocator sees to that)."""
+        pinned = source.pin_memory() if target.is_cuda else source
+        target.copy_(pinned, non_blocking=True)
+
+    def _set(self, index: int, request: Request) -> None:
+        """The settings of one request."""
+        alpha, bans, w = request.alpha, bans_of(request), self.widths
+        offsets = [len(request.contexts[name]) - 1 for name in self.caches]
+        self._real[index] = alpha.start, alpha.end, request.temperature, request.top_p
+        self._whole[index] = [
+            *(alpha.length, alpha.kind == "linear", request.top_k, request.key, len(request.forced)),
+            *offsets,
+            *_padded(request.eos, w.eos, -1),
+            *_padded(bans, w.bans, self.size),
+            *_padded(bans.values(), w.bans, 0),
+            *_padded(request.forced, w.forced, 0),
+        ]
+
+
+def _padded(values: Iterable[int], width: int, padding: int) -> list[int]:
+    found = list(values)
+    return found + [padding] * (width - len(found))

@@ -1,0 +1,198 @@
+"""One decoding step as a function of tensors alone: draft, verify, combine, choose, accept, move on.
+
+Shapes depend on the number of rows and the draft length only, and the host reads nothing, so that a CUDA
+graph can hold the whole step. The front runs ahead by k tokens; then it reads the last of them while the
+other models read them all. (Eagerly decoded, the front is spared that last forward where no row needs it;
+here it always runs, as the first forward of a step that drafts one token more.)
+
+A token of a row that has no room for it, and every token of padding, is fed at position 0 and stored in the
+spare page; what comes out for it is never looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from proxytune.core.cache import PagedCache
+from proxytune.core.device_attention import DevicePacked, DevicePart, slots_of
+from proxytune.core.device_sampling import Draw
+from proxytune.core.device_state import Batch
+from proxytune.core.logits import log_probability, widen
+from proxytune.core.runner import ModelRunner, Runner
+
+Logits = dict[str, Tensor]
+"""Per model [R, Q, V] over the base's vocabulary."""
+Branches = Callable[[Sequence[Callable[[], Logits]]], list[Logits]]
+"""Runs functions that do not depend on each other."""
+
+
+def in_turn(branches: Sequence[Callable[[], Logits]]) -> list[Logits]:
+    """One after the other."""
+    return [branch() for branch in branches]
+
+
+class Said(NamedTuple):
+    """What a step says, as the host reads it; R rows, k drafts."""
+
+    stood: Tensor  # [R] how many of the tokens stand
+    tokens: Tensor  # [R, k + 1] the proxy's
+    drafts: Tensor  # [R, k]
+    logprobs: Tensor  # [R, k + 1] float64
+
+    def packed(self) -> Tensor:
+        """All of it as one [R, 3k + 3] of int64, to be copied at once."""
+        bits = self.logprobs.contiguous().view(torch.long)
+        return torch.cat([self.stood[:, None], self.tokens, self.drafts, bits], 1)
+
+    @classmethod
+    def unpacked(cls, numbers: Tensor, k: int) -> Said:
+        """`packed` undone."""
+        stood, tokens, drafts, bits = torch.split_with_sizes(numbers, [1, k + 1, k, k + 1], 1)
+        return cls(stood[:, 0], tokens, drafts, bits.contiguous().view(torch.float64))
+
+
+class DeviceStep:
+    """The step of one ensemble."""
+
+    def __init__(
+        self,
+        runners: Mapping[str, Runner],
+        front: Sequence[str],
+        lead: str,
+        combine: Callable[[Mapping[str, Tensor], Tensor], Tensor],
+    ) -> None:
+        """`runners` are ModelRunners on pages, whose tokens take one id each. `front`: the drafter and the
+        models on its weights, or nothing; `combine` is `Ensemble.combine`."""
+        self.front, self.lead, self.combine = tuple(front), lead, combine
+        self.runners: dict[str, ModelRunner] = {}
+        self.spelt: dict[str, Tensor] = {}
+        together: dict[int, list[str]] = {}
+        for name, runner in runners.items():
+            assert isinstance(runner, ModelRunner)
+            self.runners[name] = runner
+            if runner.alignment.spelled is not None:
+                ids = [ids[0] for ids in runner.alignment.spelled]
+                self.spelt[name] = torch.tensor(ids, device=runner.device)
+            if name not in self.front:
+                together.setdefault(id(runner.weights), []).append(name)
+        self.behind = [tuple(names) for names in together.values()]
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch, k: int, draw: Draw, branches: Branches = in_turn) -> Said:
+        """Every row gets up to k + 1 tokens more; the batch's position, limit and last move on. A model alone
+        has no front, and k is 0."""
+        rows, device = batch.position.shape[0], batch.position.device
+        positions = batch.position[:, None] + torch.arange(k + 1, device=device)  # [R, k + 1]
+        size = self.runners[self.lead].alignment.size
+        noise = batch.sampler.noise(positions, size) if draw.noise else None
+        drafts = positions.new_zeros(rows, 0)
+        ahead: list[Logits] = []
+        for j in range(k if self.front else 0):
+            ahead.append(self._forward(self.front, batch, drafts[:, -1:], j))
+            here, spot = noise[:, j : j + 1] if noise is not None else None, positions[:, j : j + 1]
+            said = batch.sampler.pick(ahead[-1][self.front[0]], spot, here, draw)
+            drafts = torch.cat([drafts, said], 1)
+        work: list[Callable[[], Logits]] = [
+            lambda names=names: self._forward(names, batch, drafts, 0)  # type: ignore[misc]
+            for names in self.behind
+        ]
+        if self.front:
+            work.insert(0, lambda: self._forward(self.front, batch, drafts[:, k - 1 :] if k else drafts, k))
+        views: Logits = {}
+        for found in branches(work):
+            views |= found
+        views |= {name: torch.cat([*(a[name] for a in ahead), views[name]], 1) for name in self.front}
+        flat = {name: logits.flatten(0, 1) for name, logits in views.items()}
+        combined = self.combine(flat, batch.alpha(positions).flatten())  # [R * (k + 1), V]
+        tokens = batch.sampler.pick(combined.view(rows, k + 1, size), positions, noise, draw)
+        logprobs = log_probability(combined, tokens.flatten()).double().view(rows, k + 1)
+        return Said(self._accept(batch, tokens, drafts), tokens, drafts, logprobs)
+
+    def _accept(self, batch: Batch, tokens: Tensor, drafts: Tensor) -> Tensor:
+        """How many tokens [R] stand: up to the first that no draft foresaw, to the end of the response and to
+        its limit. The batch moves on by them."""
+        agreed = (tokens[:, :-1] == drafts).long().cumprod(1).sum(1)
+        ends = batch.sampler.ends(tokens).long()
+        unended = (ends.cumsum(1) - ends == 0).sum(1)  # the first end included
+        room = batch.limit - batch.position
+        count = torch.minimum(torch.minimum(agreed + 1, unended), room)
+        final = (count - 1).clamp(min=0)[:, None]
+        some, last = count > 0, tokens.gather(1, final)[:, 0]
+        ended = some & (ends.gather(1, final)[:, 0] > 0)
+        batch.position.add_(count)
+        batch.limit.copy_(torch.where(ended, batch.position, batch.limit))
+        for name, mine in batch.last.items():
+            mine.copy_(torch.where(some, self._spell(name, last), mine))
+        return count
+
+    def _spell(self, name: str, tokens: Tensor) -> Tensor:
+        """A model's ids of the base's tokens."""
+        spelt = self.spelt.get(name)
+        return tokens if spelt is None else spelt[tokens]
+
+    def _forward(self, names: Sequence[str], batch: Batch, drafts: Tensor, ahead: int) -> Logits:
+        """One forward of models on the same weights: with `ahead` 0 of every row's last token and the drafts
+        [R, N] that follow it, else of the drafts alone, which are `ahead` tokens further."""
+        parts, ids, places, spans = list[DevicePart](), list[Tensor](), list[Tensor](), dict[str, slice]()
+        tokens = drafts.numel() + (batch.position.shape[0] if ahead == 0 else 0)
+        for number, name in enumerate(names):
+            runner, mine = self.runners[name], self._spell(name, drafts)
+            if ahead == 0:
+                mine = torch.cat([batch.last[name][:, None], mine], 1)
+            span = slice(number * tokens, (number + 1) * tokens)
+            part, at = self._part(name, batch, mine.shape[1], ahead, span)
+            parts.append(part)
+            places.append(at.flatten())
+            ids.append(mine.flatten())
+            if runner.adapter is not None:
+                spans[runner.adapter] = span
+        logits = self._run([self.runners[name] for name in names], ids, places, spans, DevicePacked(parts))
+        rows, aligned = batch.position.shape[0], {}
+        for part, name in zip(parts, names, strict=True):
+            own = self.runners[name].alignment.align(logits[part.tokens])
+            aligned[name] = own.view(rows, -1, own.shape[-1])
+        return aligned
+
+    def _part(self, name: str, batch: Batch, new: int, ahead: int, span: slice) -> tuple[DevicePart, Tensor]:
+        """Where the `new` next tokens of every row go, and their positions [R, new]."""
+        runner = self.runners[name]
+        assert isinstance(runner.cache, PagedCache)
+        further = ahead + torch.arange(new, device=batch.position.device)
+        real = further < (batch.limit - batch.position)[:, None]  # [R, new]
+        start = batch.offset[name] + batch.position
+        at = (start[:, None] + further).masked_fill(~real, 0)
+        lengths = (start + ahead + new).masked_fill(~real[:, 0], 0)
+        slots = slots_of(batch.table[name], at, real, runner.cache.spare)
+        return DevicePart(runner.cache, batch.table[name], lengths, slots, span), at
+
+    def _run(
+        self,
+        runners: Sequence[ModelRunner],
+        ids: Sequence[Tensor],
+        places: Sequence[Tensor],
+        spans: Mapping[str, slice],
+        packed: DevicePacked,
+    ) -> Tensor:
+        """The packed forward: logits [T, V of the models], in float32 at least."""
+        first = runners[0]
+        if first.lora is not None:
+            first.lora.place(spans, sum(map(len, ids)))
+        if first.embed is None:
+            inputs = {"input_ids": torch.cat(list(ids))[None]}
+        else:
+            pieces = []
+            for runner, own in zip(runners, ids, strict=True):
+                assert runner.embed is not None
+                pieces.append(runner.embed(own[None]))
+            inputs = {"inputs_embeds": torch.cat(pieces, 1)}
+        out = first.model(
+            **inputs,
+            position_ids=torch.cat(list(places))[None],
+            use_cache=False,
+            logits_to_keep=0,
+            packed=packed,
+        )
+        return widen(out.logits[0])
