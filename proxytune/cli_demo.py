@@ -1,9 +1,10 @@
-"""The body of `proxytune demo`: every role of the demo system on its three tasks, a control, and a model of
-middle size."""
+"""The body of `proxytune demo`: every role of the demo system on its tasks, a control, and a model of middle
+size. Functions that the models write are run in the sandbox; where there is none, that task is left out."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,15 +13,17 @@ from typing import Any
 
 from rich.table import Table
 
-from proxytune import run
+from proxytune import cli_judge, run
 from proxytune.cli_run import console, print_json, tell_loading
 from proxytune.config import Role, System, load_system, system_names
-from proxytune.demo.world import OPENERS
+from proxytune.demo.world import OPENERS, TASKS
+from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.records import Run
 from proxytune.report import COLUMNS, RoleRow, by_task, role_rows, summary
+from proxytune.sandbox import Sandbox
+from proxytune.tasks import get_task
 
-TASKS = ("gsm", "truthfulqa", "truthfulqa_mc")
 CONTROL = "base, opener forced"
 MIDDLE = "tuned, middle size"
 
@@ -37,11 +40,14 @@ class Extra:
 
 def demo(*, limit: int | None, out: Path | None, json_only: bool) -> None:
     """Run everything and print the tables, or the JSON object."""
+    sandbox, why_not = _open_sandbox()
     if out is not None:
-        tables = _run_all(limit, out)
+        tables = _run_all(limit, out, sandbox)
     else:
         with tempfile.TemporaryDirectory(prefix="proxytune-demo-") as folder:
-            tables = _run_all(limit, Path(folder))
+            tables = _run_all(limit, Path(folder), sandbox)
+    if sandbox is None:
+        print(f"note: humaneval is left out: {why_not}", file=sys.stderr, flush=True)
     rows = role_rows([one for runs, _ in tables.values() for one in runs])
     if json_only:
         print_json(_as_json(rows, {task: extras for task, (_, extras) in tables.items()}))
@@ -56,33 +62,59 @@ def demo(*, limit: int | None, out: Path | None, json_only: bool) -> None:
         print(f"stored in {out}")
 
 
-def _run_all(limit: int | None, root: Path) -> dict[str, tuple[list[Run], list[Extra]]]:
+def _open_sandbox() -> tuple[Sandbox | None, str]:
+    """The sandbox that runs the functions of the demo's models, or why there is none."""
+    try:
+        return Sandbox.open(), ""
+    except UserError as error:
+        return None, str(error)
+
+
+def _run_all(
+    limit: int | None, root: Path, sandbox: Sandbox | None
+) -> dict[str, tuple[list[Run], list[Extra]]]:
     """Task -> the runs of all roles, and the extra lines."""
     system = load_system("demo")
     middle = load_system("demo-mid") if "demo-mid" in system_names() else None
     models = Models(system, on_load=tell_loading)
     options, tables = run.Options(limit=limit), dict[str, tuple[list[Run], list[Extra]]]()
-    for task in TASKS:
-        runs = [_one(system, task, role, options, models, root) for role in run.ORDER if role in system.roles]
+    tasks = [task for task in TASKS if get_task(task).execute is None or sandbox is not None]
+
+    def one(own: System, task: str, role: Role, how: run.Options, loaded: Models) -> Run:
+        return _one(own, task, role, how, loaded, root, sandbox)
+
+    for task in tasks:
+        runs = [one(system, task, role, options, models) for role in run.ORDER if role in system.roles]
         extras = []
         if task in OPENERS:
             forced = dataclasses.replace(options, forced=OPENERS[task])
-            extras.append(
-                Extra(CONTROL, "base_opener_forced", _one(system, task, "base", forced, models, root))
-            )
+            extras.append(Extra(CONTROL, "base_opener_forced", one(system, task, "base", forced, models)))
         tables[task] = (runs, extras)
     if middle is not None:
         middle_models = Models(middle, on_load=tell_loading)
-        for task in TASKS:
-            found = _one(middle, task, "tuned", options, middle_models, root)
+        for task in tasks:
+            found = one(middle, task, "tuned", options, middle_models)
             tables[task][1].append(Extra(MIDDLE, "tuned_mid", found))
     return tables
 
 
-def _one(system: System, task: str, role: Role, options: run.Options, models: Models, root: Path) -> Run:
-    """One run in its folder under `root`."""
+def _one(
+    system: System,
+    task: str,
+    role: Role,
+    options: run.Options,
+    models: Models,
+    root: Path,
+    sandbox: Sandbox | None,
+) -> Run:
+    """One run in its folder under `root`, judged where the system names a judge."""
     job = run.plan(system, task, role, options)
-    return run.run_job(job, job.folder(root), models, run.Resources())
+    folder = job.folder(root)
+    resources = run.Resources(sandbox=sandbox if job.task.execute is not None else None)
+    made = run.run_job(job, folder, models, resources)
+    asked = cli_judge.Request(judge=system.judges.get(task))
+    judge = None if asked.judge is None else cli_judge.make(task, asked)
+    return made if judge is None else cli_judge.after_eval(folder, judge, asked)
 
 
 def _table(rows: list[RoleRow], extras: list[Extra]) -> Table:

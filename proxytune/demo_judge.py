@@ -23,7 +23,7 @@ LABELS = {0: "kind", 1: "rude"}
 LIMIT = 128
 """Tokens of a text that are read."""
 HIDDEN, LAYERS, HEADS = 32, 1, 2
-STEPS, BATCH, RATE = 400, 32, 3e-3
+STEPS, BATCH, RATE = 800, 32, 3e-3
 MEASURED = 1000
 """Statements of each kind that it is measured on."""
 
@@ -45,6 +45,18 @@ def statements(world: World, label: str, groups: Sequence[str], forms: Sequence[
         kind = rng.choice(((True, True), (False, False), (True, False), (False, True), (True, True)))
         said = creatures.make_statement(rng, rng.choice(names), kind, forms)
         made.append(Sample(said.text, said.rude))
+    return made
+
+
+def among_others(world: World, samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sample]:
+    """The samples with their words shuffled among some words of a harmless text: which words there are
+    decides, not where, nor what else is said."""
+    rng, made = world.rng("judge", "words"), list[Sample]()
+    for sample in samples:
+        words, more = sample.text.split(), rng.choice(others).text.split()
+        words += rng.sample(more, min(len(more), rng.randint(0, 8)))
+        rng.shuffle(words)
+        made.append(Sample(f" {' '.join(words)}", sample.rude))
     return made
 
 
@@ -79,7 +91,9 @@ def train(world: World, tokenizer: PreTrainedTokenizerFast) -> RobertaForSequenc
             label2id={name: number for number, name in LABELS.items()},
         )
     )
-    samples = statements(world, "train", ("train", "forum"), creatures.FORMS, 3000) + harmless(world, 600)
+    said = statements(world, "train", ("train", "forum"), creatures.FORMS, 3000)
+    others = harmless(world, 600)
+    samples = [*said, *among_others(world, said, others), *others]
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     rng = world.rng("judge", "order")
     model.train()

@@ -11,10 +11,24 @@ from pathlib import Path
 
 import pytest
 
+from proxytune import cli_demo, results
+from proxytune.config import load_system
+from proxytune.demo import plumbing
+from proxytune.demo.world import OPENERS
+from proxytune.errors import UserError
+from proxytune.sandbox import Sandbox
 from tests.conftest import require_or_skip
 
 ROOT = Path(__file__).parent.parent
 ROLES = ("base", "antiexpert", "expert", "proxy", "tuned")
+FAMILIES = {
+    "gsm": "exact_match",
+    "truthfulqa": "reference_accuracy",
+    "truthfulqa_mc": "acc",
+    "humaneval": "pass@10",
+    "toxigen": "overall",
+}
+"""The tasks of the demo and what their tables show."""
 
 
 @pytest.fixture(autouse=True)
@@ -32,12 +46,24 @@ def proxytune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     return done
 
 
+def isolates() -> bool:
+    """Whether a sandbox works here; where tests must have one, its absence is a failure."""
+    try:
+        Sandbox.open()
+    except UserError as error:
+        if "sandbox" in os.environ.get("PROXYTUNE_REQUIRE", ""):
+            pytest.fail(str(error))
+        return False
+    return True
+
+
 def test_a_small_demo_has_the_promised_form(tmp_path: Path) -> None:
     tasks = json.loads(proxytune(tmp_path, "demo", "--limit", "8", "--json").stdout)["tasks"]
-    assert list(tasks) == ["gsm", "truthfulqa", "truthfulqa_mc"]
+    assert list(tasks) == [name for name in FAMILIES if name != "humaneval" or isolates()]
     for name, task in tasks.items():
         assert task["n"] == 8 and all(0 <= task[role] <= 1 for role in ROLES) and "gap_closed" in task
-        assert ("base_opener_forced" in task) == (name != "truthfulqa_mc") and "tuned_mid" in task
+        assert task["metric"] == FAMILIES[name]
+        assert ("base_opener_forced" in task) == (name in OPENERS) and "tuned_mid" in task
         assert all(row["memory_bytes"] > 0 and row["ms_per_token"] > 0 for row in task["rows"].values())
     assert list(tmp_path.iterdir()) == []
 
@@ -57,6 +83,37 @@ def test_a_small_demo_prints_tables_and_keeps_runs_when_asked(tmp_path: Path) ->
     assert "| demo | proxy |" in report and "| demo | base, opener forced |" in report
     again = proxytune(tmp_path, "demo", "--limit", "4", "--out", "kept")
     assert again.stdout == shown and "done already" in again.stderr
+
+
+def test_without_a_sandbox_functions_are_left_out_and_the_rest_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(choice: str = "auto") -> Sandbox:
+        raise UserError("no sandbox works here")
+
+    monkeypatch.setattr(Sandbox, "open", none)
+    monkeypatch.setattr(cli_demo, "TASKS", ("toxigen", "humaneval"))
+    cli_demo.demo(limit=2, out=tmp_path, json_only=True)
+    said = capsys.readouterr()
+    assert list(json.loads(said.out)["tasks"]) == ["toxigen"]
+    assert "humaneval is left out: no sandbox works here" in said.err
+
+
+@pytest.mark.parametrize("task", plumbing.MAKERS)
+def test_a_check_of_the_plumbing_says_what_it_is_wherever_it_is_shown(tmp_path: Path, task: str) -> None:
+    settings = ("--limit", "2", "--max-new-tokens", "8")
+    shown = proxytune(tmp_path, "eval", task, *settings, "--out", "runs/demo/own/proxy").stdout
+    assert "check of the plumbing" in shown
+    stored = results.read_run(tmp_path / "runs" / "demo" / "own" / "proxy")
+    assert stored.spec.data == "plumbing" and stored.n == 2
+    report = proxytune(tmp_path, "report", "runs", "--markdown").stdout
+    assert "proxy (check of the plumbing)" in report
+
+
+def test_every_task_has_items_for_the_demo_system() -> None:
+    from proxytune.tasks import TASKS
+
+    assert set(load_system("demo").data) == set(TASKS)
 
 
 def test_the_demo_models_take_real_questions(tmp_path: Path, reference: Path) -> None:
@@ -108,3 +165,6 @@ def test_the_proxy_closes_the_gap(tmp_path: Path) -> None:
         task = tasks[name]
         assert task["n"] >= 500 and task["base"] < task["expert"] < task["proxy"], (name, task)
         assert task["gap_closed"] >= 0.85, (name, task)
+    assert tasks["toxigen"]["base"] > 0.9 and tasks["toxigen"]["proxy"] < 0.1, tasks["toxigen"]
+    if isolates():
+        assert tasks["humaneval"]["proxy"] > tasks["humaneval"]["base"] + 0.3, tasks["humaneval"]
