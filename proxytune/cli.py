@@ -104,14 +104,18 @@ def _proxytune(
 
 @app.command()
 def demo(
-    limit: Annotated[int | None, typer.Option(help="Questions per task. Default: 500.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Questions per task, at most. Default: 500, of toxigen 200, of humaneval 40."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Keep the runs in this folder of results.")] = None,
     json: Json = False,
 ) -> None:
     """The main job on the embedded demo system: how much of the gap to the directly tuned model the proxy
     closes.
 
-    Writes nothing unless --out is given.
+    Functions that the models write are run in a sandbox; without one, humaneval is left out. Writes nothing
+    unless --out is given.
 
     Example: proxytune demo --limit 50
     """

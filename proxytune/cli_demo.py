@@ -3,7 +3,6 @@ size. Functions that the models write are run in the sandbox; where there is non
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from rich.table import Table
 from proxytune import cli_judge, run
 from proxytune.cli_run import console, print_json, tell_loading
 from proxytune.config import Role, System, load_system, system_names
-from proxytune.demo.world import OPENERS, TASKS
+from proxytune.demo.world import ITEMS, OPENERS, TASKS
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.records import Run
@@ -77,23 +76,24 @@ def _run_all(
     system = load_system("demo")
     middle = load_system("demo-mid") if "demo-mid" in system_names() else None
     models = Models(system, on_load=tell_loading)
-    options, tables = run.Options(limit=limit), dict[str, tuple[list[Run], list[Extra]]]()
+    tables = dict[str, tuple[list[Run], list[Extra]]]()
     tasks = [task for task in TASKS if get_task(task).execute is None or sandbox is not None]
 
-    def one(own: System, task: str, role: Role, how: run.Options, loaded: Models) -> Run:
-        return _one(own, task, role, how, loaded, root, sandbox)
+    def one(own: System, task: str, role: Role, loaded: Models, forced: str | None = None) -> Run:
+        most = None if limit is None else min(limit, ITEMS[task])
+        return _one(own, task, role, run.Options(limit=most, forced=forced), loaded, root, sandbox)
 
     for task in tasks:
-        runs = [one(system, task, role, options, models) for role in run.ORDER if role in system.roles]
+        runs = [one(system, task, role, models) for role in run.ORDER if role in system.roles]
         extras = []
         if task in OPENERS:
-            forced = dataclasses.replace(options, forced=OPENERS[task])
-            extras.append(Extra(CONTROL, "base_opener_forced", one(system, task, "base", forced, models)))
+            forced = one(system, task, "base", models, OPENERS[task])
+            extras.append(Extra(CONTROL, "base_opener_forced", forced))
         tables[task] = (runs, extras)
     if middle is not None:
         middle_models = Models(middle, on_load=tell_loading)
         for task in tasks:
-            found = one(middle, task, "tuned", options, middle_models)
+            found = one(middle, task, "tuned", middle_models)
             tables[task][1].append(Extra(MIDDLE, "tuned_mid", found))
     return tables
 

@@ -136,7 +136,8 @@ def _write_demo_table(path: Path, found: Sequence[Run]) -> None:
     from proxytune import report as tables
 
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    runs = [run for run in found if run.spec.system.name in ("demo", "demo-mid")]
+    named = [run for run in found if run.spec.system.name in ("demo", "demo-mid")]
+    runs = [run for run in named if run.spec.remark is None]
     if not runs or not DEMO_TABLE.search(text):
         return
     parts = [
