@@ -65,7 +65,7 @@ check: setup  ## format, lint, types and the tests that are not slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 check-all: setup  ## the slow tests: the whole demo, the wheel, kill -9 and resume
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto
 
 fix: setup  ## format the code and mend what the linter can mend
 	$(BIN)/ruff check --fix .
