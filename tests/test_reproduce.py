@@ -211,7 +211,7 @@ def test_consent_to_what_a_judge_costs(
 def test_the_makefile_runs_the_recipes() -> None:
     for recipe in RECIPES:
         shown = subprocess.run(
-            ["make", "-n", f"reproduce-{recipe}", "SYSTEM=demo", "ARGS=--limit 2"],
+            ["make", "-n", "--no-print-directory", f"reproduce-{recipe}", "SYSTEM=demo", "ARGS=--limit 2"],
             cwd=ROOT,
             capture_output=True,
             text=True,
