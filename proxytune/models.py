@@ -179,10 +179,11 @@ class Models:
         virtual = None
         if spec.adapter is not None:
             module, virtual = attach_for_good(module, spec)
+        packed = use_row_linears(module)  # after the weights have got their last values
         family = examine(module)
         _refuse_soft_prompt_on_reference(name, family, virtual)
         tokenizer = load_tokenizer(spec, trust_remote_code=self.trust_remote_code)
-        size = bytes_of(module) + (virtual.nbytes if virtual is not None else 0)
+        size = bytes_of(module) + packed + (virtual.nbytes if virtual is not None else 0)
         return Loaded(name, spec, module, tokenizer, family, Adapters(), None, size, virtual=virtual)
 
     def _host(self, name: str, spec: ModelSpec) -> str:
@@ -280,7 +281,6 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
     module.eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    use_row_linears(module)
     return module
 
 
