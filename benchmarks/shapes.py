@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 from proxytune.adapters import Adapters
 from proxytune.config import ExpertSpec, ModelSpec, Role, System, load_system
 from proxytune.core.linear import use_row_linears
+from proxytune.core.norm import use_row_norms
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
 from proxytune.families import examine
@@ -185,7 +186,7 @@ def random_llama(shape: Shape, device: torch.device, dtype: torch.dtype, seed: i
 
 
 def in_memory(plain: Mapping[str, PreTrainedModel], adapter: str | None = None) -> Models:
-    """Models that are made rather than loaded, with what loading does to them (`models.load_module`). Without
+    """Models that are made rather than loaded, with what loading does to them (`Models.get`). Without
     an expert it is the LoRA in the folder `adapter`."""
     spec = ModelSpec(model="random")
     expert = spec if adapter is None else ExpertSpec(adapter=adapter)
@@ -195,6 +196,7 @@ def in_memory(plain: Mapping[str, PreTrainedModel], adapter: str | None = None) 
     for role, module in plain.items():
         own = twin(module)
         use_row_linears(own)
+        use_row_norms(own)
         loaded[role] = Loaded(role, spec, own, tokenizer, examine(own), Adapters(), None, read_bytes(own))
     return Models(system, _loaded=loaded)
 

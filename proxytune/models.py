@@ -24,6 +24,7 @@ from proxytune import hub
 from proxytune.adapters import BAD_CHECKPOINT, Adapters, AdapterSwitch, attach_for_good, bytes_of, first_line
 from proxytune.config import ExpertSpec, ModelSpec, Role, System
 from proxytune.core.linear import use_row_linears
+from proxytune.core.norm import use_row_norms
 from proxytune.core.runner import Forward
 from proxytune.errors import UserError, needs_extra
 from proxytune.families import UNBOUNDED, Family, examine
@@ -180,6 +181,7 @@ class Models:
         if spec.adapter is not None:
             module, virtual = attach_for_good(module, spec)
         packed = use_row_linears(module)  # after the weights have got their last values
+        use_row_norms(module)
         family = examine(module)
         _refuse_soft_prompt_on_reference(name, family, virtual)
         tokenizer = load_tokenizer(spec, trust_remote_code=self.trust_remote_code)

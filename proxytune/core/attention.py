@@ -23,15 +23,41 @@ NAME = "proxytune"
 
 @dataclass
 class Group:
-    """Rows first..first+count-1, each with `query` new tokens, which stand at `start` in the packed order."""
+    """Rows of the cache that attend in one call, each with `query` new tokens."""
 
-    first: int
-    count: int
     query: int
-    start: int
-    lengths: tuple[int, ...]
+    rows: list[int]
+    """Ascending; what lies between them is read along and forgotten."""
+    starts: list[int]
+    """Where the tokens of each row stand in the packed order."""
+    lengths: list[int]
     """Tokens of each row, the new ones included."""
+    _indices: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
     masks: dict[tuple[int | None, torch.dtype, torch.device], Tensor | None] = field(default_factory=dict)
+
+    @property
+    def first(self) -> int:
+        """The first row of the block of the cache that is read."""
+        return self.rows[0]
+
+    @property
+    def block(self) -> int:
+        """How many rows are read."""
+        return self.rows[-1] - self.rows[0] + 1
+
+    @property
+    def dense(self) -> bool:
+        """Whether the rows follow on each other, and so do their tokens."""
+        tokens = self.starts[-1] - self.starts[0]
+        return self.block == len(self.rows) and tokens == (len(self.rows) - 1) * self.query
+
+    def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of a group that is not dense: the rows within the block [R], and their tokens [R * query]."""
+        if device not in self._indices:
+            rows = torch.tensor([row - self.rows[0] for row in self.rows], device=device)
+            tokens = torch.tensor([s + j for s in self.starts for j in range(self.query)], device=device)
+            self._indices[device] = rows, tokens
+        return self._indices[device]
 
     @property
     def longest(self) -> int:
@@ -45,7 +71,7 @@ class Group:
         return all(length == self.query for length in self.lengths)
 
     def mask(self, window: int | None, like: Tensor) -> Tensor | None:
-        """Additive mask [count, 1, query, longest] for a sliding window (None: full); None if nothing is
+        """Additive mask [block, 1, query, longest] for a sliding window (None: full); None if nothing is
         hidden."""
         where = (window, like.dtype, like.device)
         if where not in self.masks:
@@ -56,7 +82,10 @@ class Group:
         shortest, longest = min(self.lengths), self.longest
         if self.query == 1 and shortest == longest and (window is None or longest <= window):
             return None
-        end = torch.tensor(self.lengths, device=like.device)[:, None, None]  # [R, 1, 1]
+        lengths = [longest] * self.block
+        for row, length in zip(self.rows, self.lengths, strict=True):
+            lengths[row - self.first] = length
+        end = torch.tensor(lengths, device=like.device)[:, None, None]  # [R, 1, 1]
         at = end - self.query + torch.arange(self.query, device=like.device)[None, :, None]  # [R, q, 1]
         key = torch.arange(longest, device=like.device)[None, None, :]  # [1, 1, L]
         visible = key <= at
@@ -129,32 +158,54 @@ def attend(
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
     if isinstance(packed, DevicePacked):
         return packed.attend(layer, query, key, value, sliding_window, scaling, softcap, s_aux), None
-    results = []
+    result = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])  # [T, H, Dv]
     for part in packed.parts:
         mine = part.tokens
         part.cache.write(layer, key[0, :, mine], value[0, :, mine], part.at)
         for group in part.groups:
-            keys, values = part.cache.read(layer, group.first, group.count, group.longest)
-            start = mine.start + group.start
-            tokens = slice(start, start + group.count * group.query)
-            q = query[0, :, tokens].reshape(query.shape[1], group.count, group.query, -1).transpose(0, 1)
+            keys, values = part.cache.read(layer, group.first, group.block, group.longest)
+            q = _gather(query[0, :, mine], group)
             keys, values = keys.to(q.dtype), values.to(q.dtype)
             if softcap is None and s_aux is None:
-                result = _fused(q, keys, values, group, sliding_window, scaling)
+                seen = _fused(q, keys, values, group, sliding_window, scaling)
             else:
-                result = _explicit(q, keys, values, group.mask(sliding_window, q), scaling, softcap, s_aux)
-            results.append(result.transpose(1, 2).flatten(0, 1))  # [R * q, H, Dv]
-    return (results[0] if len(results) == 1 else torch.cat(results))[None], None
+                seen = _explicit(q, keys, values, group.mask(sliding_window, q), scaling, softcap, s_aux)
+            _scatter(seen, group, result[mine])
+    return result[None], None
+
+
+def _gather(query: Tensor, group: Group) -> Tensor:
+    """Queries [H, T, D] of a part -> [block, H, query, D] of a group; of rows in between they are zeros."""
+    heads = query.shape[0]
+    if group.dense:
+        start = group.starts[0]
+        tokens = query[:, start : start + len(group.rows) * group.query]
+        return tokens.reshape(heads, len(group.rows), group.query, -1).transpose(0, 1)
+    rows, at = group.indices(query.device)
+    q = query.new_zeros(group.block, heads, group.query, query.shape[-1])
+    q[rows] = query[:, at].reshape(heads, len(group.rows), group.query, -1).transpose(0, 1)
+    return q
+
+
+def _scatter(seen: Tensor, group: Group, result: Tensor) -> None:
+    """Write a group's [block, H, query, Dv] to its tokens of the part's result [T, H, Dv]."""
+    by_token = seen.transpose(1, 2)
+    if group.dense:
+        start = group.starts[0]
+        result[start : start + len(group.rows) * group.query] = by_token.flatten(0, 1)
+        return
+    rows, at = group.indices(seen.device)
+    result[at] = by_token[rows].flatten(0, 1)
 
 
 def _fused(
     q: Tensor, keys: Tensor, values: Tensor, group: Group, window: int | None, scaling: float | None
 ) -> Tensor:
     """SDPA, with grouped queries only where there are any and without a mask where causality says it all. For
-    a few queries per row on a CPU, two products of matrices are faster."""
+    a few queries of each of several rows on a CPU, two products of matrices are faster."""
     grouped = q.shape[1] != keys.shape[1]
-    few = (2 if not grouped else 1) <= group.query <= FEW_QUERIES
-    if few and not q.is_cuda and q.dtype in EXACT:
+    several = group.query <= FEW_QUERIES and (grouped or len(group.rows) >= SEVERAL_ROWS)
+    if several and not q.is_cuda and q.dtype in EXACT:
         return _written_out(q, keys, values, group.mask(window, q), scaling)
     if group.from_start and (window is None or group.query <= window):
         return scaled_dot_product_attention(
@@ -165,6 +216,7 @@ def _fused(
 
 
 FEW_QUERIES = 8
+SEVERAL_ROWS = 4
 EXACT = (torch.float32, torch.float64)
 """Dtypes whose softmax need not be computed in a wider one."""
 

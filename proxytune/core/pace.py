@@ -6,6 +6,7 @@ three kinds of forward and the share of accepted drafts are (performance model: 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 LADDER = (0, 1, 2, 3, 4, 6, 8)
@@ -13,7 +14,7 @@ LADDER = (0, 1, 2, 3, 4, 6, 8)
 TRIED_FIRST = (0, 1, 3)
 """Draft lengths whose times are measured before anything is decided. Two tokens can cost far more than one
 and four hardly more than two, so that 1 alone says little about the others."""
-SMALL_BATCH = 64
+TRIED_UP_TO = 512
 """Tokens per verification up to which a draft length is tried without being asked for by the estimate."""
 GAIN = 1.05
 """How much faster than plain decoding the estimate must be: below that it is noise."""
@@ -31,41 +32,54 @@ RETRY = 128
 class Times:
     """Seconds of one kind of forward by its number of tokens."""
 
-    seen: dict[int, tuple[float, int]] = field(default_factory=dict)
+    seen: dict[int, tuple[float, float, int]] = field(default_factory=dict)
+    """Size class -> mean number of tokens, mean seconds, how often."""
 
     def add(self, tokens: int, seconds: float) -> None:
         """One measurement. The best of the first ones counts, then a running mean that outliers hardly
         move."""
-        mean, count = self.seen.get(tokens, (seconds, 0))
+        size, mean, count = self.seen.get(_size_class(tokens), (tokens, seconds, 0))
         if count < SAMPLES:
             mean = min(mean, seconds)
         else:
             mean += RECENT * (min(seconds, 2 * mean) - mean)
-        self.seen[tokens] = mean, count + 1
+        size += (tokens - size) / min(count + 1, 1 / RECENT)
+        self.seen[_size_class(tokens)] = size, mean, count + 1
 
     def known(self, tokens: int) -> bool:
         """Whether this many tokens, or about as many, were measured often enough."""
-        return any(count >= SAMPLES and 0.8 <= n / tokens <= 1.25 for n, (_, count) in self.seen.items())
+        return any(count >= SAMPLES and 0.8 <= n / tokens <= 1.25 for n, _, count in self.seen.values())
 
     def below(self, tokens: int) -> float:
         """Seconds of the most tokens measured that are no more than these."""
-        known = [n for n in self.seen if n <= tokens]
-        return self.seen[max(known)][0] if known else 0.0
+        return max(((n, mean) for n, mean, _ in self.seen.values() if n <= tokens), default=(0, 0.0))[1]
 
     def at(self, tokens: float) -> float:
-        """Seconds for so many tokens: measured, between two measurements, or on the line through the last
-        two."""
+        """Seconds for so many tokens: measured, between two measurements, or on the line through the last one
+        and one of half as many, so that noise does not tilt it."""
         if tokens <= 0 or not self.seen:
             return 0.0
-        if tokens in self.seen:
-            return self.seen[int(tokens)][0]
-        points = sorted((n, mean) for n, (mean, _) in self.seen.items())
+        points = sorted((n, mean) for n, mean, _ in self.seen.values())
         if tokens < points[0][0] or len(points) == 1:
             n, mean = points[0]
             return float(mean * max(1.0, tokens / n) ** 0.5)
-        upper = next((i for i, (n, _) in enumerate(points) if n > tokens), len(points) - 1)
-        (n0, t0), (n1, t1) = points[upper - 1], points[upper]
+        if tokens >= points[-1][0]:
+            n1, t1 = points[-1]
+            n0, t0 = next((point for point in reversed(points) if 2 * point[0] <= n1), points[0])
+        else:
+            upper = next(i for i, (n, _) in enumerate(points) if n > tokens)
+            (n0, t0), (n1, t1) = points[upper - 1], points[upper]
         return max(t0, t0 + (t1 - t0) * (tokens - n0) / (n1 - n0))
+
+
+EXACT = 8
+"""Up to this many tokens every number is a class of its own."""
+WIDTH = 1.15
+"""How far apart the sizes of a larger class are: single times are too noisy to be compared."""
+
+
+def _size_class(tokens: int) -> int:
+    return tokens if tokens <= EXACT else EXACT + round(math.log(tokens / EXACT) / math.log(WIDTH))
 
 
 @dataclass
@@ -100,12 +114,12 @@ class Pace:
         if rows == 0:
             return 0
         for k in TRIED_FIRST:
-            if rows * (k + 1) <= SMALL_BATCH and not self._measured(rows, k) and self._promising(rows, k):
+            if rows * (k + 1) <= TRIED_UP_TO and not self._measured(rows, k) and self._promising(rows, k):
                 return k
         best = max(LADDER, key=lambda k: self.speed(rows, k))
         if best == 0 or self.speed(rows, best) < GAIN * self.speed(rows, 0):
             self.plain_steps += 1
-            worth = rows * 2 <= SMALL_BATCH and self.plain_steps % RETRY == 0
+            worth = rows * 2 <= TRIED_UP_TO and self.plain_steps % RETRY == 0
             return 1 if worth else 0
         return best
 

@@ -212,16 +212,22 @@ MAX_GROUPED = 16
 
 
 def group(segments: Sequence[Segment], starts: Sequence[int]) -> list[Group]:
-    """Neighbouring rows with equally many new tokens become one group: one attention call."""
+    """Rows with equally many new tokens share an attention call, as long as at least half of the rows that
+    it reads are theirs."""
     groups: list[Group] = []
+    open_groups: dict[int, Group] = {}
     at = 0
     for segment, start in zip(segments, starts, strict=True):
-        query, last = len(segment.ids), groups[-1] if groups else None
-        if last is not None and query == last.query <= MAX_GROUPED and last.first + last.count == segment.row:
-            last.count += 1
-            last.lengths = (*last.lengths, start + query)
+        query = len(segment.ids)
+        last = open_groups.get(query)
+        if last is not None and segment.row - last.first + 1 <= 2 * (len(last.rows) + 1):
+            last.rows.append(segment.row)
+            last.starts.append(at)
+            last.lengths.append(start + query)
         else:
-            groups.append(Group(segment.row, 1, query, at, (start + query,)))
+            groups.append(Group(query, [segment.row], [at], [start + query]))
+            if query <= MAX_GROUPED:
+                open_groups[query] = groups[-1]
         at += query
     return groups
 
