@@ -203,7 +203,7 @@ def dialled_table(lab: Lab, bench: Bench, key: str, decoder: Decoder | None = No
         table.put(oracle, [undrafted], plain=undrafted)
         for share, one in zip(size.dial, drafted, strict=True):
             table.put(oracle, [one], dial=share, plain=undrafted)
-            ratios.append(one.tokens_per_s / undrafted.tokens_per_s)
+            ratios.append(one.versus(undrafted))
     table.report.ratios[key] = min(ratios)
     return table.report
 

@@ -230,8 +230,8 @@ class Table:
         ]
 
     def ratio(self, name: str, one: Timed, other: Timed) -> None:
-        """Tokens per second of `one` in those of `other`."""
-        self.report.ratios[name] = one.tokens_per_s / other.tokens_per_s
+        """How much faster one is than the other."""
+        self.report.ratios[name] = one.versus(other)
 
 
 def proxy_oracle(bench: Bench, workload: Workload, paper: Timed) -> Oracle:

@@ -96,6 +96,14 @@ class Timed:
         """Median tokens per second."""
         return statistics.median(run.tokens_per_s for run in self.runs)
 
+    def versus(self, other: Timed) -> float:
+        """How much faster this one is: the median over the turns of two speeds in the same turn, or of two
+        medians where they did not run in the same turns."""
+        if len(self.runs) != len(other.runs):
+            return self.tokens_per_s / other.tokens_per_s
+        pairs = zip(self.runs, other.runs, strict=True)
+        return statistics.median(one.tokens_per_s / two.tokens_per_s for one, two in pairs)
+
     def gap(self, share: float) -> float:
         """A quantile of the milliseconds per token, over the steps of all runs."""
         gaps = sorted(gap for run in self.runs for gap in run.gaps)

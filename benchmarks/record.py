@@ -64,7 +64,7 @@ class Line:
     dial: float | None = None
     """Acceptance that was made up."""
     versus_plain: float | None = None
-    """Tokens per second against plain decoding of the same workload."""
+    """Speed against plain decoding of the same workload."""
 
 
 @dataclass
@@ -163,7 +163,7 @@ def line(
         diverged=diverged,
         widest_tie=widest,
         dial=dial,
-        versus_plain=None if plain is None else timed.tokens_per_s / plain.tokens_per_s,
+        versus_plain=None if plain is None else timed.versus(plain),
     )
 
 

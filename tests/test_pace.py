@@ -64,7 +64,7 @@ def test_flat_times_and_good_drafts_mean_long_drafts() -> None:
 
 
 @pytest.mark.parametrize("acceptance", [0.1, 0.3, 0.6, 0.8, 0.95])
-@pytest.mark.parametrize("rows", [1, 4, 16, 64])
+@pytest.mark.parametrize("rows", [1, 4, 16, 64, 128])
 @pytest.mark.parametrize("verify", [flat, bound, trap])
 def test_never_much_slower_than_plain(verify: Cost, rows: int, acceptance: float) -> None:
     """Trying out included, within three percent."""
@@ -109,6 +109,33 @@ def test_a_drafter_that_gets_better_is_noticed() -> None:
             tried += 1
             pace.saw_acceptance(k, k)
     assert tried > 10 and pace.choose(1) == max(LADDER)
+
+
+def test_a_slow_minute_is_forgotten() -> None:
+    """The longer draft was measured while the machine was busy; later it costs no more than the shorter."""
+    pace = Pace()
+    pace.draft.add(1, 1.0), pace.draft.add(1, 1.0)
+    pace.close.add(1, 1.0), pace.close.add(1, 1.0)
+    for tokens, seconds in ((1, 10.0), (2, 10.0), (4, 10.0), (5, 30.0), (7, 30.0), (9, 30.0)):
+        for _ in range(4):
+            pace.verify.add(tokens, seconds)
+    for _ in range(200):
+        pace.saw_acceptance(19, 20)
+    assert pace.choose(1) == 3
+    chosen = []
+    for _ in range(1000):
+        chosen.append(pace.choose(1))
+        pace.verify.add(chosen[-1] + 1, 10.0)
+    assert min(chosen[-100:]) > 3
+
+
+def test_times_of_about_as_many_tokens_count_together() -> None:
+    """Batches of 100 to 104 rows, each seen once: noise must not choose between them."""
+    times = Times()
+    for tokens, seconds in ((100, 10.0), (101, 14.0), (102, 9.0), (103, 12.0), (104, 10.0)):
+        times.add(tokens, seconds)
+    assert times.known(102) and abs(times.at(100) - times.at(104)) < 0.5
+    assert 9.0 <= times.at(102) <= 11.0
 
 
 def test_times() -> None:

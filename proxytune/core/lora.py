@@ -43,12 +43,13 @@ class SpanLora(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[1, T, in] -> [1, T, out]."""
         y: Tensor = self.linear(x)
+        tokens_in, tokens_out = x.flatten(0, -2), y.view(-1, y.shape[-1])  # [T, in], [T, out]
         for name, span in self.shared.spans.items():
             if name in self.adapters:
-                if x.shape[-2] != self.shared.tokens:
+                if len(tokens_in) != self.shared.tokens:
                     raise SpanMismatch(
-                        f"a layer with adapter '{name}' sees {x.shape[-2]} of {self.shared.tokens} tokens"
+                        f"a layer with adapter '{name}' sees {len(tokens_in)} of {self.shared.tokens} tokens"
                     )
                 down, up, scale = self.adapters[name]
-                y[..., span, :] += (x[..., span, :] @ down.T) @ up.T * scale
+                tokens_out[span].addmm_(tokens_in[span] @ down.T, up.T, alpha=scale)
         return y

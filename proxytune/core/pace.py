@@ -22,6 +22,10 @@ SAMPLES = 2
 """Times that a measurement needs: the first call of a shape is slow."""
 RECENT = 0.2
 """Weight of a new time in the running mean."""
+FASTER = 0.5
+"""Its weight where it is below the mean: what disturbs a measurement only ever adds to it."""
+REVISIT = 32
+"""Steps after which the next longer draft is measured again, if it could win."""
 MEMORY = 0.97
 """How much of the acceptance counts is kept from step to step."""
 RETRY = 128
@@ -42,7 +46,7 @@ class Times:
         if count < SAMPLES:
             mean = min(mean, seconds)
         else:
-            mean += RECENT * (min(seconds, 2 * mean) - mean)
+            mean += (RECENT if seconds > mean else FASTER) * (min(seconds, 2 * mean) - mean)
         size += (tokens - size) / min(count + 1, 1 / RECENT)
         self.seen[_size_class(tokens)] = size, mean, count + 1
 
@@ -103,6 +107,7 @@ class Pace:
     """Forwards of the front per draft: below 1 where earlier passages are guessed right."""
     plain_steps: int = 0
     _asked: int = 0
+    _steps: int = 0
 
     @property
     def acceptance(self) -> float:
@@ -121,7 +126,16 @@ class Pace:
             self.plain_steps += 1
             worth = rows * 2 <= TRIED_UP_TO and self.plain_steps % RETRY == 0
             return 1 if worth else 0
-        return best
+        return self._revisited(rows, best)
+
+    def _revisited(self, rows: int, best: int) -> int:
+        """The draft length, or now and then the next longer one: its time may be of a slow minute."""
+        self._steps += 1
+        longer = next((k for k in LADDER if k > best), best)
+        if self._steps % REVISIT or rows * (longer + 1) > TRIED_UP_TO:
+            return best
+        known = self.verify.at(rows * (best + 1))
+        return longer if self.speed(rows, longer, known) > GAIN * self.speed(rows, best) else best
 
     def _measured(self, rows: int, k: int) -> bool:
         return self.verify.known(rows * (k + 1)) and (k == 0 or self.draft.known(rows) or not self.draft.seen)
