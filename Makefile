@@ -79,12 +79,15 @@ $(RECIPES): reproduce-%: setup
 
 bench: setup  ## time decoding on the CPU and write the tables in benchmarks/README.md (up to two hours)
 	mkdir -p benchmarks/results
-	$(BIN)/python benchmarks/decode.py --device cpu --json > benchmarks/results/cpu.json.part
-	mv benchmarks/results/cpu.json.part benchmarks/results/cpu.json
-	$(BIN)/python benchmarks/tables.py --write benchmarks/results/cpu.json
+	for case in $(BENCHES); do \
+	    $(BIN)/python benchmarks/decode.py --device cpu --only $$case --json > benchmarks/results/$$case.json.part \
+	    && mv benchmarks/results/$$case.json.part benchmarks/results/$$case.json || exit 1; \
+	done
+	$(BIN)/python benchmarks/tables.py --write $(BENCHES:%=benchmarks/results/%.json)
 
 reproduce-table12: setup  ## the paper's runtime table on the demo and a random trio, its own figures beside it
 	$(BIN)/python benchmarks/decode.py --device cpu --only table12
+BENCHES := demo_batch1 trio_batch1 shared_pair mixed,long_tail mixed_trio dial table12
 # The analyses of the paper with its 13B chat system, or with SYSTEM. Runs continue where they stopped.
 PAPER := $(or $(SYSTEM),llama2-13b-chat)
 RUNS := results/analyses/$(notdir $(basename $(PAPER)))

@@ -86,7 +86,7 @@ def _ratios(ratios: Mapping[str, float]) -> str:
         goal = f">= {GOALS[name]:g}" if name in GOALS else f"<= {LIMITS[name]:g}" if name in LIMITS else ""
         met = value >= GOALS.get(name, value) and value <= LIMITS.get(name, value)
         rows.append((f"`{name}`", f"{value:.2f}", goal, "" if not goal else "yes" if met else "**no**"))
-    return _table(("ratio of tokens per second", "measured", "goal", "met"), rows)
+    return markdown(("ratio of tokens per second", "measured", "goal", "met"), rows)
 
 
 def _lines(lines: Sequence[Line]) -> str:
@@ -118,7 +118,7 @@ def _lines(lines: Sequence[Line]) -> str:
         )
         for line in lines
     ]
-    table = _table(*_without_empty(heads, rows))
+    table = markdown(*_without_empty(heads, rows))
     note = "\n\n† acceptance is made up (the dial of `ours.py`)." if any(one["dial"] for one in lines) else ""
     return table + note
 
@@ -144,7 +144,7 @@ def _dial(lines: Sequence[Line]) -> str:
         parts.append(
             f"{system}: adaptive speculation in multiples of plain decoding, by the dialled acceptance and "
             f"the number of rows; tokens {'equal to' if equal else 'NOT always equal to'} plain decoding's."
-            "\n\n" + _table(("acceptance", *map(str, batches)), rows)
+            "\n\n" + markdown(("acceptance", *map(str, batches)), rows)
         )
     return "\n\n".join(parts)
 
@@ -156,7 +156,7 @@ def _table12(lines: Sequence[Line]) -> str:
     rows = [_paper_row(row, lengths) for row in printed["rows"]]
     parts.append(
         f"The paper's ({printed['source']}; {printed['note']}). Seconds per generation, and the slow-down "
-        "against the tuned large model:\n\n" + _table(("prompt/output", *_slashed(lengths)), rows)
+        "against the tuned large model:\n\n" + markdown(("prompt/output", *_slashed(lengths)), rows)
     )
     for system in dict.fromkeys(line["system"] for line in lines):
         own = [line for line in lines if line["system"] == system]
@@ -173,7 +173,7 @@ def _table12(lines: Sequence[Line]) -> str:
             )
             for name in names
         ]
-        parts.append(f"Ours, {system}:\n\n" + _table(("prompt/output", *heads), rows))
+        parts.append(f"Ours, {system}:\n\n" + markdown(("prompt/output", *heads), rows))
     return "\n\n".join(parts)
 
 
@@ -199,7 +199,8 @@ def _without_empty(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple
     return [heads[index] for index in keep], [[row[index] for index in keep] for row in rows]
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 

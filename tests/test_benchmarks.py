@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases_cpu, cases_cuda, decode, shapes, tables
+from benchmarks import cases_cpu, cases_cuda, cpu_kernels, decode, shapes, tables
 from benchmarks.baselines import PaperLoop
 from benchmarks.lab import CUDA, SMOKE, Lab
 from benchmarks.measure import Timed, observe
@@ -126,6 +126,19 @@ def test_user_errors_are_one_line(
         decode.main(arguments)
     shown = capsys.readouterr()
     assert ended.value.code == 2 and shown.out == "" and said in shown.err and shown.err.count("\n") == 1
+
+
+def test_the_kernels_of_the_cpu_are_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpu_kernels, "SHAPES", ((96, 352), (700, 600)))
+    monkeypatch.setattr(cpu_kernels, "QUERIES", ((5, 2, 8, 12),))
+    monkeypatch.setattr(cpu_kernels, "BEYOND_CACHE", 1_000_000)
+    cpu_kernels.main(["--calls", "1"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    products = [line for line in lines if line.startswith(("| 96 x 352", "| 700 x 600"))]
+    assert len(products) == 2 * len(cpu_kernels.ROWS) and len(lines) == 4 + len(products) + 4
+    assert all(float(cell) > 0 for line in products for cell in line.strip("| ").split(" | ")[1:])
 
 
 def test_the_gpu_cases_have_keys_with_the_prefix() -> None:

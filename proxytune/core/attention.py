@@ -206,7 +206,7 @@ def _fused(
     grouped = q.shape[1] != keys.shape[1]
     several = group.query <= FEW_QUERIES and (grouped or len(group.rows) >= SEVERAL_ROWS)
     if several and not q.is_cuda and q.dtype in EXACT:
-        return _written_out(q, keys, values, group.mask(window, q), scaling)
+        return written_out(q, keys, values, group.mask(window, q), scaling)
     if group.from_start and (window is None or group.query <= window):
         return scaled_dot_product_attention(
             q, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped
@@ -221,7 +221,7 @@ EXACT = (torch.float32, torch.float64)
 """Dtypes whose softmax need not be computed in a wider one."""
 
 
-def _written_out(
+def written_out(
     q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
     """Attention as two products per row and key head; the query heads that share one count as queries."""
