@@ -83,7 +83,21 @@ def _size(options: argparse.Namespace) -> Size:
         if options.shape not in SHAPES:
             raise did_you_mean("shape", options.shape, list(SHAPES))
         size = replace(size, trio=options.shape)
+    if options.repeats is not None:
+        size = replace(size, repeats=options.repeats, long_repeats=options.repeats)
+    if options.batches is not None:
+        size = replace(size, batches=tuple(options.batches))
     return size
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number above 0")
+    return int(text)
+
+
+def _batches(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,6 +114,13 @@ def _parser() -> argparse.ArgumentParser:
         "--only", action="append", default=[], metavar="NAME", help="cases or ratios, comma separated"
     )
     parser.add_argument("--shape", metavar="NAME", help=f"the random trio: {', '.join(SHAPES)}")
+    parser.add_argument("--repeats", type=_positive, metavar="N", help="timed runs of every contender")
+    parser.add_argument(
+        "--batches",
+        type=_batches,
+        metavar="N,N",
+        help="batch sizes of the paper's loop to choose its best from",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     return parser
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 WORTH = 1 << 15
 """Weights of fewer numbers are left alone: choosing would cost more than it gains."""
@@ -68,10 +68,17 @@ class RowLinear(nn.Linear):
         if rows <= 2 and width <= NARROW:
             return self._from_the_right(x, rows)
         if ONEDNN is not None:
-            weight = self._in_its_layout() if self.packs and rows > 1 else self.weight
-            out: Tensor = ONEDNN[0](x, weight, self.bias, "none", [], "")
-            return out
+            return self._by_onednn(x, rows).view(*x.shape[:-1], self.out_features)
         return self._from_the_right(x, rows) if 1 < rows <= 4 else linear(x, self.weight, self.bias)
+
+    def _by_onednn(self, x: Tensor, rows: int) -> Tensor:
+        assert ONEDNN is not None
+        weight = self._in_its_layout() if self.packs and rows > 1 else self.weight
+        missing = _rounded(rows) - rows
+        if missing:
+            x = pad(x.reshape(rows, self.in_features), (0, 0, 0, missing))
+        out: Tensor = ONEDNN[0](x, weight, self.bias, "none", [], "")
+        return out[:rows] if missing else out
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy makes its own second copy of the weights: oneDNN's layout is opaque to torch."""
@@ -91,6 +98,13 @@ class RowLinear(nn.Linear):
             with torch.inference_mode():
                 self._packed = state, ONEDNN[1](self.weight, TYPICAL)
         return self._packed[1]
+
+
+def _rounded(rows: int) -> int:
+    """Rows of zeros are added up to this: oneDNN makes a program for every number of rows, which takes it a
+    millisecond and evicts an older one, and a batch has another number at every step."""
+    step = 1 if rows <= 8 else 8 if rows <= 64 else 16 if rows <= 256 else 64
+    return -(-rows // step) * step
 
 
 def use_row_linears(model: nn.Module) -> int:
