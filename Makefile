@@ -77,6 +77,8 @@ report: setup  ## write results/README.md from the stored runs and the published
 $(RECIPES): reproduce-%: setup
 	$(BIN)/proxytune reproduce $* $(if $(SYSTEM),--system $(SYSTEM)) $(ARGS)
 
+BENCHES := demo_batch1 trio_batch1 shared_pair mixed,long_tail mixed_trio dial table12
+
 bench: setup  ## time decoding on the CPU and write the tables in benchmarks/README.md (up to two hours)
 	mkdir -p benchmarks/results
 	for case in $(BENCHES); do \
@@ -87,7 +89,6 @@ bench: setup  ## time decoding on the CPU and write the tables in benchmarks/REA
 
 reproduce-table12: setup  ## the paper's runtime table on the demo and a random trio, its own figures beside it
 	$(BIN)/python benchmarks/decode.py --device cpu --only table12
-BENCHES := demo_batch1 trio_batch1 shared_pair mixed,long_tail mixed_trio dial table12
 # The analyses of the paper with its 13B chat system, or with SYSTEM. Runs continue where they stopped.
 PAPER := $(or $(SYSTEM),llama2-13b-chat)
 RUNS := results/analyses/$(notdir $(basename $(PAPER)))

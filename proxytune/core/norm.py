@@ -6,29 +6,15 @@ from __future__ import annotations
 import inspect
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch import nn
 
 NEAR = 1e-5
 """How far two roundings of a norm of standard normal numbers may be apart."""
 
 
-class RowNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, eq. 4)."""
-
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
-        """The weight is shared, not copied."""
-        super().__init__()
-        self.weight, self.eps = weight, eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., d] -> [..., d]."""
-        return rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 def use_row_norms(model: nn.Module) -> None:
-    """Put RowNorm in the place of every float32 module on the CPU that computes the same. Which ones do is
-    tried out: norms that add one to their weight or subtract the mean look alike from outside."""
+    """Put torch's RMSNorm in the place of every float32 module on the CPU that computes the same. Which ones
+    do is tried out: norms that add one to their weight or subtract the mean look alike from outside."""
     for path, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -37,18 +23,19 @@ def use_row_norms(model: nn.Module) -> None:
         alone = len(list(module.parameters())) == 1 and not list(module.children())
         alone &= len(inspect.signature(module.forward).parameters) == 1  # no gate
         if alone and weight.dtype == torch.float32 and weight.device.type == "cpu":
-            own = RowNorm(weight, eps)
+            own = nn.RMSNorm(weight.shape[0], eps, device="meta")
+            own.weight = weight  # shared, not copied
             if _same(module, own):
                 parent, _, name = path.rpartition(".")
                 setattr(model.get_submodule(parent), name, own)
 
 
 @torch.inference_mode()
-def _same(module: nn.Module, own: RowNorm) -> bool:
+def _same(module: nn.Module, own: nn.RMSNorm) -> bool:
     """Whether both give the same on ordinary, on small and on shifted numbers, where eps and a mean show."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(3, own.weight.shape[0], generator=draw)
-    for probe in (x, x * own.eps**0.5, x + 1):
+    for probe in (x, x * (own.eps or 0.0) ** 0.5, x + 1):
         expected, got = module(probe[None]), own(probe[None])
         if expected.shape != got.shape or not torch.allclose(got, expected, rtol=NEAR, atol=NEAR):
             return False
