@@ -15,7 +15,7 @@ PACKAGE = ROOT / "proxytune"
 
 ORDER = [
     "errors",
-    "config hub",
+    "config hub native",
     "records",
     "core",
     "vocabulary families adapters quantized speculate",

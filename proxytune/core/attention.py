@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from proxytune.core.cache import KVCache, LayerShape, Placement
+from proxytune.core.cache import KVCache, LayerShape, Placement, SlotCache
+from proxytune.core.cpu_attention import MOST_TOKENS, attend_slots, takes
 from proxytune.core.device_attention import DevicePacked
 
 NAME = "proxytune"
@@ -161,16 +162,34 @@ def attend(
     result = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])  # [T, H, Dv]
     for part in packed.parts:
         mine = part.tokens
-        part.cache.write(layer, key[0, :, mine], value[0, :, mine], part.at)
-        for group in part.groups:
-            keys, values = part.cache.read(layer, group.first, group.block, group.longest)
-            q = _gather(query[0, :, mine], group)
+        q, k, v, out = query[0, :, mine], key[0, :, mine], value[0, :, mine], result[mine]
+        cache, groups = part.cache, part.groups
+        if isinstance(cache, SlotCache) and takes(q, cache.spec.dtype):
+            scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+            attend_slots(
+                q,
+                k,
+                v,
+                *cache.pools(layer),
+                part.at.segments,
+                out,
+                scaling=scale,
+                window=sliding_window,
+                softcap=softcap,
+                sinks=s_aux,
+            )
+            groups = [group for group in groups if group.query > MOST_TOKENS]
+        else:
+            cache.write(layer, k, v, part.at)
+        for group in groups:
+            keys, values = cache.read(layer, group.first, group.block, group.longest)
+            rows = _gather(q, group)
             keys, values = keys.to(q.dtype), values.to(q.dtype)
             if softcap is None and s_aux is None:
-                seen = _fused(q, keys, values, group, sliding_window, scaling)
+                seen = _fused(rows, keys, values, group, sliding_window, scaling)
             else:
-                seen = _explicit(q, keys, values, group.mask(sliding_window, q), scaling, softcap, s_aux)
-            _scatter(seen, group, result[mine])
+                seen = _explicit(rows, keys, values, group.mask(sliding_window, q), scaling, softcap, s_aux)
+            _scatter(seen, group, out)
     return result[None], None
 
 

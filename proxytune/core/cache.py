@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -54,23 +56,29 @@ class CacheSpec:
 
 @dataclass
 class Placement:
-    """Where the tokens of one packed forward go: row and position of each, and flat indices made on first
-    use."""
+    """Where the tokens of one packed forward go, and what is made of that on first use."""
 
-    rows: Tensor  # [T]
     positions: Tensor  # [T]
+    segments: Tensor
+    """[4, S] on the CPU, for every part: its row, its first token, its tokens, the row's length with them."""
     flat: dict[object, Tensor] = field(default_factory=dict)
+    """Indices into flattened pools."""
 
     @classmethod
     def of(
         cls, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: torch.device
     ) -> Placement:
         """Token j of part i goes to row rows[i], position starts[i] + j."""
-        at = torch.tensor(
-            [p for s, n in zip(starts, counts, strict=True) for p in range(s, s + n)], device=device
-        )
-        row = torch.tensor([r for r, n in zip(rows, counts, strict=True) for _ in range(n)], device=device)
-        return cls(row, at)
+        ends = [start + count for start, count in zip(starts, counts, strict=True)]
+        at = [p for start, end in zip(starts, ends, strict=True) for p in range(start, end)]
+        first = [*accumulate(counts, initial=0)][:-1]
+        segments = torch.tensor([list(rows), first, list(counts), ends])
+        return cls(torch.tensor(at, device=device), segments)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """[T] the row of every token."""
+        return self.segments[0].repeat_interleave(self.segments[2]).to(self.positions.device)
 
 
 class Rows(Protocol):
@@ -226,6 +234,10 @@ class SlotCache:
 
     def commit(self, row: int, count: int) -> None:
         self.lengths[row] += count
+
+    def pools(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots: [slots, H, length, Dk] and [.., Dv], contiguous."""
+        return self._views[layer]
 
     def _tensors(self) -> list[Tensor]:
         return [tensor for view in self._views for tensor in view]
