@@ -160,6 +160,7 @@ def attend(
     if isinstance(packed, DevicePacked):
         return packed.attend(layer, query, key, value, sliding_window, scaling, softcap, s_aux), None
     result = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])  # [T, H, Dv]
+    result[packed.parts[-1].tokens.stop :] = 0  # of tokens that no row owns
     for part in packed.parts:
         mine = part.tokens
         q, k, v, out = query[0, :, mine], key[0, :, mine], value[0, :, mine], result[mine]

@@ -175,6 +175,13 @@ inline void add(T *result, T fade, const T *weights, const S *values, int64_t si
   for (; d < size; ++d) add_of<1>(result + d, fade, weights, values + d, size, count);
 }
 
+// Nothing for a negative count. Past the outer caches, which the weights and the rest of the step need.
+template <class S>
+inline void prefetch(const S *from, int64_t count) {
+  const char *bytes = (const char *)from;
+  for (int64_t at = 0; at < count * int64_t(sizeof(S)); at += 64) __builtin_prefetch(bytes + at, 0, 0);
+}
+
 // Queries of one segment and KV head, [query heads of the group * new tokens] of everything.
 template <class T>
 struct Tile {
@@ -237,12 +244,16 @@ void run_segment(const Call &c, int64_t segment, int64_t kv_head, std::vector<T>
     tile.total[m] = c.sinks ? T(1) : T(0);
   }
   const auto first_seen = [&](int64_t at) { return c.window ? std::max<int64_t>(0, at + 1 - c.window) : 0; };
-  for (int64_t from = first_seen(old); from < length; from += BLOCK)
+  for (int64_t from = first_seen(old); from < length; from += BLOCK) {
+    const int64_t next = from + BLOCK, soon = std::min<int64_t>(BLOCK, length - next);
+    prefetch(keys + next * c.key_size, soon * c.key_size);
+    prefetch(values + next * c.value_size, soon * c.value_size);
     for (int64_t m = 0; m < many; ++m) {
       const int64_t at = old + m % count;  // the token's position: it sees keys up to its own
       const int64_t low = std::max(from, first_seen(at)), high = std::min(from + BLOCK, at + 1);
       if (low < high) attend(c, tile, m, keys, values, low, high);
     }
+  }
   for (int64_t m = 0; m < many; ++m) {
     const int64_t head = kv_head * group + m / count, token = start + m % count;
     S *out = (S *)c.out + (token * c.heads + head) * c.value_size;

@@ -74,7 +74,7 @@ class RowLinear(nn.Linear):
     def _by_onednn(self, x: Tensor, rows: int) -> Tensor:
         assert ONEDNN is not None
         weight = self._in_its_layout() if self.packs and rows > 1 else self.weight
-        missing = _rounded(rows) - rows
+        missing = rounded(rows) - rows
         if missing:
             x = pad(x.reshape(rows, self.in_features), (0, 0, 0, missing))
         out: Tensor = ONEDNN[0](x, weight, self.bias, "none", [], "")
@@ -100,9 +100,10 @@ class RowLinear(nn.Linear):
         return self._packed[1]
 
 
-def _rounded(rows: int) -> int:
+def rounded(rows: int) -> int:
     """Rows of zeros are added up to this: oneDNN makes a program for every number of rows, which takes it a
-    millisecond and evicts an older one, and a batch has another number at every step."""
+    millisecond and evicts an older one, and a batch has another number at every step. Where a whole forward
+    is so many tokens, its layers need not do it one by one."""
     step = 1 if rows <= 8 else 8 if rows <= 64 else 16 if rows <= 256 else 64
     return -(-rows // step) * step
 

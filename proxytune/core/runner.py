@@ -17,6 +17,7 @@ from torch import Tensor
 
 from proxytune.core.attention import Group, Packed, Part
 from proxytune.core.cache import KVCache, Placement, Rows
+from proxytune.core.linear import rounded
 from proxytune.core.logits import widen
 from proxytune.core.lora import SharedLora
 
@@ -155,10 +156,13 @@ def run_together(parts: Sequence[tuple[ModelRunner, Work]]) -> list[Tensor]:
         packed.append(Part(runner.cache, at, group(segments, starts), tokens))
         if runner.adapter is not None:
             spans[runner.adapter] = tokens
+    positions = [part.at.positions for part in packed]
+    if first.device.type == "cpu" and (missing := rounded(len(ids)) - len(ids)):
+        ids += ids[-1:] * missing  # tokens that no row owns
+        positions.append(positions[-1].new_zeros(missing))
     if first.lora is not None:
         first.lora.place(spans, len(ids))
     tokens_in = torch.tensor([ids], device=first.device)  # [1, T]
-    positions = [part.at.positions for part in packed]
     out = first.model(
         **{"input_ids": tokens_in}
         if first.embed is None
@@ -180,10 +184,11 @@ def run_together(parts: Sequence[tuple[ModelRunner, Work]]) -> list[Tensor]:
 
 def _embedded(parts: Sequence[tuple[ModelRunner, Work]], ids: Tensor, packed: Sequence[Part]) -> Tensor:
     """Embeddings [1, T, d], every part's by its own table: virtual ids mean each model's own soft prompt."""
-    pieces = []
-    for (runner, _), part in zip(parts, packed, strict=True):
+    pieces, last = [], len(packed) - 1
+    for index, ((runner, _), part) in enumerate(zip(parts, packed, strict=True)):
         assert runner.embed is not None
-        pieces.append(runner.embed(ids[:, part.tokens]))
+        tokens = part.tokens if index < last else slice(part.tokens.start, None)
+        pieces.append(runner.embed(ids[:, tokens]))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
