@@ -12,6 +12,7 @@ from itertools import product
 
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.core.cache import CacheSpec, KVCache, PagedCache, SlotCache
+from proxytune.core.cpu_attention import why_not
 from proxytune.core.engine import Engine, Ensemble, Result, Term
 from proxytune.core.likelihood import Continuation, likelihoods
 from proxytune.core.pace import Pace
@@ -200,11 +201,18 @@ class Decoder:
 
     def notes(self) -> list[str]:
         """What a user should know about how the models are run."""
-        return [
+        notes = [
             f"the {name} takes the slow exact path (one row at a time): {model.family.reason}"
             for name, model in self.loaded.items()
             if model.family.path == "reference"
         ]
+        on_cpu = any(
+            model.family.path == "packed" and model.module.device.type == "cpu"
+            for model in self.loaded.values()
+        )
+        if on_cpu and (reason := why_not()) is not None:
+            notes.append(f"attention on the CPU goes through torch, which is slower: {reason}")
+        return notes
 
     def contexts(self, prompt: Prompt) -> dict[str, tuple[int, ...]]:
         """Ids that every model sees before the response; experts that only watch see what they see in the

@@ -1,8 +1,8 @@
 """C++ for the CPU, compiled where it runs: once per machine, by its own compiler, for its own instructions.
 
-A source of the package becomes a shared library under $XDG_CACHE_HOME/proxytune/native, named after everything
-that it depends on, so that a home directory shared by different machines holds one for each. The compiler is
-$CXX, otherwise c++, g++ or clang++. Where there is none, the callers have another way."""
+A source of the package becomes a shared library under $XDG_CACHE_HOME/proxytune/native, named after all that
+it depends on, so that a home directory shared by different machines holds one for each. The compiler is $CXX,
+otherwise c++, g++ or clang++. Where there is none, the callers have another way."""
 
 from __future__ import annotations
 

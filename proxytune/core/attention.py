@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -96,14 +97,45 @@ class Group:
         return bias.masked_fill(~visible, float("-inf"))[:, None]
 
 
+MAX_GROUPED = 16
+"""Longest query for which rows share an attention call: decode and verification, not prefill."""
+
+
+def grouped(segments: Sequence[tuple[int, int, int, int]]) -> list[Group]:
+    """Segments (row, first token, tokens, length with them): rows with equally many new tokens share a call,
+    as long as at least half of the rows that it reads are theirs."""
+    groups: list[Group] = []
+    open_groups: dict[int, Group] = {}
+    for row, start, query, length in segments:
+        last = open_groups.get(query)
+        if last is not None and row - last.first + 1 <= 2 * (len(last.rows) + 1):
+            last.rows.append(row)
+            last.starts.append(start)
+            last.lengths.append(length)
+        else:
+            groups.append(Group(query, [row], [start], [length]))
+            if query <= MAX_GROUPED:
+                open_groups[query] = groups[-1]
+    return groups
+
+
 @dataclass
 class Part:
     """One model's tokens within a packed forward, and the cache that they go to."""
 
     cache: KVCache
     at: Placement
-    groups: Sequence[Group]
     tokens: slice
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Everything, for attention by torch."""
+        return grouped(self.at.parts)
+
+    @cached_property
+    def long_groups(self) -> list[Group]:
+        """What the CPU's kernel leaves to torch."""
+        return grouped([part for part in self.at.parts if part[2] > MOST_TOKENS])
 
 
 @dataclass
@@ -164,7 +196,7 @@ def attend(
     for part in packed.parts:
         mine = part.tokens
         q, k, v, out = query[0, :, mine], key[0, :, mine], value[0, :, mine], result[mine]
-        cache, groups = part.cache, part.groups
+        cache = part.cache
         if isinstance(cache, SlotCache) and takes(q, cache.spec.dtype):
             scale = q.shape[-1] ** -0.5 if scaling is None else scaling
             attend_slots(
@@ -179,9 +211,10 @@ def attend(
                 softcap=softcap,
                 sinks=s_aux,
             )
-            groups = [group for group in groups if group.query > MOST_TOKENS]
+            groups = part.long_groups
         else:
             cache.write(layer, k, v, part.at)
+            groups = part.groups
         for group in groups:
             keys, values = cache.read(layer, group.first, group.block, group.longest)
             rows = _gather(q, group)

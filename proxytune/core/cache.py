@@ -59,8 +59,8 @@ class Placement:
     """Where the tokens of one packed forward go, and what is made of that on first use."""
 
     positions: Tensor  # [T]
-    segments: Tensor
-    """[4, S] on the CPU, for every part: its row, its first token, its tokens, the row's length with them."""
+    parts: tuple[tuple[int, int, int, int], ...]
+    """For every part: its row, its first token, its tokens, and the row's length with them."""
     flat: dict[object, Tensor] = field(default_factory=dict)
     """Indices into flattened pools."""
 
@@ -71,9 +71,13 @@ class Placement:
         """Token j of part i goes to row rows[i], position starts[i] + j."""
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
         at = [p for start, end in zip(starts, ends, strict=True) for p in range(start, end)]
-        first = [*accumulate(counts, initial=0)][:-1]
-        segments = torch.tensor([list(rows), first, list(counts), ends])
-        return cls(torch.tensor(at, device=device), segments)
+        parts = zip(rows, accumulate(counts, initial=0), counts, ends, strict=False)  # one sum more
+        return cls(torch.tensor(at, device=device), tuple(parts))
+
+    @cached_property
+    def segments(self) -> Tensor:
+        """The parts as [4, S] on the CPU."""
+        return torch.tensor(self.parts, dtype=torch.int64).reshape(-1, 4).T.contiguous()
 
     @cached_property
     def rows(self) -> Tensor:

@@ -1,8 +1,9 @@
 """Attention of a few new tokens per row over the compact slots of the CPU's cache, as one call of C++.
 
 torch has no operation for it: SDPA and batched products read keys and values at a third of the memory's
-speed, need every row padded to the longest and the new keys written before. The kernel (cpu_attention.cpp) takes
-ragged rows as they lie and writes and attends in one pass. Without a compiler attention goes through torch."""
+speed, need every row padded to the longest and the new keys written before. The kernel (cpu_attention.cpp)
+takes ragged rows as they lie, and writes and attends in one pass. Without a compiler attention goes through
+torch."""
 
 from __future__ import annotations
 
@@ -39,23 +40,28 @@ Kernel = Callable[[object], None]
 
 
 @cache
-def kernels() -> dict[torch.dtype, Kernel]:
-    """The kernel by dtype; empty where it could not be compiled."""
+def _built() -> tuple[dict[torch.dtype, Kernel], str | None]:
+    """The kernel by dtype, or why there is none."""
     try:
         built = library("core/cpu_attention")
-    except NotBuilt:
-        return {}
-    found = {}
+    except NotBuilt as reason:
+        return {}, str(reason)
+    found: dict[torch.dtype, Kernel] = {}
     for dtype, name in DTYPES.items():
         function = built[f"attend_{name}"]
         function.argtypes, function.restype = (ctypes.POINTER(Call),), None
         found[dtype] = function
-    return found
+    return found, None
+
+
+def why_not() -> str | None:
+    """Why attention on the CPU goes through torch; None where the kernel is there."""
+    return _built()[1]
 
 
 def takes(query: Tensor, stored: torch.dtype) -> bool:
     """Whether the kernel attends for such queries over keys and values of a dtype."""
-    return query.device.type == "cpu" and query.dtype == stored and query.dtype in kernels()
+    return query.device.type == "cpu" and query.dtype == stored and query.dtype in _built()[0]
 
 
 def attend_slots(
@@ -73,8 +79,7 @@ def attend_slots(
     sinks: Tensor | None,  # [H], contiguous
 ) -> None:
     """Write new keys and values into their rows' slots, and what the new tokens see to `out`; segments of
-    more than MOST_TOKENS are only written. All tensors have one dtype of `kernels`, and numbers of a head lie
-    side by side."""
+    more than MOST_TOKENS are only written. All tensors have one dtype of DTYPES."""
     query, key, value = (t if t.stride(2) == 1 else t.contiguous() for t in (query, key, value))
     rows = segments.data_ptr()
     step = segments.stride(0) * segments.itemsize
@@ -87,4 +92,4 @@ def attend_slots(
         *(scaling, softcap or 0.0, window or 0, None if sinks is None else sinks.data_ptr()),
         *(MOST_TOKENS, torch.get_num_threads()),
     )
-    kernels()[query.dtype](ctypes.byref(call))
+    _built()[0][query.dtype](ctypes.byref(call))

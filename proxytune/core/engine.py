@@ -166,6 +166,7 @@ class Engine:
         runners, settings = ensemble.runners, speculation or Speculation(k=0)
         caches = {name: runner.rows for name, runner in runners.items()}
         longest = {name: runner.alignment.longest for name, runner in runners.items()}
+        self._spelt = max(longest.values()) > 1
         self.scheduler = Scheduler(caches, max_rows, prefill_tokens, longest)
         front = ensemble.front(settings.drafter)
         self.drafter = Drafter(runners, front, ensemble.lead, settings, pace)
@@ -377,7 +378,10 @@ class Engine:
         return finish_reason(row) or self._full(row)
 
     def _full(self, row: Row) -> str | None:
-        """length where a model's window is full first: spelled out, a token can take several ids."""
+        """length where a model's window is full first: spelled out, a token can take several ids, and the
+        limit that `submit` sets counts tokens."""
+        if not self._spelt:
+            return None
         full = any(len(ids) > self.ensemble.runners[name].window for name, ids in row.ids.items())
         return "length" if full else None
 

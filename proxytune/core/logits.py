@@ -42,14 +42,18 @@ def combine(base: Tensor, shifts: Sequence[Shift], alpha: Tensor) -> Tensor:
     bit for bit: the difference is taken first, and alpha multiplies it last."""
     if not shifts:
         return base
-    delta = torch.zeros_like(base)
-    for shift in shifts:
-        difference = shift.weight * (shift.expert - shift.antiexpert)
-        if shift.shared is not None:
-            difference = difference.masked_fill(~shift.shared, 0.0)
-        delta += difference
+    first, *others = map(_difference, shifts)
+    delta = sum(others, first)
     strength = alpha.to(base.dtype)[:, None]  # [B, 1]
     return torch.where(strength == 0, base, base + strength * delta)
+
+
+def _difference(shift: Shift) -> Tensor:
+    """One term of the sum, [B, V]."""
+    difference = shift.expert - shift.antiexpert
+    if shift.weight != 1.0:
+        difference = shift.weight * difference
+    return difference if shift.shared is None else difference.masked_fill(~shift.shared, 0.0)
 
 
 def ban(logits: Tensor, rows: Tensor, ids: Tensor) -> Tensor:

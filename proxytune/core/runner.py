@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from proxytune.core.attention import Group, Packed, Part
+from proxytune.core.attention import Packed, Part
 from proxytune.core.cache import KVCache, Placement, Rows
 from proxytune.core.linear import rounded
 from proxytune.core.logits import widen
@@ -153,7 +153,7 @@ def run_together(parts: Sequence[tuple[ModelRunner, Work]]) -> list[Tensor]:
         ids += [i for s in segments for i in s.ids]
         keep += [start + index for index in wanted]
         tokens = slice(start, len(ids))
-        packed.append(Part(runner.cache, at, group(segments, starts), tokens))
+        packed.append(Part(runner.cache, at, tokens))
         if runner.adapter is not None:
             spans[runner.adapter] = tokens
     positions = [part.at.positions for part in packed]
@@ -210,31 +210,6 @@ def forward_all(runners: Mapping[str, Runner], work: Mapping[str, Work]) -> dict
             parts.append((runner, work[name]))
         logits |= zip(names, run_together(parts), strict=True)
     return logits
-
-
-MAX_GROUPED = 16
-"""Longest query for which rows share an attention call: decode and verification, not prefill."""
-
-
-def group(segments: Sequence[Segment], starts: Sequence[int]) -> list[Group]:
-    """Rows with equally many new tokens share an attention call, as long as at least half of the rows that
-    it reads are theirs."""
-    groups: list[Group] = []
-    open_groups: dict[int, Group] = {}
-    at = 0
-    for segment, start in zip(segments, starts, strict=True):
-        query = len(segment.ids)
-        last = open_groups.get(query)
-        if last is not None and segment.row - last.first + 1 <= 2 * (len(last.rows) + 1):
-            last.rows.append(segment.row)
-            last.starts.append(at)
-            last.lengths.append(start + query)
-        else:
-            groups.append(Group(query, [segment.row], [at], [start + query]))
-            if query <= MAX_GROUPED:
-                open_groups[query] = groups[-1]
-        at += query
-    return groups
 
 
 class ReferenceRows:

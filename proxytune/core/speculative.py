@@ -99,8 +99,10 @@ def feed(parts: Sequence[tuple[int, Sequence[Sequence[int]]]], prefill: Sequence
 
 def same_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     """How many items two sequences share from the start."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    for at, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return at
+    return min(len(one), len(other))
 
 
 class Drafter:
