@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int BLOCK = 64;  // keys per pass; with their values they stay in the first-level cache
+constexpr int BLOCK = 32;  // keys per pass; with their values they stay in the first-level cache
 constexpr int WIDE = 64;   // numbers of a head that are summed in registers
 constexpr int NARROW = 16;
 
@@ -175,12 +175,40 @@ inline void add(T *result, T fade, const T *weights, const S *values, int64_t si
   for (; d < size; ++d) add_of<1>(result + d, fade, weights, values + d, size, count);
 }
 
-// Nothing for a negative count. Past the outer caches, which the weights and the rest of the step need.
+// Into the second-level cache; nothing for a negative count. Inlined by force: GCC takes a function that does
+// nothing else for one without effect.
 template <class S>
-inline void prefetch(const S *from, int64_t count) {
+[[gnu::always_inline]] inline void prefetch(const S *from, int64_t count) {
   const char *bytes = (const char *)from;
-  for (int64_t at = 0; at < count * int64_t(sizeof(S)); at += 64) __builtin_prefetch(bytes + at, 0, 0);
+  for (int64_t at = 0; at < count * int64_t(sizeof(S)); at += 64) __builtin_prefetch(bytes + at, 0, 1);
 }
+
+// The first key that the token at a position sees.
+inline int64_t first_seen(const Call &c, int64_t at) {
+  return c.window ? std::max<int64_t>(0, at + 1 - c.window) : 0;
+}
+
+// One unit of work: a segment and a KV head.
+template <class S>
+struct Part {
+  int64_t segment, kv_head, count, length, first;  // first: the first key that any of its tokens sees
+  S *keys, *values;                                // the row's slot
+
+  Part(const Call &c, int64_t number) : segment(number / c.kv_heads), kv_head(number % c.kv_heads) {
+    count = c.counts[segment];
+    length = c.lengths[segment];
+    first = first_seen(c, length - count);
+    const int64_t place = (c.rows[segment] * c.kv_heads + kv_head) * c.slot_length;
+    keys = (S *)c.keys + place * c.key_size;
+    values = (S *)c.values + place * c.value_size;
+  }
+  // Bring a block nearer, or as much of it as there is.
+  [[gnu::always_inline]] void fetch(const Call &c, int64_t from) const {
+    const int64_t block = std::min<int64_t>(BLOCK, length - from);
+    prefetch(keys + from * c.key_size, block * c.key_size);
+    prefetch(values + from * c.value_size, block * c.value_size);
+  }
+};
 
 // Queries of one segment and KV head, [query heads of the group * new tokens] of everything.
 template <class T>
@@ -199,7 +227,7 @@ struct Tile {
 
 // Query m against keys [from, to) of a block, all of which it sees.
 template <class T, class S>
-inline void attend(const Call &c, Tile<T> &tile, int64_t m, const S *keys, const S *values, int64_t from, int64_t to) {
+inline void look(const Call &c, Tile<T> &tile, int64_t m, const S *keys, const S *values, int64_t from, int64_t to) {
   const int64_t count = to - from;
   T scores[BLOCK];
   score(scores, tile.query + m * c.key_size, keys + from * c.key_size, c.key_size, count);
@@ -219,43 +247,45 @@ inline void attend(const Call &c, Tile<T> &tile, int64_t m, const S *keys, const
   add(tile.result + m * c.value_size, fade, scores, values + from * c.value_size, c.value_size, count);
 }
 
-template <class T, class S>
-void run_segment(const Call &c, int64_t segment, int64_t kv_head, std::vector<T> &room) {
-  const int64_t group = c.heads / c.kv_heads, count = c.counts[segment], start = c.starts[segment];
-  const int64_t length = c.lengths[segment], old = length - count;
-  const int64_t slot = (c.rows[segment] * c.kv_heads + kv_head) * c.slot_length;
-  S *keys = (S *)c.keys + slot * c.key_size, *values = (S *)c.values + slot * c.value_size;
-  for (int64_t t = 0; t < count; ++t) {
-    const S *key = (const S *)c.key + kv_head * c.key_head + (start + t) * c.key_token;
-    const S *value = (const S *)c.value + kv_head * c.value_head + (start + t) * c.value_token;
-    std::memcpy((void *)(keys + (old + t) * c.key_size), key, sizeof(S) * c.key_size);
-    std::memcpy((void *)(values + (old + t) * c.value_size), value, sizeof(S) * c.value_size);
+template <class S>
+void write(const Call &c, const Part<S> &part) {
+  const int64_t start = c.starts[part.segment], old = part.length - part.count;
+  for (int64_t t = 0; t < part.count; ++t) {
+    const S *key = (const S *)c.key + part.kv_head * c.key_head + (start + t) * c.key_token;
+    const S *value = (const S *)c.value + part.kv_head * c.value_head + (start + t) * c.value_token;
+    std::memcpy((void *)(part.keys + (old + t) * c.key_size), key, sizeof(S) * c.key_size);
+    std::memcpy((void *)(part.values + (old + t) * c.value_size), value, sizeof(S) * c.value_size);
   }
-  if (count > c.most) return;
+}
 
+// `next`: the part whose keys are brought nearer while the last block is worked on; null: none.
+template <class T, class S>
+void attend(const Call &c, const Part<S> &part, const Part<S> *next, std::vector<T> &room) {
+  const int64_t group = c.heads / c.kv_heads, count = part.count, start = c.starts[part.segment];
+  const int64_t old = part.length - count;
   const int64_t many = group * count;
   Tile<T> tile(room, many, c.key_size, c.value_size);
   for (int64_t m = 0; m < many; ++m) {
-    const int64_t head = kv_head * group + m / count, token = start + m % count;
+    const int64_t head = part.kv_head * group + m / count, token = start + m % count;
     const S *query = (const S *)c.query + head * c.query_head + token * c.query_token;
     for (int64_t d = 0; d < c.key_size; ++d) tile.query[m * c.key_size + d] = T(query[d]) * T(c.scaling);
     // a sink is one more score, without a value; the lowest number in its place fades to nothing
     tile.best[m] = c.sinks ? T(((const S *)c.sinks)[head]) : T(-1e30);
     tile.total[m] = c.sinks ? T(1) : T(0);
   }
-  const auto first_seen = [&](int64_t at) { return c.window ? std::max<int64_t>(0, at + 1 - c.window) : 0; };
-  for (int64_t from = first_seen(old); from < length; from += BLOCK) {
-    const int64_t next = from + BLOCK, soon = std::min<int64_t>(BLOCK, length - next);
-    prefetch(keys + next * c.key_size, soon * c.key_size);
-    prefetch(values + next * c.value_size, soon * c.value_size);
+  for (int64_t from = part.first; from < part.length; from += BLOCK) {
+    if (from + BLOCK < part.length)
+      part.fetch(c, from + BLOCK);
+    else if (next)
+      next->fetch(c, next->first);
     for (int64_t m = 0; m < many; ++m) {
       const int64_t at = old + m % count;  // the token's position: it sees keys up to its own
-      const int64_t low = std::max(from, first_seen(at)), high = std::min(from + BLOCK, at + 1);
-      if (low < high) attend(c, tile, m, keys, values, low, high);
+      const int64_t low = std::max(from, first_seen(c, at)), high = std::min(from + BLOCK, at + 1);
+      if (low < high) look(c, tile, m, part.keys, part.values, low, high);
     }
   }
   for (int64_t m = 0; m < many; ++m) {
-    const int64_t head = kv_head * group + m / count, token = start + m % count;
+    const int64_t head = part.kv_head * group + m / count, token = start + m % count;
     S *out = (S *)c.out + (token * c.heads + head) * c.value_size;
     const T scale = T(1) / tile.total[m];
     for (int64_t d = 0; d < c.value_size; ++d) out[d] = S(tile.result[m * c.value_size + d] * scale);
@@ -264,12 +294,17 @@ void run_segment(const Call &c, int64_t segment, int64_t kv_head, std::vector<T>
 
 template <class T, class S>
 void run(const Call &c) {
+  const int64_t parts = c.segments * c.kv_heads;
+  const int chunk = int(std::min<int64_t>(16, 1 + parts / (4 * c.threads)));  // in a row: the next one is known
 #pragma omp parallel num_threads(c.threads)
   {
     std::vector<T> room;
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t part = 0; part < c.segments * c.kv_heads; ++part)
-      run_segment<T, S>(c, part / c.kv_heads, part % c.kv_heads, room);
+#pragma omp for schedule(dynamic, chunk)
+    for (int64_t number = 0; number < parts; ++number) {
+      const Part<S> part(c, number), next(c, std::min(number + 1, parts - 1));
+      write(c, part);
+      if (part.count <= c.most) attend(c, part, number + 1 < parts ? &next : nullptr, room);
+    }
   }
 }
 
