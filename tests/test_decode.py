@@ -127,11 +127,14 @@ def check(
     return found
 
 
-@pytest.fixture(params=["slots", "pages"])
+@pytest.fixture(params=["slots", "slots by torch", "pages"])
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both KV layouts on the CPU; pages are what CUDA uses."""
+    """The CPU's layout with its kernel and, as where there is no compiler, without; pages are what CUDA
+    uses."""
     if request.param == "pages":
         monkeypatch.setattr("proxytune.decode.SlotCache", PagedCache)
+    if request.param == "slots by torch":
+        monkeypatch.setattr("proxytune.core.attention.takes", lambda query, stored: False)
     return str(request.param)
 
 
@@ -186,6 +189,21 @@ def kv_bytes(d: Decoder, tokens: int) -> int:
     """The memory in which every model's pool holds `tokens` tokens."""
     caches = [runner.rows.spec for runner in d.ensemble.runners.values()]  # type: ignore[attr-defined]
     return tokens * sum(cache.bytes_per_token for cache in caches)
+
+
+def test_long_prompts_attend_through_torch_and_decode_through_the_kernel(
+    trio: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one forward with short ones."""
+    monkeypatch.setattr("proxytune.core.attention.MOST_TOKENS", 8)
+    check(decoder(trio, max_batch=5), ragged(12, seed=5), Sampling(max_new_tokens=9))
+
+
+def test_without_a_compiler_a_note_says_so(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decoder(trio).notes() == []
+    monkeypatch.setattr("proxytune.decode.why_not", lambda: "no C++ compiler found")
+    [note] = decoder(trio).notes()
+    assert "slower" in note and "no C++ compiler found" in note
 
 
 def test_preemption_under_a_tiny_pool_changes_nothing(trio: System, layout: str) -> None:

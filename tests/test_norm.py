@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import tiny
 import torch
 from torch import Tensor, nn
 
+from proxytune.core import norm
+from proxytune.core.cpu_attention import why_not
 from proxytune.core.norm import RowNorm, use_row_norms
 
 
@@ -33,6 +36,33 @@ def test_other_norms_and_dtypes_stay() -> None:
         with torch.no_grad():
             use_row_norms(model)
         assert norms(model) == 0
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_norm_itself(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every shape and layout, with the kernel and without; other dtypes are torch's."""
+    if not compiled:
+        monkeypatch.setattr(norm, "_kernel", lambda: None)
+    for size in (1, 5, 64, 4096):
+        own = RowNorm(size, 1e-5)
+        own.weight.data.normal_()
+        for x in (
+            torch.randn(1, 3, size),
+            torch.randn(40, size),
+            torch.randn(size, 6).T,
+            torch.zeros(2, size),
+        ):
+            exact = (
+                x.double() * (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * own.weight.double()
+            )
+            with torch.inference_mode():
+                assert (own(x) - exact).abs().max() < 1e-5
+        with torch.inference_mode():
+            assert own.double()(torch.ones(2, size, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_the_kernel_is_there_where_the_attention_is() -> None:
+    assert (norm._kernel() is None) == (why_not() is not None)
 
 
 class Gated(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from proxytune.core.cache import KVCache, LayerShape, Placement, SlotCache
-from proxytune.core.cpu_attention import MOST_TOKENS, attend_slots, takes
+from proxytune.core.cpu_attention import attend_slots, takes
 from proxytune.core.device_attention import DevicePacked
 
 NAME = "proxytune"
@@ -97,6 +97,8 @@ class Group:
         return bias.masked_fill(~visible, float("-inf"))[:, None]
 
 
+MOST_TOKENS = 64
+"""New tokens of a row up to which the CPU's kernel attends; a longer prefill is for large products."""
 MAX_GROUPED = 16
 """Longest query for which rows share an attention call: decode and verification, not prefill."""
 
@@ -210,6 +212,7 @@ def attend(
                 window=sliding_window,
                 softcap=softcap,
                 sinks=s_aux,
+                most=MOST_TOKENS,
             )
             groups = part.long_groups
         else:

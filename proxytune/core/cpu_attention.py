@@ -16,8 +16,6 @@ from torch import Tensor
 
 from proxytune.native import NotBuilt, library
 
-MOST_TOKENS = 64
-"""New tokens of a row up to which the kernel attends; a longer prefill is a product of large matrices."""
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
@@ -76,11 +74,14 @@ def attend_slots(
     scaling: float,
     window: int | None,
     softcap: float | None,
-    sinks: Tensor | None,  # [H], contiguous
+    sinks: Tensor | None,  # [H]
+    most: int,
 ) -> None:
     """Write new keys and values into their rows' slots, and what the new tokens see to `out`; segments of
-    more than MOST_TOKENS are only written. All tensors have one dtype of DTYPES."""
+    more than `most` tokens are only written. All tensors have one dtype of DTYPES."""
     query, key, value = (t if t.stride(2) == 1 else t.contiguous() for t in (query, key, value))
+    if sinks is not None:
+        sinks = sinks.to(query.dtype).contiguous()
     rows = segments.data_ptr()
     step = segments.stride(0) * segments.itemsize
     call = Call(
@@ -90,6 +91,6 @@ def attend_slots(
         *(*query.stride()[:2], *key.stride()[:2], *value.stride()[:2]),
         *(keys.data_ptr(), values.data_ptr(), keys.shape[2], out.data_ptr()),
         *(scaling, softcap or 0.0, window or 0, None if sinks is None else sinks.data_ptr()),
-        *(MOST_TOKENS, torch.get_num_threads()),
+        *(most, torch.get_num_threads()),
     )
     _built()[0][query.dtype](ctypes.byref(call))

@@ -36,7 +36,8 @@ class RowNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]."""
         kernel, weight = _kernel(), self.weight
-        if kernel is None or not x.is_contiguous():
+        known = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+        if kernel is None or not known:
             return super().forward(x)
         size = weight.shape[0]
         out = torch.empty_like(x)
