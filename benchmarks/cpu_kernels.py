@@ -24,6 +24,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from benchmarks.tables import markdown
 from proxytune.core.attention import written_out
+from proxytune.core.cpu_attention import attend_slots, why_not
 from proxytune.core.linear import ONEDNN, TYPICAL, RowLinear
 
 SHAPES: tuple[tuple[int, int], ...] = (
@@ -102,10 +103,42 @@ def attention(calls: int) -> str:
                 for keys, values in pools:
                     written_out(q, keys, values, mask, None)
 
-            found = medians({"fused": fused, "products": products}, calls)
+            def kernel(q: Tensor = q, pools: list[list[Tensor]] = pools) -> None:
+                for keys, values in pools:
+                    _by_kernel(q, keys, values)
+
+            found = medians({"fused": fused, "products": products, "kernel": kernel}, calls)
             times = [f"{time / len(pools) * 1e3:.2f}" for time in found.values()]
             lines.append((str(rows), f"{heads} x {size}", str(length), str(queries), *times))
-    return markdown(("rows", "heads", "keys", "queries", "SDPA", "two products"), lines)
+    return markdown(("rows", "heads", "keys", "queries", "SDPA", "two products", "our kernel"), lines)
+
+
+def _by_kernel(q: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Queries [R, H, q, D] over slots of twice as many keys: the new keys are written too."""
+    rows, heads, queries, size = q.shape
+    tokens = q.transpose(0, 1).reshape(heads, rows * queries, size)
+    parts = [(row, row * queries, queries, keys.shape[2]) for row in range(rows)]
+    attend_slots(
+        tokens,
+        tokens,
+        tokens,
+        _whole(keys),
+        _whole(values),
+        torch.tensor(parts).T.contiguous(),
+        torch.empty(rows * queries, heads, size),
+        scaling=size**-0.5,
+        window=None,
+        softcap=None,
+        sinks=None,
+        most=queries,
+    )
+
+
+def _whole(view: Tensor) -> Tensor:
+    """The slots [R, H, length, D] of which a view shows the beginning."""
+    whole = view._base
+    assert whole is not None and whole.is_contiguous()
+    return whole
 
 
 @torch.inference_mode()
@@ -116,6 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--calls", type=int, default=9, help="timed calls of each way (default 9)")
     calls = parser.parse_args(arguments).calls
+    if (reason := why_not()) is not None:
+        sys.exit(f"there is no kernel to be timed: {reason}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n")
     print(f"Microseconds per product:\n\n{linears(calls)}\n")
     print(f"Milliseconds per attention call:\n\n{attention(calls)}")

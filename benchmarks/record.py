@@ -13,6 +13,7 @@ from benchmarks.paper_loop import combined_logits
 from benchmarks.shapes import TRIO, Bench
 from benchmarks.workloads import Workload
 from proxytune import __version__
+from proxytune.core.cpu_attention import why_not
 from proxytune.provenance import provenance
 
 
@@ -176,6 +177,7 @@ def environment(
     return {
         **made.model_dump(mode="json"),
         "copy_gb_per_s": bandwidth / 1e9,
+        "cpu_attention": why_not() or "our kernel",
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "systems": dict(systems),
     }
