@@ -90,7 +90,8 @@ def attention(calls: int) -> str:
     """Milliseconds per call, one line per batch and number of queries."""
     lines = []
     for rows, heads, size, length in QUERIES:
-        pools = [[torch.randn(rows, heads, 2 * length, size)[:, :, :length] for _ in "kv"] for _ in range(3)]
+        slots = [[torch.randn(rows, heads, 2 * length, size) for _ in "kv"] for _ in range(3)]
+        pools = [[slot[:, :, :length] for slot in pair] for pair in slots]
         for queries in (1, 2, 4, 8):
             q, mask = torch.randn(rows, heads, queries, size), torch.zeros(rows, 1, queries, length)
             mask[..., -3:] = -1.0
@@ -103,42 +104,38 @@ def attention(calls: int) -> str:
                 for keys, values in pools:
                     written_out(q, keys, values, mask, None)
 
-            def kernel(q: Tensor = q, pools: list[list[Tensor]] = pools) -> None:
-                for keys, values in pools:
-                    _by_kernel(q, keys, values)
-
+            kernel = _by_kernel(q, slots, length)
             found = medians({"fused": fused, "products": products, "kernel": kernel}, calls)
             times = [f"{time / len(pools) * 1e3:.2f}" for time in found.values()]
             lines.append((str(rows), f"{heads} x {size}", str(length), str(queries), *times))
     return markdown(("rows", "heads", "keys", "queries", "SDPA", "two products", "our kernel"), lines)
 
 
-def _by_kernel(q: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Queries [R, H, q, D] over slots of twice as many keys: the new keys are written too."""
+def _by_kernel(q: Tensor, slots: Sequence[Sequence[Tensor]], length: int) -> Way:
+    """Queries [R, H, q, D] over the first `length` keys of slots [R, H, .., D]; the last are written too."""
     rows, heads, queries, size = q.shape
     tokens = q.transpose(0, 1).reshape(heads, rows * queries, size)
-    parts = [(row, row * queries, queries, keys.shape[2]) for row in range(rows)]
-    attend_slots(
-        tokens,
-        tokens,
-        tokens,
-        _whole(keys),
-        _whole(values),
-        torch.tensor(parts).T.contiguous(),
-        torch.empty(rows * queries, heads, size),
-        scaling=size**-0.5,
-        window=None,
-        softcap=None,
-        sinks=None,
-        most=queries,
-    )
+    parts = torch.tensor([(row, row * queries, queries, length) for row in range(rows)]).T.contiguous()
+    out = torch.empty(rows * queries, heads, size)
 
+    def run() -> None:
+        for keys, values in slots:
+            attend_slots(
+                tokens,
+                tokens,
+                tokens,
+                keys,
+                values,
+                parts,
+                out,
+                scaling=size**-0.5,
+                window=None,
+                softcap=None,
+                sinks=None,
+                most=queries,
+            )
 
-def _whole(view: Tensor) -> Tensor:
-    """The slots [R, H, length, D] of which a view shows the beginning."""
-    whole = view._base
-    assert whole is not None and whole.is_contiguous()
-    return whole
+    return run
 
 
 @torch.inference_mode()
