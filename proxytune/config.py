@@ -6,6 +6,7 @@ Unknown keys are errors everywhere. Nothing here imports torch."""
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -302,6 +303,13 @@ class RunSpec(Record):
     def remark(self) -> str | None:
         """What must stand beside the figures wherever they are shown; None where nothing must."""
         return "check of the plumbing" if self.data == PLUMBING else None
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: PROXYTUNE_CACHE, or proxytune in the user's cache folder."""
+    own = os.environ.get("PROXYTUNE_CACHE")
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(own) if own else root / "proxytune"
 
 
 def shipped(relative: str) -> Path:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from proxytune.config import cache_folder
 from proxytune.errors import UserError, needs_extra
 from proxytune.judges import OnProgress, Row
 
@@ -141,13 +142,6 @@ class Judgements:
             database.execute("INSERT OR REPLACE INTO judgements VALUES (?, ?)", (key, reply))
 
 
-def cache_path() -> Path:
-    """Where judgements are kept: PROXYTUNE_CACHE, or proxytune in the user's cache folder."""
-    own = os.environ.get("PROXYTUNE_CACHE")
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(own) if own else root / "proxytune") / "judgements.sqlite"
-
-
 @dataclass(frozen=True)
 class PairwiseJudge:
     """A language model that compares the model's output (output_2) with the baseline's (output_1)."""
@@ -259,7 +253,7 @@ class PairwiseJudge:
             )
 
     def _cache(self) -> Judgements:
-        return Judgements(self.cache or cache_path())
+        return Judgements(self.cache or cache_folder() / "judgements.sqlite")
 
     def _key(self, pair: Pair) -> str:
         """The content that a judgement depends on."""

@@ -1,7 +1,7 @@
 """C++ for the CPU, compiled where it runs: once per machine, by its own compiler, for its own instructions.
 
-A source of the package becomes a shared library under $XDG_CACHE_HOME/proxytune/native, named after all that
-it depends on, so that a home directory shared by different machines holds one for each. The compiler is $CXX,
+A source of the package becomes a shared library in the folder `native` of our cache, named after all that it
+depends on, so that a home directory shared by different machines holds one for each. The compiler is $CXX,
 otherwise c++, g++ or clang++. Where there is none, the callers have another way."""
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+
+from proxytune.config import cache_folder
 
 FLAGS = (
     "-O3",
@@ -40,7 +42,7 @@ def library(name: str) -> ctypes.CDLL:
     where it cannot be; a second call raises anew."""
     source = Path(__file__).parent / f"{name}.cpp"
     compiler = _compiler()
-    built = _folder() / f"{source.stem}-{_digest(source, compiler)}.so"
+    built = cache_folder() / "native" / f"{source.stem}-{_digest(source, compiler)}.so"
     if not built.exists():
         _compile(compiler, source, built)
     try:
@@ -57,11 +59,6 @@ def _compiler() -> str:
             return found
     tried = f"CXX={asked}" if asked else ", ".join(COMPILERS)
     raise NotBuilt(f"no C++ compiler found ({tried}): install one (apt-get install g++)")
-
-
-def _folder() -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "proxytune" / "native"
 
 
 def _digest(source: Path, compiler: str) -> str:

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "proxytune"
 
 ORDER = [
     "errors",
-    "config hub native",
+    "config hub",
+    "native",
     "records",
     "core",
     "vocabulary families adapters quantized speculate",

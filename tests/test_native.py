@@ -9,6 +9,7 @@ import pytest
 from conftest import require_or_skip
 
 from proxytune import native
+from proxytune.config import cache_folder
 from proxytune.native import NotBuilt, library
 
 GOOD = 'extern "C" int answer() { return 42; }\n'
@@ -18,6 +19,7 @@ GOOD = 'extern "C" int answer() { return 42; }\n'
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A package of one source, and a cache of its own."""
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    monkeypatch.delenv("PROXYTUNE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = tmp_path / "thing.cpp"
     path.write_text(GOOD)
@@ -77,7 +79,7 @@ def test_a_cache_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_broken_library_says_what_to_do(source: Path, tmp_path: Path) -> None:
-    path = native._folder() / f"thing-{native._digest(source, compiler())}.so"
+    path = cache_folder() / "native" / f"thing-{native._digest(source, compiler())}.so"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"broken")
     with pytest.raises(NotBuilt, match="delete it"):
