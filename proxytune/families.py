@@ -8,8 +8,9 @@ rows, in two chunks, are held against one plain forward."""
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from proxytune.core.attention import NAME, Discovery, MissingContext, attend
 from proxytune.core.cache import CacheSpec, LayerShape, SlotCache
-from proxytune.core.runner import Alignment, ModelRunner, ReferenceRunner, Segment, Work
+from proxytune.core.lean import LeanForward
+from proxytune.core.runner import Alignment, Forward, ModelRunner, ReferenceRunner, Segment, Work
 from proxytune.errors import UserError
 
 AttentionInterface.register(NAME, attend)
@@ -32,6 +34,9 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torc
 """Largest difference between packed and plain logits, in standard deviations of the logits. Rounding stays
 far below, and a wrong window, position or mask far above; half precision is coarse, so there the other checks
 count."""
+
+ANOTHER_MAKE = (RuntimeError, ValueError, TypeError, AttributeError, IndexError)
+"""What a part raises that is tried out and is not what it was taken for."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Family:
     layers: tuple[LayerShape, ...] = ()
     devices: tuple[torch.device, ...] = ()
     dtype: torch.dtype = torch.float32
+    lean: LeanForward | None = None
+    """The same forward at less cost, where the model has the form for it."""
 
 
 class Unfit(Exception):
@@ -120,33 +127,38 @@ def _packed(model: PreTrainedModel, window: int) -> Family:
     except MissingContext as error:
         raise Unfit(str(error)) from None
     _check_layers(model.config.get_text_config(), seen)
-    order = sorted(seen.shapes)
+    layers = [asked for _, asked in sorted(seen.layers.items())]
     family = Family(
         "packed",
         window,
-        layers=tuple(seen.shapes[i] for i in order),
-        devices=tuple(seen.devices[i] for i in order),
-        dtype=seen.dtype or torch.float32,
+        layers=tuple(asked.shape for asked in layers),
+        devices=tuple(asked.device for asked in layers),
+        dtype=layers[0].dtype,
     )
-    _probe(model, family, device, ids, plain)
-    return family
+    limit = tolerance(plain[0].dtype)
+    apart = _probe(model, family, device, ids, plain)
+    if not apart <= limit:
+        raise Unfit(f"packed and plain logits differ by {apart:.2g} standard deviations")
+    lean = LeanForward.of(model, layers)
+    same = lean is not None and _lean_is_right(lean, family, device, ids, plain)
+    return replace(family, lean=lean) if same else family
 
 
 def _check_layers(config: Any, seen: Discovery) -> None:
     """What reached our function must be what the configuration promises: every layer, and every window."""
     layers = int(config.num_hidden_layers)
-    if seen.calls != layers or sorted(seen.shapes) != list(range(layers)):
+    if seen.calls != layers or sorted(seen.layers) != list(range(layers)):
         raise Unfit(f"{seen.calls} of its {layers} layers call the attention function once each")
     if getattr(config, "attention_chunk_size", None):
         raise Unfit("its attention is chunked")
     kinds = getattr(config, "layer_types", None)
     for layer, kind in enumerate(kinds or ()):
-        if kind == "sliding_attention" and seen.windows[layer] is None:
+        if kind == "sliding_attention" and seen.layers[layer].window is None:
             raise Unfit("its sliding window is only in the mask")
         if kind not in {"full_attention", "sliding_attention"}:
             raise Unfit(f"it has layers of type '{kind}'")
     promised = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if promised and not kinds and all(window is None for window in seen.windows.values()):
+    if promised and not kinds and all(asked.window is None for asked in seen.layers.values()):
         raise Unfit("its sliding window is only in the mask")
 
 
@@ -165,12 +177,13 @@ def plain_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
 
 
 def _probe(
-    model: PreTrainedModel, family: Family, device: torch.device, ids: list[list[int]], plain: list[Tensor]
-) -> None:
-    """Two ragged rows in two chunks through our path must give what one plain forward per row gives."""
+    forward: Forward, family: Family, device: torch.device, ids: list[list[int]], plain: list[Tensor]
+) -> float:
+    """Two ragged rows in two chunks through our path: their largest `difference` from what one plain forward
+    per row gives."""
     cache = SlotCache(CacheSpec(family.layers, 64, family.dtype, family.devices))
-    width = plain[0].shape[-1]
-    runner = ModelRunner(model, cache, Alignment(width), family.window, device)
+    width, errors = plain[0].shape[-1], [0.0]
+    runner = ModelRunner(forward, cache, Alignment(width), family.window, device)
     for _ in ids:
         cache.admit()
     for chunk in (slice(0, 4), slice(4, 10), slice(10, None)):
@@ -179,9 +192,18 @@ def _probe(
         ends = list(accumulate(len(part.ids) for part in parts))
         logits = runner.forward(Work(parts, [end - 1 for end in ends]))
         for part, got in zip(parts, logits, strict=True):
-            error = difference(got, plain[part.row][cache.lengths[part.row] - 1])
-            if not error <= tolerance(plain[0].dtype):
-                raise Unfit(f"packed and plain logits differ by {error:.2g} standard deviations")
+            errors.append(difference(got, plain[part.row][cache.lengths[part.row] - 1]))
+    return max(errors, key=lambda error: (math.isnan(error), error))
+
+
+def _lean_is_right(
+    lean: LeanForward, family: Family, device: torch.device, ids: list[list[int]], plain: list[Tensor]
+) -> bool:
+    """Whether the lean forward gives the plain logits. Parts of the same names can be of another make."""
+    try:
+        return _probe(lean, family, device, ids, plain) <= tolerance(plain[0].dtype)
+    except ANOTHER_MAKE:
+        return False
 
 
 def difference(got: Tensor, want: Tensor) -> float:
@@ -218,7 +240,7 @@ def _own_cache_is_right(model: PreTrainedModel, ids: list[int], plain: Tensor, l
     for count in (5, 1, len(ids) - 6):
         try:
             logits = runner.forward(Work([Segment(0, tuple(ids[at : at + count]))], [count - 1]))
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        except ANOTHER_MAKE:
             return False  # some caches take one token at a time only
         at += count
         if (

@@ -59,11 +59,11 @@ class Loaded:
 
     @property
     def forward(self) -> Forward:
-        """The module itself where its adapters act on spans of the tokens (or there are none); otherwise its
-        forward with this model's adapter, and no other, in force."""
+        """The module's own forward, or the lean one, where its adapters act on spans of the tokens (or there
+        are none); otherwise its own with this model's adapter, and no other, in force."""
         if self.adapters.peft is None:
-            module: Forward = self.module
-            return module
+            forward: Forward = self.family.lean or self.module
+            return forward
         return AdapterSwitch(self.module, self.adapters.peft, self.adapter)
 
     @property

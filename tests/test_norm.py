@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from proxytune.core import norm
+from proxytune.core import cpu_rows
 from proxytune.core.cpu_attention import why_not
 from proxytune.core.norm import RowNorm, use_row_norms
 
@@ -42,7 +42,7 @@ def test_other_norms_and_dtypes_stay() -> None:
 def test_the_norm_itself(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """For every shape and layout, with the kernel and without; other dtypes are torch's."""
     if not compiled:
-        monkeypatch.setattr(norm, "_kernel", lambda: None)
+        monkeypatch.setattr(cpu_rows, "_built", lambda name: None)
     for size in (1, 5, 64, 4096):
         own = RowNorm(size, 1e-5)
         own.weight.data.normal_()
@@ -62,7 +62,7 @@ def test_the_norm_itself(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_kernel_is_there_where_the_attention_is() -> None:
-    assert (norm._kernel() is None) == (why_not() is not None)
+    assert (cpu_rows._built("rms_norm") is None) == (why_not() is not None)
 
 
 class Gated(nn.Module):

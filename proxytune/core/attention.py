@@ -147,23 +147,33 @@ class Packed:
     parts: Sequence[Part]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What one layer stores, where, and what it asks of attention."""
+
+    shape: LayerShape
+    device: torch.device
+    dtype: torch.dtype
+    scaling: float | None
+    window: int | None
+    plain: bool
+    """Neither soft-capped scores nor sinks."""
+
+
 @dataclass
 class Discovery:
     """Takes the place of `Packed` in the one-token forward that learns what a model stores and asks for."""
 
-    shapes: dict[int, LayerShape] = field(default_factory=dict)
-    devices: dict[int, torch.device] = field(default_factory=dict)
-    windows: dict[int, int | None] = field(default_factory=dict)
-    dtype: torch.dtype | None = None
+    layers: dict[int, Asked] = field(default_factory=dict)
     calls: int = 0
 
-    def see(self, layer: int, key: Tensor, value: Tensor, window: int | None) -> None:
+    def see(
+        self, layer: int, key: Tensor, value: Tensor, scaling: float | None, window: int | None, plain: bool
+    ) -> None:
         """Note one layer's call."""
         self.calls += 1
-        self.shapes[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
-        self.devices[layer] = key.device
-        self.windows[layer] = window
-        self.dtype = key.dtype
+        shape = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
+        self.layers[layer] = Asked(shape, key.device, key.dtype, scaling, window, plain)
 
 
 class MissingContext(RuntimeError):
@@ -189,7 +199,8 @@ def attend(
         raise MissingContext(f"{type(module).__name__} does not forward keyword arguments to its attention")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if isinstance(packed, Discovery):
-        packed.see(layer, key, value, sliding_window)
+        plain = softcap is None and s_aux is None
+        packed.see(layer, key, value, scaling, sliding_window, plain)
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
     if isinstance(packed, DevicePacked):
         return packed.attend(layer, query, key, value, sliding_window, scaling, softcap, s_aux), None

@@ -3,31 +3,15 @@ transformers is written in, or the six of torch's own. With a few rows their num
 
 from __future__ import annotations
 
-import ctypes
 import inspect
-from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from proxytune.native import NotBuilt, library
+from proxytune.core.cpu_rows import rms_norm
 
 NEAR = 1e-5
 """How far two roundings of a norm of standard normal numbers may be apart."""
-
-
-@cache
-def _kernel() -> Callable[..., None] | None:
-    """cpu_norm.cpp; None where it could not be compiled."""
-    try:
-        function = library("core/cpu_norm")["rms_norm"]
-    except NotBuilt:
-        return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = (pointer, pointer, pointer, number, number, ctypes.c_float, number)
-    function.restype = None
-    return function
 
 
 class RowNorm(nn.RMSNorm):
@@ -35,15 +19,7 @@ class RowNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]."""
-        kernel, weight = _kernel(), self.weight
-        known = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
-        if kernel is None or not known:
-            return super().forward(x)
-        size = weight.shape[0]
-        out = torch.empty_like(x)
-        where = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-        kernel(*where, x.numel() // size, size, self.eps, torch.get_num_threads())
-        return out
+        return rms_norm(x, self.weight, self.eps or 0.0)
 
 
 def use_row_norms(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from proxytune.core.attention import Packed, Part
-from proxytune.core.cache import KVCache, Placement, Rows
+from proxytune.core.cache import KVCache, Placement, Rows, integers
 from proxytune.core.linear import rounded
 from proxytune.core.logits import widen
 from proxytune.core.lora import SharedLora
@@ -162,14 +162,14 @@ def run_together(parts: Sequence[tuple[ModelRunner, Work]]) -> list[Tensor]:
         positions.append(positions[-1].new_zeros(missing))
     if first.lora is not None:
         first.lora.place(spans, len(ids))
-    tokens_in = torch.tensor([ids], device=first.device)  # [1, T]
+    tokens_in = integers([ids]).to(first.device)  # [1, T]
     out = first.model(
         **{"input_ids": tokens_in}
         if first.embed is None
         else {"inputs_embeds": _embedded(parts, tokens_in, packed)},
         position_ids=(positions[0] if len(positions) == 1 else torch.cat(positions))[None],
         use_cache=False,
-        logits_to_keep=torch.tensor(keep, dtype=torch.long, device=first.device),
+        logits_to_keep=integers(keep).to(first.device),
         packed=Packed(packed),
     )
     logits = widen(out.logits[0])

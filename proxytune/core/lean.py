@@ -1,0 +1,102 @@
+"""The forward of a model of Llama's form without what transformers wraps around it.
+
+On a CPU with a few rows, a step of a small model costs more for the calls around its products than for the
+products: transformers spends a millisecond of every forward on masks, caches and outputs that we do not
+use, and rotates queries and keys in ten operations per layer. Here the same modules are called one after the
+other. Whether a model has the form is for `families` to try out: other models look alike from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from proxytune.core.attention import Asked, Packed, attend
+from proxytune.core.cpu_rows import rotate
+
+
+class Output(NamedTuple):
+    """What a forward returns."""
+
+    logits: Tensor
+    """[1, K, V]."""
+
+
+BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
+LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+NORMS = {"q_norm", "k_norm"}
+
+
+@dataclass(frozen=True, eq=False)
+class LeanForward:
+    """Called as the model itself is in our forwards. Modules are looked up in every call, so that what is put
+    in their place later (an adapter's layers) is used."""
+
+    model: Any
+    body: Any
+    asked: Sequence[Asked]
+    """What each layer asks of attention."""
+
+    @classmethod
+    def of(cls, model: nn.Module, asked: Sequence[Asked]) -> LeanForward | None:
+        """None where the model consists of other parts, or does not run on the CPU alone."""
+        body = getattr(model, getattr(model, "base_model_prefix", ""), None)
+        if not isinstance(body, nn.Module) or _parts(body) != BODY or not hasattr(model, "lm_head"):
+            return None
+        layers = list(body.layers)  # type: ignore[arg-type]
+        fits = all(_parts(layer) == LAYER for layer in layers) and all(
+            _parts(layer.self_attn) in (ATTENTION, ATTENTION | NORMS) for layer in layers
+        )
+        watched = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        simple = all(layer.plain and layer.device.type == "cpu" for layer in asked)
+        return cls(model, body, asked) if fits and simple and not watched else None
+
+    def __call__(
+        self,
+        *,
+        position_ids: Tensor,  # [1, T]
+        logits_to_keep: Tensor,  # [K]
+        packed: Packed,
+        input_ids: Tensor | None = None,  # [1, T]
+        inputs_embeds: Tensor | None = None,  # [1, T, d]
+        use_cache: bool = False,
+    ) -> Output:
+        """Logits after the tokens `logits_to_keep`, of ids or of embeddings; our cache is in `packed`."""
+        body = self.body
+        x = body.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cos, sin = (t[0] for t in body.rotary_emb(x, position_ids))  # [T, R]
+        for index, layer in enumerate(body.layers):
+            x = x + self._attention(index, layer.self_attn, layer.input_layernorm(x), cos, sin, packed)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return Output(self.model.lm_head(body.norm(x[:, logits_to_keep])))
+
+    def _attention(
+        self, index: int, module: Any, x: Tensor, cos: Tensor, sin: Tensor, packed: Packed
+    ) -> Tensor:
+        """[1, T, d] -> [1, T, d]."""
+        asked, tokens = self.asked[index], x.shape[1]
+        query = module.q_proj(x).view(tokens, -1, asked.shape.key)  # [T, H, Dk]
+        key = module.k_proj(x).view(tokens, -1, asked.shape.key)
+        value = module.v_proj(x).view(tokens, -1, asked.shape.value)
+        if hasattr(module, "q_norm"):
+            query, key = module.q_norm(query), module.k_norm(key)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key, value = (t.transpose(0, 1)[None] for t in (query, key, value))
+        seen, _ = attend(
+            module,
+            query,
+            key,
+            value,
+            None,
+            scaling=asked.scaling,
+            sliding_window=asked.window,
+            packed=packed,
+        )
+        return module.o_proj(seen.view(1, tokens, -1))  # type: ignore[no-any-return]
+
+
+def _parts(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
