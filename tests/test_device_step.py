@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from proxytune.core.engine import Engine
 from proxytune.core.scheduler import Request
 from proxytune.core.speculative import Speculation
 from proxytune.decode import Decoder
-from proxytune.models import Models
+from proxytune.models import Loaded, Models
 from proxytune.records import Completion
 
 folders = test_models.folders
@@ -60,11 +61,23 @@ class Steps:
         patch.setattr(DeviceLoop, "_launch", counted_launch)
 
 
+def as_on_a_device(patch: pytest.MonkeyPatch) -> None:
+    """Pages in place of slots, models' own forwards, and the CPU counted among the devices."""
+    forward = Loaded.forward.fget
+    assert forward is not None
+
+    def own(model: Loaded) -> Any:
+        return forward(replace(model, family=replace(model.family, lean=None)))
+
+    patch.setattr(Loaded, "forward", property(own))
+    patch.setattr("proxytune.decode.SlotCache", PagedCache)
+    patch.setattr(device_loop, "DEVICES", {"cpu"})
+
+
 @pytest.fixture(autouse=True)
 def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Steps]:
-    """Pages in place of slots, and the CPU counted among the devices; every test has to use it."""
-    monkeypatch.setattr("proxytune.decode.SlotCache", PagedCache)
-    monkeypatch.setattr(device_loop, "DEVICES", {"cpu"})
+    """Every test here has to use it."""
+    as_on_a_device(monkeypatch)
     found = Steps(monkeypatch)
     yield found
 

@@ -14,7 +14,7 @@ import pytest
 import test_models
 import torch
 from test_decode import check, decoder, ragged
-from test_device_step import SAMPLERS, drafting, nothing_read
+from test_device_step import SAMPLERS, as_on_a_device, drafting, nothing_read
 from test_models import on_anti
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_leaves
 
 from proxytune.config import Sampling, System
 from proxytune.core import device_loop, graphs
-from proxytune.core.cache import PagedCache
 from proxytune.core.device_sampling import Draw
 from proxytune.core.graphs import Graphs, Refused, Shape
 from proxytune.core.speculative import Speculation
@@ -83,8 +82,7 @@ def recorded(graph: Recording, pool: object = None, stream: object = None) -> It
 
 @pytest.fixture(autouse=True)
 def _recorded_in_place_of_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxytune.decode.SlotCache", PagedCache)
-    monkeypatch.setattr(device_loop, "DEVICES", {"cpu"})
+    as_on_a_device(monkeypatch)
     monkeypatch.setattr(graphs, "CAPTURED", {"cpu"})
     monkeypatch.setattr(graphs, "_without_waiting", silently)
     for name, value in {
