@@ -138,6 +138,15 @@ def test_times_of_about_as_many_tokens_count_together() -> None:
     assert 9.0 <= times.at(102) <= 11.0
 
 
+def test_what_slows_one_size_down_slows_all() -> None:
+    """Rows grow longer: a size that was measured when they were short must not look cheap for ever."""
+    times = Times()
+    for tokens, seconds in ((4, 1.0), (4, 1.0), (16, 3.0), (16, 3.0), *[(4, 2.0)] * 20):
+        times.add(tokens, seconds)
+    assert abs(times.at(4) - 2.0) < 0.05 and 4.5 < times.at(16) < 6.0
+    assert times.below(16) == times.at(16)
+
+
 def test_times() -> None:
     times = Times()
     assert times.at(3) == 0.0 and not times.known(1)

@@ -19,7 +19,7 @@ from proxytune.core.device_loop import DeviceLoop, steps_on_device
 from proxytune.core.device_step import DeviceStep
 from proxytune.core.divergence import from_reference
 from proxytune.core.graphs import Graphs
-from proxytune.core.logits import Shift, combine, log_probability
+from proxytune.core.logits import Shift, combine, log_probability, some
 from proxytune.core.pace import Pace
 from proxytune.core.runner import ModelRunner, Runner, Work, forward_all
 from proxytune.core.sampling import Spot, pick
@@ -53,8 +53,8 @@ class Ensemble:
     _graphs: dict[tuple[str, ...], Graphs] = field(default_factory=dict)
     """By front: they outlive the engine that made them."""
 
-    def combine(self, logits: Mapping[str, Tensor], alpha: Tensor) -> Tensor:
-        """Logits [B, V] per model, alpha [B] -> [B, V] on the lead's device."""
+    def combine(self, logits: Mapping[str, Tensor], alpha: Tensor, *, all_moved: bool = False) -> Tensor:
+        """Logits [B, V] per model, alpha [B] -> [B, V] on the lead's device; `all_moved`: no alpha is 0."""
         lead = logits[self.lead]
         shifts = [
             Shift(
@@ -65,7 +65,7 @@ class Ensemble:
             )
             for t in self.terms
         ]
-        return combine(lead, shifts, alpha)
+        return combine(lead, shifts, alpha, all_moved=all_moved)
 
     def front(self, drafter: str | None = None) -> tuple[str, ...]:
         """The expert that drafts (the first unless named) and the models on its weights; empty without
@@ -271,7 +271,7 @@ class Engine:
         for said in drafts.tokens:
             behind += range(at, at + len(said) + after)
             at += len(said) + 1
-        logits = {name: values[behind] for name, values in views.items()} if len(behind) < at else dict(views)
+        logits = {name: some(values, behind) for name, values in views.items()}
         picked = self._settle(spots, {**logits, **drafts.logits})
         chosen, at = [], 0
         for said in drafts.tokens:
@@ -306,9 +306,7 @@ class Engine:
         }
         logits = forward_all(self.ensemble.runners, work)
         behind = [ends[index] for index in open_rows]
-        logits |= {
-            name: values if len(behind) == len(values) else values[behind] for name, values in views.items()
-        }
+        logits |= {name: some(values, behind) for name, values in views.items()}
         spots = [
             Spot(rows[index], len(rows[index].tokens) + len(drafts.tokens[index])) for index in open_rows
         ]
@@ -320,7 +318,8 @@ class Engine:
         """Combine logits [P, V] of every model and choose the tokens at P spots."""
         alphas = [spot.row.request.alpha.at(spot.position) for spot in spots]
         device = logits[self.ensemble.lead].device
-        combined = self.ensemble.combine(logits, torch.tensor(alphas, dtype=torch.float64, device=device))
+        strength = torch.tensor(alphas, dtype=torch.float64, device=device)
+        combined = self.ensemble.combine(logits, strength, all_moved=0.0 not in alphas)
         tokens = pick(combined, spots)
         logprobs = log_probability(combined, tokens).tolist()
         ids: list[int] = tokens.tolist()

@@ -69,9 +69,9 @@ class LeanForward:
         x = body.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cos, sin = (t[0] for t in body.rotary_emb(x, position_ids))  # [T, R]
         for index, layer in enumerate(body.layers):
-            x = x + self._attention(index, layer.self_attn, layer.input_layernorm(x), cos, sin, packed)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return Output(self.model.lm_head(body.norm(x[:, logits_to_keep])))
+            x = self._attention(index, layer.self_attn, layer.input_layernorm(x), cos, sin, packed).add_(x)
+            x = layer.mlp(layer.post_attention_layernorm(x)).add_(x)
+        return Output(self.model.lm_head(body.norm(x.index_select(1, logits_to_keep))))
 
     def _attention(
         self, index: int, module: Any, x: Tensor, cos: Tensor, sin: Tensor, packed: Packed

@@ -20,10 +20,12 @@ GAIN = 1.05
 """How much faster than plain decoding the estimate must be: below that it is noise."""
 SAMPLES = 2
 """Times that a measurement needs: the first call of a shape is slow."""
-RECENT = 0.2
-"""Weight of a new time in the running mean."""
-FASTER = 0.5
-"""Its weight where it is below the mean: what disturbs a measurement only ever adds to it."""
+RECENT = 0.1
+"""Weight of a new time in its size's mean."""
+LEVEL = 0.3
+"""Its weight in the level of all sizes."""
+OUTLIER = 1.5
+"""A time that is longer than expected by more than this factor counts as one that is by this factor."""
 REVISIT = 32
 """Steps after which the next longer draft is measured again, if it could win."""
 MEMORY = 0.97
@@ -34,19 +36,25 @@ RETRY = 128
 
 @dataclass
 class Times:
-    """Seconds of one kind of forward by its number of tokens."""
+    """Seconds of one kind of forward by its number of tokens.
+
+    Rows grow longer and machines slower or faster while other sizes than the present one are not measured:
+    what a time tells is told to all sizes by the level, and what it tells of its own size by a mean."""
 
     seen: dict[int, tuple[float, float, int]] = field(default_factory=dict)
-    """Size class -> mean number of tokens, mean seconds, how often."""
+    """Size class -> mean number of tokens, mean seconds at level 1, how often."""
+    level: float = 1.0
 
     def add(self, tokens: int, seconds: float) -> None:
-        """One measurement. The best of the first ones counts, then a running mean that outliers hardly
-        move."""
-        size, mean, count = self.seen.get(_size_class(tokens), (tokens, seconds, 0))
+        """One measurement. The best of the first ones counts, then means that outliers hardly move."""
+        now = seconds / self.level
+        size, mean, count = self.seen.get(_size_class(tokens), (tokens, now, 0))
         if count < SAMPLES:
-            mean = min(mean, seconds)
+            mean = min(mean, now)
         else:
-            mean += (RECENT if seconds > mean else FASTER) * (min(seconds, 2 * mean) - mean)
+            change = min(now / mean, OUTLIER)
+            mean *= change**RECENT
+            self.level *= change**LEVEL
         size += (tokens - size) / min(count + 1, 1 / RECENT)
         self.seen[_size_class(tokens)] = size, mean, count + 1
 
@@ -56,14 +64,15 @@ class Times:
 
     def below(self, tokens: int) -> float:
         """Seconds of the most tokens measured that are no more than these."""
-        return max(((n, mean) for n, mean, _ in self.seen.values() if n <= tokens), default=(0, 0.0))[1]
+        most = max(((n, mean) for n, mean, _ in self.seen.values() if n <= tokens), default=(0, 0.0))
+        return most[1] * self.level
 
     def at(self, tokens: float) -> float:
         """Seconds for so many tokens: measured, between two measurements, or on the line through the last one
         and one of half as many, so that noise does not tilt it."""
         if tokens <= 0 or not self.seen:
             return 0.0
-        points = sorted((n, mean) for n, mean, _ in self.seen.values())
+        points = sorted((n, mean * self.level) for n, mean, _ in self.seen.values())
         if tokens < points[0][0] or len(points) == 1:
             n, mean = points[0]
             return float(mean * max(1.0, tokens / n) ** 0.5)

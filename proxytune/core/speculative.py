@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from proxytune.core.logits import some
 from proxytune.core.pace import Pace
 from proxytune.core.runner import Runner, Segment, Work, forward_all
 from proxytune.core.sampling import Pick, Spot, pick
@@ -173,7 +174,7 @@ class Drafter:
             ]
             picked = self.settings.pick(logits[self.front[0]], spots).tolist()
             keep = self._keep(rows, said, guesses, picked, order)
-            kept.append({name: values[keep] for name, values in logits.items()})
+            kept.append({name: some(values, keep) for name, values in logits.items()})
             wanted = [
                 i for i in wanted if len(said[i]) < depths[i] and said[i][-1] not in rows[i].request.eos
             ]
@@ -261,8 +262,4 @@ def _in_order(kept: Sequence[Mapping[str, Tensor]], order: Sequence[tuple[int, i
     if not kept:
         return {}
     ranked = sorted(range(len(order)), key=order.__getitem__)
-    return {name: _ranked(torch.cat([part[name] for part in kept]), ranked) for name in kept[0]}
-
-
-def _ranked(logits: Tensor, ranked: list[int]) -> Tensor:
-    return logits if ranked == list(range(len(ranked))) else logits[ranked]
+    return {name: some(torch.cat([part[name] for part in kept]), ranked) for name in kept[0]}
