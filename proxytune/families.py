@@ -139,7 +139,7 @@ def _packed(model: PreTrainedModel, window: int) -> Family:
     apart = _probe(model, family, device, ids, plain)
     if not apart <= limit:
         raise Unfit(f"packed and plain logits differ by {apart:.2g} standard deviations")
-    lean = LeanForward.of(model, layers)
+    lean = LeanForward.of(model, layers, window)
     same = lean is not None and _lean_is_right(lean, family, device, ids, plain)
     return replace(family, lean=lean) if same else family
 

@@ -24,7 +24,7 @@ from proxytune.core.pace import Pace
 from proxytune.core.runner import ModelRunner, Runner, Work, forward_all
 from proxytune.core.sampling import Spot, pick
 from proxytune.core.scheduler import Plan, Request, Row, Scheduler, TokenTrace
-from proxytune.core.speculative import Drafter, Drafts, Speculation, StepSeconds, feed, same_prefix
+from proxytune.core.speculative import Drafter, Drafts, Speculation, StepSeconds, same_prefix
 from proxytune.errors import UserError
 
 Number = TypeVar("Number", int, float)
@@ -167,6 +167,7 @@ class Engine:
         caches = {name: runner.rows for name, runner in runners.items()}
         longest = {name: runner.alignment.longest for name, runner in runners.items()}
         self._spelt = max(longest.values()) > 1
+        self._spell = {name: runner.alignment.spell for name, runner in runners.items()}
         self.scheduler = Scheduler(caches, max_rows, prefill_tokens, longest)
         front = ensemble.front(settings.drafter)
         self.drafter = Drafter(runners, front, ensemble.lead, settings, pace)
@@ -301,8 +302,7 @@ class Engine:
             return 0
         prefill = plan.prefill if drafts.forwards == 0 else {}
         work = {
-            name: feed(self.drafter.closing(name, rows, drafts, open_rows), prefill.get(name, ()))
-            for name in front
+            name: self.drafter.closing(name, rows, drafts, open_rows, prefill.get(name, ())) for name in front
         }
         logits = forward_all(self.ensemble.runners, work)
         behind = [ends[index] for index in open_rows]
@@ -354,10 +354,10 @@ class Engine:
                 done.append(index)
                 continue
             for name, ids in row.ids.items():
-                runner = self.ensemble.runners[name]
-                known = len(ids) - len(runner.alignment.spell(row.tokens[-1]))
-                if runner.rows.lengths[index] > known:
-                    runner.rows.rewind(index, known)
+                known = len(ids) - len(self._spell[name](row.tokens[-1]))
+                kept = self.scheduler.caches[name]
+                if kept.lengths[index] > known:
+                    kept.rewind(index, known)
         self.scheduler.finish(done)
         return results
 
@@ -370,7 +370,7 @@ class Engine:
         if item.trace is not None:
             row.trace.append(item.trace)
         for name, ids in row.ids.items():
-            ids.extend(self.ensemble.runners[name].alignment.spell(item.token))
+            ids.extend(self._spell[name](item.token))
         self.counts.generated_tokens += 1
         if self.on_token is not None:
             self.on_token(row.request, item.token)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from proxytune.core.attention import Asked, Packed, attend
@@ -30,7 +31,11 @@ ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 NORMS = {"q_norm", "k_norm"}
 
 
-@dataclass(frozen=True, eq=False)
+FIRST = 256
+"""Positions whose rotation is computed at once; as many again whenever they do not suffice."""
+
+
+@dataclass(eq=False)
 class LeanForward:
     """Called as the model itself is in our forwards. Modules are looked up in every call, so that what is put
     in their place later (an adapter's layers) is used."""
@@ -39,9 +44,13 @@ class LeanForward:
     body: Any
     asked: Sequence[Asked]
     """What each layer asks of attention."""
+    window: int
+    """Most tokens that the model takes."""
+    _turns: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines [P, R] of the first positions."""
 
     @classmethod
-    def of(cls, model: nn.Module, asked: Sequence[Asked]) -> LeanForward | None:
+    def of(cls, model: nn.Module, asked: Sequence[Asked], window: int) -> LeanForward | None:
         """None where the model consists of other parts, or does not run on the CPU alone."""
         body = getattr(model, getattr(model, "base_model_prefix", ""), None)
         if not isinstance(body, nn.Module) or _parts(body) != BODY or not hasattr(model, "lm_head"):
@@ -52,7 +61,7 @@ class LeanForward:
         )
         watched = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         simple = all(layer.plain and layer.device.type == "cpu" for layer in asked)
-        return cls(model, body, asked) if fits and simple and not watched else None
+        return cls(model, body, asked, window) if fits and simple and not watched else None
 
     def __call__(
         self,
@@ -67,11 +76,21 @@ class LeanForward:
         """Logits after the tokens `logits_to_keep`, of ids or of embeddings; our cache is in `packed`."""
         body = self.body
         x = body.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cos, sin = (t[0] for t in body.rotary_emb(x, position_ids))  # [T, R]
+        cos, sin = self._rotation(x, position_ids[0])
         for index, layer in enumerate(body.layers):
             x = self._attention(index, layer.self_attn, layer.input_layernorm(x), cos, sin, packed).add_(x)
             x = layer.mlp(layer.post_attention_layernorm(x)).add_(x)
         return Output(self.model.lm_head(body.norm(x.index_select(1, logits_to_keep))))
+
+    def _rotation(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, R] of positions [T], in the dtype of x."""
+        need = int(positions.max()) + 1
+        if self._turns is None or len(self._turns[0]) < need:
+            most = max(need, self.window)  # beyond its window a model may turn otherwise
+            cos, sin = self.body.rotary_emb(x, torch.arange(min(most, max(FIRST, 2 * need)))[None])
+            self._turns = cos[0], sin[0]
+        cos, sin = self._turns
+        return cos.index_select(0, positions), sin.index_select(0, positions)
 
     def _attention(
         self, index: int, module: Any, x: Tensor, cos: Tensor, sin: Tensor, packed: Packed

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -86,18 +87,6 @@ class StepSeconds(NamedTuple):
     """Rows that the last part was for."""
 
 
-def feed(parts: Sequence[tuple[int, Sequence[Sequence[int]]]], prefill: Sequence[Segment] = ()) -> Work:
-    """The work of one model: per row the tokens that follow, each as the ids that spell it, and logits after
-    every token; then prompts, without logits."""
-    segments, keep, at = [], [], 0
-    for row, tokens in parts:
-        segments.append(Segment(row, tuple(i for ids in tokens for i in ids)))
-        for ids in tokens:
-            at += len(ids)
-            keep.append(at - 1)
-    return Work((*segments, *prefill), keep)
-
-
 def same_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     """How many items two sequences share from the start."""
     for at, (a, b) in enumerate(zip(one, other, strict=False)):
@@ -160,8 +149,9 @@ class Drafter:
             logits = forward_all(
                 self.runners,
                 {
-                    name: feed(
-                        [(i, self._fed(name, rows[i], said[i], guesses[i])) for i in wanted],
+                    name: self._feed(
+                        name,
+                        [(i, rows[i], said[i], guesses[i]) for i in wanted],
                         () if kept else prefill.get(name, ()),
                     )
                     for name in self.front
@@ -209,23 +199,47 @@ class Drafter:
                     runner_rows.rewind(i, runner_rows.lengths[i] - unsaid)
         return keep
 
-    def _fed(self, name: str, row: Row, said: Sequence[int], guess: Sequence[int]) -> list[Sequence[int]]:
-        """The ids of the last token, and of those guessed to follow it."""
-        last = self._spell(name, said[-1]) if said else row.ids[name][-1:]
-        return [last, *(self._spell(name, token) for token in guess)]
+    def _feed(
+        self,
+        name: str,
+        parts: Sequence[tuple[int, Row, Sequence[int], Sequence[int]]],
+        prefill: Sequence[Segment],
+    ) -> Work:
+        """The work of one model: of every (index, row, said, guessed) the last token, which is the row's own
+        if nothing is said, and those guessed to follow it, with logits after each; then prompts."""
+        segments, keep, at = [], list[int](), 0
+        as_they_are = self.runners[name].alignment.spelled is None
+        for index, row, said, guess in parts:
+            if as_they_are:
+                ids = (said[-1] if said else row.ids[name][-1], *guess)
+                keep += range(at, at + len(ids))
+                at += len(ids)
+            else:
+                last = self._spell(name, said[-1]) if said else row.ids[name][-1:]
+                spelled = [last, *(self._spell(name, token) for token in guess)]
+                ids = tuple(i for token in spelled for i in token)
+                keep += accumulate((len(token) for token in spelled[1:]), initial=at + len(last) - 1)
+                at += len(ids)
+            segments.append(Segment(index, ids))
+        return Work((*segments, *prefill), keep)
 
     def verification(
         self, name: str, rows: Sequence[Row], drafts: Drafts, prefill: Sequence[Segment]
     ) -> Work:
         """What a model behind the front is fed: every row's last token and its drafts."""
-        parts = [(i, self._fed(name, row, (), drafts.tokens[i])) for i, row in enumerate(rows)]
-        return feed(parts, prefill)
+        parts = [(i, row, (), said) for i, (row, said) in enumerate(zip(rows, drafts.tokens, strict=True))]
+        return self._feed(name, parts, prefill)
 
     def closing(
-        self, name: str, rows: Sequence[Row], drafts: Drafts, open_rows: Sequence[int]
-    ) -> list[tuple[int, list[Sequence[int]]]]:
+        self,
+        name: str,
+        rows: Sequence[Row],
+        drafts: Drafts,
+        open_rows: Sequence[int],
+        prefill: Sequence[Segment],
+    ) -> Work:
         """What the front is fed where all drafts stood: the last of them, or the row's last token."""
-        return [(i, self._fed(name, rows[i], drafts.tokens[i], ())) for i in open_rows]
+        return self._feed(name, [(i, rows[i], drafts.tokens[i], ()) for i in open_rows], prefill)
 
     def _spell(self, name: str, token: int) -> Sequence[int]:
         return self.runners[name].alignment.spell(token)
