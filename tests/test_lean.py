@@ -15,6 +15,7 @@ from proxytune.core import cpu_rows
 from proxytune.core.attention import Packed, Part
 from proxytune.core.cache import CacheSpec, Placement, SlotCache
 from proxytune.core.cpu_rows import rotate
+from proxytune.core.lean import FIRST
 from proxytune.families import Family, examine
 
 FORM = {
@@ -43,7 +44,7 @@ def test_who_has_the_form(name: str) -> None:
 
 def once(forward: Any, family: Family, ids: list[int]) -> Tensor:
     """Logits [T, V] of one row from its start."""
-    cache = SlotCache(CacheSpec(family.layers, 64, family.dtype, family.devices))
+    cache = SlotCache(CacheSpec(family.layers, len(ids), family.dtype, family.devices))
     cache.admit()
     cache.reserve([len(ids)])
     at = Placement.of([0], [0], [len(ids)], torch.device("cpu"))
@@ -131,6 +132,18 @@ def test_what_is_put_in_later_is_used() -> None:
     after = once(family.lean, family, ids)
     assert (after - before).abs().max() > 1e-3
     assert (after - once(model, family, ids)).abs().max() < 1e-12
+
+
+def test_rotations_are_computed_as_far_as_they_are_needed() -> None:
+    """Some positions at once, more when a row grows beyond them, and none beyond the window."""
+    model = tiny.build("llama", 1, max_position_embeddings=700)
+    family = examine(model)  # type: ignore[arg-type]
+    assert family.lean is not None
+    for length, known in ((5, FIRST), (300, 602), (650, 700)):
+        ids = [(7 * i * i + 3) % tiny.VOCABULARY for i in range(length)]
+        got, want = once(family.lean, family, ids), once(model, family, ids)
+        assert (got - want).abs().max() <= 1e-12 * want.std()
+        assert family.lean._turns is not None and len(family.lean._turns[0]) == known
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -21,8 +21,10 @@ from proxytune.core.logits import (
     choose,
     combine,
     gumbel,
+    largest,
     log_probability,
     philox,
+    some,
     warp,
     widen,
 )
@@ -288,6 +290,24 @@ def test_banned_tokens_are_never_sampled() -> None:
 def test_greedy_takes_the_first_of_equals() -> None:
     logits = torch.tensor([[0.0, 2.0, 2.0, 1.0, 2.0]]).repeat(3, 1)
     assert choose(logits, choice(3, 0.0)).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_largest_are_those_of_torch(dtype: torch.dtype) -> None:
+    """Ties, columns of a wider table, -inf and what is not a number included."""
+    wide = torch.randn(40, 300, generator=torch.Generator().manual_seed(1)).mul(2).round().to(dtype)
+    wide[3, 7], wide[5], wide[6, 20:25] = float("nan"), float("-inf"), float("inf")
+    for logits in (wide, wide[:, :211], wide[:0]):
+        got = largest(logits)
+        assert got.dtype == torch.long and torch.equal(got, logits.argmax(-1))
+    assert largest(wide.requires_grad_())[3] == 7
+
+
+def test_some_rows() -> None:
+    logits = torch.randn(4, 6)
+    assert some(logits, [0, 1, 2, 3]) is logits
+    for rows in ([3, 1], [0, 1, 2], [1, 0, 2, 3], [2, 2, 2, 2, 0], []):
+        assert torch.equal(some(logits, rows), logits[torch.tensor(rows, dtype=torch.long)])
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:

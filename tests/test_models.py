@@ -28,7 +28,7 @@ from tiny import spec
 from transformers import AutoModelForCausalLM
 
 from proxytune.config import ExpertSpec, ModelSpec, Role, Sampling, System
-from proxytune.core.runner import Segment, Work, forward_all
+from proxytune.core.runner import ModelRunner, Segment, Work, forward_all
 from proxytune.core.speculative import Speculation
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
@@ -137,14 +137,22 @@ def test_both_small_roles_share_a_forward(
     )
     assert d.ensemble.front() == ("expert", "antiexpert")
     calls = {"base": 0, "pair": 0}
-    for name, role in (("base", "base"), ("pair", "antiexpert")):
-        module = d.loaded[role].module
+    runners = d.ensemble.runners
 
-        def counted(*args: Any, _name: str = name, _forward: Any = module.forward, **kwargs: Any) -> Any:
-            calls[_name] += 1
-            return _forward(*args, **kwargs)
+    def counting(name: str, forward: Any) -> Any:
+        def counted(**arguments: Any) -> Any:
+            calls[name] += 1
+            return forward(**arguments)
 
-        monkeypatch.setattr(module, "forward", counted)
+        return counted
+
+    base, expert, antiexpert = runners["base"], runners["expert"], runners["antiexpert"]
+    assert isinstance(base, ModelRunner) and isinstance(expert, ModelRunner)
+    assert isinstance(antiexpert, ModelRunner) and expert.model is antiexpert.model
+    monkeypatch.setattr(base, "model", counting("base", base.model))
+    pair = counting("pair", expert.model)
+    monkeypatch.setattr(expert, "model", pair)
+    monkeypatch.setattr(antiexpert, "model", pair)
     (found,) = d.stream(ragged(1, 3), GREEDY)
     prefill = 1 if len(d.contexts(ragged(1, 3)[0].prompt)["base"]) > 1 else 0
     steps = d.stats.row_steps

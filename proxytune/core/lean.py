@@ -30,9 +30,8 @@ LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 NORMS = {"q_norm", "k_norm"}
 
-
 FIRST = 256
-"""Positions whose rotation is computed at once; as many again whenever they do not suffice."""
+"""Positions whose rotation is computed at once; later twice as many as are needed."""
 
 
 @dataclass(eq=False)
@@ -44,6 +43,8 @@ class LeanForward:
     body: Any
     asked: Sequence[Asked]
     """What each layer asks of attention."""
+    normed: Sequence[bool]
+    """Whether a layer normalises its queries and keys."""
     window: int
     """Most tokens that the model takes."""
     _turns: tuple[Tensor, Tensor] | None = None
@@ -56,12 +57,13 @@ class LeanForward:
         if not isinstance(body, nn.Module) or _parts(body) != BODY or not hasattr(model, "lm_head"):
             return None
         layers = list(body.layers)  # type: ignore[arg-type]
-        fits = all(_parts(layer) == LAYER for layer in layers) and all(
-            _parts(layer.self_attn) in (ATTENTION, ATTENTION | NORMS) for layer in layers
-        )
+        inside = [_parts(layer.self_attn) for layer in layers if _parts(layer) == LAYER]
+        fits = len(inside) == len(layers) and all(own in (ATTENTION, ATTENTION | NORMS) for own in inside)
         watched = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         simple = all(layer.plain and layer.device.type == "cpu" for layer in asked)
-        return cls(model, body, asked, window) if fits and simple and not watched else None
+        if not fits or not simple or watched:
+            return None
+        return cls(model, body, asked, [own >= NORMS for own in inside], window)
 
     def __call__(
         self,
@@ -73,7 +75,8 @@ class LeanForward:
         inputs_embeds: Tensor | None = None,  # [1, T, d]
         use_cache: bool = False,
     ) -> Output:
-        """Logits after the tokens `logits_to_keep`, of ids or of embeddings; our cache is in `packed`."""
+        """Logits after the tokens `logits_to_keep`, of ids or of embeddings; our cache is in `packed`, so
+        `use_cache` (the model's own) is always off."""
         body = self.body
         x = body.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cos, sin = self._rotation(x, position_ids[0])
@@ -100,7 +103,7 @@ class LeanForward:
         query = module.q_proj(x).view(tokens, -1, asked.shape.key)  # [T, H, Dk]
         key = module.k_proj(x).view(tokens, -1, asked.shape.key)
         value = module.v_proj(x).view(tokens, -1, asked.shape.value)
-        if hasattr(module, "q_norm"):
+        if self.normed[index]:
             query, key = module.q_norm(query), module.k_norm(key)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         query, key, value = (t.transpose(0, 1)[None] for t in (query, key, value))

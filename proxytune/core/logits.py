@@ -47,7 +47,7 @@ def combine(base: Tensor, shifts: Sequence[Shift], alpha: Tensor, *, all_moved: 
     first, *others = map(_difference, shifts)
     delta = sum(others, first)
     strength = alpha.to(base.dtype)[:, None]  # [B, 1]
-    combined = delta.mul_(strength).add_(base)
+    combined = (strength * delta).add_(base)
     return combined if all_moved else torch.where(strength == 0, base, combined)
 
 

@@ -19,7 +19,8 @@ class RowNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]."""
-        return rms_norm(x, self.weight, self.eps or 0.0)
+        assert self.eps is not None  # torch would take the smallest number of the dtype
+        return rms_norm(x, self.weight, self.eps)
 
 
 def use_row_norms(model: nn.Module) -> None:
