@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.shapes import kv_bytes_per_token, read_bytes
@@ -64,6 +65,8 @@ class Contender:
     batch: int = 1
     owed: Callable[[], int] | None = None
     """Bytes that have to be read, where that is known beforehand: for forwards that replay a CUDA graph."""
+    entrances: Callable[[], Mapping[int, nn.Module]] = dict
+    """What is called in a module's place, by the module's id."""
 
 
 @dataclass
@@ -135,7 +138,7 @@ def observe(contender: Contender, tell: Callable[[str], None]) -> Observed:
     """One run under observation."""
     tell(f"  {contender.name}: warm-up")
     cuda = torch.cuda.is_available()
-    with growth() as grown, reads(contender.modules) as read, host_syncs() as syncs:
+    with growth() as grown, reads(contender.modules, contender.entrances()) as read, host_syncs() as syncs:
         outcome = contender.run()
     weights = sum(read_bytes(module) for module in distinct(contender.modules()))
     memory = None if grown.value is None else weights + grown.value
@@ -158,8 +161,11 @@ class Reading:
 
 
 @contextmanager
-def reads(modules: Callable[[], Sequence[PreTrainedModel]]) -> Iterator[Reading]:
-    """Count the forwards of some modules, with the weights and the KV that each has to read.
+def reads(
+    modules: Callable[[], Sequence[PreTrainedModel]], entrances: Mapping[int, nn.Module]
+) -> Iterator[Reading]:
+    """Count the forwards of some modules, with the weights and the KV that each has to read. `entrances`:
+    what is called in a module's place, by the module's id.
 
     A replayed CUDA graph calls no module: its forwards are not seen."""
     reading, hooks = Reading(), []
@@ -172,7 +178,8 @@ def reads(modules: Callable[[], Sequence[PreTrainedModel]]) -> Iterator[Reading]
             reading.forwards += 1
             reading.bytes += w + kv * kv_tokens(arguments)
 
-        hooks.append(module.register_forward_pre_hook(count, with_kwargs=True))
+        entrance = entrances.get(id(module), module)
+        hooks.append(entrance.register_forward_pre_hook(count, with_kwargs=True))
     try:
         yield reading
     finally:

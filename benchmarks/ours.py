@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.measure import Contender, Outcome, distinct, synchronise
@@ -81,7 +81,7 @@ class Ours:
     def contender(self, name: str) -> Contender:
         """This, to be raced."""
         owed = self._owed if self.speculation is PLAIN and self.max_rows == 1 else None
-        return Contender(name, self.run, self._modules, self.max_rows, owed)
+        return Contender(name, self.run, self._modules, self.max_rows, owed, self._entrances)
 
     @cached_property
     def _decoder(self) -> Decoder:
@@ -105,6 +105,11 @@ class Ours:
     def _modules(self) -> list[PreTrainedModel]:
         names = self._ensemble.runners
         return [self._decoder.loaded[name].module for name in names]
+
+    def _entrances(self) -> dict[int, nn.Module]:
+        """What the decoder calls in the place of a module."""
+        loaded = [self._decoder.loaded[name] for name in self._ensemble.runners]
+        return {id(m.module): m.forward for m in loaded if isinstance(m.forward, nn.Module)}
 
     @cached_property
     def _ensemble(self) -> Ensemble:

@@ -8,7 +8,6 @@ other. Whether a model has the form is for `families` to try out: other models l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -34,21 +33,20 @@ FIRST = 256
 """Positions whose rotation is computed at once; later twice as many as are needed."""
 
 
-@dataclass(eq=False)
-class LeanForward:
+class LeanForward(nn.Module):
     """Called as the model itself is in our forwards. Modules are looked up in every call, so that what is put
     in their place later (an adapter's layers) is used."""
 
-    model: Any
-    body: Any
-    asked: Sequence[Asked]
-    """What each layer asks of attention."""
-    normed: Sequence[bool]
-    """Whether a layer normalises its queries and keys."""
-    window: int
-    """Most tokens that the model takes."""
-    _turns: tuple[Tensor, Tensor] | None = None
-    """Cosines and sines [P, R] of the first positions."""
+    def __init__(
+        self, model: nn.Module, body: nn.Module, asked: Sequence[Asked], normed: Sequence[bool], window: int
+    ) -> None:
+        """`asked` and `normed` are by layer: what it asks of attention, and whether it normalises queries and
+        keys. `window`: most tokens that the model takes."""
+        super().__init__()
+        self.model, self.body = model, body
+        self.asked, self.normed, self.window = asked, normed, window
+        self._turns: tuple[Tensor, Tensor] | None = None
+        """Cosines and sines [P, R] of the first positions."""
 
     @classmethod
     def of(cls, model: nn.Module, asked: Sequence[Asked], window: int) -> LeanForward | None:
@@ -65,7 +63,7 @@ class LeanForward:
             return None
         return cls(model, body, asked, [own >= NORMS for own in inside], window)
 
-    def __call__(
+    def forward(
         self,
         *,
         position_ids: Tensor,  # [1, T]
@@ -77,20 +75,22 @@ class LeanForward:
     ) -> Output:
         """Logits after the tokens `logits_to_keep`, of ids or of embeddings; our cache is in `packed`, so
         `use_cache` (the model's own) is always off."""
-        body = self.body
+        body: Any = self.body
         x = body.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cos, sin = self._rotation(x, position_ids[0])
         for index, layer in enumerate(body.layers):
             x = self._attention(index, layer.self_attn, layer.input_layernorm(x), cos, sin, packed).add_(x)
             x = layer.mlp(layer.post_attention_layernorm(x)).add_(x)
-        return Output(self.model.lm_head(body.norm(x.index_select(1, logits_to_keep))))
+        head: Any = self.model.lm_head
+        return Output(head(body.norm(x.index_select(1, logits_to_keep))))
 
     def _rotation(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, R] of positions [T], in the dtype of x."""
         need = int(positions.max()) + 1
         if self._turns is None or len(self._turns[0]) < need:
             most = max(need, self.window)  # beyond its window a model may turn otherwise
-            cos, sin = self.body.rotary_emb(x, torch.arange(min(most, max(FIRST, 2 * need)))[None])
+            turn: Any = self.body.rotary_emb
+            cos, sin = turn(x, torch.arange(min(most, max(FIRST, 2 * need)))[None])
             self._turns = cos[0], sin[0]
         cos, sin = self._turns
         return cos.index_select(0, positions), sin.index_select(0, positions)
