@@ -140,7 +140,7 @@ def _packed(model: PreTrainedModel, window: int) -> Family:
     if not apart <= limit:
         raise Unfit(f"packed and plain logits differ by {apart:.2g} standard deviations")
     lean = LeanForward.of(model, layers, window)
-    same = lean is not None and _lean_is_right(lean, family, device, ids, plain)
+    same = lean is not None and _lean_is_right(lean, family, device, ids, plain, limit)
     return replace(family, lean=lean) if same else family
 
 
@@ -197,11 +197,16 @@ def _probe(
 
 
 def _lean_is_right(
-    lean: LeanForward, family: Family, device: torch.device, ids: list[list[int]], plain: list[Tensor]
+    lean: LeanForward,
+    family: Family,
+    device: torch.device,
+    ids: list[list[int]],
+    plain: list[Tensor],
+    limit: float,
 ) -> bool:
     """Whether the lean forward gives the plain logits. Parts of the same names can be of another make."""
     try:
-        return _probe(lean, family, device, ids, plain) <= tolerance(plain[0].dtype)
+        return _probe(lean, family, device, ids, plain) <= limit
     except ANOTHER_MAKE:
         return False
 

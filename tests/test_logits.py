@@ -305,9 +305,11 @@ def test_the_largest_are_those_of_torch(dtype: torch.dtype) -> None:
 
 def test_some_rows() -> None:
     logits = torch.randn(4, 6)
-    assert some(logits, [0, 1, 2, 3]) is logits
+    both = {"base": logits, "expert": logits + 1}
+    assert some(both, [0, 1, 2, 3])["base"] is logits and some({}, [0]) == {}
     for rows in ([3, 1], [0, 1, 2], [1, 0, 2, 3], [2, 2, 2, 2, 0], []):
-        assert torch.equal(some(logits, rows), logits[torch.tensor(rows, dtype=torch.long)])
+        found, index = some(both, rows), torch.tensor(rows, dtype=torch.long)
+        assert all(torch.equal(found[name], values[index]) for name, values in both.items())
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:

@@ -19,7 +19,7 @@ from proxytune.core.device_loop import DeviceLoop, steps_on_device
 from proxytune.core.device_step import DeviceStep
 from proxytune.core.divergence import from_reference
 from proxytune.core.graphs import Graphs
-from proxytune.core.logits import Shift, combine, log_probability, some
+from proxytune.core.logits import Shift, combine, largest, log_probability, some
 from proxytune.core.pace import Pace
 from proxytune.core.runner import ModelRunner, Runner, Work, forward_all
 from proxytune.core.sampling import Spot, pick
@@ -272,8 +272,7 @@ class Engine:
         for said in drafts.tokens:
             behind += range(at, at + len(said) + after)
             at += len(said) + 1
-        logits = {name: some(values, behind) for name, values in views.items()}
-        picked = self._settle(spots, {**logits, **drafts.logits})
+        picked = self._settle(spots, {**some(views, behind), **drafts.logits})
         chosen, at = [], 0
         for said in drafts.tokens:
             own = picked[at : at + len(said) + after]
@@ -306,7 +305,7 @@ class Engine:
         }
         logits = forward_all(self.ensemble.runners, work)
         behind = [ends[index] for index in open_rows]
-        logits |= {name: some(values, behind) for name, values in views.items()}
+        logits |= some(views, behind)
         spots = [
             Spot(rows[index], len(rows[index].tokens) + len(drafts.tokens[index])) for index in open_rows
         ]
@@ -333,7 +332,7 @@ class Engine:
         in_order = {name: logits[name] for name in self.ensemble.runners}
         views = self.ensemble.views(combined, in_order, alphas)
         chosen = {name: log_probability(values, tokens).exp().tolist() for name, values in views.items()}
-        top = {name: values.argmax(-1).tolist() for name, values in views.items()}
+        top = {name: largest(values).tolist() for name, values in views.items()}
         apart = self.ensemble.divergence(views)
         return [
             TokenTrace(token, alphas[index], _at(index, chosen), _at(index, top), _at(index, apart))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from proxytune.config import AlphaSchedule
 from proxytune.core.engine import Ensemble
-from proxytune.core.logits import log_probability
+from proxytune.core.logits import largest, log_probability
 from proxytune.core.runner import Runner, Segment, Work
 from proxytune.errors import UserError
 
@@ -202,5 +202,5 @@ def _under_alphas(
         strength = torch.tensor([schedule.at(at) for at in offsets], dtype=torch.float64, device=device)
         combined = ensemble.combine(logits, strength)
         logprobs.append(log_probability(combined, tokens))
-        greedy.append(combined.argmax(-1) == tokens)
+        greedy.append(largest(combined) == tokens)
     return torch.stack(logprobs), torch.stack(greedy)

@@ -7,7 +7,7 @@ position and distribution alone: not on the batch, the order or the number of st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -144,11 +144,14 @@ def largest(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def some(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    """Rows of [B, V], in the order given; the same tensor where that is all of them as they are."""
-    if len(rows) == logits.shape[0] and all(at == row for at, row in enumerate(rows)):
-        return logits
-    return logits.index_select(0, torch.tensor(rows, device=logits.device, dtype=torch.long))
+def some(logits: Mapping[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
+    """Rows of every model's logits [B, V], in the order given; the same tensors where that is all of them as
+    they are."""
+    count = len(next(iter(logits.values()), rows))
+    if len(rows) == count and all(at == row for at, row in enumerate(rows)):
+        return dict(logits)
+    index = torch.tensor(rows, dtype=torch.long)
+    return {name: values.index_select(0, index.to(values.device)) for name, values in logits.items()}
 
 
 @dataclass(frozen=True)

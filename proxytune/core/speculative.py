@@ -164,7 +164,7 @@ class Drafter:
             ]
             picked = self.settings.pick(logits[self.front[0]], spots).tolist()
             keep = self._keep(rows, said, guesses, picked, order)
-            kept.append({name: some(values, keep) for name, values in logits.items()})
+            kept.append(some(logits, keep))
             wanted = [
                 i for i in wanted if len(said[i]) < depths[i] and said[i][-1] not in rows[i].request.eos
             ]
@@ -213,14 +213,13 @@ class Drafter:
             if as_they_are:
                 ids = (said[-1] if said else row.ids[name][-1], *guess)
                 keep += range(at, at + len(ids))
-                at += len(ids)
             else:
                 last = self._spell(name, said[-1]) if said else row.ids[name][-1:]
                 spelled = [last, *(self._spell(name, token) for token in guess)]
                 ids = tuple(i for token in spelled for i in token)
                 keep += accumulate((len(token) for token in spelled[1:]), initial=at + len(last) - 1)
-                at += len(ids)
             segments.append(Segment(index, ids))
+            at += len(ids)
         return Work((*segments, *prefill), keep)
 
     def verification(
@@ -276,4 +275,4 @@ def _in_order(kept: Sequence[Mapping[str, Tensor]], order: Sequence[tuple[int, i
     if not kept:
         return {}
     ranked = sorted(range(len(order)), key=order.__getitem__)
-    return {name: some(torch.cat([part[name] for part in kept]), ranked) for name in kept[0]}
+    return some({name: torch.cat([part[name] for part in kept]) for name in kept[0]}, ranked)
