@@ -189,9 +189,10 @@ def _by_peft(module: nn.Module, folder: str, name: str, peft: Any | None) -> Any
 
 
 def _soft_prompt(module: PreTrainedModel, folder: str, name: str) -> Tensor:
-    """The embeddings [n, d] of a soft prompt; the module itself is left alone."""
+    """The embeddings [n, d] of a soft prompt, as the module's own are kept; the module itself is left
+    alone."""
     prompt: Tensor = _by_peft(module, folder, name, None).get_prompt(batch_size=1)
-    return prompt[0].detach()
+    return prompt[0].detach().to(module.get_input_embeddings().weight)
 
 
 def _plain_lora(module: PreTrainedModel, folder: str, name: str) -> Pairs | None:

@@ -90,7 +90,7 @@ class Loaded:
         out: Tensor = table(ids.clamp(max=words - 1))
         if self.virtual is None:
             return out
-        soft = self.virtual.to(out)[(ids - words).clamp(min=0)]
+        soft = self.virtual[(ids - words).clamp(min=0)]
         return torch.where((ids >= words)[..., None], soft, out)  # a mask as an index would wait for the GPU
 
 
