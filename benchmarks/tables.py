@@ -135,10 +135,13 @@ def _dial(lines: Sequence[Line]) -> str:
     for system in dict.fromkeys(line["system"] for line in lines):
         own = [line for line in lines if line["system"] == system]
         batches = sorted({line["batch"] for line in own})
-        plain = {line["batch"]: line["tokens_per_s"] for line in own if line["dial"] is None}
-        cells = {(line["dial"], line["batch"]): line["versus_plain"] for line in own}
+        plain = {line["batch"]: line["tokens_per_s"] for line in own if line["name"] == "plain"}
+        cells = {
+            (line["dial"], line["batch"]): line["versus_plain"] for line in own if line["name"] != "plain"
+        }
         shares = sorted({line["dial"] for line in own if line["dial"] is not None})
         rows = [("plain, tokens/s", *(f"{plain[batch]:.0f}" for batch in batches))]
+        rows += [("plain, again", *(f"{cells[None, batch]:.2f}" for batch in batches))]
         rows += [(f"{share:g}", *(f"{cells[share, batch]:.2f}" for batch in batches)) for share in shares]
         equal = all(line["tokens_equal"] for line in own)
         parts.append(
