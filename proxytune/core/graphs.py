@@ -5,7 +5,8 @@ share one memory pool, since only one runs at a time; nothing that outlives a st
 devices the step runs as it is, which is how it is tested here.
 
 Not run on a GPU so far: capture, replay, the choice of parallel branches and the check for host
-synchronisation were written without one at hand."""
+synchronisation were written without one at hand. That a step reads no value and touches no tensor off its
+device is tested on torch's `meta` device."""
 
 from __future__ import annotations
 
