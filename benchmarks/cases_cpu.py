@@ -73,6 +73,9 @@ def trio_batch1(lab: Lab) -> Report:
         [
             PaperLoop(bench, work).contender("paper's loop, batch 1"),
             HuggingFace(bench, work).contender("Hugging Face generate, base alone"),
+            HuggingFace(bench, work, static=True).contender(
+                "Hugging Face generate, base alone, static cache"
+            ),
             ours.contender("plain"),
             ours.dialled(ACCEPTANCE, truth).contender("speculative, adaptive k"),
             *(
@@ -82,11 +85,11 @@ def trio_batch1(lab: Lab) -> Report:
             Ours(bench, work, "base").contender("base alone"),
         ]
     )
-    paper, hugging_face, plain, adaptive, *lengths, base = alone
+    paper, hugging_face, static, plain, adaptive, *lengths, base = alone
     oracle = proxy_oracle(bench, work, paper)
     table.put(oracle, [paper, plain], plain=plain)
     table.put(oracle, [adaptive, *lengths], plain=plain, dial=ACCEPTANCE)
-    table.put(alone_oracle(bench, work, hugging_face), [hugging_face, base])
+    table.put(alone_oracle(bench, work, hugging_face), [hugging_face, static, base])
     table.ratio("speculative_vs_plain_trio", adaptive, plain)
     table.ratio("speculative_trio_vs_paper_batch1", adaptive, paper)
     table.ratio("speculative_trio_vs_base_hf", adaptive, hugging_face)
@@ -222,26 +225,28 @@ def table12(lab: Lab) -> Report:
     same time."""
     report = Report()
     for name in lab.size.table12_systems:
-        bench: Bench = getattr(lab, name)
-        tuned: Role = "tuned" if name == "demo" else "base"
-        table = Table(lab, "table12")
-        for prompt, output in lab.size.table12:
-            work = workload(f"{prompt}/{output}", [same_token(prompt)], [output], one_by_one=True)
-            ours, large = Ours(bench, work), HuggingFace(bench, work, tuned)
-            alone = Ours(bench, work, tuned)
-            contenders = [
-                large.contender("tuned, Hugging Face generate"),
-                alone.contender("tuned, ours"),
-                PaperLoop(bench, work).contender("proxy, paper's loop"),
-                ours.contender("proxy, ours, plain"),
-            ]
-            if name == "demo":  # random models accept nothing real
-                contenders.append(ours.speculating(DEFAULT).contender("proxy, ours, default"))
-            timed = lab.race(contenders, lab.size.long_repeats)
-            table.put(alone_oracle(bench, work, timed[0], tuned), timed[:2])
-            table.put(proxy_oracle(bench, work, timed[2]), timed[2:])
-        report.add(table.report)
+        report.add(table12_of(lab, getattr(lab, name), "tuned" if name == "demo" else "base"))
     return report
+
+
+def table12_of(lab: Lab, bench: Bench, tuned: Role) -> Report:
+    """The table of one system, whose large model alone is that of the role `tuned`."""
+    table = Table(lab, "table12")
+    for prompt, output in lab.size.table12:
+        work = workload(f"{prompt}/{output}", [same_token(prompt)], [output], one_by_one=True)
+        ours, large = Ours(bench, work), HuggingFace(bench, work, tuned)
+        contenders = [
+            large.contender("tuned, Hugging Face generate"),
+            Ours(bench, work, tuned).contender("tuned, ours"),
+            PaperLoop(bench, work).contender("proxy, paper's loop"),
+            ours.contender("proxy, ours, plain"),
+        ]
+        if tuned == "tuned":  # random models accept nothing real
+            contenders.append(ours.speculating(DEFAULT).contender("proxy, ours, default"))
+        timed = lab.race(contenders, lab.size.long_repeats)
+        table.put(alone_oracle(bench, work, timed[0], tuned), timed[:2])
+        table.put(proxy_oracle(bench, work, timed[2]), timed[2:])
+    return table.report
 
 
 def vocabulary(bench: Bench) -> int:

@@ -7,7 +7,7 @@ do not fit beside each other."""
 from __future__ import annotations
 
 from benchmarks.baselines import HuggingFace, PaperLoop
-from benchmarks.cases_cpu import ACCEPTANCE, Case, dialled_table, vocabulary
+from benchmarks.cases_cpu import ACCEPTANCE, Case, dialled_table, table12_of, vocabulary
 from benchmarks.lab import Lab, Table, alone_oracle, proxy_oracle
 from benchmarks.ours import Ours
 from benchmarks.record import Report
@@ -134,6 +134,13 @@ def dial(lab: Lab) -> Report:
     return dialled_table(lab, bench, names, bench.decoder("proxy"))
 
 
+def table12(lab: Lab) -> Report:
+    """The paper's Table 12 on random weights, where the base alone stands for the tuned model."""
+    most = max(prompt + output for prompt, output in lab.size.table12)
+    bench = lab.note(random_bench(lab.size.trio, lab.device, lab.dtype, 1, most + 64))
+    return table12_of(lab, bench, "base")
+
+
 def _one_by_one(lab: Lab, ids: int) -> Workload:
     prompts = random_contexts(lab.size.trio_prompts, *PROMPT, ids)
     return workload("random prompts", prompts, [lab.size.trio_tokens] * len(prompts), one_by_one=True)
@@ -170,5 +177,6 @@ def cases(shape: str) -> dict[str, tuple[Case, tuple[str, ...]]]:
             mixed,
             keys("mixed_vs_paper_best_batch", "mixed_plain_vs_paper_best_batch", "mixed_vs_paper_batch1"),
         ),
+        "table12": (table12, ()),
         "dial": (dial, keys("adaptive_vs_plain_worst", "plain_vs_plain_worst")),
     }

@@ -98,7 +98,7 @@ CUDA = replace(
     trio_prompts=2,
     trio_tokens=256,
     mixed_trio=(128, 8, 256),
-    batches=(8, 16, 32, 64),
+    batches=(8, 16, 32, 64, 128),
     draft_lengths=(2, 3, 4, 6),
 )
 SMOKE = Size(

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.shapes import kv_bytes_per_token, read_bytes
+from proxytune.core.device_attention import DevicePacked
 
 MIB = 2**20
 COPY_BYTES = {"cpu": 256 * MIB, "cuda": 4096 * MIB}
@@ -142,7 +143,7 @@ def observe(contender: Contender, tell: Callable[[str], None]) -> Observed:
         outcome = contender.run()
     weights = sum(read_bytes(module) for module in distinct(contender.modules()))
     memory = None if grown.value is None else weights + grown.value
-    seen = read.forwards >= len(outcome.gaps)
+    seen = read.forwards >= len(outcome.gaps) and not read.hidden
     bytes_read = read.bytes if seen else contender.owed() if contender.owed is not None else 0
     return Observed(outcome, bytes_read, memory, syncs.value if cuda else None)
 
@@ -158,6 +159,8 @@ class Reading:
 
     bytes: int = 0
     forwards: int = 0
+    hidden: bool = False
+    """Whether some forwards were of steps that become graphs."""
 
 
 @contextmanager
@@ -167,7 +170,7 @@ def reads(
     """Count the forwards of some modules, with the weights and the KV that each has to read. `entrances`:
     what is called in a module's place, by the module's id.
 
-    A replayed CUDA graph calls no module: its forwards are not seen."""
+    A replayed CUDA graph calls no module: its forwards are not seen, nor are those by which it is made."""
     reading, hooks = Reading(), []
     for module in distinct(modules()):
         weights, per_token = read_bytes(module), kv_bytes_per_token(module)
@@ -175,6 +178,9 @@ def reads(
         def count(
             _module: Any, _inputs: Any, arguments: dict[str, Any], w: int = weights, kv: int = per_token
         ) -> None:
+            if isinstance(arguments.get("packed"), DevicePacked):
+                reading.hidden = True
+                return
             reading.forwards += 1
             reading.bytes += w + kv * kv_tokens(arguments)
 
@@ -255,7 +261,7 @@ def host_syncs() -> Iterator[Measured]:
             yield found
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    found.value = sum("synchroniz" in str(warning.message) for warning in seen)
+    found.value = sum("called a synchronizing" in str(warning.message) for warning in seen)
 
 
 def synchronise(device: torch.device) -> None:

@@ -29,7 +29,7 @@ DEFAULT = Speculation()
 """What `--speculate auto` does: k from measured times and acceptance, earlier passages as drafts."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dial:
     """Drafts that are right with a given probability: acceptance on random weights.
 
@@ -40,9 +40,17 @@ class Dial:
 
     proposals: Mapping[int, Sequence[int]]
     """Drafts for every position, by the request's tag; made beforehand, so that it costs no time."""
+    table: Tensor
+    """The same [tags, positions], on the device: a request's key is its tag."""
 
     @classmethod
-    def at(cls, acceptance: float, truth: Mapping[int, Sequence[int]], vocabulary: int) -> Dial:
+    def at(
+        cls,
+        acceptance: float,
+        truth: Mapping[int, Sequence[int]],
+        vocabulary: int,
+        device: torch.device,
+    ) -> Dial:
         """A dial for responses `truth`, by tag."""
         proposals = {}
         for tag, said in truth.items():
@@ -51,7 +59,16 @@ class Dial:
             random.Random(tag).shuffle(right)
             pairs = zip(said, right, strict=True)
             proposals[tag] = [token if held else (token + 1) % vocabulary for token, held in pairs]
-        return cls(proposals)
+        longest = max(map(len, proposals.values()))
+        table = torch.zeros(max(proposals) + 1, longest, dtype=torch.long)
+        for tag, drafts in proposals.items():
+            table[tag, : len(drafts)] = torch.tensor(drafts)
+        return cls(proposals, table.to(device))
+
+    def on_device(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Drafts [R, 1] for rows of keys [R] at positions [R, 1]: what a step on a GPU asks. It has looked at
+        the logits before."""
+        return self.table[keys[:, None], positions.clamp(max=self.table.shape[1] - 1)]
 
     def __call__(self, logits: Tensor, spots: Sequence[Spot]) -> Tensor:
         """Drafts [P] for the spots of logits [P, V]."""
@@ -180,8 +197,8 @@ class Ours:
         """The same with drafts whose acceptance is made up (see Dial). Earlier passages are no drafts: the
         dial alone decides."""
         vocabulary = int(self.bench.plain["base"].config.vocab_size)
-        pick = Dial.at(acceptance, truth, vocabulary)
-        return self.speculating(Speculation(k=k, lookup=False, pick=pick))
+        dial = Dial.at(acceptance, truth, vocabulary, self.bench.device)
+        return self.speculating(Speculation(k=k, lookup=False, pick=dial, propose=dial.on_device))
 
     def speculating(self, speculation: Speculation) -> Ours:
         """The same with drafts."""

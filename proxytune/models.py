@@ -6,6 +6,7 @@ shares the antiexpert's weights."""
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -135,8 +136,7 @@ class Models:
             model = self._loaded.pop(name)
             if model.adapter is not None:
                 model.adapters.remove(model.adapter)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _give_back()
 
     def check(self, names: Collection[str]) -> None:
         """UserError, before anything is loaded, if a model is not there or these models do not fit
@@ -358,8 +358,17 @@ def free_memory(where: str | None = None) -> int:
     cpu = int(psutil.virtual_memory().available)
     if where == "cpu" or not torch.cuda.is_available():
         return cpu
+    _give_back()
     gpus = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
     return sum(gpus) + cpu if where == "auto" else gpus[0]
+
+
+def _give_back() -> None:
+    """Let go of what nobody uses: torch keeps freed blocks of a GPU, and an ensemble and its graphs hold on
+    to each other until they are collected."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _refuse_soft_prompt_on_reference(name: str, family: Family, virtual: Tensor | None) -> None:

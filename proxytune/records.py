@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
 from proxytune.config import RunSpec
 
@@ -119,8 +119,13 @@ class RoleMemory(BaseModel):
     """packed: batched forwards with our KV cache. reference: the slow exact path for other model families."""
 
 
+_QUOTIENTS = ("acceptance", "accepted_per_step", "tokens_per_step")
+"""What run.json says of a cost beside its counts."""
+
+
 class Cost(BaseModel):
-    """What a run took."""
+    """What a run took. Its quotients are stored for those who read the file; only the counts are read
+    back."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -139,17 +144,34 @@ class Cost(BaseModel):
     examined: int = 0
     """Drafts up to and including the first of a step that did not stand."""
     accepted: int = 0
+    """Drafts that stood."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _counts_alone(cls, content: Any) -> Any:
+        """Leave out stored quotients: they follow from the counts."""
+        if not isinstance(content, dict):
+            return content
+        return {name: value for name, value in content.items() if name not in _QUOTIENTS}
 
     @property
     def tokens_per_second(self) -> float | None:
         """Generated tokens per second, or None before anything was generated."""
         return self.generated_tokens / self.seconds if self.seconds else None
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def acceptance(self) -> float | None:
         """Share of examined drafts that stood, or None where nothing was drafted."""
         return self.accepted / self.examined if self.examined else None
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def accepted_per_step(self) -> float | None:
+        """Mean accepted length: drafts of a response that stood per step, 0 for plain decoding."""
+        return self.accepted / self.row_steps if self.row_steps else None
+
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def tokens_per_step(self) -> float | None:
         """Mean tokens of a response per step: 1 for plain decoding."""

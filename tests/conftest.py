@@ -22,6 +22,13 @@ ROOT = Path(__file__).parent.parent
 REFERENCE = Path(os.environ.get("PROXYTUNE_REFERENCE_DATA") or ROOT.parent / "shared")
 
 
+@pytest.fixture(autouse=True)
+def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests are of the CPU, on a machine with a GPU too, unless they are marked."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def require_or_skip(kind: str, reason: str) -> None:
     """Skip the test, or fail it where the comma list PROXYTUNE_REQUIRE names the kind.
 

@@ -41,6 +41,7 @@ class Settings:
     key: int = 0
     eos: frozenset[int] = frozenset()
     banned: frozenset[int] = frozenset()
+    banned_first: frozenset[int] = frozenset()
     min_new: int = 0
     stop: Callable[[Sequence[int]], bool] | None = None
 
@@ -55,12 +56,14 @@ def pick(logits: torch.Tensor, s: Settings, position: int) -> int:
     """One token from combined logits [V]."""
     z = logits.clone()
     bans = set(s.banned) | (set(s.eos) if position < s.min_new else set())
+    bans |= set(s.banned_first) if position == 0 else set()
     for token in bans:
         z[token] = -math.inf
     if s.temperature == 0:
         return int(z.argmax())
     z = z / s.temperature
-    order = sorted(range(len(z)), key=lambda t: -z[t].item())
+    values = z.tolist()
+    order = sorted(range(len(z)), key=lambda t: -values[t])
     if s.top_k:
         floor = z[order[min(s.top_k, len(order)) - 1]]
         z[z < floor] = -math.inf

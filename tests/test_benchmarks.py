@@ -20,9 +20,11 @@ from benchmarks.measure import Timed, observe
 from benchmarks.ours import Ours
 from benchmarks.record import Oracle
 from benchmarks.workloads import log_uniform, random_contexts, uniform, workload
+from proxytune.core.device_loop import DeviceLoop
 from proxytune.core.linear import RowLinear
 from tests import oracle
 from tests.conftest import require_or_skip
+from tests.test_device_step import as_on_a_device
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -148,13 +150,28 @@ def test_the_gpu_cases_have_keys_with_the_prefix() -> None:
     assert goals <= {key for _, names in cases_cuda.cases(CUDA.trio).values() for key in names}
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("case", cases_cuda.cases("smoke"))
-def test_the_gpu_cases_run_in_miniature_on_the_cpu(case: str) -> None:
+def test_the_gpu_cases_run_in_miniature_on_the_cpu(
+    case: str, on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With slots, and in steps over pages as on a GPU: dialled drafts too."""
+    lengths = set[int]()
+    if on_device:
+        as_on_a_device(monkeypatch)
+        launch = DeviceLoop._launch
+
+        def noted(loop: DeviceLoop, rows: Any, shape: Any, **options: Any) -> None:
+            lengths.add(shape.k)
+            launch(loop, rows, shape, **options)
+
+        monkeypatch.setattr(DeviceLoop, "_launch", noted)
     run, keys = cases_cuda.cases("smoke")[case]
     report = run(Lab(CPU, SMOKE))
     assert set(report.ratios) == set(keys)
     assert all(math.isfinite(value) and value > 0 for value in report.ratios.values())
     assert all(row.tokens_equal for row in report.lines)
+    assert not on_device or (0 in lengths and (max(lengths) > 0 or case == "table12"))
 
 
 def test_the_papers_loop_says_what_full_forwards_say() -> None:
@@ -174,7 +191,12 @@ def test_the_papers_loop_says_what_full_forwards_say() -> None:
         assert list(batched[item.tag]) == list(single[item.tag]) == wanted
 
 
-def test_the_dial_sets_acceptance_and_leaves_the_tokens() -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_the_dial_sets_acceptance_and_leaves_the_tokens(
+    on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if on_device:
+        as_on_a_device(monkeypatch)
     bench = shapes.random_bench("smoke", CPU, torch.float64, 8)
     work = workload("dialled", random_contexts(6, 3, 12, 512), [60] * 6)
     plain = Ours(bench, work, max_rows=6)
@@ -228,3 +250,17 @@ def test_lengths_follow_their_distribution() -> None:
     assert abs(sum(flat) / 4000 - 132) < 4
     assert abs(sum(tail) / 4000 - (256 - 8) / math.log(256 / 8)) < 4
     assert flat == uniform(4000, 8, 256)
+
+
+@pytest.mark.slow
+def test_the_quick_mode_runs_whole() -> None:
+    """Every case at real sizes, as `--quick --json` prints it. How long it takes is in the object, and not
+    asserted."""
+    command = [sys.executable, "benchmarks/decode.py", "--device", "cpu", "--quick", "--json"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found["ratios"]) >= WANTED and all(value > 0 for value in found["ratios"].values())
+    assert all(row["widest_tie"] is None or row["widest_tie"] < 1e-3 for row in found["rows"])

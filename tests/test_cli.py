@@ -7,7 +7,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from proxytune import cli, cli_run, hub, results
+from proxytune.core.speculative import Speculation
+from proxytune.decode import Decoder
 from proxytune.errors import UserError
+from proxytune.records import Completion
 from proxytune.sandbox import Sandbox
 from tests import tiny, tiny_system
 
@@ -222,6 +225,57 @@ def test_generate_streams_and_compares(yaml: Path) -> None:
     unchanged = json.loads(proxytune(*common, "--compare", "--alpha", 0, "--json").stdout)
     assert unchanged["changed"] == []
     assert unchanged["roles"]["proxy"]["text"] == unchanged["roles"]["base"]["text"]
+
+
+@pytest.fixture
+def decoders(monkeypatch: pytest.MonkeyPatch) -> list[Decoder]:
+    """Whatever has decoded, in order."""
+    found: list[Decoder] = []
+    stream = Decoder.stream
+
+    def noted(self: Decoder, *args: Any, **kwargs: Any) -> Iterator[Completion]:
+        found.append(self)
+        return stream(self, *args, **kwargs)
+
+    monkeypatch.setattr(Decoder, "stream", noted)
+    return found
+
+
+HOW_FAR = {"off": 0, "3": 3, "auto": None}
+"""--speculate -> the draft length that the decoder is given."""
+BAD_DRAFTS = [
+    (("--speculate", "maybe"), "speculate = 'maybe': give 'auto', 'off' or a length from 0 to 15"),
+    (("--speculate", "16"), "speculate = '16'"),
+    (("--drafter", "typo"), "no expert 'typo' to draft: choose expert"),
+]
+
+
+def test_generate_speculates_as_asked(yaml: Path, decoders: list[Decoder]) -> None:
+    common = ("generate", "Ann has", "--system", yaml, "--max-new-tokens", 8, "--json")
+    said = []
+    for how in HOW_FAR:
+        told = json.loads(proxytune(*common, "--speculate", how, "--drafter", "expert").stdout)
+        said.append([response["token_ids"] for response in told["responses"]])
+    assert said[0] == said[1] == said[2]
+    assert [d.speculation for d in decoders] == [Speculation(k=k, drafter="expert") for k in HOW_FAR.values()]
+    assert decoders[0].stats.examined == 0 < decoders[1].stats.examined
+    for options, line in BAD_DRAFTS:
+        refused(proxytune(*common, *options), line)
+
+
+def test_eval_speculates_as_asked(yaml: Path, tmp_path: Path, decoders: list[Decoder]) -> None:
+    costs, rows = [], []
+    for how in HOW_FAR:
+        ended = short_eval(yaml, "--out", how, "--json", "--speculate", how, "--drafter", "expert")
+        costs.append(json.loads(ended.stdout)["cost"])
+        rows.append(results.read_rows(tmp_path / how))
+    assert rows[0] == rows[1] == rows[2] and len(rows[0]) == 3
+    assert [d.speculation for d in decoders] == [Speculation(k=k, drafter="expert") for k in HOW_FAR.values()]
+    assert costs[0]["examined"] == 0 < costs[1]["examined"]
+    assert costs[0]["acceptance"] is None and costs[0]["tokens_per_step"] == 1
+    for number, (options, line) in enumerate(BAD_DRAFTS):
+        refused(short_eval(yaml, "--out", f"bad{number}", *options), line)
+        assert not results.find_runs(tmp_path / f"bad{number}")
 
 
 def test_compare_refuses_what_it_would_ignore(yaml: Path) -> None:

@@ -4,7 +4,7 @@ token."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,25 +65,34 @@ def by_id(found: Sequence[Completion]) -> dict[tuple[str, int], Completion]:
     return indexed
 
 
-def settings_of(
-    d: Decoder,
-    s: Sampling,
-    e: Example,
-    sample: int = 0,
-    alpha: str = "1",
-    stop: Callable[[Sequence[int]], bool] | None = None,
-) -> oracle.Settings:
+def saying(d: Decoder, texts: Sequence[str]) -> frozenset[int]:
+    """The ids that say one of these texts, with or without a space before it."""
+    forms = {form for text in texts for form in (text, f" {text}")}
+    ids = range(len(d.tokenizer)) if forms else range(0)
+    return frozenset(i for i in ids if d.tokenizer.decode([i], clean_up_tokenization_spaces=False) in forms)
+
+
+def settings_of(d: Decoder, s: Sampling, e: Example, sample: int = 0, alpha: str = "1") -> oracle.Settings:
+    """What the oracle has to know of a sample; stops are looked for in the whole text."""
     schedule = parse_alpha(alpha)
+    room = min(d.loaded[name].family.window - len(ids) for name, ids in d.contexts(e.prompt).items())
+
+    def stop(tokens: Sequence[int]) -> bool:
+        text = d.text_of(tokens)
+        return any(end in text for end in s.stop)
+
     return oracle.Settings(
-        max_new=s.max_new_tokens,
+        max_new=min(s.max_new_tokens, room),
         alpha=schedule.at,
         temperature=s.temperature,
         top_k=s.top_k,
         top_p=s.top_p,
         key=noise_key(s.seed, "", e.id, sample),
         eos=frozenset([2]),
+        banned=saying(d, s.ban),
+        banned_first=saying(d, s.ban_first),
         min_new=s.min_new_tokens,
-        stop=stop,
+        stop=stop if s.stop else None,
     )
 
 
@@ -228,7 +237,7 @@ def test_stop_strings_end_rows_in_the_middle_of_a_batch(trio: System) -> None:
     d, examples = decoder(trio), ragged(12, 8)
     free = {c.example_id: c for c in d.stream(examples, Sampling(max_new_tokens=24, temperature=1.0))}
     stop = next(c.text[5:7] for c in free.values() if len(c.text) > 8)
-    found = list(d.stream(examples, Sampling(max_new_tokens=24, temperature=1.0, stop=(stop,))))
+    found = check(d, examples, Sampling(max_new_tokens=24, temperature=1.0, stop=(stop,)))
     assert any(c.finish_reason == "stop" for c in found)
     for c in found:
         assert stop not in c.text

@@ -14,11 +14,11 @@ from torch import Tensor
 from proxytune.config import parse_alpha
 from proxytune.core.cache import PAGE, CacheSpec, LayerShape, PagedCache
 from proxytune.core.device_attention import slots_of
-from proxytune.core.device_loop import StepPace
 from proxytune.core.device_sampling import cut
 from proxytune.core.device_state import DeviceState, Widths, bans_of, draw_of
 from proxytune.core.device_step import Said
 from proxytune.core.logits import warp
+from proxytune.core.pace import StepPace
 from proxytune.core.sampling import Spot, pick
 from proxytune.core.scheduler import Request, Row
 

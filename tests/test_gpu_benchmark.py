@@ -14,6 +14,7 @@ from benchmarks.gpu_kernels import NAME, PAGE, Pages, attend
 from proxytune.core.paged_attention import token_slots
 from proxytune.families import examine
 
+pytestmark = pytest.mark.gpu
 FAMILIES = {
     "llama": {},
     "mistral": {},

@@ -22,6 +22,8 @@ from proxytune.core.int8 import MOST_ROWS, Int8Linear, dequantize
 from proxytune.models import load_module
 from proxytune.quantized import random_int8
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.fixture(autouse=True)
 def _gpu() -> None:

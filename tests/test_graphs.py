@@ -92,6 +92,7 @@ def _recorded_in_place_of_captured(monkeypatch: pytest.MonkeyPatch) -> None:
         "CUDAGraph": Recording,
         "graph": recorded,
         "synchronize": lambda: None,
+        "set_stream": lambda stream: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
 

@@ -15,7 +15,7 @@ import pytest
 from proxytune import results
 from proxytune.config import ModelSpec, RunSpec, Sampling, System, parse_alpha
 from proxytune.errors import UserError
-from proxytune.records import Metric, Provenance, Run
+from proxytune.records import Cost, Metric, Provenance, Run
 from proxytune.results import RunFolder
 
 SYSTEM = System(name="tiny", base=ModelSpec(model="nowhere"))
@@ -96,6 +96,41 @@ def test_a_run_is_written_read_and_sorted(tmp_path: Path) -> None:
     assert results.read_run(tmp_path).status == "done"
     assert [run.n for _, run in results.find_runs(tmp_path)] == [3]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["predictions.jsonl", "run.json"]
+
+
+QUOTIENTS = ("acceptance", "accepted_per_step", "tokens_per_step")
+
+
+def stored_cost(path: Path, cost: Cost) -> dict[str, Any]:
+    """What run.json says of a cost."""
+    with RunFolder.open(path, new()) as folder:
+        folder.save(folder.run.model_copy(update={"cost": cost}))
+    found: dict[str, Any] = json.loads((path / results.RUN).read_text())["cost"]
+    return found
+
+
+def test_run_json_says_how_many_drafts_stood(tmp_path: Path) -> None:
+    cost = Cost(generated_tokens=30, row_steps=12, drafted=40, examined=24, accepted=18)
+    stored = stored_cost(tmp_path / "drafts", cost)
+    assert [stored[name] for name in QUOTIENTS] == [18 / 24, 18 / 12, 30 / 12]
+    plain = stored_cost(tmp_path / "plain", Cost(generated_tokens=12, row_steps=12))
+    assert [plain[name] for name in QUOTIENTS] == [None, 0, 1]
+    nothing = stored_cost(tmp_path / "nothing", Cost())
+    assert [nothing[name] for name in QUOTIENTS] == [None] * 3
+
+
+@pytest.mark.parametrize("said", [{}, dict.fromkeys(QUOTIENTS, 9.0), dict.fromkeys(QUOTIENTS, "wrong")])
+def test_stored_quotients_are_not_read(tmp_path: Path, said: dict[str, Any]) -> None:
+    """Files of before have none; what a file says never goes before its counts."""
+    cost = Cost(generated_tokens=30, row_steps=12, drafted=40, examined=24, accepted=18)
+    kept = {name: value for name, value in stored_cost(tmp_path, cost).items() if name not in QUOTIENTS}
+    file = tmp_path / results.RUN
+    file.write_text(json.dumps({**json.loads(file.read_text()), "cost": {**kept, **said}}))
+    read = results.read_run(tmp_path).cost
+    assert read == cost and read.acceptance == 0.75
+    with RunFolder.open(tmp_path, new()) as folder:
+        folder.save(folder.run)
+    assert json.loads(file.read_text())["cost"]["tokens_per_step"] == 2.5
 
 
 def test_an_unfinished_run_continues(tmp_path: Path) -> None:

@@ -95,6 +95,43 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     assert results.read_rows(tmp_path / "parts") == results.read_rows(tmp_path / "whole")
 
 
+def test_the_drafts_of_all_sessions_are_counted(
+    system: System, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What run.json says of drafts is about both sessions of a continued run."""
+    used: list[Decoder] = []
+    init = Decoder.__init__
+
+    def noted(self: Decoder, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        used.append(self)
+
+    def stored() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((tmp_path / results.RUN).read_text())["cost"]
+        return found
+
+    def quotients_are_right(cost: dict[str, Any]) -> None:
+        assert cost["acceptance"] == cost["accepted"] / cost["examined"]
+        assert cost["accepted_per_step"] == cost["accepted"] / cost["row_steps"]
+        assert cost["tokens_per_step"] == cost["generated_tokens"] / cost["row_steps"]
+
+    # a random model loops, so what it has said makes good drafts
+    options = {"as_": "base", "max_batch": 2, "speculate": 3, "sampling": Sampling(max_new_tokens=80)}
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(system, models, tmp_path, **options)
+    halfway = stored()
+    monkeypatch.setattr(Decoder, "__init__", noted)
+    made = evaluate(system, models, tmp_path, **options)
+    ended, (second,) = stored(), used
+    for name in ("generated_tokens", "row_steps", "drafted", "examined", "accepted"):
+        assert ended[name] == halfway[name] + getattr(second.stats, name) > halfway[name] > 0, name
+    for cost in (halfway, ended):
+        quotients_are_right(cost)
+    assert ended["sessions"] == 2 and made.cost.acceptance == ended["acceptance"]
+
+
 def _ids(path: Path) -> list[tuple[str, int]]:
     return [(row["id"], row.get("sample", 0)) for row in map(json.loads, path.read_text().splitlines())]
 

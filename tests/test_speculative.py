@@ -13,12 +13,22 @@ import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_decode import by_id, decoder, example, kv_bytes, layout, ragged  # noqa: F401 (layout: a fixture)
+from test_decode import (  # noqa: F401 (layout: a fixture)
+    by_id,
+    check,
+    decoder,
+    example,
+    kv_bytes,
+    layout,
+    ragged,
+)
 from tiny import spec
 from torch import Tensor
 
 from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
+from proxytune.core.cache import PagedCache
 from proxytune.core.sampling import Spot, pick
+from proxytune.core.scheduler import Scheduler
 from proxytune.core.speculative import Passages, Speculation, same_prefix
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
@@ -43,6 +53,7 @@ class Coin:
     def __init__(self, truth: Found, p: float, seed: int = 0) -> None:
         self.truth, self.p, self.draw = truth, p, random.Random(seed)
         self.right = self.asked = 0
+        self.right_at: set[tuple[tuple[str, int], int]] = set()
 
     def __call__(self, logits: Tensor, spots: Sequence[Spot]) -> Tensor:
         tokens = []
@@ -51,8 +62,20 @@ class Coin:
             known = self.truth[tag.where].token_ids
             right = self.draw.random() < self.p and position < len(known)
             self.asked, self.right = self.asked + 1, self.right + right
+            self.right_at |= {(tag.where, position)} if right else set()
             tokens.append(known[position] if right else self.draw.randrange(3, logits.shape[-1]))
         return torch.tensor(tokens)
+
+
+@pytest.fixture(scope="module")
+def pair(trio: System, tmp_path_factory: pytest.TempPathFactory) -> System:
+    """Two experts."""
+    second = spec(tiny.save(tmp_path_factory.mktemp("pair") / "second", tiny.build("llama", 9)))
+    experts = (
+        ExpertSpec(**trio.expert.model_dump(), weight=0.7),  # type: ignore[union-attr]
+        ExpertSpec(**second.model_dump(), weight=0.5),
+    )
+    return trio.model_copy(update={"expert": None, "experts": experts})
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5, 0.9, 1.0])
@@ -130,8 +153,108 @@ def test_everything_at_once(
             assert got.probability == pytest.approx(item.probability, abs=1e-9)
 
 
-@pytest.mark.parametrize("k", [1, 4, 15])
-def test_drafts_end_with_the_context_window(k: int, tmp_path: Path) -> None:
+def letters(found: Found, longest: int = 1) -> list[str]:
+    """What was said in ASCII, in pieces of up to `longest` letters."""
+    texts = {c.text[at : at + n] for c in found.values() for n in range(1, longest + 1) for at in range(24)}
+    return sorted(text for text in texts if text.strip() and text.isascii())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    experts=st.sampled_from([("trio", None), ("pair", None), ("pair", "expert"), ("pair", "expert2")]),
+    k=st.sampled_from([None, *range(16)]),
+    p=st.sampled_from([None, 0.0, 0.5, 0.8, 0.95, 1.0]),
+    lookup=st.booleans(),
+    sampler=st.sampled_from(
+        [
+            {},
+            {"temperature": 1.1},
+            {"temperature": 0.8, "top_k": 9},
+            {"temperature": 1.0, "top_p": 0.8},
+            {"temperature": 0.9, "top_k": 20, "top_p": 0.6},
+        ]
+    ),
+    alpha=st.sampled_from(["1", "0", "0.4", "first:3", "linear:0:2:9", "warmup:5"]),
+    limit=st.sampled_from([1, 6, 9, 12]),
+    minimum=st.integers(0, 6),
+    samples=st.integers(1, 2),
+    batch=st.sampled_from([1, 3, 6]),
+    pool=st.sampled_from([32, 48, 64, 120]),
+    pages=st.booleans(),
+    ban=st.sampled_from([None, 0, 5, 23]),
+    stop=st.sampled_from([None, 0, 7, 31, 112]),
+)
+def test_speculation_says_what_the_oracle_says(
+    trio: System,
+    pair: System,
+    experts: tuple[str, str | None],
+    k: int | None,
+    p: float | None,
+    lookup: bool,
+    sampler: dict[str, Any],
+    alpha: str,
+    limit: int,
+    minimum: int,
+    samples: int,
+    batch: int,
+    pool: int,
+    pages: bool,
+    ban: int | None,
+    stop: int | None,
+) -> None:
+    """Bans and stops are of what would be said without them; `p` None is the expert's own drafts."""
+    system, drafter = {"trio": trio, "pair": pair}[experts[0]], experts[1]
+    examples, how = ragged(3, limit, longest=10), {"alpha": parse_alpha(alpha)}
+    s = Sampling(max_new_tokens=limit, min_new_tokens=min(minimum, limit), n=samples, **sampler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("proxytune.core.scheduler.HEADROOM", 0)  # else responses this short preempt nobody
+        if pages:
+            patch.setattr("proxytune.decode.SlotCache", PagedCache)
+        plain = decoder(system, speculation=PLAIN)
+        truth = run(plain, examples, s, **how)
+        if ban is not None and (said_alone := letters(truth)):
+            first = {c.text[:1] for c in truth.values()}.intersection(said_alone)
+            bans = {"ban": (said_alone[ban % len(said_alone)],), "ban_first": tuple(sorted(first))}
+            s = s.model_copy(update=bans)
+            truth = run(plain, examples, s, **how)
+        if stop is not None and (pieces := letters(truth, 3)):
+            s = s.model_copy(update={"stop": (pieces[stop % len(pieces)],)})
+        draft = pick if p is None else Coin(truth, p)
+        how_far = Speculation(k=k, lookup=lookup, drafter=drafter, pick=draft)
+        memory = kv_bytes(plain, pool)
+        check(decoder(system, max_batch=batch, kv_memory=memory, speculation=how_far), examples, s, alpha)
+
+
+def test_preemption_between_drafts_says_what_the_oracle_says(
+    trio: System,
+    layout: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows give way between drafts that stand."""
+    monkeypatch.setattr("proxytune.core.scheduler.HEADROOM", 0)
+    examples, s = ragged(4, 6, longest=12), Sampling(max_new_tokens=16, temperature=0.8)
+    plain = decoder(trio, speculation=PLAIN)
+    coin = Coin(run(plain, examples, s), 0.9)
+    gave_way: list[tuple[tuple[str, int], int]] = []
+    preempt = Scheduler._preempt
+
+    def heard(scheduler: Scheduler) -> None:
+        preempt(scheduler)
+        row: Any = scheduler.waiting[0]
+        gave_way.append((row.request.tag.where, len(row.tokens)))
+
+    monkeypatch.setattr(Scheduler, "_preempt", heard)
+    how = Speculation(k=4, pick=coin, lookup=False)
+    d = decoder(trio, kv_memory=kv_bytes(plain, 64), speculation=how)
+    check(d, examples, s)
+    assert d.stats.preemptions == len(gave_way) and d.stats.accepted > 0
+    stood = [{at for row, at in coin.right_at if row == where} for where, _ in gave_way]
+    assert any(min(at) < n <= max(at) for at, (_, n) in zip(stood, gave_way, strict=True) if at)
+
+
+@pytest.mark.parametrize("sampler", [{}, {"temperature": 0.9, "top_k": 50}], ids=str)
+@pytest.mark.parametrize("k", [1, 4, 15, None])
+def test_drafts_end_with_the_context_window(k: int | None, sampler: dict[str, Any], tmp_path: Path) -> None:
     """The last position of the smallest window: no draft is fed beyond it, and none is missing before."""
     small = {"max_position_embeddings": 24}
     parts = {
@@ -141,8 +264,8 @@ def test_drafts_end_with_the_context_window(k: int, tmp_path: Path) -> None:
         for seed, role in enumerate(("base", "expert", "antiexpert"))
     }
     system = System(name="narrow", **parts)
-    s = Sampling(max_new_tokens=100)
-    want = run(decoder(system, speculation=PLAIN), ragged(6, 1, longest=20), s)
+    s = Sampling(max_new_tokens=100, **sampler)
+    want = by_id(check(decoder(system, speculation=PLAIN), ragged(6, 1, longest=20), s))
     for pick_ in (pick, Coin(want, 1.0)):
         d = decoder(system, speculation=Speculation(k=k, pick=pick_))
         assert said(run(d, ragged(6, 1, longest=20), s)) == said(want)
@@ -152,42 +275,39 @@ def test_drafts_end_with_the_context_window(k: int, tmp_path: Path) -> None:
 def test_rows_that_finish_inside_a_draft(trio: System) -> None:
     """End-of-sequence, a stop string and the length limit in the middle of accepted drafts: nothing after
     them is said, streamed or counted."""
-    s = Sampling(max_new_tokens=40, temperature=1.5, stop=("a",))
-    want = run(decoder(trio, speculation=PLAIN), ragged(40, 3), s)
-    assert {c.finish_reason for c in want.values()} == {"eos", "stop", "length"} or len(want) == 40
+    plain, s = decoder(trio, speculation=PLAIN), Sampling(max_new_tokens=40, temperature=1.5)
+    free = run(plain, ragged(40, 3), s)
+    stop = next(c.text[13:15] for c in free.values() if len(c.text) > 20 and c.text[13:15].isascii())
+    s = s.model_copy(update={"stop": (stop, "e")})
+    want = run(plain, ragged(40, 3), s)
+    assert {c.finish_reason for c in want.values()} == {"eos", "stop", "length"}
     streamed: dict[str, str] = {}
 
     def hear(example_id: str, sample: int, text: str) -> None:
         streamed[example_id] = streamed.get(example_id, "") + text
 
-    d = decoder(trio, speculation=Speculation(k=9, pick=Coin(want, 1.0)))
+    coin = Coin(want, 1.0)
+    d = decoder(trio, speculation=Speculation(k=9, pick=coin))
     found = run(d, ragged(40, 3), s, on_text=hear)
     assert said(found) == said(want)
+    ends = {(where, len(c.token_ids) - 1): c.finish_reason for where, c in want.items()}
+    assert {ends[at] for at in ends.keys() & coin.right_at} >= {"eos", "stop"}
+    assert d.stats.accepted > d.stats.generated_tokens / 2
     assert d.stats.generated_tokens == sum(len(c.token_ids) for c in want.values())
     assert {where[0]: c.text for where, c in found.items() if c.text} == {
         k: v for k, v in streamed.items() if v
     }
 
 
-def test_any_of_several_experts_can_draft(trio: System, tmp_path: Path) -> None:
-    second = spec(tiny.save(tmp_path / "second", tiny.build("llama", 9)))
-    system = trio.model_copy(
-        update={
-            "expert": None,
-            "experts": (
-                ExpertSpec(**trio.expert.model_dump(), weight=0.7),  # type: ignore[union-attr]
-                ExpertSpec(**second.model_dump(), weight=0.5),
-            ),
-        }
-    )
+def test_any_of_several_experts_can_draft(pair: System) -> None:
     s = Sampling(max_new_tokens=16, temperature=0.9)
-    want = run(decoder(system, speculation=PLAIN), ragged(5), s)
+    want = run(decoder(pair, speculation=PLAIN), ragged(5), s)
     for name in (None, "expert", "expert2"):
-        d = decoder(system, speculation=Speculation(k=3, drafter=name))
+        d = decoder(pair, speculation=Speculation(k=3, drafter=name))
         assert said(run(d, ragged(5), s)) == said(want)
         assert d.ensemble.front(name) == (name or "expert",)
     with pytest.raises(UserError, match="no expert 'expert3' to draft: choose expert or expert2"):
-        run(decoder(system, speculation=Speculation(drafter="expert3")), ragged(1), s)
+        run(decoder(pair, speculation=Speculation(drafter="expert3")), ragged(1), s)
 
 
 @pytest.mark.parametrize("k", [2, 5, None])

@@ -279,6 +279,9 @@ def _fused(
             q, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped
         )
     mask = group.mask(window, q)
+    if grouped and q.is_cuda and mask is not None:  # with both, CUDA has no kernel but the written-out one
+        keys, values = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (keys, values))
+        grouped = False
     return scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped)
 
 

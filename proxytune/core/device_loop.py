@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from proxytune.core.cache import PagedCache
 from proxytune.core.device_state import MOST_NEW, Widths, bucket, draw_of
 from proxytune.core.device_step import Said
 from proxytune.core.graphs import Graphs, Refused, Shape
-from proxytune.core.pace import GAIN, LADDER, RETRY, TRIED_FIRST, Times
+from proxytune.core.pace import Times
 from proxytune.core.runner import ModelRunner, Runner
 from proxytune.core.sampling import pick
 from proxytune.core.scheduler import Plan, Request, Row, Scheduler
@@ -31,13 +31,13 @@ from proxytune.core.speculative import Drafter, Drafts, Speculation
 
 DEVICES = {"cuda"}
 """Types of devices on which steps run this way. Elsewhere it is right too (the tests say so), but slower."""
-WIDE = 150
-"""Tokens per verification up to which a draft length is tried: beyond, products are compute-bound."""
 
 
 def steps_on_device(runners: Mapping[str, Runner], front: Sequence[str], settings: Speculation) -> bool:
     """Whether these models can decode this way: our attention over pages, one device, one id per token."""
-    if settings.pick is not pick or (not front and settings.k and settings.lookup):
+    if (settings.pick is not pick and settings.propose is None) or (
+        not front and settings.k and settings.lookup
+    ):
         return False
     devices = set()
     for runner in runners.values():
@@ -47,32 +47,6 @@ def steps_on_device(runners: Mapping[str, Runner], front: Sequence[str], setting
         if runner.alignment.longest > 1:
             return False
     return len(devices) == 1 and devices.pop().type in DEVICES
-
-
-@dataclass
-class StepPace:
-    """How far to draft, from the measured times of whole steps: a graph is not looked into."""
-
-    times: dict[int, Times] = field(default_factory=dict)
-    """By rows: seconds of a step by its tokens per row, k + 1."""
-    plain_steps: int = 0
-
-    def choose(self, rows: int, acceptance: float) -> int:
-        """The draft length for a step of so many rows."""
-        times, a = self.times.setdefault(rows, Times()), min(acceptance, 0.999)
-        for k in TRIED_FIRST:
-            if rows * (k + 1) <= WIDE and not times.known(k + 1):
-                return k
-
-        def speed(k: int) -> float:
-            seconds = times.at(k + 1)
-            return (1 - a ** (k + 1)) / (1 - a) / seconds if seconds else 0.0
-
-        best = max((k for k in LADDER if k == 0 or rows * (k + 1) <= WIDE), key=speed)
-        if best == 0 or speed(best) < GAIN * speed(0):
-            self.plain_steps += 1
-            return 1 if rows * 2 <= WIDE and self.plain_steps % RETRY == 0 else 0
-        return best
 
 
 @dataclass
@@ -88,7 +62,7 @@ class Flight:
     landed: torch.cuda.Event | None
     began: float
     alone: bool
-    """Whether no prompts were computed behind it."""
+    """Whether no prompts were computed beside it."""
     steady: bool
     """Whether it was started before the step before it was read."""
 
@@ -106,12 +80,13 @@ class DeviceLoop:
 
     def __init__(self, scheduler: Scheduler, drafter: Drafter, graphs: Graphs) -> None:
         self.scheduler, self.drafter, self.graphs = scheduler, drafter, graphs
-        self.pace = StepPace()
         self.flights: deque[Flight] = deque()
         self.k = 0
         self._widths = Widths()
         self._wishes: list[int] = []
         self._landed = 0.0
+        self._prompts = False
+        """Whether prompts were computed behind the last step that was planned."""
 
     def expect(self, request: Request) -> None:
         """A request will come: the state has to be wide enough for it."""
@@ -132,7 +107,7 @@ class DeviceLoop:
             return 0
         if settings.k is not None:
             return min(settings.k, MOST_NEW - 1)
-        return self.pace.choose(bucket(rows), self.drafter.pace.acceptance)
+        return self.drafter.pace.steps.choose(bucket(rows), self.drafter.pace.acceptance)
 
     def start(self, plan: Plan) -> bool:
         """Start the planned step, if it fits: all the room that was wished for, and models that can be
@@ -152,7 +127,9 @@ class DeviceLoop:
             warnings.warn(f"decoding without CUDA graphs, which is slower: {reason}", stacklevel=2)
             return False
         shape = Shape(bucket(len(rows)), self.k, draw)
-        self._launch(list(rows), shape, alone=not any(plan.prefill.values()))
+        prompts = any(plan.prefill.values())
+        self._launch(list(rows), shape, alone=not (prompts or self._prompts))
+        self._prompts = prompts
         return True
 
     def _launch(self, rows: list[Row], shape: Shape, *, alone: bool, steady: bool = False) -> None:
@@ -173,6 +150,8 @@ class DeviceLoop:
         last, scheduler = self.flights[-1], self.scheduler
         if last.rows != scheduler.rows or last.waiting != len(scheduler.waiting):
             return
+        if all(row.request.max_new_tokens - len(row.tokens) <= 1 for row in last.rows):
+            return  # the step under way says the last tokens
         k = self._choose(len(last.rows))
         shape = Shape(last.shape.rows, k, last.shape.draw)
         if not self.graphs.ready(shape):
@@ -221,7 +200,7 @@ class DeviceLoop:
         """In a steady flow a step takes as long as from landing to landing."""
         began, self._landed = self._landed if flight.steady else flight.began, time.perf_counter()
         if flight.alone:
-            times = self.pace.times.setdefault(flight.shape.rows, Times())
+            times = self.drafter.pace.steps.times.setdefault(flight.shape.rows, Times())
             times.add(flight.shape.k + 1, self._landed - began)
 
 

@@ -22,6 +22,7 @@ from proxytune.core.device_sampling import Draw
 from proxytune.core.device_state import Batch
 from proxytune.core.logits import log_probability, widen
 from proxytune.core.runner import ModelRunner, Runner
+from proxytune.core.sampling import Propose
 
 Logits = dict[str, Tensor]
 """Per model [R, Q, V] over the base's vocabulary."""
@@ -63,10 +64,11 @@ class DeviceStep:
         front: Sequence[str],
         lead: str,
         combine: Callable[[Mapping[str, Tensor], Tensor], Tensor],
+        propose: Propose | None = None,
     ) -> None:
         """`runners` are ModelRunners on pages, whose tokens take one id each. `front`: the drafter and the
-        models on its weights, or nothing; `combine` is `Ensemble.combine`."""
-        self.front, self.lead, self.combine = tuple(front), lead, combine
+        models on its weights, or nothing; `combine` is `Ensemble.combine`, `propose` a Speculation's."""
+        self.front, self.lead, self.combine, self.propose = tuple(front), lead, combine, propose
         self.runners: dict[str, ModelRunner] = {}
         self.spelt: dict[str, Tensor] = {}
         together: dict[int, list[str]] = {}
@@ -94,6 +96,8 @@ class DeviceStep:
             ahead.append(self._forward(self.front, batch, drafts[:, -1:], j))
             here, spot = noise[:, j : j + 1] if noise is not None else None, positions[:, j : j + 1]
             said = batch.sampler.pick(ahead[-1][self.front[0]], spot, here, draw)
+            if self.propose is not None:
+                said = self.propose(batch.sampler.key, spot)
             drafts = torch.cat([drafts, said], 1)
         work: list[Callable[[], Logits]] = [
             lambda names=names: self._forward(names, batch, drafts, 0)  # type: ignore[misc]

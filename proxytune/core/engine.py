@@ -22,7 +22,7 @@ from proxytune.core.graphs import Graphs
 from proxytune.core.logits import Shift, combine, largest, log_probability, some
 from proxytune.core.pace import Pace
 from proxytune.core.runner import ModelRunner, Runner, Work, forward_all
-from proxytune.core.sampling import Spot, pick
+from proxytune.core.sampling import Propose, Spot, pick
 from proxytune.core.scheduler import Plan, Request, Row, Scheduler, TokenTrace
 from proxytune.core.speculative import Drafter, Drafts, Speculation, StepSeconds, same_prefix
 from proxytune.errors import UserError
@@ -50,7 +50,7 @@ class Ensemble:
     """What is traced as the proxy where it is not this combination that decodes."""
     reference: str | None = None
     """The model whose divergence from the proxy and from its lead is traced; it only watches."""
-    _graphs: dict[tuple[str, ...], Graphs] = field(default_factory=dict)
+    _graphs: dict[tuple[tuple[str, ...], Propose | None], Graphs] = field(default_factory=dict)
     """By front: they outlive the engine that made them."""
 
     def combine(self, logits: Mapping[str, Tensor], alpha: Tensor, *, all_moved: bool = False) -> Tensor:
@@ -98,14 +98,14 @@ class Ensemble:
         known = self.runners[self.reference].alignment.shared
         return from_reference(views, self.reference, ("proxy", lead), known)
 
-    def graphs(self, front: tuple[str, ...]) -> Graphs:
+    def graphs(self, front: tuple[str, ...], propose: Propose | None = None) -> Graphs:
         """The steps of this ensemble on its device, where all its models are."""
-        if front not in self._graphs:
+        if (front, propose) not in self._graphs:
             runner = self.runners[self.lead]
             assert isinstance(runner, ModelRunner)
-            step = DeviceStep(self.runners, front, self.lead, self.combine)
-            self._graphs[front] = Graphs(step, runner.device)
-        return self._graphs[front]
+            step = DeviceStep(self.runners, front, self.lead, self.combine, propose)
+            self._graphs[front, propose] = Graphs(step, runner.device)
+        return self._graphs[front, propose]
 
     def _shared(self, term: Term) -> Tensor | None:
         known = [self.runners[name].alignment.shared for name in (term.expert, term.antiexpert)]
@@ -174,7 +174,7 @@ class Engine:
         self.counts = Counts()
         self.device: DeviceLoop | None = None
         if not trace and steps_on_device(runners, front, settings):
-            self.device = DeviceLoop(self.scheduler, self.drafter, ensemble.graphs(front))
+            self.device = DeviceLoop(self.scheduler, self.drafter, ensemble.graphs(front, settings.propose))
 
     @property
     def busy(self) -> bool:

@@ -11,6 +11,7 @@ device is tested on torch's `meta` device."""
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,13 +122,18 @@ class Graphs:
 
         main = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(main)
-        with torch.cuda.stream(self._stream):
-            once()  # kernels are compiled and libraries make up their minds
-            _without_waiting(once)
-        main.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                once()  # kernels are compiled and libraries make up their minds
+                _without_waiting(once)
+        finally:
+            main.wait_stream(self._stream)  # before anybody changes the state
         graph = torch.cuda.CUDAGraph()
-        with _refusing(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            once()
+        try:
+            with _refusing(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                once()
+        finally:
+            torch.cuda.set_stream(main)  # a capture that fails does not go back to it
         self._pool = self._pool or graph.pool()
         return Captured(graph, said)
 
@@ -159,7 +165,9 @@ def _refusing() -> Iterator[None]:
 def _without_waiting(function: Callable[[], None]) -> None:
     """Run a function in which the host may not wait for the device; Refused if it does."""
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns that it does not see every wait
+        torch.cuda.set_sync_debug_mode("error")
     try:
         with _refusing():
             function()

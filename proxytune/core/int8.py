@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from proxytune.core.paged_attention import KERNEL_DTYPES, runs_triton
 
-MOST_ROWS = 64
+MOST_ROWS = 128
 """Up to this many rows weights are read as int8 by the kernel; more are multiplied with weights that were
 made 16 bits wide first, by the vendor's kernel. On the CPU all are, so int8 saves memory there, not time."""
 CHUNK = 1024

@@ -95,6 +95,36 @@ def _size_class(tokens: int) -> int:
     return tokens if tokens <= EXACT else EXACT + round(math.log(tokens / EXACT) / math.log(WIDTH))
 
 
+STEP_WIDE = 150
+"""Tokens per verification up to which whole steps on a GPU are tried: beyond, products are compute-bound."""
+
+
+@dataclass
+class StepPace:
+    """How far to draft, from the measured times of whole steps: a graph is not looked into."""
+
+    times: dict[int, Times] = field(default_factory=dict)
+    """By rows: seconds of a step by its tokens per row, k + 1."""
+    plain_steps: int = 0
+
+    def choose(self, rows: int, acceptance: float) -> int:
+        """The draft length for a step of so many rows."""
+        times, a = self.times.setdefault(rows, Times()), min(acceptance, 0.999)
+        for k in TRIED_FIRST:
+            if rows * (k + 1) <= STEP_WIDE and not times.known(k + 1):
+                return k
+
+        def speed(k: int) -> float:
+            seconds = times.at(k + 1)
+            return (1 - a ** (k + 1)) / (1 - a) / seconds if seconds else 0.0
+
+        best = max((k for k in LADDER if k == 0 or rows * (k + 1) <= STEP_WIDE), key=speed)
+        if best == 0 or speed(best) < GAIN * speed(0):
+            self.plain_steps += 1
+            return 1 if rows * 2 <= STEP_WIDE and self.plain_steps % RETRY == 0 else 0
+        return best
+
+
 @dataclass
 class Pace:
     """Measurements of one engine, and the draft length that they speak for."""
@@ -114,6 +144,8 @@ class Pace:
     forwards: float = 1.0
     drafted: float = 1.0
     """Forwards of the front per draft: below 1 where earlier passages are guessed right."""
+    steps: StepPace = field(default_factory=StepPace)
+    """Of the steps that run on a GPU as one."""
     plain_steps: int = 0
     _asked: int = 0
     _steps: int = 0

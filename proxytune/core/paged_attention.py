@@ -9,8 +9,10 @@ Not measured on a GPU so far: the kernel ran in Triton's interpreter only."""
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from importlib.util import find_spec
+from subprocess import CalledProcessError
 
 import torch
 from torch import Tensor
@@ -24,7 +26,17 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @cache
 def _installed() -> bool:
-    return find_spec("triton") is not None
+    """Whether there is a Triton that can launch: it compiles its launcher when it is first asked for."""
+    if find_spec("triton") is None:
+        return False
+    from triton.runtime import driver
+
+    try:
+        _ = driver.active.utils
+    except (OSError, RuntimeError, CalledProcessError) as error:
+        warnings.warn(f"no Triton kernels, which is slower: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def runs_triton(tensor: Tensor) -> bool:

@@ -24,6 +24,8 @@ class Spot(NamedTuple):
 
 Pick = Callable[[Tensor, Sequence[Spot]], Tensor]
 """Logits [P, V] and the P spots that they belong to -> tokens [P]."""
+Propose = Callable[[Tensor, Tensor], Tensor]
+"""Rows' keys [R] and response positions [R, 1] -> tokens [R, 1], by operations that a CUDA graph can hold."""
 
 
 def banned(spots: Sequence[Spot]) -> tuple[list[int], list[int]]:

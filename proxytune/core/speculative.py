@@ -22,7 +22,7 @@ from torch import Tensor
 from proxytune.core.logits import some
 from proxytune.core.pace import Pace
 from proxytune.core.runner import Runner, Segment, Work, forward_all
-from proxytune.core.sampling import Pick, Spot, pick
+from proxytune.core.sampling import Pick, Propose, Spot, pick
 from proxytune.core.scheduler import Row
 
 NGRAM = 3
@@ -43,6 +43,9 @@ class Speculation:
     """The expert that drafts; None is the first."""
     pick: Pick = pick
     """Turns the drafter's logits into drafts. Any function is exact; a bad one is slow."""
+    propose: Propose | None = None
+    """What says the same where the host cannot look; a `pick` of another kind decodes on a GPU only with
+    it."""
 
 
 @dataclass
