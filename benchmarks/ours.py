@@ -38,10 +38,9 @@ class Dial:
     an order shuffled per request. Times and tokens are those of an expert with this acceptance; the
     acceptance itself is made up."""
 
-    proposals: Mapping[int, Sequence[int]]
-    """Drafts for every position, by the request's tag; made beforehand, so that it costs no time."""
     table: Tensor
-    """The same [tags, positions], on the device: a request's key is its tag."""
+    """Drafts [tags, positions], on the device and made beforehand, so that they cost no time. A request's key
+    is its tag."""
 
     @classmethod
     def at(
@@ -52,18 +51,15 @@ class Dial:
         device: torch.device,
     ) -> Dial:
         """A dial for responses `truth`, by tag."""
-        proposals = {}
+        table = torch.zeros(max(truth) + 1, max(map(len, truth.values())), dtype=torch.long)
         for tag, said in truth.items():
             hits = round(acceptance * len(said))
             right = [True] * hits + [False] * (len(said) - hits)
             random.Random(tag).shuffle(right)
             pairs = zip(said, right, strict=True)
-            proposals[tag] = [token if held else (token + 1) % vocabulary for token, held in pairs]
-        longest = max(map(len, proposals.values()))
-        table = torch.zeros(max(proposals) + 1, longest, dtype=torch.long)
-        for tag, drafts in proposals.items():
+            drafts = [token if held else (token + 1) % vocabulary for token, held in pairs]
             table[tag, : len(drafts)] = torch.tensor(drafts)
-        return cls(proposals, table.to(device))
+        return cls(table.to(device))
 
     def on_device(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Drafts [R, 1] for rows of keys [R] at positions [R, 1]: what a step on a GPU asks. It has looked at
@@ -73,12 +69,8 @@ class Dial:
     def __call__(self, logits: Tensor, spots: Sequence[Spot]) -> Tensor:
         """Drafts [P] for the spots of logits [P, V]."""
         logits.argmax(-1)  # an expert that drafts for itself looks at its logits
-        return torch.tensor([self._proposal(spot) for spot in spots], device=logits.device)
-
-    def _proposal(self, spot: Spot) -> int:
-        tag = spot.row.request.tag
-        assert isinstance(tag, int)
-        return self.proposals[tag][spot.position]
+        where = torch.tensor([(spot.row.request.key, spot.position) for spot in spots], device=logits.device)
+        return self.on_device(where[:, 0], where[:, 1:])[:, 0]
 
 
 @dataclass(frozen=True)

@@ -366,8 +366,8 @@ def free_memory(where: str | None = None) -> int:
 def _give_back() -> None:
     """Let go of what nobody uses: torch keeps freed blocks of a GPU, and an ensemble and its graphs hold on
     to each other until they are collected."""
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

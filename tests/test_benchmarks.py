@@ -254,8 +254,7 @@ def test_lengths_follow_their_distribution() -> None:
 
 @pytest.mark.slow
 def test_the_quick_mode_runs_whole() -> None:
-    """Every case at real sizes, as `--quick --json` prints it. How long it takes is in the object, and not
-    asserted."""
+    """Every case at real sizes, as `--quick --json` prints it."""
     command = [sys.executable, "benchmarks/decode.py", "--device", "cpu", "--quick", "--json"]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True

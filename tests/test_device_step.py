@@ -295,8 +295,8 @@ def test_whatever_comes(
 
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
-COPIES = {"tolist", "numpy", "cpu", "item", "__bool__", "__int__", "__float__", "__index__"}
-COPIES |= {"__array__", "__contains__"}
+COPIES = {"tolist", "numpy", "cpu", "item"}
+COPIES |= {f"__{name}__" for name in ("bool", "int", "float", "index", "array", "contains")}
 
 
 class NoReads(TorchDispatchMode):

@@ -107,7 +107,7 @@ def step_on_meta(system: System, role: Role = "proxy", k: int = 2, **sampler: An
 def of_family(folder: Path, name: str) -> System:
     """A trio; mixtures of experts in bfloat16, in which experts multiply in groups and nobody asks who got
     what."""
-    mixture, roles = hasattr(tiny.build(name).config, "num_experts_per_tok"), dict[str, ModelSpec]()
+    mixture, roles = "num_experts_per_tok" in tiny.PACKED[name][1], dict[str, ModelSpec]()
     for number, role in enumerate(tiny.ROLES):
         saved = tiny.save(folder / role, tiny.build(name, number))
         roles[role] = ModelSpec(model=str(saved), dtype="bfloat16") if mixture else spec(saved)
@@ -169,7 +169,7 @@ def test_what_is_not_on_the_device_is_noticed() -> None:
             read()
 
 
-def test_values_stay_where_they_were(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_stay_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Linear(2, 2)
     moved, again = on_meta(monkeypatch, (layer, layer))
     assert moved is again and moved.weight.is_meta and not layer.weight.is_meta
