@@ -18,7 +18,7 @@ from proxytune.core.device_sampling import cut
 from proxytune.core.device_state import DeviceState, Widths, bans_of, draw_of
 from proxytune.core.device_step import Said
 from proxytune.core.logits import warp
-from proxytune.core.pace import StepPace
+from proxytune.core.pace import Ahead, StepPace
 from proxytune.core.sampling import Spot, pick
 from proxytune.core.scheduler import Request, Row
 
@@ -74,7 +74,7 @@ def state_of(rows: Sequence[Row], room: int) -> DeviceState:
         cache.admit()
         cache.reserve([*cache.lengths[:-1], len(row.ids["base"])])
     widths = reduce(Widths.join, (Widths.of(row.request) for row in rows))
-    state = DeviceState({"base": cache}, room, widths, VOCABULARY, CPU)
+    state = DeviceState({"base": cache}, "base", room, widths, VOCABULARY, CPU)
     state.fill(rows)
     return state
 
@@ -171,8 +171,47 @@ def test_pace_of_whole_steps(acceptance: float, per_token: float, want: int) -> 
     """Each length is timed first; then the one that gives most tokens per second is taken."""
     pace, tried = StepPace(), list[int]()
     for _ in range(40):
-        k = pace.choose(8, acceptance)
-        tried.append(k)
-        pace.times[8].add(k + 1, 1.0 + per_token * k)
+        ahead = pace.choose(8, acceptance)
+        tried.append(ahead.k)
+        pace.add(8, ahead, 1.0 + per_token * ahead.k)
+        assert not ahead.lookup
     assert {0, 1, 3} <= set(tried[:8]) and set(tried[20:]) == {want}
-    assert StepPace().choose(128, 0.9) == 0, "too wide to try anything else first"
+    assert StepPace().choose(128, 0.9) == Ahead(0), "too wide to try anything else first"
+
+
+def ride(pace: StepPace, acceptance: float | None, matched: float, held: float, rows: int = 4) -> list[Ahead]:
+    """Forty steps on a machine on which the expert takes as long as a fifth of a plain step."""
+    chosen = []
+    for _ in range(40):
+        chosen.append(pace.choose(rows, acceptance, matched, held))
+        pace.add(rows, chosen[-1], 1.0 if chosen[-1].lookup else 1.0 + 0.2 * chosen[-1].k)
+    return chosen[20:]
+
+
+def test_passages_are_chosen_where_they_give_most() -> None:
+    assert set(ride(StepPace(), 0.1, 1.0, 0.9)) == {Ahead(6, lookup=True)}
+    assert set(ride(StepPace(), 0.1, 0.0, 0.9)) == {Ahead(0)}, "nothing was found"
+    assert set(ride(StepPace(), 0.9, 0.2, 0.9)) == {Ahead(6)}, "the expert does more for all rows"
+    assert set(ride(StepPace(), None, 0.5, 0.5)) == {Ahead(6, lookup=True)}
+    assert set(ride(StepPace(), None, 0.0, 0.0)) == {Ahead(0)}
+    assert {a.k for a in ride(StepPace(), None, 1.0, 0.9, rows=32)} == {3}, "up to where products are bound"
+
+
+def test_slow_passages_are_tried_and_left() -> None:
+    pace, chosen = StepPace(), list[Ahead]()
+    for _ in range(40):
+        chosen.append(pace.choose(4, None, 1.0, 0.5))
+        pace.add(4, chosen[-1], 3.0 if chosen[-1].lookup else 1.0)
+    assert 0 < sum(ahead.lookup for ahead in chosen) <= 3
+
+
+def test_no_retries_where_even_good_drafts_would_lose() -> None:
+    def tries(per_token: float) -> int:
+        pace, found = StepPace(), 0
+        for step in range(2000):
+            ahead = pace.choose(8, 0.05)
+            pace.add(8, ahead, 1.0 + per_token * ahead.k)
+            found += step >= 100 and ahead.k > 0
+        return found
+
+    assert tries(0.3) > 5 and tries(1.2) == 0

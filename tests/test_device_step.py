@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import test_models
@@ -29,8 +30,9 @@ from proxytune.core.device_loop import DeviceLoop
 from proxytune.core.device_sampling import Draw
 from proxytune.core.device_state import bucket
 from proxytune.core.engine import Engine
+from proxytune.core.pace import Ahead, StepPace
 from proxytune.core.scheduler import Request
-from proxytune.core.speculative import Speculation
+from proxytune.core.speculative import LOOKUP, Speculation
 from proxytune.decode import Decoder
 from proxytune.models import Loaded, Models
 from proxytune.records import Completion
@@ -81,12 +83,33 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Steps]:
     yield found
 
 
-def drafting(k: int | None) -> Speculation:
-    return Speculation(k=k, lookup=False)
+Ways = int | Literal["lookup", "any"] | None
 
 
-@pytest.mark.parametrize("k", [0, 1, 3, 6, None])
-def test_greedy(trio: System, steps: Steps, k: int | None) -> None:
+def drafting(k: Ways) -> Speculation:
+    """So many tokens by the expert (None: adaptive); passages alone; or whatever `any_way` says."""
+    if k == LOOKUP:
+        return Speculation(k=4, drafter=LOOKUP)
+    return Speculation() if k == "any" else Speculation(k=k, lookup=False)
+
+
+@pytest.fixture(autouse=True)
+def any_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where passages are looked for, every step drafts in another way than the one before."""
+    ways = cycle([Ahead(2), Ahead(3, lookup=True), Ahead(0), Ahead(6, lookup=True), Ahead(1)])
+    choose = StepPace.choose
+
+    def chosen(pace: StepPace, rows: int, acceptance: float | None, *passages: float) -> Ahead:
+        if passages[0] == 0.0:
+            return choose(pace, rows, acceptance, *passages)
+        ahead = next(ways)
+        return Ahead(0) if acceptance is None and not ahead.lookup else ahead
+
+    monkeypatch.setattr(StepPace, "choose", chosen)
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 6, None, "lookup", "any"])
+def test_greedy(trio: System, steps: Steps, k: Ways) -> None:
     """17 ragged prompts, so that batches are padded to 24 rows and shrink to one."""
     d = decoder(trio, speculation=drafting(k))
     check(d, ragged(17), Sampling(max_new_tokens=9))
@@ -102,9 +125,9 @@ SAMPLERS = [
 ]
 
 
-@pytest.mark.parametrize("k", [0, 1, 3, 6])
+@pytest.mark.parametrize("k", [0, 1, 3, 6, "lookup", "any"])
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
-def test_sampled(trio: System, steps: Steps, sampler: dict[str, Any], k: int) -> None:
+def test_sampled(trio: System, steps: Steps, sampler: dict[str, Any], k: Ways) -> None:
     d = decoder(trio, speculation=drafting(k))
     check(d, ragged(3, 1), Sampling(max_new_tokens=10, seed=3, **sampler))
     assert steps.ahead > 0 and steps.refused == 0
@@ -125,7 +148,7 @@ def everything(found: list[Completion]) -> dict[tuple[str, int], tuple[Any, ...]
 
 
 def both(
-    monkeypatch: pytest.MonkeyPatch, system: System, examples: Any, s: Sampling, k: int, **options: Any
+    monkeypatch: pytest.MonkeyPatch, system: System, examples: Any, s: Sampling, k: Ways, **options: Any
 ) -> None:
     """Steps on the device say what the engine's own steps say."""
     role, device = options.pop("role", "proxy"), DeviceLoop._launch
@@ -139,8 +162,8 @@ def both(
     assert ours == everything(list(plain.stream(examples, s, **options))) and len(steps) == count
 
 
-@pytest.mark.parametrize("k", [0, 3])
-def test_bans_and_minimum_length(trio: System, monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+@pytest.mark.parametrize("k", [0, 3, "lookup", "any"])
+def test_bans_and_minimum_length(trio: System, monkeypatch: pytest.MonkeyPatch, k: Ways) -> None:
     s = Sampling(
         max_new_tokens=10, min_new_tokens=3, temperature=1.5, ban=("e", "a"), ban_first=("b", "\n"), n=4
     )
@@ -152,14 +175,52 @@ def test_forced_opener(trio: System, monkeypatch: pytest.MonkeyPatch, k: int) ->
     both(monkeypatch, trio, ragged(3, 13), Sampling(max_new_tokens=8, temperature=0.8), k, forced=" ok")
 
 
-@pytest.mark.parametrize("k", [0, 3])
-def test_stops_are_seen_late_and_cut(trio: System, monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+@pytest.mark.parametrize("k", [0, 3, "lookup", "any"])
+def test_stops_are_seen_late_and_cut(trio: System, monkeypatch: pytest.MonkeyPatch, k: Ways) -> None:
     s = Sampling(max_new_tokens=24, temperature=1.0, stop=("e", "a\n", "3"))
     both(monkeypatch, trio, ragged(12, 8), s, k)
 
 
-def test_one_model_alone(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
-    both(monkeypatch, trio, ragged(5, 8), Sampling(max_new_tokens=9, temperature=1.0), 0, role="base")
+@pytest.mark.parametrize("k", [0, "lookup", "any"])
+def test_one_model_alone(trio: System, monkeypatch: pytest.MonkeyPatch, k: Ways) -> None:
+    both(monkeypatch, trio, ragged(5, 8), Sampling(max_new_tokens=30, temperature=0.4), k, role="base")
+
+
+@pytest.mark.parametrize("role", ["base", "proxy"])
+def test_passages_stand(trio: System, steps: Steps, role: str) -> None:
+    """Random models loop now and then, so that passages recur."""
+    d = decoder(trio, role, speculation=drafting("lookup"))
+    list(d.stream(ragged(5, 1), Sampling(max_new_tokens=60)))
+    assert steps.refused == 0 and d.stats.accepted > d.stats.examined / 2 > 20
+    assert d.stats.row_steps < d.stats.generated_tokens - 40
+
+
+@pytest.mark.parametrize("k", [0, 3, "lookup", "any"])
+def test_the_device_knows_what_was_said(
+    trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps, k: Ways
+) -> None:
+    """At every landing, for every row that goes on, while rows come, end, give way and change places, and
+    where drafts do not fit and the engine takes a step itself."""
+    checked, land = list[int](), DeviceLoop.land
+
+    def watched(loop: DeviceLoop) -> Any:
+        state, flight = loop.graphs.state, loop.flights[0]
+        assert state is not None
+        if len(loop.flights) == 1:
+            batch = state.views(len(flight.rows))
+            for index, row in enumerate(flight.rows):
+                known = int(batch.offset["base"][index] + 1 + batch.position[index])
+                said = batch.history[index, :known].tolist()
+                assert said[: len(row.ids["base"])] == row.ids["base"]
+                assert said[-1] == batch.last["base"][index]
+                checked.append(known)
+        return land(loop)
+
+    monkeypatch.setattr(DeviceLoop, "land", watched)
+    s = Sampling(max_new_tokens=40, temperature=0.6, n=2, stop=("3",))
+    d = decoder(trio, kv_memory=kv_bytes(decoder(trio), 160), speculation=drafting(k))
+    list(d.stream(ragged(9, 6, longest=12), s))
+    assert d.stats.preemptions > 0 and len(checked) > 40 and (k == 0 or steps.refused > 0)
 
 
 @pytest.mark.parametrize("k", [0, 3])
@@ -176,10 +237,10 @@ def test_several_experts(trio: System, tmp_path: Path, steps: Steps, k: int) -> 
     assert steps.ahead > 0
 
 
-@pytest.mark.parametrize("k", [0, 1, 4])
+@pytest.mark.parametrize("k", [0, 1, 4, "lookup", "any"])
 @pytest.mark.parametrize("name", ["lora", "head", "prompt"])
 def test_shared_pair(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, steps: Steps, name: str, k: int
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, steps: Steps, name: str, k: Ways
 ) -> None:
     """An adapter that shares a forward, one that PEFT switches, and a soft prompt, against plain decoding in
     the engine's own steps (which test_models holds against PEFT and the oracle)."""
@@ -232,8 +293,8 @@ def test_rows_end_inside_a_draft(trio: System, monkeypatch: pytest.MonkeyPatch, 
     assert {c.finish_reason for c in found} == {"eos", "length"}
 
 
-@pytest.mark.parametrize("k", [0, 3, 6])
-def test_last_position_of_the_window(trio: System, steps: Steps, k: int) -> None:
+@pytest.mark.parametrize("k", [0, 3, 6, "lookup", "any"])
+def test_last_position_of_the_window(trio: System, steps: Steps, k: Ways) -> None:
     d = decoder(trio, speculation=drafting(k))
     for length in (249, 253, 254):  # and <s> before them
         s = Sampling(max_new_tokens=50, min_new_tokens=50)
@@ -244,8 +305,8 @@ def test_last_position_of_the_window(trio: System, steps: Steps, k: int) -> None
     assert steps.waited > 0
 
 
-@pytest.mark.parametrize("k", [0, 3])
-def test_preemption(trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps, k: int) -> None:
+@pytest.mark.parametrize("k", [0, 3, "lookup", "any"])
+def test_preemption(trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps, k: Ways) -> None:
     examples, s = ragged(10, 6, longest=12), Sampling(max_new_tokens=40, temperature=0.8)
     d = decoder(trio, kv_memory=kv_bytes(decoder(trio), 160), speculation=drafting(k))
     tight = everything(list(d.stream(examples, s)))
@@ -254,8 +315,8 @@ def test_preemption(trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps,
     assert tight == everything(list(decoder(trio).stream(examples, s)))
 
 
-@pytest.mark.parametrize("k", [0, 3])
-def test_samples_share_their_prompt(trio: System, steps: Steps, k: int) -> None:
+@pytest.mark.parametrize("k", [0, 3, "lookup", "any"])
+def test_samples_share_their_prompt(trio: System, steps: Steps, k: Ways) -> None:
     d = decoder(trio, max_batch=3, speculation=drafting(k))
     examples = [example("a prompt that fills a page or more", 0), example("short", 1)]
     check(d, examples, Sampling(max_new_tokens=8, temperature=1.0, n=5))
@@ -269,7 +330,7 @@ def test_samples_share_their_prompt(trio: System, steps: Steps, k: int) -> None:
     batch=st.integers(1, 5),
     pool=st.integers(80, 200),
     samples=st.integers(1, 2),
-    k=st.sampled_from([0, 1, 3, 6, None]),
+    k=st.sampled_from([0, 1, 3, 6, None, "lookup", "any"]),
     sampler=st.sampled_from([{}, *SAMPLERS]),
     stop=st.sampled_from([(), ("e",), ("a", "\n")]),
 )
@@ -281,7 +342,7 @@ def test_whatever_comes(
     batch: int,
     pool: int,
     samples: int,
-    k: int | None,
+    k: Ways,
     sampler: dict[str, Any],
     stop: tuple[str, ...],
 ) -> None:
@@ -359,7 +420,7 @@ def test_padding_writes_to_the_spare_page_alone(trio: System) -> None:
     alive = state.views(4).position < state.views(4).limit
     assert alive.tolist() == [True, True, False, False]
     before = [[pool.clone() for pool in cache.pools(0)] for cache in caches]  # type: ignore[attr-defined]
-    engine.device.graphs.step(state.views(4), 2, Draw(False, False))
+    engine.device.graphs.step(state.views(4), Ahead(2), Draw(False, False))
     for cache, pools in zip(caches, before, strict=True):
         assert isinstance(cache, PagedCache)
         own = {page for table in cache.tables[:2] for page in table} | {cache.spare}
@@ -391,16 +452,15 @@ def test_the_host_is_one_step_late(trio: System, steps: Steps) -> None:
 
 
 def test_what_cannot_run_this_way(trio: System) -> None:
-    """Traces, another choice of drafts, slots, passages for a model alone: the engine's own steps."""
+    """Traces and another choice of drafts: the engine's own steps."""
 
     def device(role: str = "proxy", trace: bool = False, s: Speculation | None = None) -> bool:
         d = decoder(trio, role)
         return Engine(d.ensemble, max_rows=2, trace=trace, speculation=s or drafting(2)).device is not None
 
-    assert device() and device("base") and device("base", s=Speculation())
+    assert device() and device("base") and device("base", s=Speculation(k=2))
     assert not device(trace=True)
     assert not device(s=Speculation(pick=lambda logits, spots: logits.argmin(-1)))
-    assert not device("base", s=Speculation(k=2))
 
 
 def test_a_refused_capture_leaves_the_engine_its_own_steps(

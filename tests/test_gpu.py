@@ -14,6 +14,7 @@ import test_models
 import torch
 from conftest import require_or_skip
 from test_decode import by_id, check, decoder, example, plain, ragged
+from test_device_step import Ways, drafting
 from test_models import on_anti
 
 from proxytune.config import Sampling, System
@@ -46,10 +47,6 @@ def in_dtype(system: System, dtype: str, device: str | None = None) -> System:
     )
 
 
-def drafting(k: int | None) -> Speculation:
-    return Speculation(k=k, lookup=False)
-
-
 def tokens(d: Decoder, examples: Sequence[Example], s: Sampling) -> dict[tuple[str, int], tuple[int, ...]]:
     return {where: c.token_ids for where, c in by_id(list(d.stream(examples, s))).items()}
 
@@ -59,8 +56,8 @@ def graphs_of(d: Decoder) -> Graphs:
     return found
 
 
-@pytest.mark.parametrize("k", [0, 3, None])
-def test_tokens_are_the_oracles(trio: System, k: int | None) -> None:
+@pytest.mark.parametrize("k", [0, 3, None, "lookup"])
+def test_tokens_are_the_oracles(trio: System, k: Ways) -> None:
     d = decoder(trio, speculation=drafting(k))
     assert all(isinstance(runner.rows, PagedCache) for runner in d.ensemble.runners.values())
     check(d, ragged(20), Sampling(max_new_tokens=12))
@@ -72,17 +69,17 @@ SAMPLERS = [Sampling(max_new_tokens=24), Sampling(max_new_tokens=24, temperature
 
 
 @pytest.mark.parametrize("s", SAMPLERS, ids=["greedy", "sampled"])
-@pytest.mark.parametrize("k", [0, 3])
+@pytest.mark.parametrize("k", [0, 3, "lookup"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_graphs_change_nothing(
-    trio: System, monkeypatch: pytest.MonkeyPatch, dtype: str, k: int, s: Sampling
+    trio: System, monkeypatch: pytest.MonkeyPatch, dtype: str, k: Ways, s: Sampling
 ) -> None:
     """The same steps without capture, and with the models in turn or beside each other."""
     found = []
     for captured, parallel in ((set[str](), None), ({"cuda"}, False), ({"cuda"}, True)):
         monkeypatch.setattr(graphs, "CAPTURED", captured)
         d = decoder(in_dtype(trio, dtype), speculation=drafting(k))
-        made = d.ensemble.graphs(d.ensemble.front())
+        made = d.ensemble.graphs(d.ensemble.front(d.speculation.drafter))
         made.parallel = parallel
         found.append(list(d.stream(ragged(20, 3), s)))
         assert made.refused is None and bool(made._captured) == bool(captured)
@@ -90,8 +87,8 @@ def test_graphs_change_nothing(
     assert all(other == first for other in others)
 
 
-@pytest.mark.parametrize("k", [0, 3])
-def test_float32_says_what_the_cpu_says(trio: System, k: int) -> None:
+@pytest.mark.parametrize("k", [0, 3, "lookup"])
+def test_float32_says_what_the_cpu_says(trio: System, k: Ways) -> None:
     s, examples = Sampling(max_new_tokens=24), ragged(20, 4)
     cpu = decoder(in_dtype(trio, "float32", "cpu"), speculation=Speculation(k=0))
     gpu = decoder(in_dtype(trio, "float32"), speculation=drafting(k))
@@ -109,7 +106,7 @@ def test_a_shared_pair_says_what_the_cpu_says(folders: dict[str, Path], k: int) 
     assert gpu.ensemble.front() == ("expert", "antiexpert")
     assert tokens(gpu, examples, s) == tokens(cpu, examples, s)
     made = graphs_of(gpu)
-    assert made.refused is None and {shape.k for shape in made._captured} == {k}
+    assert made.refused is None and {shape.ahead.k for shape in made._captured} == {k}
 
 
 def gap(d: Decoder, e: Example, said: Sequence[int], one: int, other: int) -> float:

@@ -14,7 +14,7 @@ import pytest
 import test_models
 import torch
 from test_decode import check, decoder, ragged
-from test_device_step import SAMPLERS, as_on_a_device, drafting, nothing_read
+from test_device_step import SAMPLERS, Ways, as_on_a_device, drafting, nothing_read
 from test_models import on_anti
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +24,7 @@ from proxytune.config import Sampling, System
 from proxytune.core import device_loop, graphs
 from proxytune.core.device_sampling import Draw
 from proxytune.core.graphs import Graphs, Refused, Shape
+from proxytune.core.pace import Ahead
 from proxytune.core.speculative import Speculation
 from proxytune.decode import Decoder
 from proxytune.models import Models
@@ -111,10 +112,10 @@ def graphs_of(d: Decoder) -> Graphs:
 
 
 @pytest.mark.parametrize("parallel", [False, True, None])
-@pytest.mark.parametrize("k", [0, 3])
-def test_replayed_steps_are_the_oracles(trio: System, k: int, parallel: bool | None) -> None:
+@pytest.mark.parametrize("k", [0, 3, "lookup"])
+def test_replayed_steps_are_the_oracles(trio: System, k: Ways, parallel: bool | None) -> None:
     d = decoder(trio, speculation=drafting(k))
-    d.ensemble.graphs(d.ensemble.front()).parallel = parallel
+    d.ensemble.graphs(d.ensemble.front(d.speculation.drafter)).parallel = parallel
     check(d, ragged(9, 2), Sampling(max_new_tokens=9))
     made = graphs_of(d)
     replays = sum(captured.graph.replays for captured in made._captured.values())  # type: ignore[attr-defined]
@@ -135,7 +136,7 @@ def test_replayed_samples(trio: System, sampler: dict[str, Any]) -> None:
 def test_adaptive_lengths_have_a_graph_each(trio: System) -> None:
     d = decoder(trio, speculation=Speculation())
     check(d, ragged(3, 4), Sampling(max_new_tokens=40))
-    assert len({shape.k for shape in graphs_of(d)._captured}) > 1
+    assert len({shape.ahead.k for shape in graphs_of(d)._captured}) > 1
 
 
 @pytest.mark.parametrize("name", ["lora", "prompt"])
@@ -160,9 +161,15 @@ def test_making_a_graph_moves_nothing(trio: System) -> None:
     def watched(loop: device_loop.DeviceLoop, *args: Any, **options: Any) -> None:
         assert made.state is not None
         caches = list(made.state.caches.values())
-        before = [made.state.moving.clone(), *(p[: c.spare].clone() for c in caches for p in c.pools(1))]
-        made.prepare(Shape(made.state.rows, 2, Draw(True, True)))
-        after = [made.state.moving, *(p[: c.spare] for c in caches for p in c.pools(1))]
+        before = [made.state.moving.clone(), made.state.history[:, :-1].clone()]
+        before += [p[: c.spare].clone() for c in caches for p in c.pools(1)]
+        for ahead in (Ahead(2), Ahead(3, lookup=True)):
+            made.prepare(Shape(made.state.rows, ahead, Draw(True, True)))
+        after = [
+            made.state.moving,
+            made.state.history[:, :-1],
+            *(p[: c.spare] for c in caches for p in c.pools(1)),
+        ]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         seen.append(1)
         launch(loop, *args, **options)

@@ -26,7 +26,7 @@ def ride(
         spent = k * draft(rows) + verify(rows * (k + 1))
         if k:
             pace.saw_drafts(rows, k, k * rows, k * draft(rows))
-            pace.saw_acceptance(sum(stood), sum(min(n + 1, k) for n in stood))
+            pace.acceptance.add(sum(stood), sum(min(n + 1, k) for n in stood))
         pace.verify.add(rows * (k + 1), verify(rows * (k + 1)))
         closing = sum(n == k for n in stood)
         if closing:
@@ -100,14 +100,14 @@ def test_a_drafter_that_gets_better_is_noticed() -> None:
         pace.draft.add(1, 1.0)
         pace.close.add(1, 1.0)
     for _ in range(200):
-        pace.saw_acceptance(0, 1)
+        pace.acceptance.add(0, 1)
     assert pace.choose(1) == 0
     tried = 0
     for _ in range(20_000):
         k = pace.choose(1)
         if k:
             tried += 1
-            pace.saw_acceptance(k, k)
+            pace.acceptance.add(k, k)
     assert tried > 10 and pace.choose(1) == max(LADDER)
 
 
@@ -120,13 +120,72 @@ def test_a_slow_minute_is_forgotten() -> None:
         for _ in range(4):
             pace.verify.add(tokens, seconds)
     for _ in range(200):
-        pace.saw_acceptance(19, 20)
+        pace.acceptance.add(19, 20)
     assert pace.choose(1) == 3
     chosen = []
     for _ in range(1000):
         chosen.append(pace.choose(1))
         pace.verify.add(chosen[-1] + 1, 10.0)
     assert min(chosen[-100:]) > 3
+
+
+def measured(close: float, verify: Cost, rows: int = 1) -> Pace:
+    """What plain steps and a few drafts have shown."""
+    pace = Pace()
+    for tokens in (rows, 2 * rows, 4 * rows, 8 * rows):
+        pace.verify.add(tokens, verify(tokens)), pace.verify.add(tokens, verify(tokens))
+    for times in (pace.close, pace.draft):
+        times.add(rows, close), times.add(rows, close)
+    return pace
+
+
+def test_passages_for_all_models_where_they_win() -> None:
+    """Before they were ever a draft: from what was seen of them, and from what wider forwards cost."""
+    pace = measured(3.0, flat)
+    for _ in range(30):
+        pace.acceptance.add(0, 1)
+    assert not pace.looks_up([0], 0), "no passage"
+    for _ in range(30):
+        pace.passages.add(0, 1)
+    assert not pace.looks_up([6], 0)
+    for _ in range(30):
+        pace.passages.add(6, 6)
+    assert pace.looks_up([6], 0) and not pace.looks_up([], 0)
+    wide, better = measured(10.0, bound), measured(1.0, flat)
+    wide.passages = better.passages = pace.passages
+    for _ in range(100):
+        better.acceptance.add(8, 8)
+    assert not wide.looks_up([6], 0), "reading it takes as long as saying it"
+    assert not better.looks_up([2], 8), "the expert goes further"
+
+
+def test_what_passages_cost_is_measured() -> None:
+    pace = measured(3.0, flat)
+    pace.passages.held = pace.passages.asked = 100.0
+    assert pace.looks_up([6], 0)
+    for _ in range(3):
+        pace.lookup.add(7, 200.0)
+    assert not pace.looks_up([6], 0)
+
+
+def test_the_drafter_reads_passages_where_that_saves_forwards() -> None:
+    def reads(wide: float, share: float) -> int:
+        pace = Pace()
+        for _ in range(3):
+            pace.read.add(1, 1.0), pace.read.add(7, wide)
+        pace.guesses.held, pace.guesses.asked = share * 100, 100.0
+        return sum(pace.guessing(1, 6) for _ in range(160))
+
+    assert reads(1.5, 0.9) == reads(1.5, 0.4) == 160
+    assert reads(1.5, 0.2) == reads(5.0, 0.7) == 10, "tried in any case, to be measured"
+
+
+def test_no_retries_where_even_good_drafts_would_lose() -> None:
+    """64 rows, products bound by arithmetic: drafts of any quality lose, and none is tried for ever."""
+    pace = measured(1.0, lambda tokens: 10.0 * tokens, rows=64)
+    for _ in range(200):
+        pace.acceptance.add(0, 1)
+    assert not any(pace.choose(64) for _ in range(1000))
 
 
 def test_times_of_about_as_many_tokens_count_together() -> None:

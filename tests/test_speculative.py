@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from torch import Tensor
 
 from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
 from proxytune.core.cache import PagedCache
+from proxytune.core.pace import Pace, Times
 from proxytune.core.sampling import Spot, pick
 from proxytune.core.scheduler import Scheduler
-from proxytune.core.speculative import Passages, Speculation, same_prefix
+from proxytune.core.speculative import LOOKUP, Speculation, same_prefix
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
 from proxytune.records import Completion
@@ -161,10 +163,13 @@ def letters(found: Found, longest: int = 1) -> list[str]:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    experts=st.sampled_from([("trio", None), ("pair", None), ("pair", "expert"), ("pair", "expert2")]),
+    experts=st.sampled_from(
+        [("trio", None), ("pair", None), ("pair", "expert"), ("pair", "expert2"), ("trio", LOOKUP)]
+    ),
     k=st.sampled_from([None, *range(16)]),
     p=st.sampled_from([None, 0.0, 0.5, 0.8, 0.95, 1.0]),
     lookup=st.booleans(),
+    straight=st.booleans(),
     sampler=st.sampled_from(
         [
             {},
@@ -191,6 +196,7 @@ def test_speculation_says_what_the_oracle_says(
     k: int | None,
     p: float | None,
     lookup: bool,
+    straight: bool,
     sampler: dict[str, Any],
     alpha: str,
     limit: int,
@@ -202,7 +208,8 @@ def test_speculation_says_what_the_oracle_says(
     ban: int | None,
     stop: int | None,
 ) -> None:
-    """Bans and stops are of what would be said without them; `p` None is the expert's own drafts."""
+    """Bans and stops are of what would be said without them; `p` None is the expert's own drafts, `straight`
+    lets all models read every other passage at once."""
     system, drafter = {"trio": trio, "pair": pair}[experts[0]], experts[1]
     examples, how = ragged(3, limit, longest=10), {"alpha": parse_alpha(alpha)}
     s = Sampling(max_new_tokens=limit, min_new_tokens=min(minimum, limit), n=samples, **sampler)
@@ -220,6 +227,9 @@ def test_speculation_says_what_the_oracle_says(
         if stop is not None and (pieces := letters(truth, 3)):
             s = s.model_copy(update={"stop": (pieces[stop % len(pieces)],)})
         draft = pick if p is None else Coin(truth, p)
+        if straight:
+            k, turns = None, cycle([True, False])
+            patch.setattr(Pace, "looks_up", lambda pace, found, k: any(found) and next(turns))
         how_far = Speculation(k=k, lookup=lookup, drafter=drafter, pick=draft)
         memory = kv_bytes(plain, pool)
         check(decoder(system, max_batch=batch, kv_memory=memory, speculation=how_far), examples, s, alpha)
@@ -306,7 +316,7 @@ def test_any_of_several_experts_can_draft(pair: System) -> None:
         d = decoder(pair, speculation=Speculation(k=3, drafter=name))
         assert said(run(d, ragged(5), s)) == said(want)
         assert d.ensemble.front(name) == (name or "expert",)
-    with pytest.raises(UserError, match="no expert 'expert3' to draft: choose expert or expert2"):
+    with pytest.raises(UserError, match="no expert 'expert3' to draft: choose expert or expert2 or lookup"):
         run(decoder(pair, speculation=Speculation(drafter="expert3")), ragged(1), s)
 
 
@@ -339,6 +349,55 @@ def test_passages_spare_forwards_of_the_drafter(trio: System) -> None:
     assert forwards[True] < forwards[False]
 
 
+@pytest.mark.parametrize("k", [2, 6, None])
+@pytest.mark.parametrize("sampler", [{}, {"temperature": 0.6, "top_k": 4}], ids=["greedy", "sampled"])
+def test_passages_for_all_models_at_once(k: int | None, sampler: dict[str, Any], trio: System) -> None:
+    """No expert runs ahead: one forward per model and step, whatever stands."""
+    s = Sampling(max_new_tokens=80, **sampler)
+    plain = decoder(trio, speculation=PLAIN)
+    want = run(plain, ragged(4), s)
+    d, forwards = decoder(trio, speculation=Speculation(k=k, drafter=LOOKUP)), dict[str, int]()
+    for name, runner in d.ensemble.runners.items():
+        patched: Any = runner
+        patched.forward = counted(forwards, name, patched.forward)
+    assert said(run(d, ragged(4), s)) == said(want)
+    assert d.stats.accepted > 0 and d.stats.row_steps < plain.stats.row_steps
+    assert forwards["base"] == forwards["expert"] == forwards["antiexpert"]
+
+
+def counted(calls: dict[str, int], name: str, function: Any) -> Any:
+    """The function, its calls counted under the name."""
+
+    def call(work: Any) -> Any:
+        calls[name] = calls.get(name, 0) + 1
+        return function(work)
+
+    return call
+
+
+def test_passages_take_over_where_the_expert_is_bad_and_text_recurs(
+    trio: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By themselves, on a machine on which a forward takes as long whatever it reads."""
+
+    def flat(times: Times, tokens: int, seconds: float) -> None:
+        add(times, tokens, 1.0)
+
+    def watched(pace: Pace, found: Sequence[int], k: int) -> bool:
+        chosen = looks_up(pace, found, k)
+        taken.append(chosen)
+        return chosen
+
+    add, looks_up, taken = Times.add, Pace.looks_up, list[bool]()
+    monkeypatch.setattr(Times, "add", flat)
+    monkeypatch.setattr(Pace, "looks_up", watched)
+    s = Sampling(max_new_tokens=120)
+    want = run(decoder(trio, speculation=PLAIN), [example("ab")], s)
+    d = decoder(trio, max_batch=1, speculation=Speculation(pick=Coin(want, 0.0)))
+    assert said(run(d, [example("ab")], s)) == said(want)
+    assert taken.count(True) > 3 and d.stats.row_steps < 100
+
+
 @pytest.mark.parametrize("role", ["proxy", "tuned"])
 def test_the_trace_of_agreement_is_the_plain_one(role: str, trio: System, tmp_path: Path) -> None:
     system = trio.model_copy(update={"tuned": spec(tiny.save(tmp_path / "tuned", tiny.build("llama", 7)))})
@@ -352,17 +411,6 @@ def test_the_trace_of_agreement_is_the_plain_one(role: str, trio: System, tmp_pa
         for got, want in zip(c.trace, plain[where].trace, strict=True):
             assert got.divergence is not None and want.divergence is not None
             assert got.divergence == pytest.approx(want.divergence, abs=1e-9) and len(got.divergence) == 2
-
-
-def test_passages() -> None:
-    p = Passages()
-    p.extend([1, 2, 3, 4, 5, 1, 2])
-    assert p.continuation(3) == []
-    p.extend([3])
-    assert p.continuation(3) == [4, 5, 1] and p.continuation(10) == [4, 5, 1, 2, 3]
-    p.extend([9, 1, 2, 3])
-    assert p.continuation(2) == [9, 1], "the last occurrence counts"
-    assert Passages().continuation(3) == []
 
 
 def test_same_prefix() -> None:

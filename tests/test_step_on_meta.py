@@ -14,7 +14,7 @@ import test_models
 import tiny
 import torch
 from test_decode import ragged
-from test_device_step import SAMPLERS, as_on_a_device, drafting
+from test_device_step import SAMPLERS, Ways, as_on_a_device, drafting
 from test_models import on_anti
 from test_vocabulary import trio as trio_of
 from tiny import spec
@@ -26,6 +26,7 @@ from proxytune.config import ExpertSpec, ModelSpec, Role, Sampling, System
 from proxytune.core.device_sampling import Draw
 from proxytune.core.device_state import Batch
 from proxytune.core.device_step import DeviceStep, Said
+from proxytune.core.pace import Ahead
 from proxytune.decode import Decoder
 from proxytune.models import Models
 
@@ -75,11 +76,11 @@ def operations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     as_on_a_device(monkeypatch)
     call, found = DeviceStep.__call__, list[int]()
 
-    def watched(self: DeviceStep, batch: Batch, k: int, draw: Draw) -> Said:
+    def watched(self: DeviceStep, batch: Batch, ahead: Ahead, draw: Draw) -> Said:
         step, there = on_meta(monkeypatch, (self, batch))
         with OneDevice() as mode:
-            said = call(step, there, k, draw).packed()
-        assert said.is_meta and said.shape == (len(batch.position), 3 * k + 3)
+            said = call(step, there, ahead, draw).packed()
+        assert said.is_meta and said.shape == (len(batch.position), 3 * ahead.k + 3)
         found.append(mode.operations)
         raise Checked
 
@@ -96,7 +97,7 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
-def step_on_meta(system: System, role: Role = "proxy", k: int = 2, **sampler: Any) -> None:
+def step_on_meta(system: System, role: Role = "proxy", k: Ways = 2, **sampler: Any) -> None:
     """Decode up to the first step."""
     d = Decoder(Models(system), system.require(role), speculation=drafting(k))
     sampling = Sampling(max_new_tokens=5, **(sampler or EVERYTHING))
@@ -120,22 +121,27 @@ def test_families(name: str, tmp_path: Path, operations: list[int]) -> None:
     assert operations[0] > 100
 
 
-@pytest.mark.parametrize("k", [0, 1, 5])
+@pytest.mark.parametrize("k", [0, 1, 5, "lookup"])
 @pytest.mark.parametrize("sampler", [{"temperature": 0.0}, *SAMPLERS], ids=str)
-def test_samplers(trio: System, operations: list[int], sampler: dict[str, Any], k: int) -> None:
+def test_samplers(trio: System, operations: list[int], sampler: dict[str, Any], k: Ways) -> None:
     step_on_meta(trio, k=k, **sampler)
     assert operations
 
 
+@pytest.mark.parametrize("k", [2, "lookup"])
 @pytest.mark.parametrize("name", ["lora", "head", "prompt"])
-def test_adapters_on_the_antiexpert(name: str, folders: dict[str, Path], operations: list[int]) -> None:
-    step_on_meta(test_models.system(folders, on_anti(folders, name)))
+def test_adapters_on_the_antiexpert(
+    name: str, folders: dict[str, Path], operations: list[int], k: Ways
+) -> None:
+    step_on_meta(test_models.system(folders, on_anti(folders, name)), k=k)
     assert operations
 
 
 def test_a_vocabulary_in_another_order(tmp_path: Path, operations: list[int]) -> None:
     words = tiny.tokenizer(swapped=("a", "e"))
-    step_on_meta(trio_of(tmp_path, expert=words).model_copy(update={"vocab": "intersect"}))
+    swapped = trio_of(tmp_path, expert=words).model_copy(update={"vocab": "intersect"})
+    step_on_meta(swapped)
+    step_on_meta(swapped, k="lookup")
     assert operations
 
 
@@ -148,10 +154,11 @@ def test_int8_base(tmp_path: Path, operations: list[int]) -> None:
 
 def test_one_model_and_two_experts(trio: System, operations: list[int]) -> None:
     step_on_meta(trio, "base", k=0)
+    step_on_meta(trio, "base", k="lookup")
     assert trio.expert is not None
     second = ExpertSpec(model=trio.expert.model, dtype="float64", weight=0.5)
     step_on_meta(trio.model_copy(update={"expert": None, "experts": (second, second)}))
-    assert len(operations) == 2
+    assert len(operations) == 3
 
 
 def test_what_is_not_on_the_device_is_noticed() -> None:

@@ -5,7 +5,8 @@ waits: what a step needs to know of the one before is already there. The host is
 steps every row has pages. A stop found in the text ends its row late: the step under way still decodes it,
 and what that says is dropped. When a row ends, the step under way is read before anything else is planned.
 
-The tokens are those of the engine's own steps. Passages said before are not looked up here."""
+The tokens are those of the engine's own steps. A passage said before is a draft for all models here,
+never for the expert alone: how far that agrees would be known too late."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from proxytune.core.cache import PagedCache
 from proxytune.core.device_state import MOST_NEW, Widths, bucket, draw_of
 from proxytune.core.device_step import Said
 from proxytune.core.graphs import Graphs, Refused, Shape
-from proxytune.core.pace import Times
+from proxytune.core.pace import Ahead
 from proxytune.core.runner import ModelRunner, Runner
 from proxytune.core.sampling import pick
 from proxytune.core.scheduler import Plan, Request, Row, Scheduler
@@ -33,11 +34,9 @@ DEVICES = {"cuda"}
 """Types of devices on which steps run this way. Elsewhere it is right too (the tests say so), but slower."""
 
 
-def steps_on_device(runners: Mapping[str, Runner], front: Sequence[str], settings: Speculation) -> bool:
+def steps_on_device(runners: Mapping[str, Runner], settings: Speculation) -> bool:
     """Whether these models can decode this way: our attention over pages, one device, one id per token."""
-    if (settings.pick is not pick and settings.propose is None) or (
-        not front and settings.k and settings.lookup
-    ):
+    if settings.pick is not pick and settings.propose is None:
         return False
     devices = set()
     for runner in runners.values():
@@ -81,7 +80,7 @@ class DeviceLoop:
     def __init__(self, scheduler: Scheduler, drafter: Drafter, graphs: Graphs) -> None:
         self.scheduler, self.drafter, self.graphs = scheduler, drafter, graphs
         self.flights: deque[Flight] = deque()
-        self.k = 0
+        self.ahead = Ahead(0)
         self._widths = Widths()
         self._wishes: list[int] = []
         self._landed = 0.0
@@ -96,23 +95,34 @@ class DeviceLoop:
         """What the scheduler is to make room for: this step and the one after it."""
         if self.graphs.refused is not None:
             return self.drafter.depths(rows)
-        self.k = self._choose(len(rows))
+        self.ahead = self._choose(rows)
         room = [row.request.max_new_tokens - len(row.tokens) for row in rows]
-        self._wishes = [min(2 * self.k + 1, left - 1) for left in room]
+        self._wishes = [min(2 * self.ahead.k + 1, left - 1) for left in room]
         return self._wishes
 
-    def _choose(self, rows: int) -> int:
-        settings = self.drafter.settings
-        if not self.drafter.front or rows == 0:
-            return 0
-        if settings.k is not None:
-            return min(settings.k, MOST_NEW - 1)
-        return self.drafter.pace.steps.choose(bucket(rows), self.drafter.pace.acceptance)
+    def _choose(self, rows: Sequence[Row]) -> Ahead:
+        """How the next step drafts; the host knows the rows as the last step that it read left them."""
+        drafter, pace = self.drafter, self.drafter.pace
+        alone = not drafter.front
+        if not rows or (alone and not drafter.settings.lookup):
+            return Ahead(0)
+        if drafter.settings.k is not None:
+            k = min(drafter.settings.k, MOST_NEW - 1)
+            return Ahead(k, lookup=alone and k > 0)
+        matched = sum(bool(drafter.passage(row, 1)) for row in rows) if drafter.watches(len(rows)) else 0
+        return pace.steps.choose(
+            bucket(len(rows)),
+            None if alone else pace.acceptance.value,
+            matched / len(rows),
+            pace.passages.value,
+        )
 
     def start(self, plan: Plan) -> bool:
         """Start the planned step, if it fits: all the room that was wished for, and models that can be
         captured."""
         if self.graphs.refused is not None or list(plan.depths) != self._wishes:
+            if self.graphs.state is not None:
+                self.graphs.state.forget()
             return False
         rows, waiting = self.scheduler.rows[: plan.decoding], self.scheduler.waiting
         most = min(self.scheduler.max_rows, len(self.scheduler.rows) + len(waiting))
@@ -120,13 +130,13 @@ class DeviceLoop:
         state.fill(rows)
         try:
             for size in dict.fromkeys((bucket(most), bucket(len(rows)))):
-                if not self.graphs.ready(Shape(size, self.k, draw)):
-                    self.graphs.prepare(Shape(size, self.k, draw))
+                if not self.graphs.ready(Shape(size, self.ahead, draw)):
+                    self.graphs.prepare(Shape(size, self.ahead, draw))
         except Refused as reason:
             self.graphs.refused = str(reason)
             warnings.warn(f"decoding without CUDA graphs, which is slower: {reason}", stacklevel=2)
             return False
-        shape = Shape(bucket(len(rows)), self.k, draw)
+        shape = Shape(bucket(len(rows)), self.ahead, draw)
         prompts = any(plan.prefill.values())
         self._launch(list(rows), shape, alone=not (prompts or self._prompts))
         self._prompts = prompts
@@ -152,13 +162,15 @@ class DeviceLoop:
             return
         if all(row.request.max_new_tokens - len(row.tokens) <= 1 for row in last.rows):
             return  # the step under way says the last tokens
-        k = self._choose(len(last.rows))
-        shape = Shape(last.shape.rows, k, last.shape.draw)
+        shape = Shape(last.shape.rows, self._choose(last.rows), last.shape.draw)
         if not self.graphs.ready(shape):
             return
         targets = {
             name: [
-                length + min(last.shape.k + 1 + k + 1, row.request.max_new_tokens - len(row.tokens))
+                length
+                + min(
+                    last.shape.ahead.k + 1 + shape.ahead.k + 1, row.request.max_new_tokens - len(row.tokens)
+                )
                 for length, row in zip(rows.lengths, last.rows, strict=True)
             ]
             for name, rows in scheduler.caches.items()
@@ -182,10 +194,11 @@ class DeviceLoop:
         if flight.landed is not None:
             flight.landed.synchronize()
         self._time(flight)
-        said = Said.unpacked(flight.said, flight.shape.k)
+        said = Said.unpacked(flight.said, flight.shape.ahead.k)
         counts, tokens, drafts, logprobs = (part.tolist() for part in said)
         place = {row: index for index, row in enumerate(flight.rows)}
-        landing = Landing([], [], Drafts([], {}))
+        looked_up = flight.shape.ahead.lookup
+        landing = Landing([], [], Drafts([], {}, () if looked_up else self.drafter.front))
         for index, row in enumerate(self.scheduler.rows):
             at = place.get(row)
             stood = 0 if at is None else counts[at]
@@ -200,12 +213,13 @@ class DeviceLoop:
         """In a steady flow a step takes as long as from landing to landing."""
         began, self._landed = self._landed if flight.steady else flight.began, time.perf_counter()
         if flight.alone:
-            times = self.drafter.pace.steps.times.setdefault(flight.shape.rows, Times())
-            times.add(flight.shape.k + 1, self._landed - began)
+            self.drafter.pace.steps.add(flight.shape.rows, flight.shape.ahead, self._landed - began)
 
 
 def _counted(row: Row, drafts: list[int]) -> list[int]:
-    """The drafts that could have stood: up to an end, and short of the limit, where no draft is asked for."""
+    """The drafts that could have stood: up to an end, and short of the limit, where no draft is asked for;
+    none where no passage was found."""
     drafts = drafts[: max(0, row.request.max_new_tokens - len(row.tokens) - 1)]
+    drafts = drafts[: next((n for n, token in enumerate(drafts) if token < 0), len(drafts))]
     ended = next((n for n, token in enumerate(drafts, 1) if token in row.request.eos), len(drafts))
     return drafts[:ended]

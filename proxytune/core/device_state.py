@@ -1,8 +1,8 @@
 """The rows of a batch as tensors of fixed size, and the way from the scheduler's rows to them.
 
-Four buffers, so that a change is one copy each: what a step moves, what a request sets (integers and floats),
-and the pages. A batch of fewer rows uses the first of them, at the same addresses, so that every CUDA graph
-reads and writes the same state."""
+Few buffers, so that a change is one copy each: what a step moves, what a request sets (integers and floats),
+and the pages; what a row has said is sent once and goes on by itself. A batch of fewer rows uses the first of
+them, at the same addresses, so that every CUDA graph reads and writes the same state."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ class Batch(NamedTuple):
 
     position: Tensor  # [R] tokens of the response so far
     limit: Tensor  # [R] tokens that it may have; equal to position where the row is done or only padding
+    history: Tensor  # [R, L + 1] the lead's ids: prompt and response so far; the last column is waste
     last: Mapping[str, Tensor]  # per model [R]: its id of the last token, which it has not seen
     offset: Mapping[str, Tensor]  # per model [R]: tokens that it had seen at position 0
     table: Mapping[str, Tensor]  # per model [R, P]
@@ -91,15 +92,23 @@ class DeviceState:
     """The buffers of up to `rows` rows. Row i is row i of every cache."""
 
     def __init__(
-        self, caches: Mapping[str, PagedCache], rows: int, widths: Widths, size: int, device: torch.device
+        self,
+        caches: Mapping[str, PagedCache],
+        lead: str,
+        rows: int,
+        widths: Widths,
+        size: int,
+        device: torch.device,
     ) -> None:
-        """`size`: tokens in the vocabulary."""
-        self.caches, self.rows, self.widths, self.size, self.device = caches, rows, widths, size, device
+        """`lead` is the model whose ids the response has, `size` the tokens in its vocabulary."""
+        self.caches, self.lead, self.rows, self.widths = caches, lead, rows, widths
+        self.size, self.device = size, device
         whole = HEADER + len(caches) + widths.eos + 2 * widths.bans + widths.forced
         self.moving = torch.zeros(rows, 2 + len(caches), dtype=torch.long, device=device)
         self.whole = torch.zeros(rows, whole, dtype=torch.long, device=device)
         self.real = torch.zeros(rows, 4, dtype=torch.float64, device=device)
         self.tables = torch.zeros(len(caches), rows, widths.pages, dtype=torch.long, device=device)
+        self.history = torch.zeros(rows, widths.pages * PAGE + 1, dtype=torch.long, device=device)
         self._whole, self._real = self.whole.cpu().numpy().copy(), self.real.cpu().numpy().copy()
         self._present: list[Row] = []
 
@@ -115,6 +124,7 @@ class DeviceState:
         return Batch(
             position,
             limit,
+            self.history[:rows],
             dict(zip(self.caches, last, strict=True)),
             dict(zip(self.caches, offsets.unbind(1), strict=True)),
             dict(zip(self.caches, self.tables[:, :rows].unbind(0), strict=True)),
@@ -133,10 +143,16 @@ class DeviceState:
             moving[index] = [len(row.tokens), row.request.max_new_tokens, *last]
             if index >= len(self._present) or self._present[index] is not row:
                 self._set(index, row.request)
+                ids = row.ids[self.lead]
+                self._send(self.history[index, : len(ids)], torch.tensor(ids))
         self._present = list(rows)
         for target, source in ((self.moving, moving), (self.whole, self._whole), (self.real, self._real)):
             self._send(target, torch.from_numpy(source))
         self.fill_tables()
+
+    def forget(self) -> None:
+        """The rows went on without the device."""
+        self._present.clear()
 
     def fill_tables(self) -> None:
         """Let every row have the pages that its caches have reserved for it."""

@@ -2,8 +2,9 @@
 
 Shapes depend on the number of rows and the draft length only, and the host reads nothing, so that a CUDA
 graph can hold the whole step. The front runs ahead by k tokens; then it reads the last of them while the
-other models read them all. (Eagerly decoded, the front is spared that last forward where no row needs it;
-here it always runs, as the first forward of a step that drafts one token more.)
+other models read them all. (Eagerly decoded, the front is spared that last forward where no
+row needs it; here it always runs, as the first forward of a step that drafts one token more.) Or the drafts
+are a passage said before, and all models read it at once.
 
 A token of a row that has no room for it, and every token of padding, is fed at position 0 and stored in the
 spare page; what comes out for it is never looked at."""
@@ -21,6 +22,8 @@ from proxytune.core.device_attention import DevicePacked, DevicePart, slots_of
 from proxytune.core.device_sampling import Draw
 from proxytune.core.device_state import Batch
 from proxytune.core.logits import log_probability, widen
+from proxytune.core.pace import Ahead
+from proxytune.core.passages import continuations
 from proxytune.core.runner import ModelRunner, Runner
 from proxytune.core.sampling import Propose
 
@@ -40,7 +43,7 @@ class Said(NamedTuple):
 
     stood: Tensor  # [R] how many of the tokens stand
     tokens: Tensor  # [R, k + 1] the proxy's
-    drafts: Tensor  # [R, k]
+    drafts: Tensor  # [R, k]; -1 in rows where no passage was found
     logprobs: Tensor  # [R, k + 1] float64
 
     def packed(self) -> Tensor:
@@ -83,37 +86,56 @@ class DeviceStep:
         self.behind = [tuple(names) for names in together.values()]
 
     @torch.inference_mode()
-    def __call__(self, batch: Batch, k: int, draw: Draw, branches: Branches = in_turn) -> Said:
-        """Every row gets up to k + 1 tokens more; the batch's position, limit and last move on. A model alone
-        has no front, and k is 0."""
+    def __call__(self, batch: Batch, ahead: Ahead, draw: Draw, branches: Branches = in_turn) -> Said:
+        """Every row gets up to k + 1 tokens more; the batch's position, limit, history and last move on."""
+        k = ahead.k
         rows, device = batch.position.shape[0], batch.position.device
         positions = batch.position[:, None] + torch.arange(k + 1, device=device)  # [R, k + 1]
         size = self.runners[self.lead].alignment.size
         noise = batch.sampler.noise(positions, size) if draw.noise else None
-        drafts = positions.new_zeros(rows, 0)
-        ahead: list[Logits] = []
-        for j in range(k if self.front else 0):
-            ahead.append(self._forward(self.front, batch, drafts[:, -1:], j))
-            here, spot = noise[:, j : j + 1] if noise is not None else None, positions[:, j : j + 1]
-            said = batch.sampler.pick(ahead[-1][self.front[0]], spot, here, draw)
-            if self.propose is not None:
-                said = self.propose(batch.sampler.key, spot)
-            drafts = torch.cat([drafts, said], 1)
+        before: list[Logits] = []
+        if ahead.lookup:
+            drafts = self._passages(batch, k, size)
+        else:
+            drafts, before = self._run_ahead(batch, positions, noise, k, draw)
+        fed, since = drafts.clamp(min=0), len(before)  # what the front has read of the drafts already
         work: list[Callable[[], Logits]] = [
-            lambda names=names: self._forward(names, batch, drafts, 0)  # type: ignore[misc]
+            lambda names=names: self._forward(names, batch, fed, 0)  # type: ignore[misc]
             for names in self.behind
         ]
         if self.front:
-            work.insert(0, lambda: self._forward(self.front, batch, drafts[:, k - 1 :] if k else drafts, k))
+            rest = fed[:, since - 1 :] if since else fed
+            work.insert(0, lambda: self._forward(self.front, batch, rest, since))
         views: Logits = {}
         for found in branches(work):
             views |= found
-        views |= {name: torch.cat([*(a[name] for a in ahead), views[name]], 1) for name in self.front}
+        views |= {name: torch.cat([*(b[name] for b in before), views[name]], 1) for name in self.front}
         flat = {name: logits.flatten(0, 1) for name, logits in views.items()}
         combined = self.combine(flat, batch.alpha(positions).flatten())  # [R * (k + 1), V]
         tokens = batch.sampler.pick(combined.view(rows, k + 1, size), positions, noise, draw)
         logprobs = log_probability(combined, tokens.flatten()).double().view(rows, k + 1)
         return Said(self._accept(batch, tokens, drafts), tokens, drafts, logprobs)
+
+    def _run_ahead(
+        self, batch: Batch, positions: Tensor, noise: Tensor | None, k: int, draw: Draw
+    ) -> tuple[Tensor, list[Logits]]:
+        """What the front says in the next k positions: drafts [R, k], and its logits at each."""
+        drafts, before = positions.new_zeros(positions.shape[0], 0), list[Logits]()
+        for j in range(k):
+            before.append(self._forward(self.front, batch, drafts[:, -1:], j))
+            here, spot = noise[:, j : j + 1] if noise is not None else None, positions[:, j : j + 1]
+            said = batch.sampler.pick(before[-1][self.front[0]], spot, here, draw)
+            if self.propose is not None:
+                said = self.propose(batch.sampler.key, spot)
+            drafts = torch.cat([drafts, said], 1)
+        return drafts, before
+
+    def _passages(self, batch: Batch, k: int, size: int) -> Tensor:
+        """What followed the last tokens when they were said before: drafts [R, k], -1 where there are
+        none."""
+        known = batch.offset[self.lead] + 1 + batch.position
+        found = continuations(batch.history[:, :-1], known, k)
+        return found.masked_fill(found >= size, -1)  # virtual tokens of a soft prompt are said by nobody
 
     def _accept(self, batch: Batch, tokens: Tensor, drafts: Tensor) -> Tensor:
         """How many tokens [R] stand: up to the first that no draft foresaw, to the end of the response and to
@@ -123,6 +145,11 @@ class DeviceStep:
         unended = (ends.cumsum(1) - ends == 0).sum(1)  # the first end included
         room = batch.limit - batch.position
         count = torch.minimum(torch.minimum(agreed + 1, unended), room)
+        further = torch.arange(tokens.shape[1], device=tokens.device)
+        known = batch.offset[self.lead] + 1 + batch.position
+        waste = batch.history.shape[1] - 1
+        place = torch.where(further < count[:, None], known[:, None] + further, waste)
+        batch.history.scatter_(1, place, tokens)
         final = (count - 1).clamp(min=0)[:, None]
         some, last = count > 0, tokens.gather(1, final)[:, 0]
         ended = some & (ends.gather(1, final)[:, 0] > 0)

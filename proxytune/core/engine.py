@@ -24,7 +24,7 @@ from proxytune.core.pace import Pace
 from proxytune.core.runner import ModelRunner, Runner, Work, forward_all
 from proxytune.core.sampling import Propose, Spot, pick
 from proxytune.core.scheduler import Plan, Request, Row, Scheduler, TokenTrace
-from proxytune.core.speculative import Drafter, Drafts, Speculation, StepSeconds, same_prefix
+from proxytune.core.speculative import LOOKUP, Drafter, Drafts, Speculation, StepSeconds, same_prefix
 from proxytune.errors import UserError
 
 Number = TypeVar("Number", int, float)
@@ -69,12 +69,14 @@ class Ensemble:
 
     def front(self, drafter: str | None = None) -> tuple[str, ...]:
         """The expert that drafts (the first unless named) and the models on its weights; empty without
-        experts."""
+        experts, and where earlier passages are all the drafts."""
         experts = [term.expert for term in self.terms]
         if not experts:
             return ()
+        if drafter == LOOKUP:
+            return ()
         if drafter is not None and drafter not in experts:
-            raise UserError(f"no expert '{drafter}' to draft: choose {' or '.join(experts)}")
+            raise UserError(f"no expert '{drafter}' to draft: choose {' or '.join([*experts, LOOKUP])}")
         first = drafter or experts[0]
         weights = self.runners[first].weights
         return (first, *(n for n, runner in self.runners.items() if n != first and runner.weights is weights))
@@ -173,7 +175,7 @@ class Engine:
         self.drafter = Drafter(runners, front, ensemble.lead, settings, pace)
         self.counts = Counts()
         self.device: DeviceLoop | None = None
-        if not trace and steps_on_device(runners, front, settings):
+        if not trace and steps_on_device(runners, settings):
             self.device = DeviceLoop(self.scheduler, self.drafter, ensemble.graphs(front, settings.propose))
 
     @property
@@ -226,7 +228,7 @@ class Engine:
         verified = time.perf_counter()
         closed = self._close(plan, rows, drafts, views, chosen)
         seconds = StepSeconds(drafted - began, verified - drafted, time.perf_counter() - verified, closed)
-        self._learn(drafts, chosen, None if any(plan.prefill.values()) else seconds)
+        self._learn(rows, drafts, chosen, None if any(plan.prefill.values()) else seconds)
         return self._advance(rows, chosen)
 
     def _land(self, device: DeviceLoop) -> list[Result]:
@@ -236,15 +238,20 @@ class Engine:
             [Chosen(token, logprob, None) for token, logprob in zip(*said, strict=True)]
             for said in zip(tokens, logprobs, strict=True)
         ]
-        self._learn(drafts, chosen, None)
+        self._learn(self.scheduler.rows, drafts, chosen, None)
         return self._advance(self.scheduler.rows, chosen)
 
-    def _learn(self, drafts: Drafts, chosen: Sequence[Sequence[Chosen]], seconds: StepSeconds | None) -> None:
+    def _learn(
+        self,
+        rows: Sequence[Row],
+        drafts: Drafts,
+        chosen: Sequence[Sequence[Chosen]],
+        seconds: StepSeconds | None,
+    ) -> None:
         """Count the drafts that stood, and let the drafter know how the step went."""
-        agreed = [
-            same_prefix([item.token for item in own], said)
-            for own, said in zip(chosen, drafts.tokens, strict=True)
-        ]
+        tokens = [[item.token for item in own] for own in chosen]
+        self.drafter.watch(rows, tokens)
+        agreed = [same_prefix(own, said) for own, said in zip(tokens, drafts.tokens, strict=True)]
         examined = sum(min(n + 1, len(said)) for n, said in zip(agreed, drafts.tokens, strict=True))
         self.counts.drafted += sum(map(len, drafts.tokens))
         self.counts.examined += examined
@@ -253,14 +260,14 @@ class Engine:
 
     def _verify(self, plan: Plan, rows: Sequence[Row], drafts: Drafts) -> dict[str, Tensor]:
         """The models behind the front on every row's last token and drafts: logits [sum of 1 + drafts, V]."""
-        behind = [name for name in self.ensemble.runners if name not in self.drafter.front]
+        behind = [name for name in self.ensemble.runners if name not in drafts.front]
         work = {name: self.drafter.verification(name, rows, drafts, plan.prefill[name]) for name in behind}
         return forward_all(self.ensemble.runners, work)
 
     def _accept(self, rows: Sequence[Row], drafts: Drafts, views: Mapping[str, Tensor]) -> list[list[Chosen]]:
-        """What the proxy says at the spots of the drafts, up to the first that it does not agree with. A
-        model alone has no front, so the token after its drafts is known too."""
-        after = 0 if self.drafter.front else 1
+        """What the proxy says at the spots of the drafts, up to the first that it does not agree with. Where
+        no model ran ahead, the token after the drafts is known too."""
+        after = 0 if drafts.front else 1
         spots = [
             Spot(row, len(row.tokens) + offset)
             for row, said in zip(rows, drafts.tokens, strict=True)
@@ -290,7 +297,7 @@ class Engine:
     ) -> int:
         """Where all drafts stood, the front reads the last of them, and the proxy says one token more. ->
         in how many rows."""
-        front = self.drafter.front
+        front = drafts.front
         ends = [at - 1 for at in accumulate(len(said) + 1 for said in drafts.tokens)]
         open_rows = [
             index

@@ -1,4 +1,4 @@
-"""CUDA graphs of the decoding step: captured once per (rows, drafts, kind of sampling), then replayed.
+"""CUDA graphs of the decoding step: captured once per (rows, kind of drafts, sampling), then replayed.
 
 A step is hundreds of small kernels, and launching them one by one takes longer than running them. All graphs
 share one memory pool, since only one runs at a time; nothing that outlives a step lies in it. On other
@@ -24,6 +24,7 @@ from proxytune.core.cache import PagedCache
 from proxytune.core.device_sampling import Draw
 from proxytune.core.device_state import DeviceState, Widths, bucket
 from proxytune.core.device_step import Branches, DeviceStep, Logits, in_turn
+from proxytune.core.pace import Ahead
 
 CAPTURED = {"cuda"}
 """Types of devices on which steps are captured; elsewhere they run as they are."""
@@ -39,7 +40,7 @@ class Shape(NamedTuple):
     """What a graph is made for."""
 
     rows: int
-    k: int
+    ahead: Ahead
     draw: Draw
 
 
@@ -76,7 +77,7 @@ class Graphs:
             size = self.step.runners[self.step.lead].alignment.size
             self._captured.clear()
             self._pool = None  # it goes with its graphs
-            self.state = state = DeviceState(caches, bucket(rows), need, size, self.device)
+            self.state = state = DeviceState(caches, self.step.lead, bucket(rows), need, size, self.device)
         return state
 
     def ready(self, shape: Shape) -> bool:
@@ -89,7 +90,7 @@ class Graphs:
         Raises Refused, with the state as it was, if the step cannot be captured."""
         assert self.state is not None
         if self.device.type not in CAPTURED:
-            return self.step(self.state.views(shape.rows), shape.k, shape.draw).packed()
+            return self.step(self.state.views(shape.rows), shape.ahead, shape.draw).packed()
         if shape not in self._captured:
             self.prepare(shape)
         captured = self._captured[shape]
@@ -115,10 +116,10 @@ class Graphs:
     def _capture(self, shape: Shape, branches: Branches) -> Captured:
         assert self.state is not None
         batch = self.state.views(shape.rows)
-        said = torch.zeros(shape.rows, 3 * shape.k + 3, dtype=torch.long, device=self.device)
+        said = torch.zeros(shape.rows, 3 * shape.ahead.k + 3, dtype=torch.long, device=self.device)
 
         def once() -> None:
-            said.copy_(self.step(batch, shape.k, shape.draw, branches).packed())
+            said.copy_(self.step(batch, shape.ahead, shape.draw, branches).packed())
 
         main = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(main)

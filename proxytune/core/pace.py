@@ -7,7 +7,9 @@ three kinds of forward and the share of accepted drafts are (performance model: 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 LADDER = (0, 1, 2, 3, 4, 6, 8)
 """Draft lengths to choose from."""
@@ -32,6 +34,45 @@ MEMORY = 0.97
 """How much of the acceptance counts is kept from step to step."""
 RETRY = 128
 """Plain steps after which one step drafts again, to see whether acceptance has changed."""
+HOPE = 0.95
+"""The acceptance that it could have changed to: where even that would not win, nothing is tried."""
+PASSAGE = 6
+"""Most tokens that are taken from an earlier passage."""
+LOOKED_UP = 32
+"""Rows up to which passages are looked for: in more, reading them costs as much as it brings."""
+
+
+@dataclass
+class Share:
+    """How many of those that were asked about held; old ones fade."""
+
+    held: float
+    asked: float
+    memory: float = MEMORY
+
+    def add(self, held: int, asked: int) -> None:
+        """So many of these held."""
+        self.held = self.memory * self.held + held
+        self.asked = self.memory * self.asked + asked
+
+    @property
+    def value(self) -> float:
+        """The share, below 1 so that it can be summed over any length."""
+        return min(self.held / self.asked, 0.999)
+
+
+def run_of(share: float, length: int) -> float:
+    """How many of `length` drafts stand on average if each that follows on standing ones does with this
+    chance."""
+    return share * (1 - share**length) / (1 - share)
+
+
+class Ahead(NamedTuple):
+    """How a step on a GPU drafts."""
+
+    k: int
+    lookup: bool = False
+    """Whether the drafts are earlier passages, which all models read at once."""
 
 
 @dataclass
@@ -103,26 +144,52 @@ STEP_WIDE = 150
 class StepPace:
     """How far to draft, from the measured times of whole steps: a graph is not looked into."""
 
-    times: dict[int, Times] = field(default_factory=dict)
-    """By rows: seconds of a step by its tokens per row, k + 1."""
+    times: dict[tuple[int, bool], Times] = field(default_factory=dict)
+    """By rows, and whether passages are the drafts: seconds of a step by its tokens per row, k + 1."""
     plain_steps: int = 0
 
-    def choose(self, rows: int, acceptance: float) -> int:
-        """The draft length for a step of so many rows."""
-        times, a = self.times.setdefault(rows, Times()), min(acceptance, 0.999)
+    def add(self, rows: int, ahead: Ahead, seconds: float) -> None:
+        """A step of so many rows took so long."""
+        self._of(rows, ahead.lookup).add(ahead.k + 1, seconds)
+
+    def choose(self, rows: int, acceptance: float | None, matched: float = 0.0, held: float = 0.0) -> Ahead:
+        """What a step of so many rows does. `acceptance` is the expert's, None where there is none to draft;
+        `matched` is the share of the rows in which a passage was found, `held` how likely its next token is
+        right."""
+        times, expert = self._of(rows), acceptance or 0.0
+        lengths = LADDER if acceptance is not None else (0,)
         for k in TRIED_FIRST:
-            if rows * (k + 1) <= STEP_WIDE and not times.known(k + 1):
-                return k
+            if k in lengths and self._fits(rows, k) and not times.known(k + 1):
+                return Ahead(k)
 
-        def speed(k: int) -> float:
+        def speed(k: int, share: float = expert) -> float:
             seconds = times.at(k + 1)
-            return (1 - a ** (k + 1)) / (1 - a) / seconds if seconds else 0.0
+            return (1 + run_of(share, k)) / seconds if seconds else 0.0
 
-        best = max((k for k in LADDER if k == 0 or rows * (k + 1) <= STEP_WIDE), key=speed)
-        if best == 0 or speed(best) < GAIN * speed(0):
+        fitting = [k for k in lengths if self._fits(rows, k)]
+        best = max(fitting, key=speed)
+        best = best if speed(best) > GAIN * speed(0) else 0
+        passage = max(k for k in LADDER if k <= PASSAGE and self._fits(rows, k))
+        if passage and matched and self._lookup_speed(rows, passage, matched, held) > GAIN * speed(best):
+            return Ahead(passage, lookup=True)
+        if best == 0:
             self.plain_steps += 1
-            return 1 if rows * 2 <= STEP_WIDE and self.plain_steps % RETRY == 0 else 0
-        return best
+            hopeful = any(speed(k, HOPE) > GAIN * speed(0) for k in fitting)
+            return Ahead(1 if hopeful and self.plain_steps % RETRY == 0 else 0)
+        return Ahead(best)
+
+    def _lookup_speed(self, rows: int, k: int, matched: float, held: float) -> float:
+        """Tokens per second and row; until it was measured, as if reading the passages took no time."""
+        looked_up = self._of(rows, lookup=True)
+        seconds = looked_up.at(k + 1) if looked_up.known(k + 1) else self._of(rows).at(1)
+        return (1 + matched * run_of(held, k)) / seconds if seconds else 0.0
+
+    def _of(self, rows: int, lookup: bool = False) -> Times:
+        return self.times.setdefault((rows, lookup), Times())
+
+    @staticmethod
+    def _fits(rows: int, k: int) -> bool:
+        return k == 0 or rows * (k + 1) <= STEP_WIDE
 
 
 @dataclass
@@ -131,16 +198,21 @@ class Pace:
 
     draft: Times = field(default_factory=Times)
     """The front, once per draft."""
+    read: Times = field(default_factory=Times)
+    """One forward of the front, by its tokens."""
     verify: Times = field(default_factory=Times)
     """The others, on all drafts together."""
     close: Times = field(default_factory=Times)
     """The front again, where all drafts stood, and the choice of the last token."""
-    accepted: float = 2.8
-    examined: float = 4.0
-    """Drafts that the proxy was asked about, decayed; the start is a guess of 0.7."""
-    hits: float = 1.0
-    guesses: float = 2.0
-    """Tokens of earlier passages that the drafter was asked about, decayed."""
+    lookup: Times = field(default_factory=Times)
+    """All models at once, where earlier passages are the drafts."""
+    acceptance: Share = field(default_factory=lambda: Share(2.8, 4.0))
+    """Drafts of the front that the proxy was asked about; the start is a guess."""
+    guesses: Share = field(default_factory=lambda: Share(1.0, 2.0))
+    """Tokens of earlier passages that the drafter was asked about."""
+    passages: Share = field(default_factory=lambda: Share(1.0, 2.0, memory=0.9))
+    """Tokens of earlier passages against what the proxy said, whether they were drafts or not. Quotations
+    come and go: what is old counts for little."""
     forwards: float = 1.0
     drafted: float = 1.0
     """Forwards of the front per draft: below 1 where earlier passages are guessed right."""
@@ -150,11 +222,6 @@ class Pace:
     _asked: int = 0
     _steps: int = 0
 
-    @property
-    def acceptance(self) -> float:
-        """Share of drafts that stand."""
-        return self.accepted / self.examined
-
     def choose(self, rows: int) -> int:
         """The draft length for a step of so many rows."""
         if rows == 0:
@@ -162,10 +229,11 @@ class Pace:
         for k in TRIED_FIRST:
             if rows * (k + 1) <= TRIED_UP_TO and not self._measured(rows, k) and self._promising(rows, k):
                 return k
-        best = max(LADDER, key=lambda k: self.speed(rows, k))
-        if best == 0 or self.speed(rows, best) < GAIN * self.speed(rows, 0):
+        plain, best = self.speed(rows, 0), max(LADDER, key=lambda k: self.speed(rows, k))
+        if best == 0 or self.speed(rows, best) < GAIN * plain:
             self.plain_steps += 1
-            worth = rows * 2 <= TRIED_UP_TO and self.plain_steps % RETRY == 0
+            hopeful = any(self.speed(rows, k, share=HOPE) > GAIN * plain for k in LADDER)
+            worth = hopeful and rows * 2 <= TRIED_UP_TO and self.plain_steps % RETRY == 0
             return 1 if worth else 0
         return self._revisited(rows, best)
 
@@ -186,17 +254,30 @@ class Pace:
         known = self.verify.below(rows * (k + 1))
         return k == 0 or self.speed(rows, k, known) > GAIN * self.speed(rows, 0)
 
-    def speed(self, rows: int, k: int, verify: float | None = None) -> float:
+    def speed(self, rows: int, k: int, verify: float | None = None, share: float | None = None) -> float:
         """Estimated tokens per second and row with drafts of length k; 0 where nothing is known yet. `verify`
-        are the seconds of the verification if they are not to be estimated."""
-        a = min(self.acceptance, 0.999)
-        tokens = (1 - a ** (k + 1)) / (1 - a)
+        are the seconds of the verification if they are not to be estimated, `share` is the acceptance if it
+        is not to be the measured one."""
+        a = self.acceptance.value if share is None else share
         all_stood = a**k
         seconds = self.verify.at(rows * (k + 1)) if verify is None else verify
         seconds += k * self.draft.at(rows) * self.forwards / self.drafted
         # one row that needs the closing forward is enough for it to run
         seconds += (1 - (1 - all_stood) ** rows) * self.close.at(max(1.0, rows * all_stood))
-        return tokens / seconds if seconds else 0.0
+        return (1 + run_of(a, k)) / seconds if seconds else 0.0
+
+    def looks_up(self, found: Sequence[int], k: int) -> bool:
+        """Whether passages of these lengths (0 where none was found), one per row, are better drafts for all
+        models than what the front would draft, k tokens of it."""
+        rows, tokens = len(found), len(found) + sum(found)
+        plain = self.verify.at(rows)
+        if tokens == rows or not plain or not self.close.seen:
+            return False
+        seconds = self.lookup.at(tokens)
+        if not self.lookup.known(tokens):  # as the front's time grows with the others'
+            seconds = self.verify.at(tokens) * (1 + self.close.at(rows) / plain)
+        said = sum(1 + run_of(self.passages.value, length) for length in found)
+        return said / rows / seconds > GAIN * self.speed(rows, k)
 
     def saw_drafts(self, rows: int, forwards: int, drafted: int, seconds: float) -> None:
         """The front ran ahead."""
@@ -204,18 +285,12 @@ class Pace:
         self.forwards = MEMORY * self.forwards + forwards * rows
         self.drafted = MEMORY * self.drafted + drafted
 
-    def saw_acceptance(self, accepted: int, examined: int) -> None:
-        """So many of the examined drafts stood."""
-        self.accepted = MEMORY * self.accepted + accepted
-        self.examined = MEMORY * self.examined + examined
-
-    def saw_guess(self, hits: int, guessed: int) -> None:
-        """The drafter agreed with so many of the guessed tokens, and was asked about one more if any is
-        left."""
-        self.hits = MEMORY * self.hits + hits
-        self.guesses = MEMORY * self.guesses + min(guessed, hits + 1)
-
-    def guessing(self) -> bool:
-        """Whether earlier passages are worth a guess: not where the drafter disagrees with them."""
+    def guessing(self, rows: int, length: int) -> bool:
+        """Whether the drafter should read a passage in one of `rows` rows beside its last token: where that
+        saves more of its forwards than it costs. A forward is shared by all rows. Now and then it is tried in
+        any case, to be measured."""
         self._asked += 1
-        return self.hits > 0.3 * self.guesses or self._asked % 16 == 0
+        if self._asked % 16 == 0 or not self.read.seen:
+            return True
+        alone = self.read.at(rows)
+        return run_of(self.guesses.value, length) * alone / rows > self.read.at(rows + length) - alone

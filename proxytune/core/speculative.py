@@ -4,15 +4,16 @@ The expert has to see every position anyway, so its drafts cost nothing extra wh
 the expert alone would say at a spot, drawn with the noise of that spot (shared-Gumbel coupling, Daliri,
 Musco and Suresh 2024, arXiv 2408.07978); it stands if the proxy says the same there. So the response is a
 function of the seed and the proxy's distribution alone: token for token that of plain decoding, whatever
-drafts, how far and how well. Where the response has said something before, that passage is a draft for the
-expert itself.
+drafts, how far and how well. Where a row has said something before, that passage is a draft for the expert
+itself, or, where that measures faster, for all models at once.
 
 Models on the drafter's own weights (an antiexpert whose adapter it is) run ahead with it: the front."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -20,15 +21,14 @@ import torch
 from torch import Tensor
 
 from proxytune.core.logits import some
-from proxytune.core.pace import Pace
+from proxytune.core.pace import LOOKED_UP, PASSAGE, Pace
+from proxytune.core.passages import Passages
 from proxytune.core.runner import Runner, Segment, Work, forward_all
 from proxytune.core.sampling import Pick, Propose, Spot, pick
 from proxytune.core.scheduler import Row
 
-NGRAM = 3
-"""How many tokens of a passage must have been said before for its continuation to be a draft."""
-PASSAGE = 6
-"""Most tokens that are taken from an earlier passage."""
+LOOKUP = "lookup"
+"""The drafter's name where earlier passages draft for all models, and no expert runs ahead."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Speculation:
     k: int | None = None
     """Draft length; None chooses it from measured times and acceptance, 0 decodes plainly."""
     lookup: bool = True
-    """Whether earlier passages are drafts for the drafter."""
+    """Whether earlier passages are drafts."""
     drafter: str | None = None
-    """The expert that drafts; None is the first."""
+    """The expert that drafts, or LOOKUP; None is the first expert."""
     pick: Pick = pick
     """Turns the drafter's logits into drafts. Any function is exact; a bad one is slow."""
     propose: Propose | None = None
@@ -49,33 +49,15 @@ class Speculation:
 
 
 @dataclass
-class Passages:
-    """Where the n-grams of a growing sequence of ids were last followed by something."""
-
-    ids: list[int] = field(default_factory=list)
-    after: dict[tuple[int, ...], int] = field(default_factory=dict)
-
-    def extend(self, ids: Sequence[int]) -> None:
-        """Append ids; an n-gram is known once something follows it."""
-        for token in ids:
-            if len(self.ids) >= NGRAM:
-                self.after[tuple(self.ids[-NGRAM:])] = len(self.ids)
-            self.ids.append(token)
-
-    def continuation(self, count: int) -> list[int]:
-        """Up to `count` ids that followed the last n-gram when it occurred before."""
-        at = self.after.get(tuple(self.ids[-NGRAM:]))
-        return [] if at is None else self.ids[at : at + count]
-
-
-@dataclass
 class Drafts:
-    """What the front has said ahead of the others."""
+    """What was said ahead of the models that verify it."""
 
     tokens: list[list[int]]
     """Per decoding row."""
     logits: Mapping[str, Tensor]
     """Per model of the front: logits [N, V] at the spots of all drafts, row by row."""
+    front: tuple[str, ...]
+    """The models that ran ahead; none where earlier passages are the drafts, which all models verify."""
     forwards: int = 0
     """How often the front ran."""
 
@@ -114,6 +96,8 @@ class Drafter:
         earlier engines with the same models have measured."""
         self.runners, self.front, self.lead, self.settings = runners, tuple(front), lead, settings
         self.pace = pace or Pace()
+        self._looking_up = False
+        """Whether the drafts of the next step are passages, which the front verifies with the others."""
         self._longest = {name: runner.alignment.longest for name, runner in runners.items()}
         self._able = all(runner.rows.rewinds for runner in runners.values())
         self._passages: dict[int, Passages] = {}
@@ -122,7 +106,18 @@ class Drafter:
         """How far to draft in every decoding row: the token after the drafts is the proxy's own, and every
         window holds them."""
         k = self._choose(len(rows))
+        self._looking_up = False
+        if self.front and self.watches(len(rows)):
+            found = [len(self.passage(row, self._depth(row, PASSAGE))) for row in rows]
+            if self.pace.looks_up(found, k):
+                self._looking_up = True
+                return found
         return [self._depth(row, k) for row in rows]
+
+    def watches(self, rows: int) -> bool:
+        """Whether passages are looked for in so many rows, to be drafts where they would do better."""
+        settings = self.settings
+        return self._able and settings.lookup and settings.k is None and rows <= LOOKED_UP
 
     def _choose(self, rows: int) -> int:
         if self.settings.k is not None:
@@ -141,14 +136,16 @@ class Drafter:
         self, rows: Sequence[Row], depths: Sequence[int], prefill: Mapping[str, Sequence[Segment]]
     ) -> Drafts:
         """Run ahead by up to depths[i] tokens in row i; prompts ride along in the first forward."""
-        if not self.front:
-            return Drafts([self._guess(row, depth) for row, depth in zip(rows, depths, strict=True)], {})
+        if not self.front or self._looking_up:
+            return Drafts([self.passage(row, n) for row, n in zip(rows, depths, strict=True)], {}, ())
         said: list[list[int]] = [[] for _ in rows]
         kept: list[dict[str, Tensor]] = []
         order: list[tuple[int, int]] = []
         wanted = [index for index, depth in enumerate(depths) if depth > 0]
+        alone = not any(prefill.values())
         while wanted:
-            guesses = {i: [] if said[i] else self._guess(rows[i], depths[i] - 1) for i in wanted}
+            began = time.perf_counter()
+            guesses = {i: [] if said[i] else self._guess(rows[i], depths[i] - 1, len(wanted)) for i in wanted}
             logits = forward_all(
                 self.runners,
                 {
@@ -166,12 +163,14 @@ class Drafter:
                 for j in range(len(guesses[i]) + 1)
             ]
             picked = self.settings.pick(logits[self.front[0]], spots).tolist()
+            if alone:
+                self.pace.read.add(len(spots), time.perf_counter() - began)
             keep = self._keep(rows, said, guesses, picked, order)
             kept.append(some(logits, keep))
             wanted = [
                 i for i in wanted if len(said[i]) < depths[i] and said[i][-1] not in rows[i].request.eos
             ]
-        return Drafts(said, _in_order(kept, order), len(kept))
+        return Drafts(said, _in_order(kept, order), self.front, len(kept))
 
     def _keep(
         self,
@@ -188,7 +187,7 @@ class Drafter:
             own = picked[at : at + len(guess) + 1]
             new = own[: same_prefix(guess, own) + 1]
             if guess:
-                self.pace.saw_guess(len(new) - 1, len(guess))
+                self.pace.guesses.add(len(new) - 1, min(len(guess), len(new)))
             ended = next((n for n, token in enumerate(new, 1) if token in rows[i].request.eos), len(new))
             new = new[:ended]
             keep += range(at, at + len(new))
@@ -246,27 +245,50 @@ class Drafter:
     def _spell(self, name: str, token: int) -> Sequence[int]:
         return self.runners[name].alignment.spell(token)
 
-    def _guess(self, row: Row, count: int) -> list[int]:
-        """Tokens that followed the last few when they were said before."""
-        if not self.settings.lookup or count <= 0 or not self.pace.guessing():
+    def _guess(self, row: Row, count: int, rows: int) -> list[int]:
+        """A passage for the drafter itself, if it is worth reading in a forward of so many rows."""
+        found = self.passage(row, min(count, PASSAGE))
+        return found if found and self.pace.guessing(rows, len(found)) else []
+
+    def passage(self, row: Row, count: int) -> list[int]:
+        """`count` tokens that followed the last few when they were said before; none if they are new."""
+        if not self.settings.lookup or count <= 0:
             return []
         passages = self._passages.setdefault(row.ticket, Passages())
         passages.extend(row.ids[self.lead][len(passages.ids) :])
-        return passages.continuation(min(count, PASSAGE))
+        found = passages.continuation(count)
+        size = self.runners[self.lead].alignment.size  # virtual tokens of a soft prompt are said by nobody
+        return found[: next((n for n, token in enumerate(found) if token >= size), count)]
 
     def learn(self, drafts: Drafts, accepted: int, examined: int, seconds: StepSeconds | None) -> None:
         """Note how a step went; its times only where no prompts rode along."""
-        if examined:
-            self.pace.saw_acceptance(accepted, examined)
+        ran_ahead = drafts.front == self.front
+        if examined and ran_ahead:
+            self.pace.acceptance.add(accepted, examined)
         if seconds is None:
             return
         drafted = sum(map(len, drafts.tokens))
         if drafts.forwards:
             drafting = sum(1 for said in drafts.tokens if said)
             self.pace.saw_drafts(drafting, drafts.forwards, drafted, seconds.draft)
-        self.pace.verify.add(drafted + len(drafts.tokens), seconds.verify)
+        verified = self.pace.verify if ran_ahead else self.pace.lookup
+        verified.add(drafted + len(drafts.tokens), seconds.verify)
         if seconds.closed:
             self.pace.close.add(seconds.closed, seconds.close)
+
+    def watch(self, rows: Sequence[Row], said: Sequence[Sequence[int]]) -> None:
+        """Note whether passages were right about what the proxy says next, drafts or not; `said` are the
+        tokens that come next in the rows, some of which may be given none."""
+        if not self.watches(len(rows)):
+            return
+        held = asked = 0
+        for row, tokens in zip(rows, said, strict=True):
+            found = self.passage(row, PASSAGE)
+            stood = same_prefix(found, tokens)
+            held += stood
+            asked += min(stood + 1, len(found), len(tokens))
+        if asked:
+            self.pace.passages.add(held, asked)
 
     def forget(self, row: Row) -> None:
         """A row has finished."""
