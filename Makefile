@@ -77,7 +77,7 @@ report: setup  ## write results/README.md from the stored runs and the published
 $(RECIPES): reproduce-%: setup
 	$(BIN)/proxytune reproduce $* $(if $(SYSTEM),--system $(SYSTEM)) $(ARGS)
 
-BENCHES := demo_batch1 trio_batch1 shared_pair mixed,long_tail mixed_trio dial table12
+BENCHES := demo_batch1 trained_batch1 trio_batch1 shared_pair mixed,long_tail mixed_trio dial table12
 
 bench: setup  ## time decoding on the CPU and write the tables in benchmarks/README.md (up to two hours)
 	mkdir -p benchmarks/results

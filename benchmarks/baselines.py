@@ -50,7 +50,7 @@ class PaperLoop:
 
     def run(self) -> Outcome:
         """Decode the workload once."""
-        models = {role: self.bench.plain[role] for role in TRIO}
+        models: dict[str, PreTrainedModel] = {role: self.bench.plain[role] for role in TRIO}
 
         def decode(items: Sequence[Item], on_step: Callable[[], None]) -> list[list[int]]:
             contexts, lengths = [item.contexts for item in items], [item.new_tokens for item in items]

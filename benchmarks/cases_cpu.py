@@ -21,7 +21,7 @@ from benchmarks.workloads import (
     workload,
 )
 from proxytune.config import Role
-from proxytune.core.speculative import Speculation
+from proxytune.core.speculative import LOOKUP, Speculation
 from proxytune.decode import Decoder
 
 ACCEPTANCE = 0.8
@@ -36,8 +36,18 @@ def fixed(k: int) -> Speculation:
 
 
 def demo_batch1(lab: Lab) -> Report:
-    """The demo's own prompts at batch 1: real models and acceptance, as long as the proxy's own answers."""
-    size, bench, table = lab.size, lab.demo, Table(lab, "demo_batch1")
+    """The demo's own prompts at batch 1: real models and acceptance."""
+    return _own_answers(lab, "demo_batch1", lab.demo, "speculative_vs_plain_demo")
+
+
+def trained_batch1(lab: Lab, key: str = "speculative_vs_plain_trained") -> Report:
+    """The same of the trio that is trained here."""
+    return _own_answers(lab, "trained_batch1", lab.trained, key)
+
+
+def _own_answers(lab: Lab, case: str, bench: Bench, key: str) -> Report:
+    """The demo world's prompts at batch 1, responses as long as the proxy's own answers."""
+    size, table = lab.size, Table(lab, case)
     decoder = bench.decoder("proxy")
     asked = demo_prompts(decoder, size.demo_prompts, ("gsm", "truthfulqa"))
     lengths = natural_lengths(decoder, [example for _, example in asked], size.demo_longest)
@@ -49,6 +59,7 @@ def demo_batch1(lab: Lab) -> Report:
             ours.contender("plain"),
             ours.speculating(DEFAULT).contender("speculative, adaptive k and lookup"),
             ours.speculating(Speculation(lookup=False)).contender("speculative, adaptive k"),
+            ours.speculating(Speculation(drafter=LOOKUP)).contender("speculative, lookup alone"),
             *(ours.speculating(fixed(k)).contender(f"speculative, k = {k}") for k in size.draft_lengths),
             HuggingFace(bench, work).contender("Hugging Face generate, base alone"),
             Ours(bench, work, "base").contender("base alone"),
@@ -58,7 +69,7 @@ def demo_batch1(lab: Lab) -> Report:
     paper, plain, default = timed[:3]
     table.put(proxy_oracle(bench, work, paper), timed[:-3], plain=plain)
     table.put(alone_oracle(bench, work, timed[-3]), timed[-3:])
-    table.ratio("speculative_vs_plain_demo", default, plain)
+    table.ratio(key, default, plain)
     return table.report
 
 
@@ -257,6 +268,7 @@ def vocabulary(bench: Bench) -> int:
 Case = Callable[[Lab], Report]
 CASES: dict[str, tuple[Case, tuple[str, ...]]] = {
     "demo_batch1": (demo_batch1, ("speculative_vs_plain_demo",)),
+    "trained_batch1": (trained_batch1, ("speculative_vs_plain_trained",)),
     "trio_batch1": (
         trio_batch1,
         ("speculative_vs_plain_trio", "speculative_trio_vs_paper_batch1", "speculative_trio_vs_base_hf"),

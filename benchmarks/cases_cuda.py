@@ -7,13 +7,15 @@ do not fit beside each other."""
 from __future__ import annotations
 
 from benchmarks.baselines import HuggingFace, PaperLoop
-from benchmarks.cases_cpu import ACCEPTANCE, Case, dialled_table, table12_of, vocabulary
+from benchmarks.cases_cpu import ACCEPTANCE, Case, dialled_table, table12_of, trained_batch1, vocabulary
 from benchmarks.lab import Lab, Table, alone_oracle, proxy_oracle
 from benchmarks.ours import Ours
 from benchmarks.record import Report
 from benchmarks.shapes import lora_benches, random_bench
 from benchmarks.workloads import Workload, random_contexts, uniform, workload
+from proxytune.core.speculative import LOOKUP, Speculation
 
+TRAINED = "h200_speculative_vs_plain_trained"
 PROMPT = (128, 128)
 """Prompts at batch 1."""
 SHORT = (16, 48)
@@ -44,15 +46,16 @@ def batch1(lab: Lab) -> Report:
             Ours(bench, work, "base").contender("base alone"),
             ours.contender("plain"),
             ours.dialled(ACCEPTANCE, truth).contender("speculative, adaptive k"),
+            ours.speculating(Speculation(drafter=LOOKUP)).contender("lookup alone (random models loop)"),
             *(
                 ours.dialled(ACCEPTANCE, truth, k).contender(f"speculative, k = {k}")
                 for k in size.draft_lengths
             ),
         ]
     )
-    paper, hugging_face, compiled, base, plain, adaptive, *lengths = timed
+    paper, hugging_face, compiled, base, plain, adaptive, lookup, *lengths = timed
     oracle = proxy_oracle(bench, work, paper)
-    table.put(oracle, [paper, plain], plain=plain)
+    table.put(oracle, [paper, plain, lookup], plain=plain)
     table.put(oracle, [adaptive, *lengths], plain=plain, dial=ACCEPTANCE)
     table.put(alone_oracle(bench, work, hugging_face), [hugging_face, compiled, base])
     table.ratio(f"{key}_plain_vs_paper_batch1", plain, paper)
@@ -177,6 +180,7 @@ def cases(shape: str) -> dict[str, tuple[Case, tuple[str, ...]]]:
             mixed,
             keys("mixed_vs_paper_best_batch", "mixed_plain_vs_paper_best_batch", "mixed_vs_paper_batch1"),
         ),
+        "trained_batch1": (lambda lab: trained_batch1(lab, TRAINED), (TRAINED,)),
         "table12": (table12, ()),
         "dial": (dial, keys("adaptive_vs_plain_worst", "plain_vs_plain_worst")),
     }

@@ -15,7 +15,9 @@ from benchmarks.baselines import PaperLoop
 from benchmarks.measure import Contender, Timed, copy_bandwidth, observe, race, take_turns
 from benchmarks.record import Oracle, Report, line
 from benchmarks.shapes import Bench, demo_bench, random_bench
+from benchmarks.trained import Training, trained_bench
 from benchmarks.workloads import Workload
+from proxytune import demo_build
 from proxytune.errors import UserError
 
 Draw = tuple[int, int, int]
@@ -31,6 +33,8 @@ class Size:
     """Of mixtures, of the dial's table and of the paper's Table 12."""
     trio: str
     """The random trio's name in SHAPES."""
+    training: Training
+    """The trio that is trained here."""
     demo_prompts: int
     demo_longest: int
     trio_prompts: int
@@ -56,6 +60,7 @@ FULL = Size(
     repeats=5,
     long_repeats=3,
     trio="110m+26m+26m",
+    training=Training(demo_build.Shape(256, 8, 4, 2e-3), 0.15),
     demo_prompts=16,
     demo_longest=128,
     trio_prompts=2,
@@ -75,6 +80,7 @@ QUICK = Size(
     repeats=1,
     long_repeats=1,
     trio="110m+26m+26m",
+    training=Training(demo_build.Shape(128, 2, 4, 3e-3), 0.005),
     demo_prompts=4,
     demo_longest=48,
     trio_prompts=1,
@@ -95,6 +101,7 @@ QUICK = Size(
 CUDA = replace(
     FULL,
     trio="13b+7b+7b",
+    training=Training(demo_build.Shape(512, 16, 8, 1e-3), 1.0),
     trio_prompts=2,
     trio_tokens=256,
     mixed_trio=(128, 8, 256),
@@ -105,6 +112,7 @@ SMOKE = Size(
     repeats=1,
     long_repeats=1,
     trio="smoke",
+    training=Training(demo_build.Shape(64, 2, 4, 5e-3), 0.002),
     demo_prompts=2,
     demo_longest=12,
     trio_prompts=1,
@@ -148,6 +156,12 @@ class Lab:
     def demo(self) -> Bench:
         """The demo system."""
         return self.note(demo_bench(MAX_ROWS))
+
+    @cached_property
+    def trained(self) -> Bench:
+        """The trio that is trained here."""
+        self.tell("a trio is trained")
+        return self.note(trained_bench(self.size.training, self.device, self.dtype, MAX_ROWS, self.tell))
 
     @cached_property
     def trio(self) -> Bench:

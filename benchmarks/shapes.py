@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from proxytune.families import examine
 from proxytune.models import Loaded, Models, resolve
 from proxytune.quantized import random_int8
 
-TRIO = ("base", "expert", "antiexpert")
+TRIO: tuple[Role, ...] = ("base", "expert", "antiexpert")
+CPU = torch.device("cpu")
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_RANK = 16
 
@@ -95,6 +96,8 @@ class Bench:
     max_rows: int
     kv_memory: int | None = None
     """Bytes of KV pools per decoder; None is proxytune's default."""
+    trained: bool = False
+    """Whether what it says means anything."""
 
     def decoder(self, role: Role) -> Decoder:
         """A decoder of a role, with pools of its own."""
@@ -114,29 +117,28 @@ class Bench:
             "parameters": numbers,
             "dtype": str(self.plain["base"].dtype).removeprefix("torch."),
             "vocabulary": int(config.vocab_size),
-            "weights": "random" if self.name != "demo" else "trained",
+            "weights": "trained" if self.trained else "random",
         }
 
 
 def demo_bench(max_rows: int) -> Bench:
-    """The demo system; its baselines load the same checkpoints once more, as Hugging Face does."""
-    system = load_system("demo")
-    names = (*TRIO, "tuned")
-    specs = {
-        "base": system.base,
-        "expert": system.expert,
-        "antiexpert": system.antiexpert,
-        "tuned": system.tuned,
-    }
-    plain = {}
-    for name in names:
-        spec = specs[name]
-        if spec is None or spec.model is None:
-            raise UserError(f"the demo system has no {name} of its own")
-        plain[name] = AutoModelForCausalLM.from_pretrained(
+    """The demo system."""
+    return bench_of(load_system("demo"), (*TRIO, "tuned"), max_rows)
+
+
+def bench_of(system: System, roles: Sequence[Role], max_rows: int, device: torch.device = CPU) -> Bench:
+    """Checkpoints, read at once; the baselines load them once more, as Hugging Face does."""
+    plain, models = dict[str, PreTrainedModel](), Models(system)
+    for role in roles:
+        spec = models.spec(role)
+        if spec.model is None:
+            raise UserError(f"system {system.name} has no {role} of its own")
+        module = AutoModelForCausalLM.from_pretrained(
             resolve(spec.model), dtype=getattr(torch, spec.dtype), use_safetensors=True
-        ).eval()
-    return Bench("demo", plain, Models(system), max_rows)
+        )
+        plain[role] = module.eval().to(device)
+        models.get(role)
+    return Bench(system.name, plain, models, max_rows, trained=True)
 
 
 def random_bench(

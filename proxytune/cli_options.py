@@ -58,7 +58,11 @@ Speculate = Annotated[
 ]
 Drafter = Annotated[
     str | None,
-    typer.Option(metavar="EXPERT", help="Which of several experts drafts: expert (default), expert2, ..."),
+    typer.Option(
+        metavar="EXPERT|lookup",
+        help="Which of several experts drafts: expert (default), expert2, ...; lookup: only what prompt and "
+        "response have said before is a draft.",
+    ),
 ]
 Data = Annotated[
     str | None,

@@ -175,12 +175,12 @@ def _device() -> str:
 # Training
 
 
-def pretrain(miniature: World, folder: Path, amounts: Amounts) -> None:
-    """Train the three pretrained models into `folder`; one that is there already is kept."""
+def pretrain(miniature: World, folder: Path, amounts: Amounts, shapes: Mapping[str, Shape] = SHAPES) -> None:
+    """Train the pretrained models into `folder`; one that is there already is kept."""
     documents = corpus.pretraining(miniature, SYSTEM_PROMPT, amounts)
     tokenizer = train_tokenizer(documents, [SYSTEM_PROMPT, *banned_texts()])
     examples = encode(documents, tokenizer)
-    for name, shape in SHAPES.items():
+    for name, shape in shapes.items():
         if not (folder / name / TRAINED).exists():
             model = new_model(shape, tokenizer).to(_device())
             title = f"pretraining {name} ({model.num_parameters():,} parameters)"
@@ -188,13 +188,20 @@ def pretrain(miniature: World, folder: Path, amounts: Amounts) -> None:
             save(model, tokenizer, fitted, folder / name)
 
 
-def tune(miniature: World, source: Path, target: Path, seed: int, amounts: TuningAmounts) -> None:
+def tune(
+    miniature: World,
+    source: Path,
+    target: Path,
+    seed: int,
+    amounts: TuningAmounts,
+    tuned: Mapping[str, str] = TUNED,
+) -> None:
     """Tune a copy of each pretrained model in `source` into `target`: the same examples, recipe and seed
     for every size. One that is there already is kept."""
     tokenizer = AutoTokenizer.from_pretrained(source / "base")
     examples = encode(corpus.tuning(miniature, SYSTEM_PROMPT, amounts), tokenizer)
     config, optimizers = TUNING.model_copy(update={"seed": seed}), adamw(TUNING_RATE)
-    for name, origin in TUNED.items():
+    for name, origin in tuned.items():
         if not (target / name / TRAINED).exists():
             model = load(source / origin)
             fitted = fit(model, examples, optimizers(model), config, f"tuning {name}, seed {seed}")

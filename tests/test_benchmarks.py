@@ -21,6 +21,7 @@ from benchmarks.ours import Ours
 from benchmarks.record import Oracle
 from benchmarks.workloads import log_uniform, random_contexts, uniform, workload
 from proxytune.core.device_loop import DeviceLoop
+from proxytune.core.graphs import Shape
 from proxytune.core.linear import RowLinear
 from tests import oracle
 from tests.conftest import require_or_skip
@@ -145,7 +146,9 @@ def test_the_kernels_of_the_cpu_are_timed(
 
 def test_the_gpu_cases_have_keys_with_the_prefix() -> None:
     keys = {key for _, names in cases_cuda.cases("70b-int8+7b+7b").values() for key in names}
-    assert "h200_70b_int8_speculative_vs_base" in keys and all(key.startswith("h200_70b") for key in keys)
+    assert "h200_70b_int8_speculative_vs_base" in keys and all(
+        key.startswith("h200_70b") or key == cases_cuda.TRAINED for key in keys
+    )
     goals = {name for name in (*tables.GOALS, *tables.LIMITS) if name.startswith("h200_13b")}
     assert goals <= {key for _, names in cases_cuda.cases(CUDA.trio).values() for key in names}
 
@@ -161,8 +164,8 @@ def test_the_gpu_cases_run_in_miniature_on_the_cpu(
         as_on_a_device(monkeypatch)
         launch = DeviceLoop._launch
 
-        def noted(loop: DeviceLoop, rows: Any, shape: Any, **options: Any) -> None:
-            lengths.add(shape.k)
+        def noted(loop: DeviceLoop, rows: Any, shape: Shape, **options: Any) -> None:
+            lengths.add(shape.ahead.k)
             launch(loop, rows, shape, **options)
 
         monkeypatch.setattr(DeviceLoop, "_launch", noted)

@@ -246,7 +246,7 @@ HOW_FAR = {"off": 0, "3": 3, "auto": None}
 BAD_DRAFTS = [
     (("--speculate", "maybe"), "speculate = 'maybe': give 'auto', 'off' or a length from 0 to 15"),
     (("--speculate", "16"), "speculate = '16'"),
-    (("--drafter", "typo"), "no expert 'typo' to draft: choose expert"),
+    (("--drafter", "typo"), "no expert 'typo' to draft: choose expert or lookup"),
 ]
 
 
@@ -259,6 +259,12 @@ def test_generate_speculates_as_asked(yaml: Path, decoders: list[Decoder]) -> No
     assert said[0] == said[1] == said[2]
     assert [d.speculation for d in decoders] == [Speculation(k=k, drafter="expert") for k in HOW_FAR.values()]
     assert decoders[0].stats.examined == 0 < decoders[1].stats.examined
+    told = json.loads(proxytune(*common, "--drafter", "lookup").stdout)
+    assert [response["token_ids"] for response in told["responses"]] == said[0]
+    assert (
+        decoders[3].speculation == Speculation(drafter="lookup")
+        and decoders[3].ensemble.front("lookup") == ()
+    )
     for options, line in BAD_DRAFTS:
         refused(proxytune(*common, *options), line)
 
