@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from benchmarks.measure import Contender, Outcome, synchronise
 from benchmarks.paper_loop import hf_generate, paper_generate
 from benchmarks.shapes import TRIO, Bench
 from benchmarks.workloads import Item, Workload
+from proxytune.decode import PREFILL_TOKENS
 
 
 @dataclass
@@ -85,6 +88,58 @@ class HuggingFace:
             return [hf_generate(self._model, prompt, item.new_tokens, static=self.static, on_step=on_step)]
 
         return in_batches(self.bench, self.workload, 1, decode)
+
+
+@dataclass(frozen=True)
+class HuggingFaceBatching:
+    """Hugging Face's continuous batching of one model alone, as it comes but for a cache of the size that the
+    rows need. Setting it up is not timed."""
+
+    bench: Bench
+    workload: Workload
+    max_rows: int
+
+    def contender(self, name: str) -> Contender:
+        """This, to be raced."""
+        return Contender(name, self.run, lambda: [self.bench.plain["base"]], self.max_rows)
+
+    def run(self) -> Outcome:
+        """Decode the workload once."""
+        greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+        model: Any = self.bench.plain["base"]
+        with model.continuous_batching_context_manager(
+            greedy, continuous_batching_config=self._room()
+        ) as manager:
+            began = time.perf_counter()
+            tags = {
+                manager.add_request(
+                    list(item.contexts["base"]), max_new_tokens=item.new_tokens, record_timestamps=True
+                ): item.tag
+                for item in self.workload.items
+            }
+            done = dict[int, Any]()
+            while len(done) < len(tags):
+                found = manager.get_result(timeout=PATIENCE)
+                if found is None or found.error is not None:
+                    raise RuntimeError(f"continuous batching stopped: {found and found.error}")
+                done[tags[found.request_id]] = found
+            seconds = time.perf_counter() - began
+        gaps = [b - a for one in done.values() for a, b in pairwise(one.timestamps)]
+        first = [one.timestamps[0] - began for one in done.values()]
+        return Outcome(seconds, {tag: one.generated_tokens for tag, one in done.items()}, first, gaps)
+
+    def _room(self) -> ContinuousBatchingConfig:
+        longest = max(len(item.contexts["base"]) + item.new_tokens for item in self.workload.items)
+        page = ContinuousBatchingConfig().page_size
+        return ContinuousBatchingConfig(
+            num_blocks=self.max_rows * -(-longest // page) + 1,
+            max_batch_tokens=self.max_rows + PREFILL_TOKENS[self.bench.device.type],
+            max_requests_per_batch=self.max_rows,
+        )
+
+
+PATIENCE = 600
+"""Seconds without a finished response after which continuous batching is given up."""
 
 
 def in_batches(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.baselines import HuggingFace, PaperLoop
+from benchmarks.baselines import HuggingFace, HuggingFaceBatching, PaperLoop
 from benchmarks.lab import Lab, Table, alone_oracle, proxy_oracle
 from benchmarks.measure import Contender
 from benchmarks.ours import DEFAULT, Ours
@@ -139,7 +139,23 @@ def mixed_trio(lab: Lab) -> Report:
     prompts = random_contexts(count, *PROMPT, vocabulary(bench))
     work = workload(f"random prompts, uniform {low}..{high}", prompts, uniform(count, low, high))
     rival = Ours(bench, work, max_rows=bench.max_rows).contender("continuous batching, plain")
-    return _against_best_batch(lab, "mixed_trio", bench, work, [rival])
+    report = _against_best_batch(lab, "mixed_trio", bench, work, [rival])
+    report.add(batching_alone(lab, "mixed_trio", bench, work, min(count, bench.max_rows)))
+    return report
+
+
+def batching_alone(lab: Lab, case: str, bench: Bench, work: Workload, rows: int) -> Report:
+    """The base alone in two continuous batches, Hugging Face's and ours."""
+    table = Table(lab, case)
+    timed = lab.race(
+        [
+            HuggingFaceBatching(bench, work, rows).contender("Hugging Face continuous batching, base alone"),
+            Ours(bench, work, "base", max_rows=rows).contender("base alone, continuous batching"),
+        ],
+        lab.size.long_repeats,
+    )
+    table.put(alone_oracle(bench, work, timed[0]), timed)
+    return table.report
 
 
 def _against_best_batch(lab: Lab, case: str, bench: Bench, work: Workload, rivals: list[Contender]) -> Report:

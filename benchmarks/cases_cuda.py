@@ -7,7 +7,15 @@ do not fit beside each other."""
 from __future__ import annotations
 
 from benchmarks.baselines import HuggingFace, PaperLoop
-from benchmarks.cases_cpu import ACCEPTANCE, Case, dialled_table, table12_of, trained_batch1, vocabulary
+from benchmarks.cases_cpu import (
+    ACCEPTANCE,
+    Case,
+    batching_alone,
+    dialled_table,
+    table12_of,
+    trained_batch1,
+    vocabulary,
+)
 from benchmarks.lab import Lab, Table, alone_oracle, proxy_oracle
 from benchmarks.ours import Ours
 from benchmarks.record import Report
@@ -121,6 +129,7 @@ def mixed(lab: Lab) -> Report:
     few = Workload("the first of them, one by one", work.items[:4], one_by_one=True)
     [single] = lab.race([PaperLoop(bench, few).contender("paper's loop, batch 1")])
     table.put(proxy_oracle(bench, few, single), [single])
+    table.report.add(batching_alone(lab, "mixed", bench, work, ROWS))
     table.ratio(f"{key}_mixed_vs_paper_best_batch", adaptive, found.best)
     table.ratio(f"{key}_mixed_plain_vs_paper_best_batch", plain, found.best)
     table.ratio(f"{key}_mixed_vs_paper_batch1", adaptive, single)

@@ -160,7 +160,7 @@ class Reading:
     bytes: int = 0
     forwards: int = 0
     hidden: bool = False
-    """Whether some forwards were of steps that become graphs."""
+    """Whether some forwards were of steps that become graphs, or read a cache that is not looked into."""
 
 
 @contextmanager
@@ -178,7 +178,7 @@ def reads(
         def count(
             _module: Any, _inputs: Any, arguments: dict[str, Any], w: int = weights, kv: int = per_token
         ) -> None:
-            if isinstance(arguments.get("packed"), DevicePacked):
+            if isinstance(arguments.get("packed"), DevicePacked) or "cache" in arguments:
                 reading.hidden = True
                 return
             reading.forwards += 1

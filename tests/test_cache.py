@@ -251,6 +251,18 @@ def test_forks_share_full_pages_only() -> None:
     assert len(cache._free) == cache.pages
 
 
+def test_a_fork_takes_the_pages_that_drafts_have_left() -> None:
+    """Rewound rows keep their pages until somebody needs them."""
+    cache = make(PagedCache, 4 * PAGE)
+    cache.admit()
+    cache.reserve([4 * PAGE])
+    put(cache, [0], [list(range(PAGE + 3))])
+    assert not cache._free and cache.fits([PAGE + 3, PAGE + 4])
+    cache.admit(0, PAGE + 2)
+    check(cache, [list(range(PAGE + 3)), list(range(PAGE + 2))])
+    assert len(cache._free) == 1
+
+
 def test_a_page_that_is_shared_cannot_be_written_again() -> None:
     """Rewinding into a shared page would let one row overwrite another's prompt: it must not go unnoticed."""
     cache = make(PagedCache, 6 * PAGE)

@@ -264,7 +264,7 @@ def wait_for_rows(path: Path, count: int, process: subprocess.Popen[str]) -> Non
 def test_a_killed_process_is_continued(
     yaml: Path, system: System, models: Models, tmp_path: Path, how: signal.Signals
 ) -> None:
-    options = ["--limit", "20", "--batch", "2", "--max-new-tokens", "40", "--out", str(tmp_path / "killed")]
+    options = ["--limit", "60", "--batch", "2", "--max-new-tokens", "40", "--out", str(tmp_path / "killed")]
     process = subprocess.Popen(
         [sys.executable, "-m", "proxytune", "eval", "gsm", "--system", str(yaml), *options],
         cwd=tmp_path,
@@ -278,9 +278,9 @@ def test_a_killed_process_is_continued(
     _, told = process.communicate()
     assert process.returncode == (-9 if how == signal.SIGKILL else 130)
     if how == signal.SIGINT:
-        assert "20 examples are kept" in told.splitlines()[-1] and "Traceback" not in told
+        assert "60 examples are kept" in told.splitlines()[-1] and "Traceback" not in told
     assert results.read_run(tmp_path / "killed").status == "running"
-    same = {"limit": 20, "max_batch": 2, "sampling": Sampling(max_new_tokens=40)}
+    same = {"limit": 60, "max_batch": 2, "sampling": Sampling(max_new_tokens=40)}
     done = {name: evaluate(system, models, tmp_path / name, **same) for name in ("killed", "whole")}
     assert done["killed"].metrics == done["whole"].metrics and done["killed"].cost.sessions == 2
     assert results.read_rows(tmp_path / "killed") == results.read_rows(tmp_path / "whole")

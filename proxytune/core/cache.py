@@ -337,10 +337,8 @@ class PagedCache:
             self._owners[page] += 1
             self.tables[-1].append(page)
         if rest:  # the page in which both rows go on writing
-            page = self._free.pop()
-            self._owners[page] = 1
-            self.tables[-1].append(page)
-            self._peak_pages = max(self._peak_pages, self.pages - len(self._free))
+            self.reserve(self.lengths)  # what rows hold beyond their lengths is given back first
+            page = self.tables[-1][whole]
             for pool in (tensor for pools in self._pools for tensor in pools):
                 pool[page, :rest] = pool[self.tables[source][whole], :rest]
 
