@@ -241,6 +241,8 @@ def dialled_table(lab: Lab, bench: Bench, keys: tuple[str, str], decoder: Decode
         for share, one in zip(size.dial, drafted, strict=True):
             table.put(oracle, [one], dial=share, plain=undrafted)
             ratios.append(one.versus(undrafted))
+        if decoder is not None:
+            decoder.ensemble.forget_graphs()  # every dial has made its own
     table.report.ratios |= dict(zip(keys, (min(ratios), min(noise)), strict=True))
     return table.report
 

@@ -90,7 +90,8 @@ class Ours:
     def contender(self, name: str) -> Contender:
         """This, to be raced."""
         owed = self._owed if self.speculation is PLAIN and self.max_rows == 1 else None
-        return Contender(name, self.run, self._modules, self.max_rows, owed, self._entrances)
+        entrances, made = self._entrances, lambda: self._ensemble.graphs_made
+        return Contender(name, self.run, self._modules, self.max_rows, owed, entrances, made)
 
     @cached_property
     def _decoder(self) -> Decoder:

@@ -16,7 +16,7 @@ import torch
 from benchmarks import cases_cpu, cases_cuda, cpu_kernels, decode, shapes, tables
 from benchmarks.baselines import PaperLoop
 from benchmarks.lab import CUDA, SMOKE, Lab
-from benchmarks.measure import Timed, observe
+from benchmarks.measure import Contender, Outcome, Timed, observe
 from benchmarks.ours import Ours
 from benchmarks.record import Oracle
 from benchmarks.workloads import log_uniform, random_contexts, uniform, workload
@@ -76,7 +76,8 @@ def test_every_figure_is_a_number(found: dict[str, Any]) -> None:
         assert row["runs"] and all(math.isfinite(speed) and speed > 0 for speed in row["runs"])
         for key, value in row.items():
             if value is None:
-                assert key in optional, (key, row)
+                unseen = {"gb_per_s", "floor_percent"} if "Hugging Face continuous" in row["name"] else set()
+                assert key in optional | unseen, (key, row)
             elif isinstance(value, float):
                 assert math.isfinite(value) and value >= 0, (key, row)
         if "speculative, k =" in row["name"]:
@@ -266,3 +267,18 @@ def test_the_quick_mode_runs_whole() -> None:
     found = json.loads(done.stdout)
     assert set(found["ratios"]) >= WANTED and all(value > 0 for value in found["ratios"].values())
     assert all(row["widest_tie"] is None or row["widest_tie"] < 1e-3 for row in found["rows"])
+
+
+def test_a_contender_that_makes_graphs_is_warmed_up_again() -> None:
+    """Until a run has made none."""
+    runs = list[int]()
+
+    def run() -> Outcome:
+        runs.append(1)
+        return Outcome(1.0, {0: [1]}, [0.1], [0.1])
+
+    observe(Contender("it", run, list, graphs_made=lambda: min(len(runs), 3)), lambda text: None)
+    assert len(runs) == 4
+    runs.clear()
+    observe(Contender("it", run, list), lambda text: None)
+    assert len(runs) == 1

@@ -109,6 +109,15 @@ class Ensemble:
             self._graphs[front, propose] = Graphs(step, runner.device)
         return self._graphs[front, propose]
 
+    @property
+    def graphs_made(self) -> int:
+        """How many steps have been captured."""
+        return sum(graphs.made for graphs in self._graphs.values())
+
+    def forget_graphs(self) -> None:
+        """Give back the memory of all captured steps; they are made anew when they are next needed."""
+        self._graphs.clear()
+
     def _shared(self, term: Term) -> Tensor | None:
         known = [self.runners[name].alignment.shared for name in (term.expert, term.antiexpert)]
         masks = [mask for mask in known if mask is not None]

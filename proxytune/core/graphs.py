@@ -80,6 +80,11 @@ class Graphs:
             self.state = state = DeviceState(caches, self.step.lead, bucket(rows), need, size, self.device)
         return state
 
+    @property
+    def made(self) -> int:
+        """How many graphs there are."""
+        return len(self._captured)
+
     def ready(self, shape: Shape) -> bool:
         """Whether `run` will not have to make a graph first."""
         return self.device.type not in CAPTURED or shape in self._captured
