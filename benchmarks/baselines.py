@@ -92,8 +92,9 @@ class HuggingFace:
 
 @dataclass(frozen=True)
 class HuggingFaceBatching:
-    """Hugging Face's continuous batching of one model alone, as it comes but for a cache of the size that the
-    rows need. Setting it up is not timed."""
+    """Hugging Face's continuous batching of one model alone, as it comes but for its sizes: rows, tokens per
+    forward, and a cache that the rows need, without a margin in which no row is let in. Setting it up is not
+    timed."""
 
     bench: Bench
     workload: Workload
@@ -135,6 +136,7 @@ class HuggingFaceBatching:
             num_blocks=self.max_rows * -(-longest // page) + 1,
             max_batch_tokens=self.max_rows + PREFILL_TOKENS[self.bench.device.type],
             max_requests_per_batch=self.max_rows,
+            safety_margin=0.0,
         )
 
 

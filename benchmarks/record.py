@@ -136,7 +136,10 @@ def line(
 ) -> Line:
     """The figures of one contender."""
     workload, observed = oracle.workload, timed.observed
-    warm, seen = observed.outcome, observed.bytes_read > 0
+    seen = observed.bytes_read > 0
+    drafted, accepted, steps = (
+        sum(getattr(run, name) for run in timed.runs) for name in ("drafted", "accepted", "row_steps")
+    )
     speed = observed.bytes_read / timed.seconds
     diverged, widest = oracle.check(timed)
     return Line(
@@ -157,9 +160,9 @@ def line(
         gb_per_s=speed / 1e9 if seen else None,
         floor_percent=100 * speed / bandwidth if seen else None,
         memory_mb=None if observed.memory is None else observed.memory / 1e6,
-        syncs_per_token=None if observed.syncs is None else observed.syncs / warm.count,
-        acceptance=warm.accepted / warm.drafted if warm.drafted else None,
-        accepted_per_step=warm.accepted / warm.row_steps if warm.row_steps else None,
+        syncs_per_token=None if observed.syncs is None else observed.syncs / observed.outcome.count,
+        acceptance=accepted / drafted if drafted else None,
+        accepted_per_step=accepted / steps if steps else None,
         tokens_equal=diverged == 0,
         diverged=diverged,
         widest_tie=widest,

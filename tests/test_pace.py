@@ -165,7 +165,22 @@ def test_what_passages_cost_is_measured() -> None:
     assert pace.looks_up([6], 0)
     for _ in range(3):
         pace.lookup.add(7, 200.0)
-    assert not pace.looks_up([6], 0)
+    assert sum(pace.looks_up([6], 0) for _ in range(320)) == 10, "it may have been a slow minute"
+
+
+def test_passages_without_an_expert() -> None:
+    """Eight rows, one of them quoting: it reads its passage beside the last tokens of the others."""
+    pace = Pace()
+    for _ in range(3):
+        pace.verify.add(8, 10.0)
+    pace.passages.held = pace.passages.asked = 100.0
+    taken = 0
+    for _ in range(100):
+        found = [6, 0, 0, 0, 0, 0, 0, 0]
+        looked_up = pace.looks_up(found, 0)
+        taken += looked_up
+        (pace.lookup if looked_up else pace.verify).add(14 if looked_up else 8, 11.0 if looked_up else 10.0)
+    assert taken == 100
 
 
 def test_the_drafter_reads_passages_where_that_saves_forwards() -> None:

@@ -28,9 +28,10 @@ from torch import Tensor
 
 from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
 from proxytune.core.cache import PagedCache
+from proxytune.core.engine import Engine
 from proxytune.core.pace import Pace, Times
 from proxytune.core.sampling import Spot, pick
-from proxytune.core.scheduler import Scheduler
+from proxytune.core.scheduler import Request, Row, Scheduler
 from proxytune.core.speculative import LOOKUP, Speculation, same_prefix
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
@@ -320,8 +321,15 @@ def test_any_of_several_experts_can_draft(pair: System) -> None:
         run(decoder(pair, speculation=Speculation(drafter="expert3")), ragged(1), s)
 
 
+@pytest.fixture
+def flat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which a forward takes as long whatever it reads."""
+    add = Times.add
+    monkeypatch.setattr(Times, "add", lambda times, tokens, seconds: add(times, tokens, 1.0))
+
+
 @pytest.mark.parametrize("k", [2, 5, None])
-def test_a_model_alone_drafts_from_what_was_said(k: int | None, trio: System) -> None:
+def test_a_model_alone_drafts_from_what_was_said(k: int | None, trio: System, flat: None) -> None:
     """Random models loop, so earlier passages are good drafts."""
     s = Sampling(max_new_tokens=80)
     plain = decoder(trio, "base", speculation=PLAIN)
@@ -330,6 +338,22 @@ def test_a_model_alone_drafts_from_what_was_said(k: int | None, trio: System) ->
     assert d.ensemble.front() == ()
     assert said(run(d, ragged(4), s)) == said(want)
     assert d.stats.accepted > 0 and d.stats.row_steps < plain.stats.row_steps
+
+
+def test_passages_end_where_a_response_does(trio: System) -> None:
+    """What follows an end of text in the prompt is no draft."""
+    d = decoder(trio, "base", speculation=Speculation(k=6))
+    drafter = Engine(d.ensemble, max_rows=1, speculation=d.speculation).drafter
+    size = d.ensemble.runners["base"].alignment.size
+    said = (5, 6, 7, 8, 2, 9, 5, 6, 7)
+    for prompt, eos, want in (
+        (said, [], [8, 2, 9, 5, 6, 7]),
+        (said, [2], [8, 2]),
+        ((5, 6, 7, 8, size, 9, 5, 6, 7), [], [8]),
+    ):
+        request = Request({"base": prompt}, 1, 9, eos=frozenset(eos))
+        row = Row(request, len(drafter._passages), 0, {"base": list(prompt)})
+        assert drafter.passage(row, 6) == want
 
 
 def test_passages_spare_forwards_of_the_drafter(trio: System) -> None:
@@ -351,7 +375,9 @@ def test_passages_spare_forwards_of_the_drafter(trio: System) -> None:
 
 @pytest.mark.parametrize("k", [2, 6, None])
 @pytest.mark.parametrize("sampler", [{}, {"temperature": 0.6, "top_k": 4}], ids=["greedy", "sampled"])
-def test_passages_for_all_models_at_once(k: int | None, sampler: dict[str, Any], trio: System) -> None:
+def test_passages_for_all_models_at_once(
+    k: int | None, sampler: dict[str, Any], trio: System, flat: None
+) -> None:
     """No expert runs ahead: one forward per model and step, whatever stands."""
     s = Sampling(max_new_tokens=80, **sampler)
     plain = decoder(trio, speculation=PLAIN)
@@ -361,7 +387,9 @@ def test_passages_for_all_models_at_once(k: int | None, sampler: dict[str, Any],
         patched: Any = runner
         patched.forward = counted(forwards, name, patched.forward)
     assert said(run(d, ragged(4), s)) == said(want)
-    assert d.stats.accepted > 0 and d.stats.row_steps < plain.stats.row_steps
+    assert d.stats.drafted > 0
+    if k is not None or not sampler:  # samples hardly recur
+        assert d.stats.accepted > 0 and d.stats.row_steps < plain.stats.row_steps
     assert forwards["base"] == forwards["expert"] == forwards["antiexpert"]
 
 
@@ -376,20 +404,16 @@ def counted(calls: dict[str, int], name: str, function: Any) -> Any:
 
 
 def test_passages_take_over_where_the_expert_is_bad_and_text_recurs(
-    trio: System, monkeypatch: pytest.MonkeyPatch
+    trio: System, monkeypatch: pytest.MonkeyPatch, flat: None
 ) -> None:
-    """By themselves, on a machine on which a forward takes as long whatever it reads."""
-
-    def flat(times: Times, tokens: int, seconds: float) -> None:
-        add(times, tokens, 1.0)
+    """By themselves."""
 
     def watched(pace: Pace, found: Sequence[int], k: int) -> bool:
         chosen = looks_up(pace, found, k)
         taken.append(chosen)
         return chosen
 
-    add, looks_up, taken = Times.add, Pace.looks_up, list[bool]()
-    monkeypatch.setattr(Times, "add", flat)
+    looks_up, taken = Pace.looks_up, list[bool]()
     monkeypatch.setattr(Pace, "looks_up", watched)
     s = Sampling(max_new_tokens=120)
     want = run(decoder(trio, speculation=PLAIN), [example("ab")], s)

@@ -124,8 +124,9 @@ class DeviceLoop:
             if self.graphs.state is not None:
                 self.graphs.state.forget()
             return False
-        rows, waiting = self.scheduler.rows[: plan.decoding], self.scheduler.waiting
-        most = min(self.scheduler.max_rows, len(self.scheduler.rows) + len(waiting))
+        rows, most = self.scheduler.rows[: plan.decoding], plan.decoding
+        if self.ahead.k == 0 or self.drafter.settings.k is not None:  # else another size drafts otherwise
+            most = min(self.scheduler.max_rows, len(self.scheduler.rows) + len(self.scheduler.waiting))
         state, draw = self.graphs.room_for(self._widths, self.scheduler.max_rows), draw_of(rows)
         state.fill(rows)
         try:
@@ -152,6 +153,7 @@ class DeviceLoop:
             landed.record()
         else:
             said = on_device.clone()  # the next step writes over it
+        self.drafter.pace.steps.started += 1
         waiting = len(self.scheduler.waiting)
         self.flights.append(Flight(rows, waiting, shape, said, landed, began, alone, steady))
 

@@ -29,7 +29,7 @@ LEVEL = 0.3
 OUTLIER = 1.5
 """A time that is longer than expected by more than this factor counts as one that is by this factor."""
 REVISIT = 32
-"""Steps after which the next longer draft is measured again, if it could win."""
+"""Steps after which the next longer draft, or an earlier passage, is measured again, if it could win."""
 MEMORY = 0.97
 """How much of the acceptance counts is kept from step to step."""
 RETRY = 128
@@ -37,7 +37,7 @@ RETRY = 128
 HOPE = 0.95
 """The acceptance that it could have changed to: where even that would not win, nothing is tried."""
 PASSAGE = 6
-"""Most tokens that are taken from an earlier passage."""
+"""Most tokens that are taken from an earlier passage, unless the draft length is given."""
 LOOKED_UP = 32
 """Rows up to which passages are looked for: in more, reading them costs as much as it brings."""
 
@@ -146,7 +146,8 @@ class StepPace:
 
     times: dict[tuple[int, bool], Times] = field(default_factory=dict)
     """By rows, and whether passages are the drafts: seconds of a step by its tokens per row, k + 1."""
-    plain_steps: int = 0
+    started: int = 0
+    """Steps, counted by who starts them."""
 
     def add(self, rows: int, ahead: Ahead, seconds: float) -> None:
         """A step of so many rows took so long."""
@@ -172,16 +173,16 @@ class StepPace:
         passage = max(k for k in LADDER if k <= PASSAGE and self._fits(rows, k))
         if passage and matched and self._lookup_speed(rows, passage, matched, held) > GAIN * speed(best):
             return Ahead(passage, lookup=True)
-        if best == 0:
-            self.plain_steps += 1
-            hopeful = any(speed(k, HOPE) > GAIN * speed(0) for k in fitting)
-            return Ahead(1 if hopeful and self.plain_steps % RETRY == 0 else 0)
+        if best == 0 and self.started % RETRY == RETRY - 1:
+            return Ahead(int(any(speed(k, HOPE) > GAIN * speed(0) for k in fitting)))
         return Ahead(best)
 
     def _lookup_speed(self, rows: int, k: int, matched: float, held: float) -> float:
-        """Tokens per second and row; until it was measured, as if reading the passages took no time."""
-        looked_up = self._of(rows, lookup=True)
-        seconds = looked_up.at(k + 1) if looked_up.known(k + 1) else self._of(rows).at(1)
+        """Tokens per second and row; until it was measured, and now and then to measure it again, as if
+        reading the passages took no time."""
+        looked_up, again = self._of(rows, lookup=True), self.started % REVISIT == REVISIT - 1
+        known = looked_up.known(k + 1) and not again
+        seconds = looked_up.at(k + 1) if known else self._of(rows).at(1)
         return (1 + matched * run_of(held, k)) / seconds if seconds else 0.0
 
     def _of(self, rows: int, lookup: bool = False) -> Times:
@@ -221,6 +222,7 @@ class Pace:
     plain_steps: int = 0
     _asked: int = 0
     _steps: int = 0
+    _matched: int = 0
 
     def choose(self, rows: int) -> int:
         """The draft length for a step of so many rows."""
@@ -232,9 +234,9 @@ class Pace:
         plain, best = self.speed(rows, 0), max(LADDER, key=lambda k: self.speed(rows, k))
         if best == 0 or self.speed(rows, best) < GAIN * plain:
             self.plain_steps += 1
-            hopeful = any(self.speed(rows, k, share=HOPE) > GAIN * plain for k in LADDER)
-            worth = hopeful and rows * 2 <= TRIED_UP_TO and self.plain_steps % RETRY == 0
-            return 1 if worth else 0
+            if self.plain_steps % RETRY or rows * 2 > TRIED_UP_TO:
+                return 0
+            return int(any(self.speed(rows, k, share=HOPE) > GAIN * plain for k in LADDER))
         return self._revisited(rows, best)
 
     def _revisited(self, rows: int, best: int) -> int:
@@ -271,10 +273,12 @@ class Pace:
         models than what the front would draft, k tokens of it."""
         rows, tokens = len(found), len(found) + sum(found)
         plain = self.verify.at(rows)
-        if tokens == rows or not plain or not self.close.seen:
+        if tokens == rows or not plain:
             return False
-        seconds = self.lookup.at(tokens)
-        if not self.lookup.known(tokens):  # as the front's time grows with the others'
+        self._matched += 1
+        if self.lookup.known(tokens) and self._matched % REVISIT:
+            seconds = self.lookup.at(tokens)
+        else:  # the front's time grows as that of the others does
             seconds = self.verify.at(tokens) * (1 + self.close.at(rows) / plain)
         said = sum(1 + run_of(self.passages.value, length) for length in found)
         return said / rows / seconds > GAIN * self.speed(rows, k)

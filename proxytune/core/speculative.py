@@ -97,7 +97,7 @@ class Drafter:
         self.runners, self.front, self.lead, self.settings = runners, tuple(front), lead, settings
         self.pace = pace or Pace()
         self._looking_up = False
-        """Whether the drafts of the next step are passages, which the front verifies with the others."""
+        """Whether passages were chosen as the drafts of the next step, for all models."""
         self._longest = {name: runner.alignment.longest for name, runner in runners.items()}
         self._able = all(runner.rows.rewinds for runner in runners.values())
         self._passages: dict[int, Passages] = {}
@@ -107,7 +107,7 @@ class Drafter:
         window holds them."""
         k = self._choose(len(rows))
         self._looking_up = False
-        if self.front and self.watches(len(rows)):
+        if self.watches(len(rows)):
             found = [len(self.passage(row, self._depth(row, PASSAGE))) for row in rows]
             if self.pace.looks_up(found, k):
                 self._looking_up = True
@@ -122,7 +122,7 @@ class Drafter:
     def _choose(self, rows: int) -> int:
         if self.settings.k is not None:
             return self.settings.k
-        if not self._able or not (self.front or self.settings.lookup):
+        if not self._able or not self.front:
             return 0  # a model whose own cache cannot go back would compute the row anew each time
         return self.pace.choose(rows)
 
@@ -256,14 +256,17 @@ class Drafter:
             return []
         passages = self._passages.setdefault(row.ticket, Passages())
         passages.extend(row.ids[self.lead][len(passages.ids) :])
-        found = passages.continuation(count)
-        size = self.runners[self.lead].alignment.size  # virtual tokens of a soft prompt are said by nobody
-        return found[: next((n for n, token in enumerate(found) if token >= size), count)]
+        found, size = passages.continuation(count), self.runners[self.lead].alignment.size
+        for n, token in enumerate(found):
+            if token >= size:
+                return found[:n]  # virtual tokens of a soft prompt are said by nobody
+            if token in row.request.eos:
+                return found[: n + 1]
+        return found
 
     def learn(self, drafts: Drafts, accepted: int, examined: int, seconds: StepSeconds | None) -> None:
         """Note how a step went; its times only where no prompts rode along."""
-        ran_ahead = drafts.front == self.front
-        if examined and ran_ahead:
+        if examined and drafts.front:
             self.pace.acceptance.add(accepted, examined)
         if seconds is None:
             return
@@ -271,7 +274,7 @@ class Drafter:
         if drafts.forwards:
             drafting = sum(1 for said in drafts.tokens if said)
             self.pace.saw_drafts(drafting, drafts.forwards, drafted, seconds.draft)
-        verified = self.pace.verify if ran_ahead else self.pace.lookup
+        verified = self.pace.lookup if self._looking_up else self.pace.verify
         verified.add(drafted + len(drafts.tokens), seconds.verify)
         if seconds.closed:
             self.pace.close.add(seconds.closed, seconds.close)
