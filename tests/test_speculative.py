@@ -359,18 +359,15 @@ def test_passages_end_where_a_response_does(trio: System) -> None:
 def test_passages_spare_forwards_of_the_drafter(trio: System) -> None:
     """With lookup the drafter reads a passage in one forward, and the tokens stay. (Three times the same
     model: it loops, and its drafts stand.)"""
-    s, forwards = Sampling(max_new_tokens=80), {}
+    s, forwards = Sampling(max_new_tokens=80), dict[str, int]()
     system = trio.model_copy(update={"expert": trio.base, "antiexpert": trio.base})
     want = run(decoder(system, speculation=PLAIN), [example("ab")], s)
     for lookup in (False, True):
         d = decoder(system, speculation=Speculation(k=6, lookup=lookup))
         runner: Any = d.ensemble.runners["expert"]
-        calls = []
-        original = runner.forward
-        runner.forward = lambda work, original=original, calls=calls: (calls.append(1), original(work))[1]
+        runner.forward = counted(forwards, str(lookup), runner.forward)
         assert said(run(d, [example("ab")], s)) == said(want)
-        forwards[lookup] = len(calls)
-    assert forwards[True] < forwards[False]
+    assert forwards["True"] < forwards["False"]
 
 
 @pytest.mark.parametrize("k", [2, 6, None])

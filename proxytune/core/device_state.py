@@ -80,6 +80,10 @@ class Batch(NamedTuple):
     alpha_linear: Tensor  # [R] 1 where alpha goes in a line from start to end
     sampler: Sampler
 
+    def known(self, lead: str) -> Tensor:
+        """How many ids of the history count: [R]."""
+        return self.offset[lead] + 1 + self.position
+
     def alpha(self, positions: Tensor) -> Tensor:
         """The schedules at positions [R, Q]: [R, Q] float64, as `AlphaSchedule.at` computes it."""
         start, end, length = (c[:, None] for c in (self.alpha_start, self.alpha_end, self.alpha_length))

@@ -133,8 +133,7 @@ class DeviceStep:
     def _passages(self, batch: Batch, k: int, size: int) -> Tensor:
         """What followed the last tokens when they were said before: drafts [R, k], -1 where there are
         none."""
-        known = batch.offset[self.lead] + 1 + batch.position
-        found = continuations(batch.history[:, :-1], known, k)
+        found = continuations(batch.history[:, :-1], batch.known(self.lead), k)
         return found.masked_fill(found >= size, -1)  # virtual tokens of a soft prompt are said by nobody
 
     def _accept(self, batch: Batch, tokens: Tensor, drafts: Tensor) -> Tensor:
@@ -146,9 +145,8 @@ class DeviceStep:
         room = batch.limit - batch.position
         count = torch.minimum(torch.minimum(agreed + 1, unended), room)
         further = torch.arange(tokens.shape[1], device=tokens.device)
-        known = batch.offset[self.lead] + 1 + batch.position
         waste = batch.history.shape[1] - 1
-        place = torch.where(further < count[:, None], known[:, None] + further, waste)
+        place = torch.where(further < count[:, None], batch.known(self.lead)[:, None] + further, waste)
         batch.history.scatter_(1, place, tokens)
         final = (count - 1).clamp(min=0)[:, None]
         some, last = count > 0, tokens.gather(1, final)[:, 0]

@@ -71,9 +71,7 @@ class Ensemble:
         """The expert that drafts (the first unless named) and the models on its weights; empty without
         experts, and where earlier passages are all the drafts."""
         experts = [term.expert for term in self.terms]
-        if not experts:
-            return ()
-        if drafter == LOOKUP:
+        if not experts or drafter == LOOKUP:
             return ()
         if drafter is not None and drafter not in experts:
             raise UserError(f"no expert '{drafter}' to draft: choose {' or '.join([*experts, LOOKUP])}")
