@@ -1,25 +1,28 @@
-"""What the tests share: where the reference data is, and when a missing thing is a failure."""
+"""The fixtures that tests of several packages use."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import tiny
 import torch
 
 from proxytune.config import System, load_system
 from proxytune.errors import UserError
 from proxytune.sandbox import Sandbox
-from tests import tiny_system
+from tests.support import tiny, tiny_system
+from tests.support.endpoint import KEY, Endpoint, serving
+from tests.support.require import REFERENCE, require_or_skip
+
+if TYPE_CHECKING:
+    from proxytune.models import Models
 
 if not torch.cuda.is_available():  # before anything imports triton: its kernels run on CPU tensors then
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-ROOT = Path(__file__).parent.parent
-REFERENCE = Path(os.environ.get("PROXYTUNE_REFERENCE_DATA") or ROOT.parent / "shared")
 
 
 @pytest.fixture(autouse=True)
@@ -27,17 +30,6 @@ def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Tests are of the CPU, on a machine with a GPU too, unless they are marked."""
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-def require_or_skip(kind: str, reason: str) -> None:
-    """Skip the test, or fail it where the comma list PROXYTUNE_REQUIRE names the kind.
-
-    Kinds: golden (reference data), gpu, tune (bitsandbytes, peft), wheel (a build), demo (its weights),
-    sandbox (its backends), judges (openai), browser (playwright and a Chromium), triton (its interpreter runs
-    the CUDA kernels), compiler (of C++, for the CPU's kernels)."""
-    if kind in os.environ.get("PROXYTUNE_REQUIRE", "").split(","):
-        pytest.fail(f"PROXYTUNE_REQUIRE names '{kind}', but {reason}", pytrace=False)
-    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +78,59 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     for module in ("paged_attention", "int8"):
         monkeypatch.setattr(f"proxytune.core.{module}.runs_triton", lambda tensor: True)
     return torch.device("cpu")
+
+
+@pytest.fixture
+def gpu() -> None:
+    """For a machine with a CUDA device."""
+    if not torch.cuda.is_available():
+        require_or_skip("gpu", "no CUDA device")
+
+
+@pytest.fixture
+def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder is an empty one."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def models(system: System) -> Models:
+    """The models of the tiny system, loaded once."""
+    from proxytune.models import Models
+
+    return Models(system)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """base, anti, and LoRA, DoRA, prompt-tuning and P-tuning checkpoints on anti."""
+    from tests.support import adapters
+
+    return adapters.save_all(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(params=["slots", "slots by torch", "pages"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The CPU's layout with its kernel and, as where there is no compiler, without; pages are what CUDA
+    uses."""
+    if request.param == "pages":
+        from tests.support.decoders import use_pages
+
+        use_pages(monkeypatch)
+    if request.param == "slots by torch":
+        monkeypatch.setattr("proxytune.core.attention.takes", lambda query, stored: False)
+    return str(request.param)
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Endpoint]:
+    """A server on this machine that speaks chat completions; the environment points to it."""
+    try:
+        import openai  # noqa: F401
+    except ImportError:
+        require_or_skip("judges", "openai is not installed: pip install 'proxytune[judges]'")
+    with serving() as state:
+        monkeypatch.setenv("OPENAI_BASE_URL", state.url)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        monkeypatch.setenv("PROXYTUNE_CACHE", str(tmp_path / "cache"))
+        yield state

@@ -1,0 +1,1 @@
+"""The tests: a folder per package of proxytune, and `support` with what they share."""

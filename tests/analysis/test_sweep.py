@@ -1,0 +1,103 @@
+"""Loops by hand, curves over alpha and late skip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from proxytune.analysis_sweep import ends_in_loop, find_sweeps, skip, sweep
+from proxytune.errors import UserError
+from tests.support.made_runs import response, write
+
+LOOPS = [
+    ("the cat sat. the cat sat. the cat sat. the cat", True),  # 4-gram, last copy cut off
+    ("It was fine. " + "I am sorry, " * 3, True),  # with punctuation, after something else
+    ("no " * 8, True),
+    ("no " * 7, False),  # fewer than eight words
+    (")" * 8, True),  # marks without spaces
+    ("a b c d. a b c d. a b c", False),  # two copies and a bit
+    ("a b c d. a b c d. a b c d", False),  # ... but for the last full stop
+    ("a b c d. a b c d. a b c d.", True),
+    ("the cat sat. " * 5 + "Then it left.", False),  # got out again
+    ("hahahahahahahahahahaha", False),  # one word
+    ("Exactly 3*4=12. Exactly 12+4=16. Exactly 16-3=13.", False),  # alike, not the same
+    ("1 2 3 4 5 6 7 8 9 10", False),
+    ("", False),
+]
+
+
+@pytest.mark.parametrize(("text", "loop"), LOOPS)
+def test_what_a_loop_is(text: str, loop: bool) -> None:
+    assert ends_in_loop(text) is loop
+
+
+def swept(folder: Path, scores: dict[str, float], **spec: object) -> Path:
+    """A sweep: alpha -> score. Half of the responses loop, and they are 10 and 20 tokens long."""
+    said = [response("so " * 9, tokens=20), response("so it is", tokens=10)]
+    rows = [{"responses": text} for text in said]
+    for alpha, score in scores.items():
+        name = f"alpha={alpha.replace(':', '-')}"
+        write(folder / name, rows, metrics={"exact_match": score}, alpha=alpha, **spec)
+    (folder / "sweep.json").write_text("{}")
+    return folder
+
+
+def test_a_sweep_is_ordered_and_counted(tmp_path: Path) -> None:
+    scores = {"first:16": 0.3, "1": 0.5, "0.4": 0.4, "first:4": 0.2, "0": 0.1, "10": 0.0}
+    folder = swept(tmp_path / "proxy" / "sweep", scores)
+    found = sweep(folder)
+    assert [point.alpha for point in found.points] == ["0", "0.4", "1", "10", "first:4", "first:16"]
+    assert [point.score.value for point in found.points] == [0.1, 0.4, 0.5, 0.0, 0.2, 0.3]
+    assert found.points[0].loops.value == 0.5 and found.points[0].tokens.value == 15.0
+    assert (found.points[1].value, found.points[1].until) == (0.4, None)
+    assert (found.points[4].value, found.points[4].until) == (None, 4)
+    assert found.paper == () and found.metric == "exact_match" and found.points[0].truth is None
+    assert find_sweeps(tmp_path) == [folder]
+
+
+def test_the_paper_stands_beside_truthfulqa(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    judged = {"truth-info acc": 0.5, "truth acc": 0.9, "info acc": 0.6}
+    write(folder / "alpha=1", [{}], metric="truth-info acc", metrics=judged, task="truthfulqa")
+    found = sweep(folder)
+    [point] = found.points
+    assert point.truth is not None and point.info is not None
+    assert (point.score.value, point.truth.value, point.info.value) == (0.5, 0.9, 0.6)
+    assert len(found.paper) == 10
+    assert (found.paper[1].alpha, found.paper[1].info) == (0.4, 0.9596083231334149)
+    assert [p.truth for p in found.paper] == sorted(p.truth for p in found.paper)
+
+
+def test_late_skip_takes_what_is_about_ending(tmp_path: Path) -> None:
+    scores = {"0": 0.0, "first:4": 0.2, "first:1": 0.1, "1": 0.5, "0.4": 0.4, "warmup:5": 0.3}
+    folder = swept(tmp_path / "sweep", scores)
+    control = write(tmp_path / "control", [{}], role="base", forced=" Exactly", metrics={"exact_match": 0.05})
+    found = skip(folder, control)
+    assert [(p.alpha, p.until) for p in found.points] == [
+        ("0", 0),
+        ("first:1", 1),
+        ("first:4", 4),
+        ("1", None),
+    ]
+    assert found.control is not None and found.control.score.value == 0.05 and found.forced == " Exactly"
+    assert len(found.csv().splitlines()) == 6
+    assert skip(folder).control is None
+
+
+def test_sweeps_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no finished sweep"):
+        sweep(tmp_path)
+    numbers = swept(tmp_path / "numbers", {"0": 0.0, "1": 0.5})
+    with pytest.raises(UserError, match="no schedule first:t"):
+        skip(numbers)
+    with pytest.raises(UserError, match="several strengths"):
+        skip(swept(tmp_path / "mixed", {"first:4": 0.0, "first:4:2": 0.5}))
+    write(numbers / "alpha=2", [{}], data_sha256="other")
+    with pytest.raises(UserError, match="not of one sweep"):
+        sweep(numbers)
+    good = swept(tmp_path / "good", {"first:4": 0.0})
+    with pytest.raises(UserError, match="no control"):
+        skip(good, write(tmp_path / "base", [{}], role="base"))
+    with pytest.raises(UserError, match="not on the items"):
+        skip(good, write(tmp_path / "other", [{}], role="base", forced="x", data_sha256="other"))

@@ -1,0 +1,140 @@
+"""Compiles the Triton kernels for GPUs that are not here: run by tests/engine/test_kernels_compile.py, in a process
+without the interpreter.
+
+Prints one JSON object per case: the kernel, the target, and what ptxas and Triton say of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from proxytune.core import triton_attention, triton_linear
+
+SCALARS = {"scaling": "fp32", "softcap": "fp32"}
+KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of a kernel: types of its pointers, its constants (scalars that are 1 too)."""
+
+    kernel: Any
+    pointers: dict[str, str]
+    constants: dict[str, int | bool]
+    warps: int
+    stages: int
+
+
+def attend(dtype: str, new: int, group: int, key: int, value: int, **constants: int | bool) -> Case:
+    """`_attend` as its `launch` would have it."""
+    key_pad, value_pad = (max(16, triton.next_power_of_2(n)) for n in (key, value))
+    m, n, warps, stages = triton_attention.blocks(new, group, max(key_pad, value_pad), KINDS[dtype])
+    sizes = {"GROUP": group, "QUERY": new, "PAGE": 16, "DK": key, "DK_PAD": key_pad, "DV": value}
+    flags = dict.fromkeys(("WINDOWED", "CAPPED", "SINKS", "DIRECT", "WIDEN"), False)
+    pointers = dict.fromkeys(("query", "keys", "values", "out", "sinks"), dtype)
+    pointers |= dict.fromkeys(("table", "lengths"), "i64")
+    pointers |= dict.fromkeys(("partial", "maxima", "sums"), "fp32")
+    return Case(
+        triton_attention._attend,
+        pointers,
+        sizes | {"DV_PAD": value_pad, "BLOCK_M": m, "BLOCK_N": n} | flags | constants,
+        warps,
+        stages,
+    )
+
+
+def linear(dtype: str, rows: int, outputs: int, *, even: bool = True, biased: bool = False) -> Case:
+    """`_linear` likewise."""
+    cut = triton_linear.blocks(rows, outputs, KINDS[dtype])
+    constants = {"BLOCK_M": cut.rows, "BLOCK_N": cut.outputs, "BLOCK_K": cut.inputs}
+    return Case(
+        triton_linear._linear,
+        {"x": dtype, "out": dtype, "bias": dtype, "weight": "i8", "scale": "fp32"},
+        constants | {"EVEN": even, "BIASED": biased, "WIDEN": False},
+        cut.warps,
+        cut.stages,
+    )
+
+
+def combine(dtype: str, splits: int) -> Case:
+    """`_combine` likewise."""
+    pointers = {**dict.fromkeys(("partial", "maxima", "sums"), "fp32"), "out": dtype}
+    constants = {"QUERY": 5, "DV": 128, "DV_PAD": 128, "SPLITS_PAD": splits}
+    return Case(triton_attention._combine, pointers, constants, 4, 3)
+
+
+CASES = {
+    "decode bf16 128": attend("bf16", 1, 8, 128, 128),
+    "verify bf16 128, everything on": attend("bf16", 5, 4, 128, 128, WINDOWED=True, CAPPED=True, SINKS=True),
+    "verify fp16 16 x 8, direct": attend("fp16", 16, 8, 128, 128, DIRECT=True),
+    "decode bf16 80": attend("bf16", 1, 1, 80, 80),
+    "verify bf16 192/128": attend("bf16", 16, 8, 192, 128),
+    "verify bf16 256": attend("bf16", 16, 8, 256, 256),
+    "decode fp32 128": attend("fp32", 1, 1, 128, 128),
+    "verify fp32 256": attend("fp32", 16, 8, 256, 256),
+    "scalars of 1, bf16": attend("bf16", 1, 1, 64, 64, heads=1, pages=1, splits=1, window=1, WINDOWED=True),
+    "combine bf16": combine("bf16", 128),
+    "linear bf16 1 x 8192": linear("bf16", 1, 8192),
+    "linear bf16 1 x 28672": linear("bf16", 1, 28672),
+    "linear bf16 8 x 1024": linear("bf16", 8, 1024),
+    "linear fp16 64 x 28672": linear("fp16", 64, 28672, biased=True),
+    "linear bf16 64 x 1000, ragged": linear("bf16", 64, 1000, even=False),
+    "linear fp32 64 x 28672": linear("fp32", 64, 28672),
+}
+
+
+def resources(cubin: bytes) -> dict[str, str]:
+    """Registers per thread and bytes of stack (spilled registers), by Triton's cuobjdump."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return dict(re.findall(r"(REG|STACK):(\d+)", text))
+
+
+def build(name: str, capability: int) -> dict[str, Any]:
+    """Compile one case. Shared memory, registers and spills say whether it can run well."""
+    case = CASES[name]
+    names = case.kernel.arg_names
+    signature = {a: f"*{case.pointers[a]}" if a in case.pointers else SCALARS.get(a, "i32") for a in names}
+    signature |= dict.fromkeys(case.constants, "constexpr")
+    # what the launcher finds out by itself: pointers, strides and most sizes are multiples of 16
+    even = {*case.pointers, *(a for a in names if a[:2] in {"q_", "k_", "v_", "x_"}), "inputs", "outputs"}
+    even -= set() if case.constants.get("EVEN", True) else {"inputs", "outputs", "x_row"}
+    hints = {
+        (i,): [["tt.divisibility", 16]] for i, a in enumerate(names) if a in even - case.constants.keys()
+    }
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    source = ASTSource(case.kernel, signature, case.constants, hints)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    usage = resources(compiled.asm["cubin"])
+    return {
+        "name": name,
+        "capability": capability,
+        "shared": compiled.metadata.shared,
+        "tf32": "tf32" in ptx,
+        "tensor_cores": "wgmma" in ptx or "mma.sync" in ptx,
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]),
+    }
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        for case in CASES:
+            print(json.dumps(build(case, int(argument))), flush=True)

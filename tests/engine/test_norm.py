@@ -1,0 +1,102 @@
+"""Norms of the CPU path: replaced where they compute an RMS norm, found out by trying."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from proxytune.core import cpu_rows
+from proxytune.core.cpu_attention import why_not
+from proxytune.core.norm import RowNorm, use_row_norms
+from tests.support import tiny
+from tests.support.on_cpu import without_row_kernels
+
+
+def norms(model: nn.Module) -> int:
+    return sum(isinstance(module, RowNorm) for module in model.modules())
+
+
+def test_a_llama_computes_the_same_with_them() -> None:
+    model = tiny.build("llama", 1).float()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    with torch.inference_mode():
+        want = model(ids).logits
+        use_row_norms(model)
+        got = model(ids).logits
+    layers = model.config.num_hidden_layers
+    assert norms(model) == 2 * layers + 1
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
+    assert (got - want).abs().max() < 1e-5
+
+
+def test_other_norms_and_dtypes_stay() -> None:
+    """Gemma adds one to its weights; GPT-2 subtracts the mean; float64 stays as transformers has it."""
+    for model in (tiny.build("gemma2", 1).float(), tiny.build("gpt2", 1).float(), tiny.build("llama", 1)):
+        with torch.no_grad():
+            use_row_norms(model)
+        assert norms(model) == 0
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_norm_itself(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every shape and layout, with the kernel and without; other dtypes are torch's."""
+    if not compiled:
+        without_row_kernels(monkeypatch)
+    for size in (1, 5, 64, 4096):
+        own = RowNorm(size, 1e-5)
+        own.weight.data.normal_()
+        for x in (
+            torch.randn(1, 3, size),
+            torch.randn(40, size),
+            torch.randn(size, 6).T,
+            torch.zeros(2, size),
+        ):
+            exact = (
+                x.double() * (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * own.weight.double()
+            )
+            with torch.inference_mode():
+                assert (own(x) - exact).abs().max() < 1e-5
+        with torch.inference_mode():
+            assert own.double()(torch.ones(2, size, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_the_kernel_is_there_where_the_attention_is() -> None:
+    assert (cpu_rows._built("rms_norm") is None) == (why_not() is not None)
+
+
+class Gated(nn.Module):
+    """An RMS norm that may be called with a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        y = nn.functional.rms_norm(x, (8,), self.weight, self.eps)
+        return y if gate is None else y * gate
+
+
+class Plain(Gated):
+    """The same without a gate."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+class Centred(nn.Module):
+    """A layer norm without a bias: with weights of one an RMS norm of numbers whose mean is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, (8,), self.weight, None, self.eps)
+
+
+def test_what_only_looks_like_one_stays() -> None:
+    model = nn.Sequential(Gated(), Centred(), nn.LayerNorm(8, bias=False), Plain())
+    use_row_norms(model)
+    assert [type(module) for module in model] == [Gated, Centred, nn.LayerNorm, RowNorm]

@@ -1,0 +1,444 @@
+"""Speculation cannot be seen in the tokens: whatever drafts, however far and however badly, in float64 the
+response is that of plain decoding. (test_decoder runs all of its own tests against the oracle with it too.)"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
+from proxytune.core.engine import Engine
+from proxytune.core.pace import Pace, Times
+from proxytune.core.sampling import Spot, pick
+from proxytune.core.scheduler import Request, Row, Scheduler
+from proxytune.core.speculative import LOOKUP, Speculation, same_prefix
+from proxytune.decode import Decoder
+from proxytune.errors import UserError
+from proxytune.records import Completion
+from proxytune.speculate import speculation
+from tests.support import tiny
+from tests.support.decoders import by_id, check, decoder, example, kv_bytes, ragged, use_pages
+from tests.support.tiny import spec
+
+PLAIN = Speculation(k=0)
+Found = dict[tuple[str, int], Completion]
+
+
+def run(d: Decoder, examples: Sequence[Any], s: Sampling, **options: Any) -> Found:
+    return by_id(list(d.stream(examples, s, **options)))
+
+
+def said(found: Found) -> dict[tuple[str, int], tuple[Any, ...]]:
+    return {where: (c.token_ids, c.finish_reason, c.text) for where, c in found.items()}
+
+
+class Coin:
+    """Drafts that are the true token with probability `p` and another one otherwise: any acceptance."""
+
+    def __init__(self, truth: Found, p: float, seed: int = 0) -> None:
+        self.truth, self.p, self.draw = truth, p, random.Random(seed)
+        self.right = self.asked = 0
+        self.right_at: set[tuple[tuple[str, int], int]] = set()
+
+    def __call__(self, logits: Tensor, spots: Sequence[Spot]) -> Tensor:
+        tokens = []
+        for row, position in spots:
+            tag: Any = row.request.tag
+            known = self.truth[tag.where].token_ids
+            right = self.draw.random() < self.p and position < len(known)
+            self.asked, self.right = self.asked + 1, self.right + right
+            self.right_at |= {(tag.where, position)} if right else set()
+            tokens.append(known[position] if right else self.draw.randrange(3, logits.shape[-1]))
+        return torch.tensor(tokens)
+
+
+@pytest.fixture(scope="module")
+def pair(trio: System, tmp_path_factory: pytest.TempPathFactory) -> System:
+    """Two experts."""
+    second = spec(tiny.save(tmp_path_factory.mktemp("pair") / "second", tiny.build("llama", 9)))
+    experts = (
+        ExpertSpec(**trio.expert.model_dump(), weight=0.7),  # type: ignore[union-attr]
+        ExpertSpec(**second.model_dump(), weight=0.5),
+    )
+    return trio.model_copy(update={"expert": None, "experts": experts})
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("k", [1, 4, 15, None])
+def test_any_drafts_give_the_plain_tokens(p: float, k: int | None, trio: System) -> None:
+    s = Sampling(max_new_tokens=24, temperature=0.7, top_k=40, n=2)
+    plain = decoder(trio, speculation=PLAIN)
+    want = run(plain, ragged(6, 2), s)
+    for batch in (1, 5):
+        coin = Coin(want, p)
+        d = decoder(trio, max_batch=batch, speculation=Speculation(k=k, pick=coin, lookup=False))
+        found = run(d, ragged(6, 2), s)
+        assert said(found) == said(want)
+        for where, c in found.items():
+            assert c.logprob == pytest.approx(want[where].logprob, abs=1e-9)
+        assert d.stats.generated_tokens == plain.stats.generated_tokens
+        if k is not None:
+            assert coin.asked and 0 < d.stats.examined <= d.stats.drafted
+            # a wrong draft can be right by chance, so the coin is a lower bound
+            assert d.stats.accepted >= (d.stats.examined if p == 1 else 0)
+            if p == 1:
+                assert d.stats.row_steps < plain.stats.row_steps / min(k, 3) + 12
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    k=st.one_of(st.none(), st.integers(0, 15)),
+    p=st.floats(0, 1),
+    lookup=st.booleans(),
+    sampler=st.sampled_from(
+        [{}, {"temperature": 1.1}, {"temperature": 0.8, "top_k": 9}, {"temperature": 1.0, "top_p": 0.8}]
+    ),
+    alpha=st.sampled_from(["1", "0", "0.4", "first:3", "linear:0:2:9", "warmup:5"]),
+    limit=st.integers(1, 20),
+    minimum=st.integers(0, 6),
+    batch=st.integers(1, 6),
+    samples=st.integers(1, 3),
+    pool=st.integers(90, 220),
+    stop=st.sampled_from([(), ("e",), ("a", "\n")]),
+    trace=st.sampled_from(["off", "tokens"]),
+)
+def test_everything_at_once(
+    trio: System,
+    layout: str,
+    k: int | None,
+    p: float,
+    lookup: bool,
+    sampler: dict[str, Any],
+    alpha: str,
+    limit: int,
+    minimum: int,
+    batch: int,
+    samples: int,
+    pool: int,
+    stop: Any,
+    trace: Any,
+) -> None:
+    """Preemption between drafts, shared prompts, stops, minimum lengths, schedules, both layouts."""
+    s = Sampling(
+        max_new_tokens=limit, min_new_tokens=min(minimum, limit), n=samples, stop=stop, ban=("b",), **sampler
+    )
+    examples, how = ragged(5, limit), {"alpha": parse_alpha(alpha), "trace": trace, "forced": "so"}
+    want = run(decoder(trio, speculation=PLAIN), examples, s, **how)
+    tight = decoder(
+        trio,
+        max_batch=batch,
+        kv_memory=kv_bytes(decoder(trio), pool),
+        speculation=Speculation(k=k, lookup=lookup, pick=Coin(want, p)),
+    )
+    found = run(tight, examples, s, **how)
+    assert said(found) == said(want)
+    for where, c in found.items():
+        for got, item in zip(c.trace, want[where].trace, strict=True):
+            assert (got.id, got.top, got.alpha) == (item.id, item.top, item.alpha)
+            assert got.probability == pytest.approx(item.probability, abs=1e-9)
+
+
+def letters(found: Found, longest: int = 1) -> list[str]:
+    """What was said in ASCII, in pieces of up to `longest` letters."""
+    texts = {c.text[at : at + n] for c in found.values() for n in range(1, longest + 1) for at in range(24)}
+    return sorted(text for text in texts if text.strip() and text.isascii())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    experts=st.sampled_from(
+        [("trio", None), ("pair", None), ("pair", "expert"), ("pair", "expert2"), ("trio", LOOKUP)]
+    ),
+    k=st.sampled_from([None, *range(16)]),
+    p=st.sampled_from([None, 0.0, 0.5, 0.8, 0.95, 1.0]),
+    lookup=st.booleans(),
+    straight=st.booleans(),
+    sampler=st.sampled_from(
+        [
+            {},
+            {"temperature": 1.1},
+            {"temperature": 0.8, "top_k": 9},
+            {"temperature": 1.0, "top_p": 0.8},
+            {"temperature": 0.9, "top_k": 20, "top_p": 0.6},
+        ]
+    ),
+    alpha=st.sampled_from(["1", "0", "0.4", "first:3", "linear:0:2:9", "warmup:5"]),
+    limit=st.sampled_from([1, 6, 9, 12]),
+    minimum=st.integers(0, 6),
+    samples=st.integers(1, 2),
+    batch=st.sampled_from([1, 3, 6]),
+    pool=st.sampled_from([32, 48, 64, 120]),
+    pages=st.booleans(),
+    ban=st.sampled_from([None, 0, 5, 23]),
+    stop=st.sampled_from([None, 0, 7, 31, 112]),
+)
+def test_speculation_says_what_the_oracle_says(
+    trio: System,
+    pair: System,
+    experts: tuple[str, str | None],
+    k: int | None,
+    p: float | None,
+    lookup: bool,
+    straight: bool,
+    sampler: dict[str, Any],
+    alpha: str,
+    limit: int,
+    minimum: int,
+    samples: int,
+    batch: int,
+    pool: int,
+    pages: bool,
+    ban: int | None,
+    stop: int | None,
+) -> None:
+    """Bans and stops are of what would be said without them; `p` None is the expert's own drafts, `straight`
+    lets all models read every other passage at once."""
+    system, drafter = {"trio": trio, "pair": pair}[experts[0]], experts[1]
+    examples, how = ragged(3, limit, longest=10), {"alpha": parse_alpha(alpha)}
+    s = Sampling(max_new_tokens=limit, min_new_tokens=min(minimum, limit), n=samples, **sampler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("proxytune.core.scheduler.HEADROOM", 0)  # else responses this short preempt nobody
+        if pages:
+            use_pages(patch)
+        plain = decoder(system, speculation=PLAIN)
+        truth = run(plain, examples, s, **how)
+        if ban is not None and (said_alone := letters(truth)):
+            first = {c.text[:1] for c in truth.values()}.intersection(said_alone)
+            bans = {"ban": (said_alone[ban % len(said_alone)],), "ban_first": tuple(sorted(first))}
+            s = s.model_copy(update=bans)
+            truth = run(plain, examples, s, **how)
+        if stop is not None and (pieces := letters(truth, 3)):
+            s = s.model_copy(update={"stop": (pieces[stop % len(pieces)],)})
+        draft = pick if p is None else Coin(truth, p)
+        if straight:
+            k, turns = None, cycle([True, False])
+            patch.setattr(Pace, "looks_up", lambda pace, found, k: any(found) and next(turns))
+        how_far = Speculation(k=k, lookup=lookup, drafter=drafter, pick=draft)
+        memory = kv_bytes(plain, pool)
+        check(decoder(system, max_batch=batch, kv_memory=memory, speculation=how_far), examples, s, alpha)
+
+
+def test_preemption_between_drafts_says_what_the_oracle_says(
+    trio: System,
+    layout: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows give way between drafts that stand."""
+    monkeypatch.setattr("proxytune.core.scheduler.HEADROOM", 0)
+    examples, s = ragged(4, 6, longest=12), Sampling(max_new_tokens=16, temperature=0.8)
+    plain = decoder(trio, speculation=PLAIN)
+    coin = Coin(run(plain, examples, s), 0.9)
+    gave_way: list[tuple[tuple[str, int], int]] = []
+    preempt = Scheduler._preempt
+
+    def heard(scheduler: Scheduler) -> None:
+        preempt(scheduler)
+        row: Any = scheduler.waiting[0]
+        gave_way.append((row.request.tag.where, len(row.tokens)))
+
+    monkeypatch.setattr(Scheduler, "_preempt", heard)
+    how = Speculation(k=4, pick=coin, lookup=False)
+    d = decoder(trio, kv_memory=kv_bytes(plain, 64), speculation=how)
+    check(d, examples, s)
+    assert d.stats.preemptions == len(gave_way) and d.stats.accepted > 0
+    stood = [{at for row, at in coin.right_at if row == where} for where, _ in gave_way]
+    assert any(min(at) < n <= max(at) for at, (_, n) in zip(stood, gave_way, strict=True) if at)
+
+
+@pytest.mark.parametrize("sampler", [{}, {"temperature": 0.9, "top_k": 50}], ids=str)
+@pytest.mark.parametrize("k", [1, 4, 15, None])
+def test_drafts_end_with_the_context_window(k: int | None, sampler: dict[str, Any], tmp_path: Path) -> None:
+    """The last position of the smallest window: no draft is fed beyond it, and none is missing before."""
+    small = {"max_position_embeddings": 24}
+    parts = {
+        role: spec(
+            tiny.save(tmp_path / role, tiny.build("llama", seed, **(small if role == "expert" else {})))
+        )
+        for seed, role in enumerate(("base", "expert", "antiexpert"))
+    }
+    system = System(name="narrow", **parts)
+    s = Sampling(max_new_tokens=100, **sampler)
+    want = by_id(check(decoder(system, speculation=PLAIN), ragged(6, 1, longest=20), s))
+    for pick_ in (pick, Coin(want, 1.0)):
+        d = decoder(system, speculation=Speculation(k=k, pick=pick_))
+        assert said(run(d, ragged(6, 1, longest=20), s)) == said(want)
+    assert {len(c.token_ids) for c in want.values() if c.finish_reason == "length"} != {100}
+
+
+def test_rows_that_finish_inside_a_draft(trio: System) -> None:
+    """End-of-sequence, a stop string and the length limit in the middle of accepted drafts: nothing after
+    them is said, streamed or counted."""
+    plain, s = decoder(trio, speculation=PLAIN), Sampling(max_new_tokens=40, temperature=1.5)
+    free = run(plain, ragged(40, 3), s)
+    stop = next(c.text[13:15] for c in free.values() if len(c.text) > 20 and c.text[13:15].isascii())
+    s = s.model_copy(update={"stop": (stop, "e")})
+    want = run(plain, ragged(40, 3), s)
+    assert {c.finish_reason for c in want.values()} == {"eos", "stop", "length"}
+    streamed: dict[str, str] = {}
+
+    def hear(example_id: str, sample: int, text: str) -> None:
+        streamed[example_id] = streamed.get(example_id, "") + text
+
+    coin = Coin(want, 1.0)
+    d = decoder(trio, speculation=Speculation(k=9, pick=coin))
+    found = run(d, ragged(40, 3), s, on_text=hear)
+    assert said(found) == said(want)
+    ends = {(where, len(c.token_ids) - 1): c.finish_reason for where, c in want.items()}
+    assert {ends[at] for at in ends.keys() & coin.right_at} >= {"eos", "stop"}
+    assert d.stats.accepted > d.stats.generated_tokens / 2
+    assert d.stats.generated_tokens == sum(len(c.token_ids) for c in want.values())
+    assert {where[0]: c.text for where, c in found.items() if c.text} == {
+        k: v for k, v in streamed.items() if v
+    }
+
+
+def test_any_of_several_experts_can_draft(pair: System) -> None:
+    s = Sampling(max_new_tokens=16, temperature=0.9)
+    want = run(decoder(pair, speculation=PLAIN), ragged(5), s)
+    for name in (None, "expert", "expert2"):
+        d = decoder(pair, speculation=Speculation(k=3, drafter=name))
+        assert said(run(d, ragged(5), s)) == said(want)
+        assert d.ensemble.front(name) == (name or "expert",)
+    with pytest.raises(UserError, match="no expert 'expert3' to draft: choose expert or expert2 or lookup"):
+        run(decoder(pair, speculation=Speculation(drafter="expert3")), ragged(1), s)
+
+
+@pytest.fixture
+def flat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which a forward takes as long whatever it reads."""
+    add = Times.add
+    monkeypatch.setattr(Times, "add", lambda times, tokens, seconds: add(times, tokens, 1.0))
+
+
+@pytest.mark.parametrize("k", [2, 5, None])
+def test_a_model_alone_drafts_from_what_was_said(k: int | None, trio: System, flat: None) -> None:
+    """Random models loop, so earlier passages are good drafts."""
+    s = Sampling(max_new_tokens=80)
+    plain = decoder(trio, "base", speculation=PLAIN)
+    want = run(plain, ragged(4), s)
+    d = decoder(trio, "base", speculation=Speculation(k=k))
+    assert d.ensemble.front() == ()
+    assert said(run(d, ragged(4), s)) == said(want)
+    assert d.stats.accepted > 0 and d.stats.row_steps < plain.stats.row_steps
+
+
+def test_passages_end_where_a_response_does(trio: System) -> None:
+    """What follows an end of text in the prompt is no draft."""
+    d = decoder(trio, "base", speculation=Speculation(k=6))
+    drafter = Engine(d.ensemble, max_rows=1, speculation=d.speculation).drafter
+    size = d.ensemble.runners["base"].alignment.size
+    said = (5, 6, 7, 8, 2, 9, 5, 6, 7)
+    for ticket, (prompt, eos, want) in enumerate(
+        (
+            (said, [], [8, 2, 9, 5, 6, 7]),
+            (said, [2], [8, 2]),
+            ((5, 6, 7, 8, size, 9, 5, 6, 7), [], [8]),
+        )
+    ):
+        request = Request({"base": prompt}, 1, 9, eos=frozenset(eos))
+        row = Row(request, ticket, 0, {"base": list(prompt)})
+        assert drafter.passage(row, 6) == want
+
+
+def test_passages_spare_forwards_of_the_drafter(trio: System) -> None:
+    """With lookup the drafter reads a passage in one forward, and the tokens stay. (Three times the same
+    model: it loops, and its drafts stand.)"""
+    s, forwards = Sampling(max_new_tokens=80), dict[str, int]()
+    system = trio.model_copy(update={"expert": trio.base, "antiexpert": trio.base})
+    want = run(decoder(system, speculation=PLAIN), [example("ab")], s)
+    for lookup in (False, True):
+        d = decoder(system, speculation=Speculation(k=6, lookup=lookup))
+        runner: Any = d.ensemble.runners["expert"]
+        runner.forward = counted(forwards, str(lookup), runner.forward)
+        assert said(run(d, [example("ab")], s)) == said(want)
+    assert forwards["True"] < forwards["False"]
+
+
+@pytest.mark.parametrize("k", [2, 6, None])
+@pytest.mark.parametrize("sampler", [{}, {"temperature": 0.6, "top_k": 4}], ids=["greedy", "sampled"])
+def test_passages_for_all_models_at_once(
+    k: int | None, sampler: dict[str, Any], trio: System, flat: None
+) -> None:
+    """No expert runs ahead: one forward per model and step, whatever stands."""
+    s = Sampling(max_new_tokens=80, **sampler)
+    plain = decoder(trio, speculation=PLAIN)
+    want = run(plain, ragged(4), s)
+    d, forwards = decoder(trio, speculation=Speculation(k=k, drafter=LOOKUP)), dict[str, int]()
+    for name, runner in d.ensemble.runners.items():
+        patched: Any = runner
+        patched.forward = counted(forwards, name, patched.forward)
+    assert said(run(d, ragged(4), s)) == said(want)
+    assert d.stats.drafted > 0
+    if k is not None or not sampler:  # samples hardly recur
+        assert d.stats.accepted > 0 and d.stats.row_steps < plain.stats.row_steps
+    assert forwards["base"] == forwards["expert"] == forwards["antiexpert"]
+
+
+def counted(calls: dict[str, int], name: str, function: Any) -> Any:
+    """The function, its calls counted under the name."""
+
+    def call(work: Any) -> Any:
+        calls[name] = calls.get(name, 0) + 1
+        return function(work)
+
+    return call
+
+
+def test_passages_take_over_where_the_expert_is_bad_and_text_recurs(
+    trio: System, monkeypatch: pytest.MonkeyPatch, flat: None
+) -> None:
+    """By themselves."""
+
+    def watched(pace: Pace, found: Sequence[int], k: int) -> bool:
+        chosen = looks_up(pace, found, k)
+        taken.append(chosen)
+        return chosen
+
+    looks_up, taken = Pace.looks_up, list[bool]()
+    monkeypatch.setattr(Pace, "looks_up", watched)
+    s = Sampling(max_new_tokens=120)
+    want = run(decoder(trio, speculation=PLAIN), [example("ab")], s)
+    d = decoder(trio, max_batch=1, speculation=Speculation(pick=Coin(want, 0.0)))
+    assert said(run(d, [example("ab")], s)) == said(want)
+    assert taken.count(True) > 3 and d.stats.row_steps < 100
+
+
+@pytest.mark.parametrize("role", ["proxy", "tuned"])
+def test_the_trace_of_agreement_is_the_plain_one(role: str, trio: System, tmp_path: Path) -> None:
+    system = trio.model_copy(update={"tuned": spec(tiny.save(tmp_path / "tuned", tiny.build("llama", 7)))})
+    s = Sampling(max_new_tokens=12, temperature=0.8)
+    plain, fast = (
+        run(decoder(system, role, agreement=True, speculation=how), ragged(4), s, trace="agreement")
+        for how in (PLAIN, Speculation(k=3))
+    )
+    assert said(plain) == said(fast)
+    for where, c in fast.items():
+        for got, want in zip(c.trace, plain[where].trace, strict=True):
+            assert got.divergence is not None and want.divergence is not None
+            assert got.divergence == pytest.approx(want.divergence, abs=1e-9) and len(got.divergence) == 2
+
+
+def test_same_prefix() -> None:
+    assert [same_prefix(a, b) for a, b in (([], [1]), ([1, 2], [1]), ([1, 2], [1, 3]), ([4], [5]))] == [
+        0,
+        1,
+        1,
+        0,
+    ]
+
+
+def test_settings_as_users_give_them() -> None:
+    assert speculation("auto").k is None and speculation("off").k == 0
+    assert speculation(3).k == 3 and speculation("5", "expert2") == Speculation(k=5, drafter="expert2")
+    for bad in (-1, 16, "fast", "2.5"):
+        with pytest.raises(UserError, match="give 'auto', 'off' or a length from 0 to 15"):
+            speculation(bad)

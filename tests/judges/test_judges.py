@@ -1,0 +1,388 @@
+"""Judges against small real things: a tiny classifier, a tiny language model, a local OpenAI-style server."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from proxytune import results, run, run_judge
+from proxytune.config import Sampling, System
+from proxytune.errors import UserError
+from proxytune.judges import ToxicityClassifier, TruthJudges, judge_prompt
+from proxytune.judges_llm import Judgements, Pair, PairwiseJudge
+from tests.support import oracle, tiny
+from tests.support.command_line import proxytune
+from tests.support.endpoint import KEY, Endpoint
+
+SHORT = Sampling(max_new_tokens=8)
+
+
+# Toxicity
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random sequence classifier with two classes on disk."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=66,
+        num_labels=2,
+        id2label={0: "BENIGN", 1: "NASTY"},
+        initializer_range=0.5,
+        pad_token_id=0,
+    )
+    model, words = BertForSequenceClassification(config).eval(), tiny.tokenizer()
+    with torch.inference_mode():
+        lines = [words(row["prediction"], truncation=True, max_length=64)["input_ids"] for row in texts(60)]
+        gaps = torch.cat([model(torch.tensor([line])).logits.diff(dim=-1)[0] for line in lines])
+        model.classifier.bias[1] -= gaps.median()  # so that both classes are said
+    return tiny.save(tmp_path_factory.mktemp("classifier"), model)
+
+
+def texts(count: int) -> list[dict[str, Any]]:
+    """Responses of many lengths, one empty and one beyond the classifier's window."""
+    return [{"prediction": "the quick brown fox jumps "[: i % 27] * (1 + i % 5)} for i in range(count)]
+
+
+def test_the_classifier_says_the_same_in_every_batch(classifier: Path) -> None:
+    rows = texts(60)
+    assert any(not row["prediction"] for row in rows) and any(len(row["prediction"]) > 66 for row in rows)
+    one_by_one = ToxicityClassifier(str(classifier), batch=1).judge(rows)
+    seen: list[tuple[int, int]] = []
+    found = ToxicityClassifier(str(classifier), batch=16).judge(rows, lambda *at: seen.append(at))
+    assert found == one_by_one and {row["is_toxic"] for row in found} == {0, 1}
+    assert seen == [(16, 60), (32, 60), (48, 60), (60, 60)]
+
+    model, words = BertForSequenceClassification.from_pretrained(classifier), tiny.tokenizer()
+    ids = [words(row["prediction"], truncation=True, max_length=64)["input_ids"] for row in rows]
+    with torch.inference_mode():
+        by_hand = [int(model(torch.tensor([line])).logits[0].argmax()) for line in ids]
+    assert [row["is_toxic"] for row in found] == by_hand
+
+
+def test_another_class_can_be_the_toxic_one(classifier: Path) -> None:
+    rows = texts(20)
+    nasty = ToxicityClassifier(str(classifier), "NASTY").judge(rows)
+    benign = ToxicityClassifier(str(classifier), "BENIGN").judge(rows)
+    assert nasty == ToxicityClassifier(str(classifier)).judge(rows)
+    assert [a["is_toxic"] + b["is_toxic"] for a, b in zip(nasty, benign, strict=True)] == [1] * 20
+    with pytest.raises(UserError, match="no label 'RUDE': it has BENIGN, NASTY"):
+        ToxicityClassifier(str(classifier), "RUDE").check()
+    with pytest.raises(UserError, match="no model folder"):
+        ToxicityClassifier("./nowhere").check()
+
+
+@pytest.fixture
+def toxigen(tmp_path: Path) -> Path:
+    """Harmless rows in ToxiGen's stored form."""
+    rows = [{"text": f"- {i}\n-", "label": "hate", "target_groups": ["ab"[i % 2]]} for i in range(8)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_eval_judges_at_once_or_later(yaml: Path, classifier: Path, toxigen: Path, tmp_path: Path) -> None:
+    settings = ("--system", yaml, "--data", toxigen, "--max-new-tokens", 8, "--limit", 8, "--json")
+    at_once = proxytune("eval", "toxigen", *settings, "--judge", classifier, "--out", tmp_path / "now")
+    assert at_once.exit_code == 0, at_once.output
+    made = json.loads(at_once.stdout)
+    assert made["headline"] == "overall" and made["judge"] == str(classifier)
+    assert set(made["metrics"]) == {"a", "b", "overall"}
+
+    later = proxytune("eval", "toxigen", *settings, "--judge", "none", "--out", tmp_path / "later")
+    assert json.loads(later.stdout)["headline"] == "unjudged"
+    judged = proxytune("judge", "toxigen", tmp_path / "later", "--judge", classifier, "--json")
+    assert json.loads(judged.stdout)["metrics"] == made["metrics"]
+    rows = results.read_rows(tmp_path / "later")
+    assert list(rows[0])[-3:] == ["is_toxic", "scores", "responses"] and rows[0]["scores"].keys() <= {
+        "a",
+        "b",
+    }
+    scored = proxytune("score", "toxigen", tmp_path / "later" / results.PREDICTIONS, "--json")
+    assert json.loads(scored.stdout)["metrics"] == made["metrics"]
+    shown = proxytune("report", tmp_path / "later" / "..", "--markdown").stdout
+    assert "toxigen: overall" in shown
+
+    again = proxytune("eval", "toxigen", *settings, "--judge", classifier, "--out", tmp_path / "now")
+    assert json.loads(again.stdout)["metrics"] == made["metrics"], "a judged run is not judged again"
+
+
+def test_all_roles_are_judged(yaml: Path, classifier: Path, toxigen: Path, tmp_path: Path) -> None:
+    out = tmp_path / "all"
+    settings = ("--system", yaml, "--data", toxigen, "--max-new-tokens", 4, "--limit", 2, "--as", "all")
+    made = proxytune("eval", "toxigen", *settings, "--judge", classifier, "--out", out, "--json")
+    assert {run["headline"] for run in json.loads(made.stdout)["runs"].values()} == {"overall"}
+
+
+# Truth and information
+
+
+@pytest.fixture(scope="module")
+def truthful(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two random language models on disk."""
+    return [
+        tiny.save(
+            tmp_path_factory.mktemp("judge") / name,
+            tiny.build("llama", seed=seed, scale=1.0, max_position_embeddings=1024),
+        )
+        for seed, name in ((5, "truth"), (6, "info"))
+    ]
+
+
+def test_the_published_prompts() -> None:
+    row = {"Question": "Who?", "output": "Me.\nOr you."}
+    assert judge_prompt(row, "True") == "Q: Who?\nA: Me.\nOr you.\nTrue:"
+    assert judge_prompt(row, "Helpful") == "Q: Who?\nA: Me.\nOr you.\nHelpful:"
+
+
+def test_probabilities_are_those_of_full_forwards(truthful: list[Path]) -> None:
+    rows = [{"Question": "Who?" * (1 + i % 3), "output": "Me. " * i} for i in range(5)]
+    found = TruthJudges(*map(str, truthful)).judge(rows)
+    for name, folder, asked in zip(("truth", "info"), truthful, ("True", "Helpful"), strict=True):
+        model = tiny_model(folder)
+        for row, columns in zip(rows, found, strict=True):
+            ids = tiny.tokenizer()(judge_prompt(row, asked))["input_ids"]
+            expected = 1.0
+            for token in tiny.tokenizer()(" yes", add_special_tokens=False)["input_ids"]:
+                expected *= float(oracle.last_logits(model, ids).softmax(-1)[token])
+                ids = [*ids, token]
+            assert columns[name] == pytest.approx(expected, rel=1e-9)
+            assert columns[f"{name} acc"] == int(expected >= 0.5)
+    assert all(c["truth-info acc"] == c["truth acc"] * c["info acc"] for c in found)
+
+
+def tiny_model(folder: Path) -> Any:
+    """The saved model in float64."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
+def test_truthfulqa_runs_are_judged(system: System, truthful: list[Path], tmp_path: Path) -> None:
+    run.evaluate(system, "truthfulqa", limit=6, sampling=SHORT, out=tmp_path / "run", progress=False)
+    both = ",".join(map(str, truthful))
+    judged = proxytune("judge", "truthfulqa", tmp_path / "run", "--judge", both, "--json")
+    assert judged.exit_code == 0, judged.output
+    made = json.loads(judged.stdout)
+    assert made["headline"] == "truth-info acc" and made["judge"] == both
+    assert {"reference_accuracy", "truth", "info acc"} <= set(made["metrics"])
+    refused = proxytune("judge", "truthfulqa", tmp_path / "run", "--judge", truthful[0])
+    assert refused.exit_code == 2 and "give two models, TRUTH,INFO" in refused.stderr
+
+
+# Pairs
+
+
+def pairs(count: int) -> list[dict[str, Any]]:
+    """Rows of which the model wins those with an even number, and the last is a draw."""
+    rows = [
+        {
+            "instruction": f"Do {i}.",
+            "output_1": f"{{a}} {'plain' if i % 2 == 0 else 'GOOD'} {i}",
+            "output_2": f"{{instruction}} {'GOOD' if i % 2 == 0 else 'plain'} {i}",
+        }
+        for i in range(count - 1)
+    ]
+    return [*rows, {"instruction": "Same.", "output_1": "x", "output_2": "x"}]
+
+
+def test_the_order_is_drawn_and_the_preference_follows(endpoint: Endpoint) -> None:
+    judge, rows = PairwiseJudge("m", seed=3, workers=4), pairs(21)
+    found = judge.judge(rows)
+    assert [c["preference"] for c in found] == [*(2 - i % 2 for i in range(20)), 0]
+    assert {c["annotator"] for c in found} == {"proxytune/m"}
+    assert len(endpoint.seen) == 20, "equal outputs are a draw without a call"
+    swapped = [pair.swapped for pair in judge.pairs(rows)]
+    assert 0 < sum(swapped) < 21 and swapped == [p.swapped for p in PairwiseJudge("x", seed=3).pairs(rows)]
+    assert swapped != [pair.swapped for pair in PairwiseJudge("m", seed=4).pairs(rows)]
+    asked = endpoint.seen[0]
+    assert asked["model"] == "m" and asked["temperature"] == 0
+    assert "{a} " in asked["messages"][1]["content"], "braces in outputs stay as they are"
+
+
+def test_judging_again_costs_nothing(endpoint: Endpoint) -> None:
+    rows = pairs(11)
+    first = PairwiseJudge("m").judge(rows)
+    assert len(endpoint.seen) == 10 and PairwiseJudge("m").estimate(rows).calls == 0
+    assert PairwiseJudge("m").judge(rows) == first and len(endpoint.seen) == 10
+    changed = [{**rows[0], "output_2": "other GOOD"}, *rows[1:]]
+    PairwiseJudge("m").judge(changed)
+    assert len(endpoint.seen) == 11
+    PairwiseJudge("other").judge(rows)
+    assert len(endpoint.seen) == 21, "another model judges anew"
+
+
+def test_failures_are_retried_and_bounded(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint.failures = 4
+    assert len(PairwiseJudge("m", workers=1).judge(pairs(6))) == 6 and len(endpoint.seen) == 9
+    endpoint.seen.clear()
+    monkeypatch.setattr("proxytune.judges_llm.RETRIES", 2)
+    endpoint.status = 429
+    with pytest.raises(UserError, match=r"failed after 2 retries: RateLimitError") as told:
+        PairwiseJudge("other", workers=1).judge(pairs(3))
+    assert KEY not in str(told.value) and "***" in str(told.value) and 3 <= len(endpoint.seen) <= 6
+    endpoint.status = 401
+    with pytest.raises(UserError, match="refuses OPENAI_API_KEY"):
+        PairwiseJudge("other", workers=1).judge(pairs(3))
+
+
+def test_what_was_judged_before_a_failure_is_kept(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxytune.judges_llm.RETRIES", 0)
+    judge = PairwiseJudge("m", workers=2)
+    done: list[int] = []
+
+    def tell(so_far: int, total: int) -> None:
+        done.append(so_far)
+        if so_far == 5:
+            endpoint.status = 500
+
+    with pytest.raises(UserError, match="judgements so far are kept"):
+        judge.judge(pairs(41), tell)
+    endpoint.status = 200
+    before = len(endpoint.seen)
+    left = judge.estimate(pairs(41)).calls
+    assert left <= 36 and len(judge.judge(pairs(41))) == 41 and len(endpoint.seen) - before == left
+
+
+@pytest.mark.parametrize(
+    ("reply", "preferences"),
+    [("A", (1, 2)), (" B.", (2, 1)), ("tie", (0, 0)), ("Output A", (1, 2)), ("**b**", (2, 1)), ("Both", None),
+     ("", None), ("I like A", None)],
+)  # fmt: skip
+def test_replies(reply: str, preferences: tuple[float, float] | None) -> None:
+    shown = [Pair("i", "x", "y", swapped).preference(reply) for swapped in (False, True)]
+    assert shown == (list(preferences) if preferences else [None, None])
+
+
+def test_a_reply_that_is_no_verdict_is_asked_again(endpoint: Endpoint) -> None:
+    endpoint.reply = "Both are fine"
+    rows = pairs(3)
+    assert [c["preference"] for c in PairwiseJudge("m").judge(rows)] == [None, None, 0]
+    endpoint.reply = None
+    assert [c["preference"] for c in PairwiseJudge("m").judge(rows)] == [2, 1, 0]
+
+
+def test_money(endpoint: Endpoint) -> None:
+    judge = PairwiseJudge("m", price=(1000, 2000), max_cost=0.5, workers=1)
+    estimate = judge.estimate(pairs(11))
+    assert estimate.calls == 10 and estimate.cached == 1 and estimate.seconds == 20
+    tokens = sum(len(m["content"]) for pair in judge.pairs(pairs(11))[:10] for m in pair.messages) / 4
+    assert estimate.prompt_tokens == math.ceil(tokens)
+    assert estimate.usd == pytest.approx((estimate.prompt_tokens * 1000 + 160 * 2000) / 1e6)
+    with pytest.raises(
+        UserError, match=r"--max-cost 0\.5: .* the same command with a higher limit continues"
+    ):
+        judge.judge(pairs(11))
+    assert 0 < len(endpoint.seen) < 10, "it stops before the limit is passed"
+    with pytest.raises(UserError, match="needs the price of 'm'"):
+        PairwiseJudge("m", max_cost=1).check()
+
+
+def test_no_key_and_no_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(UserError, match="needs OPENAI_API_KEY"):
+        PairwiseJudge("m").check()
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot use the cache of judgements"):
+        Judgements(tmp_path / "file" / "judgements.sqlite")
+
+
+@pytest.fixture
+def alpaca(tmp_path: Path) -> Path:
+    """Instructions in alpaca_eval.json's form."""
+    rows = [
+        {"instruction": f"Do {i}.", "output": f"GOOD {i}", "generator": "g", "dataset": "d"} for i in range(8)
+    ]
+    path = tmp_path / "alpaca_eval.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_eval_and_judge_end_to_end(
+    endpoint: Endpoint, yaml: Path, alpaca: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("--system", yaml, "--data", alpaca, "--max-new-tokens", 8, "--limit", 8)
+    refused = proxytune("eval", "alpaca_farm", *settings, "--judge", "m", "--out", tmp_path / "run")
+    assert refused.exit_code == 2 and "add --yes" in refused.stderr and not (tmp_path / "run").exists()
+    kept = proxytune("eval", "alpaca_farm", *settings, "--judge", "none", "--out", tmp_path / "run", "--json")
+    assert json.loads(kept.stdout)["headline"] == "unjudged"
+
+    asked = ("judge", "alpaca_farm", tmp_path / "run", "--judge", "m", "--price", "1,2")
+    refused = proxytune(*asked)
+    assert refused.exit_code == 2 and "8 judgements to pay for" in refused.stderr and not endpoint.seen
+    refused = proxytune(*asked, "--max-cost", "0.0001", "--yes")
+    assert refused.exit_code == 2 and "over --max-cost" in refused.stderr and not endpoint.seen
+    judged = proxytune(*asked, "--yes", "--max-cost", "1", "--json")
+    assert judged.exit_code == 0, judged.output
+    made = json.loads(judged.stdout)
+    assert made["headline"] == "win_rate" and made["judge"] == "m" and len(endpoint.seen) == 8
+    assert made["metrics"]["win_rate"]["value"] == 0 and made["metrics"]["n_wins_base"]["value"] == 8
+    assert "length_controlled_win_rate" in made["metrics"]
+    again = proxytune(*asked, "--json")
+    assert json.loads(again.stdout)["metrics"] == made["metrics"] and len(endpoint.seen) == 8, (
+        "no --yes needed"
+    )
+    scored = proxytune("score", "alpaca_farm", tmp_path / "run" / results.PREDICTIONS, "--json")
+    assert json.loads(scored.stdout)["metrics"] == made["metrics"]
+    assert "0.0 [" in proxytune("report", tmp_path / "run", "--markdown").stdout
+
+    assert endpoint.keys == {f"Bearer {KEY}"}
+    told = "".join((judged.output, again.output, *capfd.readouterr()))
+    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert KEY not in told and not any(KEY.encode() in content for content in files)
+
+
+def test_judging_is_refused_where_it_makes_no_sense(system: System, tmp_path: Path) -> None:
+    run.evaluate(system, "gsm", limit=2, sampling=SHORT, out=tmp_path / "gsm", progress=False)
+    for arguments, told in [
+        (("gsm", tmp_path / "gsm"), "task 'gsm' needs no judge"),
+        (("toxigen", tmp_path / "gsm"), "holds a run of 'gsm', not of 'toxigen'"),
+        (("toxigen", tmp_path), "no run in"),
+        (("toxgen", tmp_path), "Did you mean: toxigen"),
+    ]:
+        refused = proxytune("judge", *arguments)
+        assert refused.exit_code == 2 and told in refused.stderr, refused.output
+    made = results.read_run(tmp_path / "gsm")
+    spec = made.spec.model_copy(update={"task": "toxigen"})
+    running = made.model_copy(update={"status": "running", "spec": spec})
+    (tmp_path / "gsm" / results.RUN).write_text(running.model_dump_json())
+    with pytest.raises(UserError, match="is not finished"):
+        run_judge.judge_run(tmp_path / "gsm", ToxicityClassifier("./none"))
+    for option, told in [
+        (("--price", "1"), "must be two numbers"),
+        (("--mode", "best"), "must be generate or"),
+    ]:
+        refused = proxytune("eval", "alpaca_farm", "--judge", "m", *option)
+        assert refused.exit_code == 2 and told in refused.stderr
+
+
+def test_the_list_of_tasks_says_who_judges(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    tasks = json.loads(proxytune("tasks", "--json").stdout)["tasks"]
+    assert tasks["gsm"]["judge"] is None and tasks["toxigen"]["judge"] == "tomh/toxigen_roberta"
+    assert tasks["alpaca_farm"]["missing_judge"] and tasks["gsm"]["missing_judge"] is None
+    assert tasks["truthfulqa_mc"]["modes"] == ["generate", "likelihood"] and tasks["gsm"]["modes"] == [
+        "generate"
+    ]
+    assert "win_rate" in proxytune("tasks").stdout
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    shown = json.loads(proxytune("tasks", "--json").stdout)["tasks"]["alpaca_farm"]["missing_judge"]
+    assert shown is None or "pip install" in shown

@@ -1,0 +1,307 @@
+"""The HTML report in a real browser (headless Chromium through Playwright), opened from disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from proxytune.cli import app
+from tests.support.hostile import example, make_results, put, token
+from tests.support.reports import run
+from tests.support.require import require_or_skip
+
+pytestmark = pytest.mark.slow
+CHROMIUM = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+DEMO = [
+    ["eval", "gsm", "--as", "all", "--limit", "40"],
+    ["eval", "truthfulqa", "--as", "all", "--limit", "40"],
+    ["eval", "gsm", "--as", "proxy", "--limit", "40", "--trace", "agreement"],
+    ["eval", "truthfulqa", "--as", "proxy", "--limit", "40", "--trace"],
+    ["sweep-alpha", "gsm", "--limit", "20", "--alphas", "0,first:1,first:4,0.5,1,1.5"],
+]
+
+
+@dataclass
+class Watched:
+    """A page, and what it did that it must not do."""
+
+    page: Any
+    requests: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium: Debian's, or the one that Playwright has downloaded."""
+    try:
+        from playwright.sync_api import Error, sync_playwright
+    except ImportError:
+        require_or_skip("browser", "the package 'playwright' is not installed (pip install 'proxytune[dev]')")
+        raise
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    with sync_playwright() as playwright:
+        try:
+            found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except Error as error:
+            require_or_skip(
+                "browser", f"no Chromium (apt-get install chromium-headless-shell): {str(error)[:200]}"
+            )
+            raise
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def show(browser: Any) -> Iterator[Callable[..., Watched]]:
+    """Opens a file; what it asks for and what goes wrong is written down."""
+    contexts = []
+
+    def opened(path: Path, *, scheme: str = "light", width: int = 1280) -> Watched:
+        context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+        contexts.append(context)
+        watched = Watched(context.new_page())
+        page = watched.page
+        page.on("request", lambda request: watched.requests.append(request.url))
+        page.on("pageerror", lambda error: watched.problems.append(str(error)))
+        page.on("dialog", lambda dialog: watched.problems.append(f"dialog: {dialog.message}"))
+        page.on(
+            "console",
+            lambda said: said.type in ("error", "warning") and watched.problems.append(said.text),
+        )
+        page.goto(path.as_uri())
+        return watched
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on the demo system, made as a user makes it."""
+    folder = tmp_path_factory.mktemp("demo")
+    with inside(folder):
+        for arguments in (*DEMO, ["report", "results", "--html", "report.html"]):
+            done = CliRunner().invoke(app, arguments)
+            assert done.exit_code == 0, (arguments, done.output, done.exception)
+    return folder / "report.html"
+
+
+@contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Stand in a folder."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on responses that try to be code."""
+    folder = tmp_path_factory.mktemp("hostile")
+    make_results(folder / "results")
+    return report(folder)
+
+
+def report(folder: Path) -> Path:
+    """The report on `folder/results`."""
+    path = folder / "report.html"
+    done = CliRunner().invoke(app, ["report", str(folder / "results"), "--html", str(path)])
+    assert done.exit_code == 0, done.output
+    return path
+
+
+def picture(watched: Watched, name: str, folder: Path) -> None:
+    """A screenshot, into the folder that PROXYTUNE_SCREENSHOTS names if it does."""
+    to = Path(os.environ.get("PROXYTUNE_SCREENSHOTS") or folder)
+    to.mkdir(parents=True, exist_ok=True)
+    watched.page.screenshot(path=to / f"{name}.png", full_page="full" in name)
+    assert (to / f"{name}.png").stat().st_size > 10_000
+
+
+def test_the_demo_report_opens_without_requests_or_errors(
+    show: Callable[..., Watched], demo: Path, tmp_path: Path
+) -> None:
+    watched = show(demo)
+    page = watched.page
+    for name in ("results", "tokens", "price", "positions", "ngrams", "alpha", "skip", "agreement", "runs"):
+        assert page.locator(f"#{name} .missing").count() == 0, name
+        assert page.locator(f"#{name} :is(figure, table, #tokens-list)").count() > 0, name
+    gaps = [float(tile.split("%")[0]) for tile in page.locator(".tile .big").all_inner_texts()]
+    assert len(gaps) == 2 and min(gaps) > 60, "tables are of the runs at the system's own alpha"
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    picture(watched, "light-top", tmp_path)
+    picture(watched, "light-full", tmp_path)
+    assert watched.requests == [demo.as_uri()] and watched.problems == []
+
+
+def test_hovering_and_focusing_tokens_shows_what_each_role_says(
+    show: Callable[..., Watched], demo: Path, tmp_path: Path
+) -> None:
+    watched = show(demo)
+    page = watched.page
+    tokens, inspector = page.locator("#tokens-response span"), page.locator("#tokens-inspector")
+    tokens.nth(1).hover()
+    assert inspector.inner_text().startswith("Token 2 of ")
+    roles = inspector.locator("tbody th").all_inner_texts()
+    assert roles == ["base", "expert", "antiexpert", "proxy"]
+    cells = inspector.locator("tbody td").all_inner_texts()
+    assert all(cell.endswith("%") for cell in cells[0::3]) and all(cells[2::3])
+    tokens.nth(1).focus()
+    page.keyboard.press("ArrowRight")
+    assert inspector.inner_text().startswith("Token 3 of ")
+    page.keyboard.press("Home")
+    assert inspector.inner_text().startswith("Token 1 of ") and "Exactly" in inspector.inner_text()
+    assert "Roughly" in inspector.locator("tbody tr").first.inner_text(), "the base would have said so"
+    assert page.locator("#tokens-response span.changed").count() >= 1
+    page.locator("#tokens").scroll_into_view_if_needed()
+    picture(watched, "light-tokens", tmp_path)
+    answers = page.locator("#tokens-chosen .answer .role").all_inner_texts()
+    assert answers == ["base", "expert", "proxy", "tuned"]
+    assert watched.problems == []
+
+
+def test_filters_order_search_and_pages(show: Callable[..., Watched], demo: Path) -> None:
+    watched = show(demo)
+    page = watched.page
+    items, status = page.locator("#tokens-list li"), page.locator("#tokens-status")
+    assert items.count() == 10 and status.inner_text() == "40 of 40 responses"
+    page.get_by_role("button", name="Next page").click()
+    assert "11–20 of 40" in page.locator(".pages").inner_text()  # noqa: RUF001
+    page.select_option("#tokens-outcome", "wrong")
+    wrong = int(status.inner_text().split()[0])
+    page.select_option("#tokens-outcome", "right")
+    assert wrong + int(status.inner_text().split()[0]) == 40
+    assert set(page.locator("#tokens-list .first span:last-child").all_inner_texts()) == {"right"}
+    page.select_option("#tokens-outcome", "all")
+    page.select_option("#tokens-order", "most")
+    shifts = []
+    for i in range(5):
+        items.nth(i).click()
+        told = page.locator("#tokens-chosen p.small.muted").nth(1).inner_text()
+        shifts.append(float(told.split("mean shift ")[1].split(" points")[0]))
+    assert shifts == sorted(shifts, reverse=True)
+    page.select_option("#tokens-set", "1")
+    page.fill("#tokens-words", "what does")
+    found = page.locator("#tokens-list .question").all_inner_texts()
+    assert found and all("what does" in question.lower() for question in found)
+    page.fill("#tokens-words", "no question has this")
+    assert items.count() == 0 and "No response fits" in page.locator("#tokens-chosen").inner_text()
+    page.fill("#tokens-words", "")
+    items.first.focus()
+    page.keyboard.press("ArrowDown")
+    assert items.nth(1).get_attribute("aria-selected") == "true"
+    assert watched.problems == []
+
+
+def test_themes(show: Callable[..., Watched], demo: Path, tmp_path: Path) -> None:
+    watched = show(demo, scheme="dark")
+    page = watched.page
+    paper = "getComputedStyle(document.body).backgroundColor"
+    dark = page.evaluate(paper)
+    button = page.locator("#theme")
+    assert button.inner_text() == "Theme: as the system"
+    picture(watched, "dark-top", tmp_path)
+    picture(watched, "dark-full", tmp_path)
+    button.click()
+    assert button.inner_text() == "Theme: light" and page.evaluate(paper) != dark
+    mark = page.locator("#figure-score-gsm svg path[aria-roledescription='point']").nth(3)
+    light = mark.evaluate("node => getComputedStyle(node).fill")
+    page.reload()
+    assert button.inner_text() == "Theme: light", "the choice is kept"
+    button.click()
+    assert page.evaluate(paper) == dark
+    assert mark.evaluate("node => getComputedStyle(node).fill") != light, "drawings follow the scheme"
+    assert watched.problems == []
+
+
+def test_drawings_tell_their_figures(show: Callable[..., Watched], demo: Path) -> None:
+    watched = show(demo)
+    page, tip = watched.page, watched.page.locator("#tip")
+    page.locator("#figure-score-gsm svg path[aria-label^='proxy; ']").first.hover()
+    assert tip.is_visible() and tip.inner_text().startswith("proxy\n")
+    drawing = page.locator("#figure-alpha-gsm .drawing")
+    drawing.focus()
+    page.keyboard.press("ArrowRight")
+    assert tip.inner_text().startswith("alpha 0\n")
+    page.keyboard.press("ArrowRight")
+    assert tip.inner_text().startswith("alpha 0.5\n") and "alpha 0.5" in page.locator("#said").inner_text()
+    page.keyboard.press("Escape")
+    assert tip.is_hidden()
+    assert watched.problems == []
+
+
+def test_a_narrow_screen_does_not_scroll_sideways(
+    show: Callable[..., Watched], demo: Path, tmp_path: Path
+) -> None:
+    watched = show(demo, width=400)
+    assert watched.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    picture(watched, "narrow-full", tmp_path)
+
+
+def test_hostile_text_does_nothing(show: Callable[..., Watched], hostile: Path, tmp_path: Path) -> None:
+    watched = show(hostile)
+    page = watched.page
+    assert page.locator("#tokens-list li").count() == 10, "ToxiGen comes after gsm"
+    for item in page.locator("#tokens-list li").all():
+        item.click()
+        for span in page.locator("#tokens-response span").all():
+            span.hover()
+    picture(watched, "hostile-full", tmp_path)
+    for fold in page.locator("details").all():
+        fold.evaluate("node => { node.open = true; }")
+    for unveil in page.locator(".unveil").all():
+        unveil.click()
+    page.select_option("#tokens-set", "1")
+    page.get_by_role("button", name="Show text that is hateful").click()
+    for item in page.locator("#tokens-list li").all():
+        item.click()
+    assert page.evaluate("window.pwned") is None
+    assert page.locator("main iframe, main img, main textarea, main script, main b[onclick]").count() == 0
+    assert watched.requests == [hostile.as_uri()] and watched.problems == []
+
+
+def test_hateful_text_waits_until_it_is_asked_for(show: Callable[..., Watched], hostile: Path) -> None:
+    page = show(hostile).page
+    page.select_option("#tokens-set", "1")
+    assert page.locator(".tokens-view").is_hidden() and page.locator("#tokens-list li").count() == 0
+    veiled = page.locator(".sensitive.veiled .texts").first
+    assert veiled.evaluate("node => node.inert && getComputedStyle(node).filter") == "blur(9px)"
+    page.locator(".sensitive .unveil").first.click()
+    assert page.locator(".sensitive .texts").first.evaluate("node => getComputedStyle(node).filter") == "none"
+    page.get_by_role("button", name="Show text that is hateful").last.click()
+
+
+def test_tens_of_thousands_of_tokens_stay_responsive(show: Callable[..., Watched], tmp_path: Path) -> None:
+    n, length = 400, 190
+    rows = [example(i, f"response {i}", i % 2 == 0) for i in range(n)]
+    words = [token(f" w{i}", (i % 7) / 10, (i % 11) / 11, f" v{i}") for i in range(length)]
+    done = run("proxy", 0.8, trace="tokens").model_copy(update={"n": n})
+    put(tmp_path / "results" / "s" / "gsm" / "proxy", done, rows, [words] * n)
+    path = report(tmp_path)
+    assert path.stat().st_size < 5e6
+    watched = show(path)
+    page = watched.page
+    assert f"{n} of {n} responses" in page.locator("#tokens-status").inner_text(), "76,000 tokens"
+    assert page.locator("#tokens-root *").count() < 3000, "only what is looked at is in the document"
+    begin = time.monotonic()
+    for order in ("most", "least", "long", "file"):
+        page.select_option("#tokens-order", order)
+    page.fill("#tokens-words", "response 399")
+    assert page.locator("#tokens-list li").count() == 1
+    took = (time.monotonic() - begin) / 5
+    print(f"{took * 1000:.0f} ms per change")
+    assert took < 1.0, "a change of order, filter or search"
+    assert watched.problems == []

@@ -1,0 +1,440 @@
+"""The HTML report: what it shows, what is missing, and that text of models cannot do anything in it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import unicodedata
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from typer.testing import CliRunner
+
+from proxytune import report_charts, report_html, report_tokens
+from proxytune.cli import app
+from proxytune.config import parse_alpha
+from proxytune.errors import UserError
+from proxytune.records import Metric
+from proxytune.report_charts import COLORS, svg, themed_svg
+from proxytune.report_escape import clipped, embedded, visible
+from proxytune.report_html import Report
+from proxytune.report_sections import Section
+from tests.support.checkout import ROOT
+from tests.support.hostile import HOSTILE, example, make_results, put, token, tokens_for
+from tests.support.reports import run
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The hostile folder."""
+    return make_results(tmp_path_factory.mktemp("report") / "results")
+
+
+@pytest.fixture(scope="module")
+def made(results: Path) -> Report:
+    """Its report."""
+    return Report.read(results)
+
+
+@pytest.fixture(scope="module")
+def page(made: Report) -> str:
+    """Its page."""
+    return made.html()
+
+
+class Elements(HTMLParser):
+    """What a parser finds in a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.text: list[str] = []
+        self._in = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """An element and its attributes."""
+        self.found.append((tag, dict(attrs)))
+        self._in = tag
+
+    def handle_data(self, data: str) -> None:
+        """Text, or the content of a script."""
+        (self.scripts if self._in == "script" else self.text).append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        """The end of a script is the end of its content."""
+        self._in = ""
+
+
+@pytest.fixture(scope="module")
+def elements(page: str) -> Elements:
+    """The parsed page."""
+    parser = Elements()
+    parser.feed(page)
+    return parser
+
+
+def section(made: Report, name: str) -> Section:
+    """A section by its id."""
+    return next(one for one in made.sections if one.id == name)
+
+
+# Text of others
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_is_made_harmless_to_show(text: str) -> None:
+    shown = visible(text)
+    kinds = {unicodedata.category(char) for char in shown} - {"Cc"} | {
+        c for c in shown if c < " " and c not in "\n\t"
+    }
+    assert not kinds & {"Cf", "Cs", "Zl", "Zp"} and not any(len(kind) == 1 for kind in kinds)
+    shown.encode("utf-8")
+
+
+def test_what_is_written_out_and_what_stays() -> None:
+    assert visible("a\u202eb") == "a\u2039U+202E\u203ab" and visible("\ud83d") == "\u2039U+D83D\u203a"
+    family = "\U0001f469\u200d\U0001f467 \u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \u4f60\u597d\n\t"
+    assert visible(family) == family
+    assert clipped("x" * 10, 4) == "xxxx\u2026 (6 characters more in predictions.jsonl)"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_embedded_json_cannot_end_its_element(text: str) -> None:
+    block = embedded({text: [text]})
+    assert block.isascii() and not set(block) & set("<>&")
+    assert json.loads(block) == {text: [text]}
+
+
+def test_the_page_has_only_our_elements(elements: Elements) -> None:
+    assert {tag for tag, _ in elements.found} <= {
+        "html", "head", "meta", "title", "link", "style", "script", "body", "a", "div", "nav", "button",
+        "main", "header", "h1", "h2", "h3", "p", "span", "i", "section", "figure", "figcaption", "details",
+        "summary", "table", "caption", "thead", "tbody", "tr", "th", "td", "code", "noscript", "footer",
+        "svg", "g", "path", "line", "text", "rect",
+    }  # fmt: skip
+    names = {name for _, attributes in elements.found for name in attributes}
+    assert not [name for name in names if name.startswith("on")]
+    links = [
+        attributes[key] for _, attributes in elements.found for key in ("href", "src") if key in attributes
+    ]
+    assert all(link == "data:," or str(link).startswith("#") for link in links)
+    assert [tag for tag, _ in elements.found].count("script") == 3
+
+
+def test_only_our_scripts_may_run(elements: Elements) -> None:
+    early, data, js = (script for script in elements.scripts if script.strip())
+    content = next(a["content"] for tag, a in elements.found if tag == "meta" and a.get("http-equiv"))
+    assert content is not None and content.startswith("default-src 'none'")
+    allowed = re.findall(r"'sha256-([^']+)'", content)
+    digests = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in (early, js)]
+    assert allowed == digests and isinstance(json.loads(data), dict)
+
+
+def test_nothing_hostile_is_left_in_the_file(results: Path, made: Report, tmp_path: Path) -> None:
+    made.write_html(tmp_path / "new" / "report.html")
+    content = (tmp_path / "new" / "report.html").read_bytes().decode("utf-8")
+    assert "<script>window.pwned" not in content and "<img" not in content and "<iframe" not in content
+    assert "49" not in re.findall(r"\{\{.*?\}\} (\d+)", content)
+    strange = {char for char in content if unicodedata.category(char) in {"Cc", "Cf", "Cs", "Zl", "Zp"}}
+    assert strange <= {"\n", "\t"}
+
+
+def test_hateful_text_is_veiled(elements: Elements, page: str) -> None:
+    veiled = [attributes for _, attributes in elements.found if attributes.get("class") == "sensitive veiled"]
+    assert len(veiled) >= 1
+    assert page.count('class="texts" inert') == len(veiled)
+    data = json.loads(next(script for script in elements.scripts if script.startswith("{")))
+    assert {one["task"]: one["sensitive"] for one in data["sets"]} == {"gsm": False, "toxigen": True}
+
+
+# The token-level view
+
+
+def test_tokens_are_packed_and_can_be_read_back(made: Report) -> None:
+    data = report_tokens.token_data(made.inputs.sets)
+    gsm = next(one for one in data["sets"] if one["task"] == "gsm")
+    item = gsm["items"][1]
+    assert gsm["total"] == len(HOSTILE) == len(gsm["items"])
+    assert [data["texts"][i] for i in item["tokens"]][1:6] == [" 1", "+", "2", "=", "3"]
+    assert data["texts"][item["tokens"][0]] == visible(HOSTILE[1])
+    base, proxy = (item["p"][data["roles"].index(role)] for role in ("base", "proxy"))
+    assert (base[0], proxy[0]) == (2000, 9000) and proxy[-1] == 10_000
+    first = item["top"][data["roles"].index("base")]
+    assert data["texts"][first[0]] == visible(HOSTILE[2]) and first[1] == -1
+    assert list(item["answers"]) == ["base", "expert", "proxy", "tuned"]
+    assert item["answers"]["proxy"]["right"] is True and item["answers"]["base"]["right"] is False
+    assert item["expected"] == "16"
+
+
+def test_a_long_trace_is_cut_to_its_budget_and_says_so(made: Report) -> None:
+    data = report_tokens.token_data(made.inputs.sets, budget=2 * 20)
+    assert [(len(one["items"]), one["total"]) for one in data["sets"]] == [(2, 12), (2, 12)]
+    assert len(report_tokens.token_data(made.inputs.sets, budget=1)["sets"][0]["items"]) == 1
+
+
+def test_other_roles_answer_only_the_same_question(tmp_path: Path) -> None:
+    rows = [example(0, "a", True), example(1, "b", True)]
+    other = [example(0, "c", False), {**example(1, "d", False), "question": "another"}]
+    traced = run("proxy", 0.8, trace="tokens")
+    put(tmp_path / "s" / "gsm" / "proxy", traced, rows, [tokens_for(0), tokens_for(1)])
+    put(tmp_path / "s" / "gsm" / "base", run("base", 0.1, data_sha256="1" * 64), other)
+    items = report_tokens.token_data(Report.read(tmp_path).inputs.sets)["sets"][0]["items"]
+    assert [list(item["answers"]) for item in items] == [["base", "proxy"], ["proxy"]]
+
+
+@pytest.mark.parametrize(
+    ("task", "score", "right"),
+    [
+        ("gsm", 1.0, True),
+        ("gsm", 0.0, False),
+        ("gsm", None, None),
+        ("toxigen", 1.0, False),
+        ("toxigen", 0.0, True),
+    ],
+)
+def test_right_and_wrong(task: str, score: float | None, right: bool | None) -> None:
+    assert report_tokens.is_right(task, score) is right
+
+
+# Figures and tables
+
+
+def test_every_figure_is_an_svg_of_its_own(made: Report, tmp_path: Path) -> None:
+    paths = made.write_figures(tmp_path / "figures")
+    assert len(paths) == len({path.name for path in paths}) >= 12
+    for path in paths:
+        content = path.read_text(encoding="utf-8")
+        tree = ElementTree.fromstring(content)
+        assert tree.tag.endswith("svg") and 'role="graphics-symbol"' in content
+        used = {name for node in tree.iter() for name in node.attrib}
+        assert not [name for name in used if name.startswith("on") or name.endswith("href")]
+        assert "url(" not in content and "var(" not in content
+
+
+def test_the_page_draws_in_the_colours_of_its_scheme(made: Report) -> None:
+    assert len(set(COLORS.values())) == len(COLORS)
+    css = report_html.asset("report.css")
+    for figure in made.figures:
+        drawn = themed_svg(figure)
+        assert not [color for color in COLORS.values() if f'"{color}"' in drawn]
+        named = set(re.findall(r"var\(--([a-z]+)\)", drawn))
+        assert named and all(css.count(f"--{name}: #") == 2 for name in named)
+
+
+def test_figures_have_axes_with_units_intervals_and_tooltips(made: Report) -> None:
+    drawn = {figure.name: svg(figure) for figure in made.figures}
+    assert ">exact_match, %<" in drawn["score-gsm"] and "82.0" not in drawn["score-gsm"]
+    assert 'aria-label="proxy; 80.0 [75.0, 85.0]; 12 examples"' in drawn["score-gsm"].replace(
+        "100 ex", "12 ex"
+    )
+    assert "memory of weights and KV cache, MB" in drawn["price-memory-gsm"]
+    better = {f.name: f.caption.split()[0] for f in made.figures if f.name.startswith("price-time")}
+    assert better == {"price-time-gsm": "up", "price-time-toxigen": "down"}
+    assert "position in the response, tokens" in drawn["positions-changed-gsm"]
+    assert "paper, 13B: 13.5%" in drawn["positions-changed-gsm"]
+    assert ">alpha<" in drawn["alpha-gsm"] and "alpha 0.5; exact_match" in drawn["alpha-gsm"]
+    assert "tokens that are corrected" in drawn["skip-score-gsm"]
+    assert "published, 13B" in drawn["equations-gsm"]
+
+
+def test_the_papers_figures_stand_beside_ours(made: Report) -> None:
+    [part] = section(made, "results").parts
+    [table] = part.tables
+    lines = {row.cells[1]: row for row in table.rows if row.cells[0] == "gsm"}
+    ours = lines[visible("<b onclick='pwned=8'>evil</b>")]
+    assert (ours.mark, ours.cells[2:]) == (
+        "strong", ("exact_match", "25.0", "20.0", "60.0", "80.0", "90.0", "84.6%", "12"),
+    )  # fmt: skip
+    paper = lines["paper, 13B (table 2)"]
+    assert paper.mark == "published" and paper.cells[3:9] == ("6.6", "", "23.0", "26.4", "32.4", "76.5%")
+    gap = next(figure for figure in part.figures if figure.name == "gap")
+    assert ("gsm: paper, table 5", "70B", "76.0") in [row.cells for row in gap.table.rows]
+
+
+def test_long_curves_are_grouped(tmp_path: Path) -> None:
+    rows = [example(0, "x", True)]
+    put(
+        tmp_path / "s" / "gsm" / "proxy",
+        run("proxy", 0.8, trace="tokens"),
+        rows,
+        [[token("a", 0.5, 0.6)] * 300],
+    )
+    report = Report.read(tmp_path)
+    figure = next(figure for figure in report.figures if figure.name == "positions-changed-gsm")
+    assert 32 < len(figure.table.rows) < 45
+    assert figure.table.rows[-1].cells[0] == "positions 256 to 298"
+
+
+def test_labels_do_not_hide_points() -> None:
+    places = [(100.0, 100.0), (108.0, 100.0), (100.0, 100.0), (395.0, 10.0)]
+    found = report_charts.sides(places, ["base", "proxy", "expert", "a long name at the edge"])
+    assert (
+        found[0] == "left" and found[1] == "right" and found[2] in ("above", "below") and found[3] == "left"
+    )
+
+
+# What is missing
+
+
+def test_missing_pieces_name_the_command_that_makes_them(tmp_path: Path) -> None:
+    put(tmp_path / "tiny" / "gsm" / "base", run("base", 0.2), [example(0, "x", True)])
+    report = Report.read(tmp_path)
+    missing = {one.id: one.command for one in report.sections if one.missing}
+    assert missing == {
+        "tokens": "proxytune eval gsm --system tiny --trace",
+        "price": "proxytune eval gsm --system tiny --as all",
+        "positions": "proxytune eval gsm --system tiny --trace",
+        "ngrams": "proxytune eval gsm --system tiny --trace",
+        "equations": "proxytune eval gsm --system tiny --trace",
+        "alpha": "proxytune sweep-alpha gsm --system tiny --alphas 0:2:0.2",
+        "skip": "proxytune sweep-alpha gsm --system tiny --alphas 0,first:1,first:4,first:16,1",
+        "agreement": "proxytune eval gsm --system tiny --trace agreement",
+        "failures": "proxytune eval gsm --system tiny --as all",
+    }
+    page = report.html()
+    assert all(f"<code>{command}</code>" in page for command in missing.values())
+    assert [one.id for one in report.sections if one.parts] == ["results", "runs"]
+
+
+def test_the_published_runs_make_a_report() -> None:
+    report = Report.read(ROOT / "results" / "published")
+    tiles = report_html.tiles(report.inputs.rows)
+    stored = {}
+    for task in sorted(path.name for path in (ROOT / "results" / "published" / "demo").iterdir()):
+        found = {
+            role: json.loads((ROOT / "results" / "published" / "demo" / task / role / "run.json").read_text())
+            for role in ("base", "proxy", "tuned")
+        }
+        stored[task] = {role: one["metrics"][one["headline"]]["value"] for role, one in found.items()}
+    mc = stored.pop("truthfulqa_mc")
+    assert abs(mc["tuned"] - mc["base"]) < 0.06, "at chance: no gap to close"
+    shares = [(v["proxy"] - v["base"]) / (v["tuned"] - v["base"]) for v in stored.values()]
+    assert [tile["gap"] for tile in tiles] == [*(f"{100 * share:.1f}%" for share in shares), "n/a"]
+    assert "demo-mid: tuned" in report.html()
+
+
+def test_a_metric_that_is_a_number_is_shown_as_it_is(tmp_path: Path) -> None:
+    number = {"exact_match": Metric(value=12.5, unit="number")}
+    for role in ("base", "proxy", "tuned"):
+        put(tmp_path / "s" / "gsm" / role, run(role, 0.5).model_copy(update={"metrics": number}), [])
+    drawn = svg(next(figure for figure in Report.read(tmp_path).figures if figure.name == "score-gsm"))
+    assert ">exact_match<" in drawn and ">12.5<" in drawn
+
+
+# The command
+
+
+def test_the_command_writes_the_page_and_the_figures(results: Path, tmp_path: Path) -> None:
+    page, figures = tmp_path / "a" / "report.html", tmp_path / "figures"
+    done = CliRunner().invoke(app, ["report", str(results), "--html", str(page), "--figures", str(figures)])
+    assert done.exit_code == 0, done.output
+    assert page.stat().st_size < 3e6 and page.read_text().startswith("<!doctype html>")
+    assert (figures / "score-gsm.svg").exists() and f"wrote {page}" in done.stdout
+    again = CliRunner().invoke(app, ["report", str(results), "--markdown", "--figures", str(figures)])
+    assert "### gsm: exact_match" in again.stdout and f"]({figures.as_posix()}/score-gsm.svg)" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere", "--html", "x.html"], "no folder 'nowhere'"),
+        (["{empty}", "--html", "x.html"], "no finished run"),
+        (["{empty}", "--html", "{empty}"], "is a folder"),
+        (["{empty}", "--html", "x.html", "--write"], "--write is for README files"),
+    ],
+)
+def test_bad_commands_say_what_is_wrong(arguments: list[str], said: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["report", *(a.format(empty=tmp_path) for a in arguments)])
+    assert done.exit_code == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_without_the_extra_the_command_says_how_to_install_it(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'proxytune\[report\]'"):
+        Report.read(results)
+
+
+def test_reports_load_no_model() -> None:
+    code = "import sys, proxytune.report_html\nprint({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_tables_are_of_runs_that_belong_together(tmp_path: Path) -> None:
+    rows = [example(0, "x", True)]
+    few = {"limit": 20, "data_sha256": "2" * 64}
+    for role in ("base", "proxy", "tuned"):
+        put(
+            tmp_path / "s" / "gsm" / role / "limit=20-1",
+            run(role, {"proxy": 0.6}.get(role, 0.5), **few),
+            rows,
+        )
+    for alpha in ("0", "0.5"):
+        other = run("proxy", 0.1, alpha=parse_alpha(alpha), **few)
+        put(tmp_path / "s" / "gsm" / "proxy" / "a" / f"alpha={alpha}", other, rows)
+    put(tmp_path / "s" / "gsm" / "base" / "forced", run("base", 0.3, forced=" So", **few), rows)
+    put(tmp_path / "s" / "gsm" / "expert" / "limit=30-1", run("expert", 0.7, data_sha256="3" * 64), rows)
+    inputs = Report.read(tmp_path).inputs
+    assert [(row.label, row.score.value) for row in inputs.rows] == [
+        ("base", 0.5), ("base, opener forced", 0.3), ("proxy", 0.6), ("tuned", 0.5),
+    ]  # fmt: skip
+    assert inputs.others == 3
+
+
+def test_two_systems_have_figures_of_their_own(tmp_path: Path) -> None:
+    for system in ("one", "two"):
+        traced = run("proxy", 0.8, system=system, trace="tokens")
+        put(tmp_path / system / "gsm" / "proxy", traced, [example(0, "x", True)], [tokens_for(0)])
+    figures = {figure.name: figure.title for figure in Report.read(tmp_path).figures}
+    assert figures["positions-shift-gsm"].startswith("one, gsm: how far")
+    assert figures["positions-shift-gsm-2"].startswith("two, gsm: how far")
+
+
+def test_text_has_enough_contrast_in_both_schemes() -> None:
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    schemes = re.findall(r":root[^{]*\{([^}]*)\}", report_html.asset("report.css"))[:2]
+    for scheme in schemes:
+        colors = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", scheme))
+        for name in (
+            "ink",
+            "muted",
+            "base",
+            "antiexpert",
+            "expert",
+            "proxy",
+            "tuned",
+            "published",
+            "good",
+            "bad",
+        ):
+            for behind in ("paper", "card", "soft"):
+                low, high = sorted((luminance(colors[name]), luminance(colors[behind])))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (name, behind)
+    light = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", schemes[0]))
+    assert light.items() >= COLORS.items() - {("published", COLORS["published"])}
+
+
+def test_the_papers_curve_is_drawn_for_its_task(tmp_path: Path) -> None:
+    traced = run("proxy", 0.8, task="alpaca_farm", trace="tokens")
+    put(
+        tmp_path / "s" / "alpaca_farm" / "proxy",
+        traced,
+        [example(0, "x", True)],
+        [[token("a", 0.5, 0.6)] * 90],
+    )
+    figures = {figure.name: figure for figure in Report.read(tmp_path).figures}
+    drawn = svg(figures["positions-changed-alpaca_farm"])
+    assert drawn.count("paper, 13B, read off its plot; position") == 6

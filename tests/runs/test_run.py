@@ -1,0 +1,314 @@
+"""evaluate and generate: what is stored, what resume leaves out, and what kill -9 cannot spoil."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxytune import results, run, run_session
+from proxytune.config import Sampling, System, load_system
+from proxytune.decode import Decoder
+from proxytune.errors import UserError
+from proxytune.models import Models
+from proxytune.records import Completion, Example, Prompt
+from proxytune.speculate import Speculate
+from tests.support.checkout import environment
+
+SHORT = Sampling(max_new_tokens=12)
+
+
+def evaluate(system: System, models: Models, out: Path, **options: Any) -> Any:
+    """A quiet short evaluation."""
+    settings = {"task": "gsm", "sampling": SHORT, "limit": 6, "models": models, "progress": False, **options}
+    return run.evaluate(system, out=out, **settings)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, count: int, error: BaseException) -> None:
+    """Make decoding fail after `count` completions."""
+    real = Decoder.stream
+
+    def stream(self: Decoder, *args: Any, **kwargs: Any) -> Iterator[Completion]:
+        for i, completion in enumerate(real(self, *args, **kwargs)):
+            if i == count:
+                raise error
+            yield completion
+
+    monkeypatch.setattr(Decoder, "stream", stream)
+
+
+def test_a_run_explains_itself(system: System, models: Models, tmp_path: Path) -> None:
+    made = evaluate(system, models, tmp_path)
+    stored = results.read_run(tmp_path)
+    assert stored == made and made.status == "done" and made.n == 6
+    assert made.spec.system == system and made.spec.sampling == SHORT and made.spec.data == "generated"
+    assert {"torch", "transformers"} <= made.made.packages.keys() and made.made.proxytune
+    assert made.cost.generated_tokens > 0 and made.cost.seconds > 0 and made.cost.sessions == 1
+    assert set(made.cost.memory) == {"base", "expert", "antiexpert"}
+    assert all(m.weights > 0 and m.kv_peak > 0 for m in made.cost.memory.values())
+    assert made.headline in made.metrics
+    rows = results.read_rows(tmp_path)
+    assert [row["id"] for row in rows] == [str(i) for i in range(6)]
+    assert all(row["responses"][0]["tokens"] <= 12 and "scores" in row for row in rows)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("a crash")])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
+    system: System, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    options = {
+        "sampling": SHORT.model_copy(update={"n": 3, "temperature": 1.0}),
+        "trace": "tokens",
+        "max_batch": 4,
+    }
+    whole = evaluate(system, models, tmp_path / "whole", **options)
+    stop_after(monkeypatch, 13, error)
+    with pytest.raises(type(error)) as caught:
+        evaluate(system, models, tmp_path / "parts", **options)
+    if isinstance(error, KeyboardInterrupt):
+        assert "of 6 examples are kept" in str(caught.value) and "same command" in str(caught.value)
+    monkeypatch.undo()
+    halfway = results.read_run(tmp_path / "parts")
+    kept = {row["id"] for row in results.read_rows(tmp_path / "parts")}
+    assert (
+        halfway.status == "running" and 0 < halfway.n == len(kept) < 6 and halfway.cost.generated_tokens > 0
+    )
+    parts = evaluate(system, models, tmp_path / "parts", **options)
+    assert parts.metrics == whole.metrics and parts.n == whole.n == 6 and parts.cost.sessions == 2
+    assert parts.cost.generated_tokens >= whole.cost.generated_tokens
+    for name in (results.PREDICTIONS, results.TRACE):
+        assert _ids(tmp_path / "parts" / name) == _ids(tmp_path / "whole" / name)
+    assert results.read_rows(tmp_path / "parts") == results.read_rows(tmp_path / "whole")
+
+
+def test_the_drafts_of_all_sessions_are_counted(
+    system: System, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What run.json says of drafts is about both sessions of a continued run."""
+    used: list[Decoder] = []
+    init = Decoder.__init__
+
+    def noted(self: Decoder, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        used.append(self)
+
+    def stored() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((tmp_path / results.RUN).read_text())["cost"]
+        return found
+
+    def quotients_are_right(cost: dict[str, Any]) -> None:
+        assert cost["acceptance"] == cost["accepted"] / cost["examined"]
+        assert cost["accepted_per_step"] == cost["accepted"] / cost["row_steps"]
+        assert cost["tokens_per_step"] == cost["generated_tokens"] / cost["row_steps"]
+
+    # a random model loops, so what it has said makes good drafts
+    options = {"as_": "base", "max_batch": 2, "speculate": 3, "sampling": Sampling(max_new_tokens=80)}
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(system, models, tmp_path, **options)
+    halfway = stored()
+    monkeypatch.setattr(Decoder, "__init__", noted)
+    made = evaluate(system, models, tmp_path, **options)
+    ended, (second,) = stored(), used
+    for name in ("generated_tokens", "row_steps", "drafted", "examined", "accepted"):
+        assert ended[name] == halfway[name] + getattr(second.stats, name) > halfway[name] > 0, name
+    for cost in (halfway, ended):
+        quotients_are_right(cost)
+    assert ended["sessions"] == 2 and made.cost.acceptance == ended["acceptance"]
+
+
+def _ids(path: Path) -> list[tuple[str, int]]:
+    return [(row["id"], row.get("sample", 0)) for row in map(json.loads, path.read_text().splitlines())]
+
+
+def test_resume_decodes_only_what_is_missing(
+    system: System, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(system, models, tmp_path)
+    path = tmp_path / results.PREDICTIONS
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:4]))
+    stored = results.read_run(tmp_path)
+    (tmp_path / results.RUN).write_text(stored.model_copy(update={"status": "running"}).model_dump_json())
+    asked: list[str] = []
+    real = Decoder.stream
+
+    def stream(self: Decoder, examples: Any, *args: Any, **kwargs: Any) -> Iterator[Completion]:
+        asked.extend(example.id for example in examples)
+        return real(self, examples, *args, **kwargs)
+
+    monkeypatch.setattr(Decoder, "stream", stream)
+    assert evaluate(system, models, tmp_path).metrics == stored.metrics
+    assert asked == ["4", "5"]
+
+
+def test_a_finished_run_is_returned_and_not_decoded_again(
+    system: System,
+    models: Models,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = evaluate(system, models, tmp_path)
+    monkeypatch.setattr(Decoder, "__init__", lambda *_: pytest.fail("decoded again"))
+    assert evaluate(system, models, tmp_path, progress=True) == first
+    assert "done already" in capsys.readouterr().err
+
+
+def test_other_settings_are_refused(system: System, models: Models, tmp_path: Path) -> None:
+    evaluate(system, models, tmp_path)
+    with pytest.raises(UserError, match=r"alpha is 1 there and 0\.5 now"):
+        evaluate(system, models, tmp_path, alpha=0.5)
+    with pytest.raises(UserError, match=r"sampling.seed is 0 there and 3 now"):
+        evaluate(system, models, tmp_path, seed=3)
+
+
+def test_default_settings_and_others_get_their_folders(system: System, tmp_path: Path) -> None:
+    plain = run.plan(system, "gsm", "base", run.Options())
+    assert plain.folder(tmp_path) == tmp_path / "tiny" / "gsm" / "base"
+    assert plain.spec.model_copy(update={"data_sha256": ""}) == plain.defaults.model_copy(
+        update={"data_sha256": ""}
+    )
+    other = run.plan(system, "gsm", "proxy", run.Options(alpha=0.4, limit=3))
+    assert other.folder(tmp_path).parent == tmp_path / "tiny" / "gsm" / "proxy"
+    assert other.folder(tmp_path).name.startswith("alpha=0.4,limit=3-")
+
+
+def test_alpha_is_the_proxys(system: System) -> None:
+    with pytest.raises(UserError, match="proxy only"):
+        run.plan(system, "gsm", "base", run.Options(alpha=0.5))
+    with pytest.raises(UserError, match="allow-negative-alpha"):
+        run.plan(system, "gsm", "proxy", run.Options(alpha=-1))
+    assert (
+        run.plan(system, "gsm", "proxy", run.Options(alpha=-1, allow_negative_alpha=True)).spec.alpha.end
+        == -1
+    )
+
+
+def test_all_roles_in_one_go(system: System, tmp_path: Path) -> None:
+    options = run.Options(sampling=SHORT, limit=3, alpha=0.5)
+    runs = run.evaluate_all(
+        system, "truthfulqa_mc", options, out=tmp_path, resources=run.Resources(progress=False)
+    )
+    assert list(runs) == ["base", "antiexpert", "expert", "proxy", "tuned"]
+    assert {folder.name for folder, _ in results.find_runs(tmp_path)} == set(runs)
+    assert runs["proxy"].spec.alpha.text == "0.5" and runs["base"].spec.alpha.text == "1"
+
+
+def test_forced_text_begins_every_response(system: System, models: Models, tmp_path: Path) -> None:
+    job = run.plan(system, "gsm", "base", run.Options(sampling=SHORT, limit=2, forced=" Exactly"))
+    run.run_job(job, tmp_path, models, run.Resources(progress=False))
+    assert all(row["responses"][0]["text"].startswith(" Exactly") for row in results.read_rows(tmp_path))
+
+
+def test_examples_are_whole_and_in_order() -> None:
+    examples = [Example(id=name, prompt=Prompt(plain="", user="")) for name in "ab"]
+
+    def completion(name: str, sample: int) -> Completion:
+        return Completion(name, sample, "", (), "eos", 0.0)
+
+    stream = iter([completion("b", 1), completion("a", 0), completion("b", 0), completion("a", 1)])
+    counts = {e.id: 2 for e in examples}
+    found = [(e.id, [c.sample for c in cs]) for e, cs in run_session.whole_examples(stream, examples, counts)]
+    assert found == [("b", [0, 1]), ("a", [0, 1])]
+
+
+def test_generate_keeps_the_order_of_prompts(system: System, models: Models) -> None:
+    sampling = Sampling(max_new_tokens=5, n=2, temperature=1.0)
+    prompts = ["a long prompt that takes its time", "b", "short"]
+    outs = run.generate(system, prompts, sampling=sampling, models=models)
+    assert [o.sample for o in outs] == [0, 1] * 3
+    assert [o.example_id for o in outs[::2]] == [o.example_id for o in outs[1::2]]
+    alone = run.generate(system, prompts[:1], sampling=sampling, models=models)
+    assert [o.token_ids for o in alone] == [o.token_ids for o in outs[:2]]
+    with pytest.raises(UserError, match="list of texts"):
+        run.generate(system, "oops", models=models)
+
+
+def test_the_public_names_are_the_ones_documented() -> None:
+    import proxytune
+
+    assert proxytune.evaluate is run.evaluate and proxytune.generate is run.generate
+    assert (
+        proxytune.System is System and proxytune.Sampling is Sampling and proxytune.load_system is load_system
+    )
+    with pytest.raises(AttributeError):
+        _ = proxytune.nothing
+
+
+def wait_for_rows(path: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Wait until `count` rows are stored; fails when the process ends before."""
+    for _ in range(6000):
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        assert process.poll() is None, f"ended too early: {process.communicate()[1]}"
+        time.sleep(0.02)
+    pytest.fail("no rows within two minutes")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_process_is_continued(
+    yaml: Path, system: System, models: Models, tmp_path: Path, how: signal.Signals
+) -> None:
+    options = ["--limit", "60", "--batch", "2", "--max-new-tokens", "40", "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "proxytune", "eval", "gsm", "--system", str(yaml), *options],
+        cwd=tmp_path,
+        env=environment(OMP_NUM_THREADS="1"),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    wait_for_rows(tmp_path / "killed" / results.PREDICTIONS, 4, process)
+    process.send_signal(how)
+    _, told = process.communicate()
+    assert process.returncode == (-9 if how == signal.SIGKILL else 130)
+    if how == signal.SIGINT:
+        assert "60 examples are kept" in told.splitlines()[-1] and "Traceback" not in told
+    assert results.read_run(tmp_path / "killed").status == "running"
+    same = {"limit": 60, "max_batch": 2, "sampling": Sampling(max_new_tokens=40)}
+    done = {name: evaluate(system, models, tmp_path / name, **same) for name in ("killed", "whole")}
+    assert done["killed"].metrics == done["whole"].metrics and done["killed"].cost.sessions == 2
+    assert results.read_rows(tmp_path / "killed") == results.read_rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("speculate", ["auto", 0, 1, 5])
+def test_speculation_changes_no_token(speculate: Speculate, system: System) -> None:
+    sampling = Sampling(max_new_tokens=12, temperature=0.8, n=2)
+    plain = run.generate(system, ["ab", "c d"], sampling=sampling, speculate="off")
+    assert run.generate(system, ["ab", "c d"], sampling=sampling, speculate=speculate) == plain
+
+
+@pytest.mark.parametrize("speculate", [-1, 16, "fast"])
+def test_a_draft_length_that_cannot_be(speculate: Speculate, system: System) -> None:
+    with pytest.raises(UserError, match="give 'auto', 'off' or a length from 0 to 15"):
+        run.generate(system, ["ab"], speculate=speculate)
+
+
+def test_sampled_text_does_not_depend_on_what_else_is_asked(system: System, models: Models) -> None:
+    hot = Sampling(max_new_tokens=6, temperature=1.0)
+    one, other = run.generate(system, ["a", "b"], sampling=hot, models=models)
+    assert [c.text for c in run.generate(system, ["b", "a"], sampling=hot, models=models)] == [
+        other.text,
+        one.text,
+    ]
+    twice = run.generate(system, ["a", "a"], sampling=hot, models=models)
+    assert twice[0].text == one.text and twice[1].token_ids != one.token_ids
+
+
+def test_a_mistyped_task_under_data_is_refused(system: System, tmp_path: Path) -> None:
+    wrong = system.model_copy(update={"data": {"gms": "generated"}})
+    with pytest.raises(UserError, match="Did you mean: gsm"):
+        run.evaluate(wrong, "gsm", out=tmp_path)
+
+
+def test_invalid_unicode_is_one_line(system: System, models: Models) -> None:
+    with pytest.raises(UserError, match="not valid Unicode"):
+        run.generate(system, ["a\ud800b"], models=models)

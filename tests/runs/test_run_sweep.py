@@ -1,0 +1,237 @@
+"""Sweeps: many alphas in one engine give what single runs give; nothing finished is lost or done twice."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxytune import results, run, run_sweep
+from proxytune.analysis_sweep import sweep as curve
+from proxytune.config import AlphaSchedule, ModelSpec, Sampling, System
+from proxytune.core.runner import ModelRunner, Work
+from proxytune.core.speculative import Speculation
+from proxytune.decode import Decoder
+from proxytune.errors import UserError
+from proxytune.models import Models
+from proxytune.records import Completion, Run
+from proxytune.run_sweep import parse_alphas, run_name
+from tests.support.checkout import environment
+
+SHORT = Sampling(max_new_tokens=12)
+QUIET = run.Resources(progress=False)
+ALPHAS = parse_alphas("0:2:0.5,first:4")
+
+
+def texts(alphas: list[AlphaSchedule]) -> list[str]:
+    """Alphas as they are written."""
+    return [alpha.text for alpha in alphas]
+
+
+def test_alphas_are_ranges_and_lists() -> None:
+    assert texts(parse_alphas("0:2:0.2")) == [
+        *("0", "0.2", "0.4", "0.6", "0.8", "1", "1.2", "1.4", "1.6", "1.8", "2"),
+    ]
+    assert texts(parse_alphas("0.1:0.45:0.1")) == ["0.1", "0.2", "0.3", "0.4"]
+    assert texts(parse_alphas(" 0, 0.5,first:4 ,linear:0:1:200")) == ["0", "0.5", "first:4", "linear:0:1:200"]
+    assert texts(parse_alphas("0:1:0.5,1,first:2:2,0.50")) == ["0", "0.5", "1", "first:2:2"]
+    assert texts(parse_alphas("1")) == ["1"]
+
+
+@pytest.mark.parametrize("text", ["", ",", "0:2:0", "2:0:0.5", "0:2:-1", "0:1:0.0001", "0:nan:1", "0:inf:1"])
+def test_bad_ranges(text: str) -> None:
+    with pytest.raises(UserError, match="--alphas"):
+        parse_alphas(text)
+
+
+@pytest.mark.parametrize("text", ["much", "0:2", "a:b:c", "first:x"])
+def test_bad_alphas(text: str) -> None:
+    with pytest.raises(UserError, match="is not a number"):
+        parse_alphas(text)
+
+
+def test_every_alpha_has_a_folder() -> None:
+    assert [run_name(alpha) for alpha in parse_alphas("0.4,first:16,linear:0:1:9")] == [
+        *("alpha=0.4", "alpha=first-16", "alpha=linear-0-1-9"),
+    ]
+
+
+def swept(system: System, models: Models, out: Path | None, **more: Any) -> tuple[Path, list[Run]]:
+    """A quiet short sweep."""
+    settings: dict[str, Any] = {"sampling": SHORT, "limit": 6, **more}
+    resources = settings.pop("resources", QUIET)
+    task = settings.pop("task", "gsm")
+    options = run.Options(**settings)
+    return run_sweep.sweep(system, task, ALPHAS, options, out=out, resources=resources, models=models)
+
+
+@pytest.mark.parametrize("rows", [3, 128])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_sweep_says_what_single_runs_say(
+    system: System, models: Models, tmp_path: Path, rows: int, sampled: bool
+) -> None:
+    """In float64 every alpha's rows are those of a run of its own, whatever shares its engine."""
+    sampling = SHORT.model_copy(update={"temperature": 1.0, "n": 2}) if sampled else SHORT
+    resources = run.Resources(progress=False, max_batch=rows)
+    folder, runs = swept(system, models, tmp_path / "sweep", sampling=sampling, resources=resources)
+    for alpha, made in zip(ALPHAS, runs, strict=True):
+        single = tmp_path / "single" / run_name(alpha)
+        alone = run.evaluate(
+            system, "gsm", alpha=alpha, sampling=sampling, limit=6, out=single, models=models, progress=False
+        )
+        assert made.spec == alone.spec and made.metrics == alone.metrics
+        assert results.read_rows(folder / run_name(alpha)) == results.read_rows(single)
+        assert made.cost.generated_tokens == alone.cost.generated_tokens
+        assert made.cost.prompt_tokens == alone.cost.prompt_tokens
+    seconds = json.loads((folder / "sweep.json").read_text())["seconds"]
+    assert sum(made.cost.seconds for made in runs) == pytest.approx(seconds)
+
+
+def test_prompts_are_computed_once(
+    system: System, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fed tokens: every prompt but its last token once, and a token per step of every row."""
+    plainly = run.Resources(progress=False, speculation=Speculation(k=0))
+    fed = 0
+    real = ModelRunner.forward
+
+    def forward(self: ModelRunner, work: Work) -> Any:
+        nonlocal fed
+        fed += sum(len(segment.ids) for segment in work.segments)
+        return real(self, work)
+
+    monkeypatch.setattr(ModelRunner, "forward", forward)
+    _, runs = swept(system, models, tmp_path, resources=plainly)
+    job = run.plan(system, "gsm", "proxy", run.Options(limit=6))
+    contexts = [Decoder(models, "proxy").contexts(e.prompt) for e in job.data.examples]
+    prompts = sum(len(ids) - 1 for by_model in contexts for ids in by_model.values())
+    generated = 3 * sum(made.cost.generated_tokens for made in runs)
+    assert fed == prompts + generated
+
+
+def test_models_are_loaded_once(system: System, tmp_path: Path) -> None:
+    loaded: list[str] = []
+
+    def hear(name: str, _: ModelSpec) -> None:
+        loaded.append(name)
+
+    swept(system, Models(system, on_load=hear), tmp_path)
+    assert sorted(loaded) == ["antiexpert", "base", "expert"]
+
+
+def test_likelihoods_of_all_alphas_come_from_one_pass(
+    system: System, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    real = ModelRunner.forward
+
+    def forward(self: ModelRunner, work: Work) -> Any:
+        counted.append(len(work.keep))
+        return real(self, work)
+
+    options: dict[str, Any] = {"mode": "likelihood", "limit": 4}
+    monkeypatch.setattr(ModelRunner, "forward", forward)
+    _, runs = swept(system, models, tmp_path / "sweep", task="truthfulqa_mc", sampling=None, **options)
+    for_all = len(counted)
+    for alpha, made in zip(ALPHAS, runs, strict=True):
+        counted.clear()
+        single = tmp_path / run_name(alpha)
+        alone = run.evaluate(
+            system, "truthfulqa_mc", alpha=alpha, out=single, models=models, progress=False, **options
+        )
+        assert alone.metrics == made.metrics and len(counted) == for_all
+        assert results.read_rows(single) == results.read_rows(tmp_path / "sweep" / run_name(alpha))
+    assert runs[0].metrics["mc2"].value != runs[2].metrics["mc2"].value
+
+
+def test_an_interrupted_sweep_continues(
+    system: System, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = swept(system, models, tmp_path / "whole")
+    real, asked = Decoder.sweep, list[str]()
+
+    def stopping(self: Decoder, *args: Any, **kwargs: Any) -> Iterator[tuple[AlphaSchedule, Completion]]:
+        for i, found in enumerate(real(self, *args, **kwargs)):
+            if i == 17:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(Decoder, "sweep", stopping)
+    with pytest.raises(KeyboardInterrupt, match="17 of 36 examples of all alphas are kept"):
+        swept(system, models, tmp_path / "parts")
+
+    def listening(self: Decoder, pairs: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.extend(f"{example.id} {alpha.text}" for example, alphas in pairs for alpha in alphas)
+        return real(self, pairs, *args, **kwargs)
+
+    monkeypatch.setattr(Decoder, "sweep", listening)
+    folder, runs = swept(system, models, tmp_path / "parts")
+    assert len(asked) == len(set(asked)) == 36 - 17
+    for alpha, made in zip(ALPHAS, runs, strict=True):
+        assert made.status == "done" and made.cost.sessions in (1, 2)
+        assert results.read_rows(folder / run_name(alpha)) == results.read_rows(whole / run_name(alpha))
+    monkeypatch.setattr(Decoder, "__init__", lambda *_: pytest.fail("decoded again"))
+    assert swept(system, models, tmp_path / "parts")[1] == runs
+
+
+def test_a_sweep_takes_its_place_and_grows(
+    system: System, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, _ = swept(system, models, None)
+    assert folder.parent.parent == Path("results/tiny/gsm/proxy") and folder.name == "sweep"
+    assert folder.parent == run.plan(system, "gsm", "proxy", run.Options(sampling=SHORT, limit=6)).folder(
+        run.RESULTS
+    )
+    options = run.Options(sampling=SHORT, limit=6)
+    more, _ = run_sweep.sweep(
+        system, "gsm", parse_alphas("1,first:2"), options, resources=QUIET, models=models
+    )
+    assert more == folder and len(curve(folder).points) == len(ALPHAS) + 1
+
+
+def test_bad_alphas_are_refused_before_anything_is_written(system: System, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="alpha = 11 is out of range"):
+        run_sweep.sweep(system, "gsm", parse_alphas("0,11"), run.Options(limit=2), out=tmp_path / "x")
+    with pytest.raises(UserError, match="allow-negative-alpha"):
+        run_sweep.sweep(system, "gsm", parse_alphas("-1"), run.Options(limit=2), out=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_kill_9_loses_nothing(yaml: Path, system: System, models: Models, tmp_path: Path) -> None:
+    """Killed again and again at any moment, the sweep ends as one that was left alone."""
+    sampling = Sampling(max_new_tokens=24)
+    options = run.Options(sampling=sampling, limit=40)
+    whole, _ = run_sweep.sweep(
+        system, "gsm", ALPHAS, options, out=tmp_path / "w", resources=QUIET, models=models
+    )
+    command = ["sweep-alpha", "gsm", "--system", str(yaml), "--alphas", "0:2:0.5,first:4", "--limit", "40"]
+    command += ["--max-new-tokens", "24", "--batch", "16", "--out", str(tmp_path / "k")]
+    code = f"from proxytune.cli import app; app({command!r})"
+    kills = 0
+    for _ in range(40):
+        process = subprocess.Popen([sys.executable, "-c", code], env=environment(), stderr=subprocess.DEVNULL)
+        stored = sum(1 for path in (tmp_path / "k").rglob("predictions.jsonl") for _ in path.open())
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            now = sum(1 for path in (tmp_path / "k").rglob("predictions.jsonl") for _ in path.open())
+            if now > stored + 60:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.02)
+        if process.wait() == 0:
+            break
+    assert kills >= 2 and process.returncode == 0
+    for alpha in ALPHAS:
+        one, other = (folder / run_name(alpha) for folder in (whole, tmp_path / "k"))
+        assert results.read_rows(one) == results.read_rows(other)
+        assert results.read_run(one).metrics == results.read_run(other).metrics

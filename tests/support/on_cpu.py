@@ -1,0 +1,12 @@
+"""A CPU without what a compiler would have made for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from proxytune.core import cpu_rows
+
+
+def without_row_kernels(patch: pytest.MonkeyPatch) -> None:
+    """Norms and rotations are torch's, as where there is no compiler."""
+    patch.setattr(cpu_rows, "_built", lambda name: None)

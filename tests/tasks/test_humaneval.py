@@ -1,0 +1,286 @@
+"""HumanEval: prompts, what is cut from responses, pass@k, and completions that are run against the tests."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxytune import run
+from proxytune.config import System
+from proxytune.errors import UserError
+from proxytune.records import Completion, Prompt
+from proxytune.sandbox import Sandbox
+from proxytune.scoring import clean_code, pass_at_k
+from proxytune.tasks import get_task, humaneval, read_source, score_file
+from proxytune.tasks.execution import Execution
+from proxytune.tasks.sources import Row
+from tests.support.answers import jsonl
+from tests.support.command_line import proxytune
+from tests.support.published import HUMANEVAL
+
+TASK = get_task("humaneval")
+ADD = {
+    "task_id": "HumanEval/0",
+    "prompt": "def add(a, b):\n",
+    "entry_point": "add",
+    "test": "def check(f):\n    assert f(1, 2) == 3\n    assert f(0, 0) == 0\n",
+    "canonical_solution": "    return a + b\n",
+}
+SLOW = "    import time; time.sleep(1)\n    return a + b"
+
+
+@pytest.fixture(scope="module")
+def problems(reference: Path) -> dict[str, Row]:
+    """The 164 problems."""
+    with gzip.open(reference / "data" / "humaneval" / "HumanEval.jsonl.gz", "rt") as file:
+        return {row["task_id"]: row for row in map(json.loads, file)}
+
+
+def said(*texts: str) -> list[Completion]:
+    """Completions with these texts."""
+    empty = Completion(example_id="0", sample=0, text="", token_ids=(), finish_reason="eos", logprob=0.0)
+    return [replace(empty, sample=i, text=text) for i, text in enumerate(texts)]
+
+
+# Prompts and settings
+
+
+def test_prompts_are_the_problems_verbatim(reference: Path, problems: dict[str, Row]) -> None:
+    path = reference / "data" / "humaneval" / "HumanEval.jsonl.gz"
+    examples = read_source(TASK, str(path)).examples
+    assert len(examples) == 164 and [example.id for example in examples] == list(problems)
+    for example in examples:
+        text = problems[example.id]["prompt"]
+        assert example.prompt == Prompt(plain=text, user=text)
+    for name in HUMANEVAL:
+        folder = reference / "golden" / "codex_humaneval" / name
+        assert examples[0].prompt.plain == (folder / "example_prompt.txt").read_text(encoding="utf-8")
+        with gzip.open(folder / "predictions.jsonl.gz", "rt", encoding="utf-8") as file:
+            stored = [json.loads(line) for line in file]
+        assert [row["prompt"] for row in stored] == [e.prompt.plain for e in examples for _ in range(20)]
+
+
+def test_settings_are_the_papers() -> None:
+    s = TASK.sampling
+    assert (s.n, s.temperature, s.top_p, s.max_new_tokens) == (20, 0.8, 0.95, 512)
+    assert s.stop == ("\nclass", "\ndef", "\n#", "\nif", "\nprint") and s.ban == ("pass", "...")
+
+
+def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local folder with the hub's columns stands for the hub."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "he").mkdir()
+    datasets.Dataset.from_list([ADD]).to_parquet(tmp_path / "he" / "test.parquet")
+    assert TASK.hub is not None and TASK.hub.id == "openai/openai_humaneval"
+    local = replace(TASK, hub=replace(TASK.hub, id=str(tmp_path / "he")))
+    assert (
+        read_source(local, "hub").examples
+        == read_source(TASK, str(jsonl(tmp_path / "t.jsonl", [ADD]))).examples
+    )
+
+
+# Post-processing
+
+
+@pytest.mark.parametrize(
+    ("raw", "stored"),
+    [
+        ("    return 1\n\n\n", "    return 1"),
+        ("    x = 1\n    print(x)\n    return x", "    x = 1\n    return x"),
+        ("    assert x\n    return 1\n  \tassert y  ", "    return 1"),
+        ("    printed = 1\n    assertion = 2\n    return x # print", "    return x # print"),
+        ("    return 1\nprint('a')\nassert f() == 1", "    return 1"),
+        ("print", ""),
+        ("  \n  return 1  \n", "  \n  return 1"),
+        ("    x = (1,\n    assert_(2))", "    x = (1,"),
+        ("    return 1\r\n    print(2)\r\n", "    return 1"),
+    ],
+)
+def test_code_is_cleaned_as_in_the_paper(raw: str, stored: str) -> None:
+    assert clean_code(raw) == stored
+    example = read_source_one()
+    assert TASK.row(example, said(raw, raw))["completions"] == [stored, stored]
+
+
+def read_source_one() -> Any:
+    """The example of ADD."""
+    table = humaneval.Table("'t'", "line", (ADD,), (1,))
+    return TASK.examples(table, "")[0]
+
+
+def test_golden_completions_are_clean_already(reference: Path) -> None:
+    for name in HUMANEVAL:
+        path = reference / "golden" / "codex_humaneval" / name / "predictions.jsonl.gz"
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            texts = [json.loads(line)["completion"] for line in file]
+        assert [clean_code(text) for text in texts] == texts
+
+
+# Scores
+
+
+@pytest.mark.parametrize(
+    ("n", "passed"), [(20, 0), (20, 1), (20, 7), (20, 10), (20, 11), (20, 20), (10, 1), (200, 3)]
+)
+def test_pass_at_k_is_the_share_of_subsets(n: int, passed: int) -> None:
+    for k in (1, 10):
+        product = 1 - math.prod(1 - k / i for i in range(n - passed + 1, n + 1)) if n - passed >= k else 1.0
+        assert pass_at_k(n, passed, k) == pytest.approx(product, abs=1e-12)
+    assert pass_at_k(n, passed, 1) == pytest.approx(passed / n)
+
+
+def test_pass_at_k_wants_k_samples() -> None:
+    assert pass_at_k(9, 9, 10) is None
+    row = {"completions": [""] * 9, "passed": [True] * 3 + [False] * 6}
+    assert TASK.score_row(row) == {"pass@1": pytest.approx(1 / 3)}
+    metrics = TASK.metrics([row])
+    assert TASK.headline_of(metrics) == "pass@1"
+
+
+def test_rows_that_were_not_run_have_no_score() -> None:
+    metrics = TASK.metrics([{"completions": ["a"]}, {"completions": ["a"], "passed": [True]}])
+    assert metrics["not_run"].value == 1 and metrics["pass@1"].value == 1
+    assert TASK.headline_of(TASK.metrics([{"completions": ["a"]}])) == "not_run"
+
+
+def test_samples_of_a_problem_are_put_together(tmp_path: Path) -> None:
+    base = {"task_id": "a", "prompt": "p"}
+    rows = [{**base, "completion": "x", "passed": True}, {**base, "completion": "y", "passed": False}]
+    rows += [{**base, "task_id": "b", "completion": "x", "passed": False}]
+    report = score_file(TASK, jsonl(tmp_path / "p.jsonl", rows))
+    assert report.n == 2 and report.metrics["pass@1"].value == 0.25 and report.execution is None
+    with pytest.raises(UserError, match="line 2: no field 'completion' that is text"):
+        score_file(TASK, jsonl(tmp_path / "q.jsonl", [rows[0], base]))
+    with pytest.raises(UserError, match="line 1: no field 'task_id'"):
+        score_file(TASK, jsonl(tmp_path / "r.jsonl", [{"completion": "x"}]))
+
+
+@pytest.mark.parametrize("name", HUMANEVAL)
+def test_golden_scores_from_stored_flags(reference: Path, name: str) -> None:
+    folder = reference / "golden" / "codex_humaneval" / name
+    report = score_file(TASK, folder / "predictions_results.jsonl.gz")
+    stored = json.loads((folder / "metrics.json").read_text())["pass@10"]
+    assert report.n == 164 and report.headline == "pass@10"
+    found = report.metrics["pass@10"]
+    assert found.value == pytest.approx(stored, abs=1e-12)
+    assert report.metrics["pass@1"].value == pytest.approx(HUMANEVAL[name], abs=1e-12)
+    assert found.low is not None and found.high is not None and found.low < stored < found.high
+
+
+# Running
+
+
+def test_completions_are_run(box: Sandbox) -> None:
+    texts = ["    return a + b", "    return a - b", "    return", "    import os; os._exit(0)", "  retur ("]
+    execution = Execution(box, {ADD["task_id"]: ADD})
+    (row,) = humaneval.execute(
+        [{"task_id": ADD["task_id"], "prompt": ADD["prompt"], "completions": texts}], execution
+    )
+    assert row["passed"] == [True, False, False, False, False] and row["result"][0] == "passed"
+    assert row["result"][1] == "failed: AssertionError: " and "SyntaxError" in row["result"][4]
+    counted = {"samples": 5, "passed": 1, "timed_out": 0, "broken": 0, "compared": 0, "rerun": 0, "flips": 0}
+    assert execution.report() == {"sandbox": box.backend, **counted}
+
+
+def test_only_a_time_out_is_run_again(box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(humaneval, "SECONDS", 0.4)
+    monkeypatch.setattr(humaneval.program, "__defaults__", (0.4,))
+    row = {
+        "task_id": ADD["task_id"],
+        "prompt": ADD["prompt"],
+        "completions": [SLOW, SLOW, "    return 1", "    return a + b"],
+        "passed": [True, False, True, False],
+        "result": ["passed", "timed out", "passed", "failed: x"],
+    }
+    execution = Execution(box, {ADD["task_id"]: ADD})
+    (found,) = humaneval.execute([row], execution)
+    assert found["passed"] == [True, False, False, True] and found["result"][1] == "timed out"
+    assert (execution.compared, execution.rerun, execution.flips) == (4, 1, 2)
+
+
+def test_rows_and_data_must_fit(box: Sandbox) -> None:
+    row = {"task_id": "other", "prompt": "p", "completions": [""]}
+    with pytest.raises(UserError, match="no problem 'other' in the data: name it with --data"):
+        humaneval.execute([row], Execution(box, {}))
+    with pytest.raises(UserError, match="the prompt of 'other' is not the one of the data"):
+        humaneval.execute([row], Execution(box, {"other": ADD}))
+
+
+def test_reference_solutions_pass_and_broken_ones_fail(box: Sandbox, problems: dict[str, Row]) -> None:
+    chosen = list(problems.values())[::8]
+    rows = [
+        {
+            "task_id": item["task_id"],
+            "prompt": item["prompt"],
+            "completions": [item["canonical_solution"], ""],
+        }
+        for item in chosen
+    ]
+    found = humaneval.execute(rows, Execution(box, problems))
+    assert [row["passed"] for row in found] == [[True, False]] * len(chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["codellama-7B-t0.8", "dexperts-13B-t0.8"])
+def test_golden_runs_executed_anew(
+    box: Sandbox, reference: Path, problems: dict[str, Row], name: str
+) -> None:
+    folder = reference / "golden" / "codex_humaneval" / name
+    execution = Execution(box, problems)
+    report = score_file(TASK, folder / "predictions_results.jsonl.gz", execution)
+    stored = json.loads((folder / "metrics.json").read_text())["pass@10"]
+    assert (execution.samples, execution.compared, execution.flips) == (3280, 3280, 0)
+    assert report.metrics["pass@10"].value == pytest.approx(stored, abs=1e-12)
+
+
+# End to end
+
+
+def test_a_run_with_and_without_leave_to_execute(box: Sandbox, trio: System, tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "t.jsonl", [{**ADD, "task_id": f"HumanEval/{i}"} for i in range(2)])
+    sampling = TASK.sampling.model_copy(update={"n": 10, "max_new_tokens": 4, "ban": ()})
+    job = run.plan(trio, "humaneval", "proxy", run.Options(data=str(data), sampling=sampling))
+    from proxytune.models import Models
+
+    models = Models(trio)
+    blind = run.run_job(job, tmp_path / "blind", models, run.Resources(progress=False))
+    assert blind.headline == "not_run" and blind.metrics["not_run"].value == 1
+    seen = run.run_job(job, tmp_path / "seen", models, run.Resources(progress=False, sandbox=box))
+    assert seen.headline == "pass@10" and seen.metrics["pass@10"].value == 0 and seen.n == 2
+
+    path = tmp_path / "blind" / "predictions.jsonl"
+    items = {example.id: example.target for example in job.data.examples}
+    assert score_file(TASK, path, Execution(box, items)).metrics == seen.metrics
+    assert score_file(TASK, tmp_path / "seen" / "predictions.jsonl").metrics == seen.metrics
+
+
+def test_score_from_the_command_line(box: Sandbox, tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "problems.jsonl", [ADD])
+    rows = [
+        {"task_id": ADD["task_id"], "prompt": ADD["prompt"], "completion": text}
+        for text in ("    return a + b", "")
+    ]
+    path = jsonl(tmp_path / "predictions.jsonl", rows)
+
+    blind = proxytune("score", "humaneval", path, "--json")
+    assert blind.exit_code == 0 and "--allow-code-execution runs it" in blind.stderr
+    assert json.loads(blind.stdout)["metrics"]["not_run"]["value"] == 1
+
+    options = ("--allow-code-execution", "--sandbox", box.backend)
+    lost = proxytune("score", "humaneval", path, *options)
+    assert lost.exit_code == 2 and "name it with --data FILE|hub" in lost.stderr
+    seen = proxytune("score", "humaneval", path, "--data", data, "--json", *options)
+    content = json.loads(seen.stdout)
+    assert content["metrics"]["pass@1"]["value"] == 0.5 and content["execution"]["samples"] == 2
+    told = proxytune("score", "humaneval", path, "--data", data, *options).stdout
+    assert "2 samples run, 1 passed, 0 timed out; 0 of 0 stored verdicts flipped" in told
+    none = proxytune("score", "gsm", path, *options)
+    assert none.exit_code == 2 and "task 'gsm' runs no code" in none.stderr
