@@ -75,8 +75,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> torch.device:
         require_or_skip("triton", "triton is not installed")
     if torch.cuda.is_available():
         return torch.device("cuda")
-    for module in ("paged_attention", "int8"):
-        monkeypatch.setattr(f"proxytune.core.{module}.runs_triton", lambda tensor: True)
+    monkeypatch.setattr("proxytune.core.paged_attention.runs_triton", lambda tensor: True)
+    monkeypatch.setattr("proxytune.core.int8.runs_triton", lambda tensor: True)
     return torch.device("cpu")
 
 

@@ -20,6 +20,7 @@ from proxytune.models import Models
 from proxytune.records import Example, Prompt
 from tests.support import decoders, tiny
 from tests.support.decoders import SAMPLERS, by_id, check, decoder, example, kv_bytes, plain, ragged
+from tests.support.memory import leave_free
 from tests.support.tiny import spec
 
 PACES = {"plain": Speculation(k=0), "drafts of 3": Speculation(k=3), "adaptive": Speculation()}
@@ -258,6 +259,6 @@ def test_the_proxy_also_ends_where_the_expert_does(trio: System, tmp_path: Path)
 def test_models_that_do_not_fit_together_are_refused_before_loading(
     trio: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxytune.models.free_memory", lambda where=None: 500_000)
+    leave_free(monkeypatch, 500_000)
     with pytest.raises(UserError, match=r"base 0\.0 \+ expert 0\.0 \+ antiexpert 0\.0 = .* are free"):
         Decoder(Models(trio), "proxy")

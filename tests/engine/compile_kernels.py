@@ -1,5 +1,5 @@
-"""Compiles the Triton kernels for GPUs that are not here: run by tests/engine/test_kernels_compile.py, in a process
-without the interpreter.
+"""Compiles the Triton kernels for GPUs that are not here: run by test_kernels_compile, in a process without
+the interpreter.
 
 Prints one JSON object per case: the kernel, the target, and what ptxas and Triton say of it."""
 

@@ -24,6 +24,7 @@ from proxytune.models import Models, load_config, load_module, weights_needed
 from proxytune.quantized import random_int8
 from tests.support import tiny
 from tests.support.decoders import GREEDY, ragged, tokens
+from tests.support.memory import leave_free
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -186,9 +187,9 @@ def test_memory_is_known_before_and_counted_after(folder: Path, dtype: str, size
 
 def test_memory_check_counts_int8(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need = weights_needed(spec(folder), load_config(spec(folder)), False)
-    monkeypatch.setattr("proxytune.models.free_memory", lambda where=None: need)
+    leave_free(monkeypatch, need)
     load_module(spec(folder))
-    monkeypatch.setattr("proxytune.models.free_memory", lambda where=None: need - 1)
+    leave_free(monkeypatch, need - 1)
     with pytest.raises(UserError, match="are free"):
         load_module(spec(folder))
 

@@ -1,5 +1,5 @@
 """Speculation cannot be seen in the tokens: whatever drafts, however far and however badly, in float64 the
-response is that of plain decoding. (test_decoder runs all of its own tests against the oracle with it too.)"""
+response is that of plain decoding. (test_decoder holds all of its own tests to the oracle with it too.)"""
 
 from __future__ import annotations
 

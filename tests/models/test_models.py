@@ -28,6 +28,7 @@ from proxytune.records import Completion
 from tests.support import oracle, tiny
 from tests.support.adapters import fresh, on_anti, system
 from tests.support.decoders import GREEDY, by_id, check, decoder, example, ragged, tokens
+from tests.support.memory import leave_free
 from tests.support.require import require_or_skip
 from tests.support.tiny import spec
 
@@ -466,7 +467,7 @@ def test_too_large_for_memory_gives_the_numbers(
 ) -> None:
     numbers = sum(p.numel() for p in fresh(folders["anti"]).parameters())
     monkeypatch.setattr("proxytune.models.GIB", 1000)
-    monkeypatch.setattr("proxytune.models.free_memory", lambda where=None: 2 * numbers)
+    leave_free(monkeypatch, 2 * numbers)
     anti = ModelSpec(model=str(folders["anti"]), dtype="float32")
     with pytest.raises(UserError) as caught:
         load_module(anti)

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from proxytune.cli import app
+from tests.support.command_line import proxytune
 from tests.support.hostile import example, make_results, put, token
 from tests.support.reports import run
 from tests.support.require import require_or_skip
@@ -91,7 +90,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     with inside(folder):
         for arguments in (*DEMO, ["report", "results", "--html", "report.html"]):
-            done = CliRunner().invoke(app, arguments)
+            done = proxytune(*arguments)
             assert done.exit_code == 0, (arguments, done.output, done.exception)
     return folder / "report.html"
 
@@ -118,7 +117,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(folder: Path) -> Path:
     """The report on `folder/results`."""
     path = folder / "report.html"
-    done = CliRunner().invoke(app, ["report", str(folder / "results"), "--html", str(path)])
+    done = proxytune("report", str(folder / "results"), "--html", str(path))
     assert done.exit_code == 0, done.output
     return path
 

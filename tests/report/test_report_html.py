@@ -14,10 +14,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from typer.testing import CliRunner
 
 from proxytune import report_charts, report_html, report_tokens
-from proxytune.cli import app
 from proxytune.config import parse_alpha
 from proxytune.errors import UserError
 from proxytune.records import Metric
@@ -26,6 +24,7 @@ from proxytune.report_escape import clipped, embedded, visible
 from proxytune.report_html import Report
 from proxytune.report_sections import Section
 from tests.support.checkout import ROOT
+from tests.support.command_line import proxytune
 from tests.support.hostile import HOSTILE, example, make_results, put, token, tokens_for
 from tests.support.reports import run
 
@@ -333,11 +332,11 @@ def test_a_metric_that_is_a_number_is_shown_as_it_is(tmp_path: Path) -> None:
 
 def test_the_command_writes_the_page_and_the_figures(results: Path, tmp_path: Path) -> None:
     page, figures = tmp_path / "a" / "report.html", tmp_path / "figures"
-    done = CliRunner().invoke(app, ["report", str(results), "--html", str(page), "--figures", str(figures)])
+    done = proxytune("report", str(results), "--html", str(page), "--figures", str(figures))
     assert done.exit_code == 0, done.output
     assert page.stat().st_size < 3e6 and page.read_text().startswith("<!doctype html>")
     assert (figures / "score-gsm.svg").exists() and f"wrote {page}" in done.stdout
-    again = CliRunner().invoke(app, ["report", str(results), "--markdown", "--figures", str(figures)])
+    again = proxytune("report", str(results), "--markdown", "--figures", str(figures))
     assert "### gsm: exact_match" in again.stdout and f"]({figures.as_posix()}/score-gsm.svg)" in again.stdout
 
 
@@ -351,7 +350,7 @@ def test_the_command_writes_the_page_and_the_figures(results: Path, tmp_path: Pa
     ],
 )
 def test_bad_commands_say_what_is_wrong(arguments: list[str], said: str, tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["report", *(a.format(empty=tmp_path) for a in arguments)])
+    done = proxytune("report", *(a.format(empty=tmp_path) for a in arguments))
     assert done.exit_code == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
 
 

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from proxytune import cli, results, run
+from proxytune import results, run
 from proxytune.config import load_system
 from proxytune.errors import UserError
 from proxytune.tasks import get_task, read_source, score_file
 from proxytune.tasks.truthfulqa_mc import PRIMER
 from tests.support import oracle, tiny, tiny_system
+from tests.support.answers import json_list
+from tests.support.command_line import proxytune
 
 TASK = get_task("truthfulqa_mc", "likelihood")
 ITEM = {
@@ -28,14 +29,8 @@ ITEM = {
 }
 
 
-def write(path: Path, rows: list[Any]) -> str:
-    """Write rows as a JSON list."""
-    path.write_text(json.dumps(rows), encoding="utf-8")
-    return str(path)
-
-
 def test_the_benchmarks_form(tmp_path: Path) -> None:
-    example = read_source(TASK, write(tmp_path / "mc_task.json", [ITEM])).examples[0]
+    example = read_source(TASK, json_list(tmp_path / "mc_task.json", [ITEM])).examples[0]
     assert example.prompt.plain == "Q: Where?\nA:"
     assert TASK.continuations is not None
     assert TASK.continuations(example) == [" Rome.", " Oslo.", " Bonn.", " In Rome."]
@@ -82,7 +77,7 @@ def test_targets_from_the_csv_and_the_hub(tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_targets_need_true_and_false_answers(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"item 1: `mc._targets` must map answers to 1 \(true\) or 0"):
-        read_source(TASK, write(tmp_path / "m.json", [{**ITEM, **change}]))
+        read_source(TASK, json_list(tmp_path / "m.json", [{**ITEM, **change}]))
 
 
 def test_mc1_and_mc2_by_hand() -> None:
@@ -102,7 +97,7 @@ def test_log_probabilities_of_base_and_proxy(tmp_path: Path) -> None:
         role: AutoModelForCausalLM.from_pretrained(tmp_path / role, dtype=torch.float64).eval()
         for role in ("base", "expert", "antiexpert")
     }
-    data = write(tmp_path / "m.json", [ITEM, {**ITEM, "question": "Whither?"}])
+    data = json_list(tmp_path / "m.json", [ITEM, {**ITEM, "question": "Whither?"}])
     for role, alpha in (("base", 0.0), ("proxy", 0.7)):
         out = tmp_path / role / "run"
         strength = {"alpha": alpha} if role == "proxy" else {}
@@ -143,10 +138,10 @@ def test_resume_and_folders(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     yaml = tiny_system.write(tmp_path)
     asked = ("eval", "truthfulqa_mc", "--system", str(yaml), "--mode", "likelihood", "--limit", "4", "--json")
-    made = CliRunner().invoke(cli.app, [*asked, "--out", str(tmp_path / "run")])
+    made = proxytune(*asked, "--out", str(tmp_path / "run"))
     assert made.exit_code == 0 and json.loads(made.stdout)["spec"]["mode"] == "likelihood", made.output
     scored = ["score", "truthfulqa_mc", str(tmp_path / "run" / results.PREDICTIONS)]
-    assert "mc2" in CliRunner().invoke(cli.app, scored).stdout
+    assert "mc2" in proxytune(*scored).stdout
     for arguments, told in [
         ([*asked, "--trace"], "leave --trace out"),
         (
@@ -154,5 +149,5 @@ def test_the_command(tmp_path: Path) -> None:
             "has no likelihood mode: truthfulqa_mc, realtimeqa have one",
         ),
     ]:
-        refused = CliRunner().invoke(cli.app, arguments)
+        refused = proxytune(*arguments)
         assert refused.exit_code == 2 and told in refused.stderr

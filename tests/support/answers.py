@@ -18,3 +18,9 @@ def jsonl(path: Path, rows: list[Any]) -> Path:
 def said(text: str) -> list[Completion]:
     """A completion with this text."""
     return [Completion(example_id="0", sample=0, text=text, token_ids=(), finish_reason="eos", logprob=0.0)]
+
+
+def json_list(path: Path, rows: list[Any]) -> str:
+    """Write rows as a JSON list; the path as the command line has it."""
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return str(path)

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from proxytune import cli, run
+from proxytune import run
 from proxytune.config import Sampling, load_system
 from proxytune.errors import UserError
 from proxytune.prompts import text_for
@@ -21,6 +20,8 @@ from proxytune.records import Completion
 from proxytune.scoring_pairs import length_controlled_win_rate, wins
 from proxytune.tasks import get_task, read_source, score_file
 from tests.support import tiny_system
+from tests.support.answers import json_list
+from tests.support.command_line import proxytune
 
 TASK = get_task("alpaca_farm")
 ITEMS = [
@@ -34,12 +35,6 @@ ITEMS = [
 ]
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    """Write rows as a JSON list."""
-    path.write_text(json.dumps(rows), encoding="utf-8")
-    return str(path)
-
-
 def annotation(preference: object, length: int = 4, baseline: int = 4) -> dict[str, Any]:
     """A row of annotations.json."""
     return {"output_1": "b" * baseline, "output_2": "m" * length, "preference": preference}
@@ -51,7 +46,7 @@ def values(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def test_the_bare_instruction_is_the_prompt(tmp_path: Path) -> None:
-    example = read_source(TASK, write(tmp_path / "a.json", ITEMS)).examples[3]
+    example = read_source(TASK, json_list(tmp_path / "a.json", ITEMS)).examples[3]
     assert example.prompt.plain == " Say 3.\n" and example.id == "3"
     assert text_for("llama2", "direct", example.prompt) == "[INST]  Say 3.\n [/INST]"
     assert text_for("llama2", "in_ensemble", example.prompt) == "[INST]  Say 3. [/INST]"
@@ -71,7 +66,7 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "hub").mkdir()
-    write(tmp_path / "hub" / "alpaca_eval.json", ITEMS)
+    json_list(tmp_path / "hub" / "alpaca_eval.json", ITEMS)
     assert TASK.hub is not None and TASK.hub.id == "tatsu-lab/alpaca_eval"
     local = replace(TASK, hub=replace(TASK.hub, id=str(tmp_path / "hub")))
     from_file = read_source(TASK, str(tmp_path / "hub" / "alpaca_eval.json"))
@@ -146,16 +141,16 @@ def test_without_a_length_effect_both_win_rates_agree() -> None:
 
 def test_newer_annotations_are_read_back(tmp_path: Path) -> None:
     rows = [{**annotation(p), "raw_completion": {"logprobs": None}} for p in (1.9, 1.2, None)]
-    report = score_file(TASK, Path(write(tmp_path / "annotations.json", rows)))
+    report = score_file(TASK, Path(json_list(tmp_path / "annotations.json", rows)))
     assert report.headline == "win_rate" and report.metrics["win_rate"].value == pytest.approx(55)
     assert report.metrics["unjudged"].value == pytest.approx(1 / 3)
-    told = CliRunner().invoke(cli.app, ["score", "alpaca_farm", str(tmp_path / "annotations.json")]).stdout
+    told = proxytune("score", "alpaca_farm", str(tmp_path / "annotations.json")).stdout
     assert "win_rate               55.0 [" in told and "n_total                2 " in told
 
 
 def test_export_for_the_alpaca_eval_tool(tmp_path: Path) -> None:
     system = load_system(tiny_system.write(tmp_path))
-    data = write(tmp_path / "a.json", ITEMS)
+    data = json_list(tmp_path / "a.json", ITEMS)
     out = tmp_path / "run"
     run.evaluate(
         system,
@@ -166,7 +161,7 @@ def test_export_for_the_alpaca_eval_tool(tmp_path: Path) -> None:
         progress=False,
         limit=8,
     )
-    done = CliRunner().invoke(cli.app, ["export", "alpaca_eval", str(out), "--json"])
+    done = proxytune("export", "alpaca_eval", str(out), "--json")
     written = [Path(path) for path in json.loads(done.stdout)["written"]]
     assert [path.name for path in written] == ["model_outputs.json", "reference_outputs.json"]
     mine, theirs = (json.loads(path.read_text()) for path in written)
@@ -178,5 +173,5 @@ def test_export_for_the_alpaca_eval_tool(tmp_path: Path) -> None:
         (["export", "alpaca_eval", str(tmp_path)], "no run in"),
         (["export", "alpaca_eval", str(out), "--out", str(tmp_path / "none")], "no folder"),
     ]:
-        refused = CliRunner().invoke(cli.app, arguments)
+        refused = proxytune(*arguments)
         assert refused.exit_code == 2 and told in refused.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from proxytune.prompts import text_for
 from proxytune.records import Completion
 from proxytune.tasks import get_task, read_source, score_file
 from tests.support import tiny_system
+from tests.support.answers import jsonl
 
 TASK, BY_LIKELIHOOD = get_task("realtimeqa"), get_task("realtimeqa", "likelihood")
 
@@ -29,19 +29,13 @@ def item(name: str, choices: list[str], answer: Any, sentence: str = "Who won?")
 FOUR = ["Ann", "Bob", "Cid", "Dan"]
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    """Write rows as JSONL."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
 def said(text: str, logprob: float = 0.0) -> Completion:
     """A completion with this text."""
     return Completion(example_id="0", sample=0, text=text, token_ids=(), finish_reason="eos", logprob=logprob)
 
 
 def test_the_prompt_is_that_of_the_papers_other_choice_task(tmp_path: Path) -> None:
-    prompt = read_source(TASK, write(tmp_path / "d.jsonl", [item("a", FOUR, ["2"])])).examples[0].prompt
+    prompt = read_source(TASK, str(jsonl(tmp_path / "d.jsonl", [item("a", FOUR, ["2"])]))).examples[0].prompt
     user = "Who won?\nA. Ann\nB. Bob\nC. Cid\nD. Dan"
     assert prompt.plain == f"{user}\n\nThe answer is:"
     assert text_for("llama2", "direct", prompt) == f"[INST] {user} [/INST] The answer is:"
@@ -54,14 +48,14 @@ def test_blank_choices_move_the_letter(tmp_path: Path) -> None:
         item("b", ["Ann", "", "Cid", "Dan", "None of the above"], ["4"]),
         item("c", ["TRUE", "FALSE"], "1"),
     ]
-    examples = read_source(TASK, write(tmp_path / "d.jsonl", rows)).examples
+    examples = read_source(TASK, str(jsonl(tmp_path / "d.jsonl", rows))).examples
     assert [e.target["mc_answer_idx"] for e in examples] == ["D", "D", "B"]
     assert examples[1].target["choices"] == ["Ann", "Cid", "Dan", "None of the above"]
 
 
 def test_equal_rows_are_dropped_and_different_ones_numbered(tmp_path: Path) -> None:
     one, other = item("a", FOUR, ["0"]), item("a", FOUR, ["1"], "Who lost?")
-    data = read_source(TASK, write(tmp_path / "d.jsonl", [one, one, other, item("b", ["", ""], [])]))
+    data = read_source(TASK, str(jsonl(tmp_path / "d.jsonl", [one, one, other, item("b", ["", ""], [])])))
     assert [example.id for example in data.examples] == ["a", "a#2"]
     assert data.examples[1].target["question_sentence"] == "Who lost?"
     first, second = data.notes
@@ -99,9 +93,10 @@ def test_the_copy_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for year, name, answer in (("2022", "20220617_0", ["2"]), ("2023", "20230616_20", "1")):
         (past / year).mkdir(parents=True)
         week = name.split("_")[0]
-        write(past / year / f"{week}_qa.jsonl", [item(name, FOUR, answer)])
-        write(past / year / f"{week}_qa_nota.jsonl", [item(name, [*FOUR[:3], "None of the above"], answer)])
-        write(past / year / f"{week}_gcs.jsonl", [{"question_id": name, "search_result": []}])
+        jsonl(past / year / f"{week}_qa.jsonl", [item(name, FOUR, answer)])
+        other = [item(name, [*FOUR[:3], "None of the above"], answer)]
+        jsonl(past / year / f"{week}_qa_nota.jsonl", other)
+        jsonl(past / year / f"{week}_gcs.jsonl", [{"question_id": name, "search_result": []}])
     assert TASK.hub is not None and TASK.hub.id == "monsoon-nlp/relive-qa"
     local = replace(TASK, hub=replace(TASK.hub, id=str(tmp_path / "hub")))
     found = {e.id: e.target["mc_answer_idx"] for e in read_source(local, "hub").examples}
@@ -110,7 +105,7 @@ def test_the_copy_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(("text", "letter"), [(" B. Bob", "B"), ("(C)", "C"), (" Bob", "B"), ("42", "")])
 def test_the_letter_is_read_as_for_truthfulqa(tmp_path: Path, text: str, letter: str) -> None:
-    example = read_source(TASK, write(tmp_path / "d.jsonl", [item("a", FOUR, ["1"])])).examples[0]
+    example = read_source(TASK, str(jsonl(tmp_path / "d.jsonl", [item("a", FOUR, ["1"])]))).examples[0]
     row = TASK.row(example, [said(text)])
     assert row["parsed_output"] == letter
     scores = TASK.score_row(row)
@@ -119,7 +114,8 @@ def test_the_letter_is_read_as_for_truthfulqa(tmp_path: Path, text: str, letter:
 
 
 def test_the_most_probable_letter(tmp_path: Path) -> None:
-    example = read_source(BY_LIKELIHOOD, write(tmp_path / "d.jsonl", [item("a", FOUR, ["1"])])).examples[0]
+    path = jsonl(tmp_path / "d.jsonl", [item("a", FOUR, ["1"])])
+    example = read_source(BY_LIKELIHOOD, str(path)).examples[0]
     assert BY_LIKELIHOOD.continuations is not None
     texts = BY_LIKELIHOOD.continuations(example)
     assert tuple(texts) == (" A", " B", " C", " D")
@@ -130,7 +126,7 @@ def test_the_most_probable_letter(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["generate", "likelihood"])
 def test_both_modes_end_to_end(tmp_path: Path, mode: Any) -> None:
     system = load_system(tiny_system.write(tmp_path))
-    data = write(tmp_path / "d.jsonl", [item(str(i), FOUR[: 2 + i % 3], [str(i % 2)]) for i in range(8)])
+    data = str(jsonl(tmp_path / "d.jsonl", [item(str(i), FOUR[: 2 + i % 3], [str(i % 2)]) for i in range(8)]))
     settings: dict[str, Any] = {"data": data, "limit": 8, "progress": False, "mode": mode}
     made = run.evaluate(system, "realtimeqa", out=tmp_path / "run", **settings)
     assert made.n == 8 and made.spec.mode == mode and made.headline == "accuracy"

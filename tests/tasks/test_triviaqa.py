@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from proxytune import cli
 from proxytune.errors import UserError
 from proxytune.tasks import get_task, read_source, score_file
 from proxytune.tasks.triviaqa import normalise_answer
 from tests.support import tiny_system
-from tests.support.answers import said
+from tests.support.answers import jsonl, said
+from tests.support.command_line import proxytune
 
 TASK = get_task("triviaqa")
 DEV = {"question": "Who?", "answers": ["Ann", "Ann B."], "question_id": "tc_1"}
@@ -41,18 +40,12 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    """Write rows as JSONL."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_all_published_forms_are_one(tmp_path: Path, form: str) -> None:
-    data = read_source(TASK, write(tmp_path / "d.jsonl", [FORMS[form]]))
+    data = read_source(TASK, str(jsonl(tmp_path / "d.jsonl", [FORMS[form]])))
     assert [(e.id, e.target) for e in data.examples] == [("tc_1", DEV)]
     assert data.examples[0].prompt.plain == "Question: Who?\nAnswer:"
-    assert data.sha256 == read_source(TASK, write(tmp_path / "e.jsonl", [DEV])).sha256
+    assert data.sha256 == read_source(TASK, str(jsonl(tmp_path / "e.jsonl", [DEV]))).sha256
 
 
 def test_the_original_file_and_the_training_file(tmp_path: Path) -> None:
@@ -60,7 +53,7 @@ def test_the_original_file_and_the_training_file(tmp_path: Path) -> None:
     path.write_text(json.dumps({"Data": [FORMS["original"]], "Version": 1.0}))
     assert read_source(TASK, str(path)).examples[0].target == DEV
     train = {"prompt": "Question: Where?\nAnswer:", "completion": " Rome"}
-    train_file = write(tmp_path / "train.jsonl", [train])
+    train_file = str(jsonl(tmp_path / "train.jsonl", [train]))
     data = read_source(TASK, str(path), shots=1, shots_from=train_file)
     assert data.examples[0].prompt.plain == "Question: Where?\nAnswer: Rome\n\nQuestion: Who?\nAnswer:"
 
@@ -96,7 +89,7 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_rows_without_question_or_answers_are_refused(tmp_path: Path, row: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="line 1: no question with a list of answers"):
-        read_source(TASK, write(tmp_path / "d.jsonl", [row]))
+        read_source(TASK, str(jsonl(tmp_path / "d.jsonl", [row])))
 
 
 @pytest.mark.parametrize(
@@ -134,12 +127,12 @@ def test_normalisation_is_the_benchmarks() -> None:
 def test_settings_and_stored_predictions(tmp_path: Path) -> None:
     assert TASK.sampling.max_new_tokens == 20 and TASK.sampling.stop == ("\n",)
     rows = [{"prediction": p, "answers": ["Ann"]} for p in ("ann", "Ann.", "Bob", "ANN")]
-    report = score_file(TASK, Path(write(tmp_path / "p.jsonl", rows)))
+    report = score_file(TASK, Path(str(jsonl(tmp_path / "p.jsonl", rows))))
     assert report.headline == "acc" and report.metrics["acc"].value == 0.5
     assert report.metrics["em"].value == 0.75 and report.metrics["acc"].low is not None
     assert report.metrics["tot"].value == 4
     with pytest.raises(UserError, match=r"q\.jsonl' line 1: a TriviaQA row needs `answers`"):
-        score_file(TASK, Path(write(tmp_path / "q.jsonl", [{"prediction": "a"}])))
+        score_file(TASK, Path(str(jsonl(tmp_path / "q.jsonl", [{"prediction": "a"}]))))
 
 
 def test_the_files_of_the_papers_code(tmp_path: Path) -> None:
@@ -148,19 +141,17 @@ def test_the_files_of_the_papers_code(tmp_path: Path) -> None:
         {"question": "?", "answers": ["Ann "], "question_id": f"q{i}", "output": p, "correct": p == "ANN"}
         for i, p in enumerate(("ANN", "Ann."))
     ]
-    report = score_file(TASK, Path(write(tmp_path / "predictions.jsonl", [*rows, rows[0]])))
+    report = score_file(TASK, Path(str(jsonl(tmp_path / "predictions.jsonl", [*rows, rows[0]]))))
     assert (report.metrics["acc"].value, report.n, report.dropped_duplicates) == (0.5, 2, 1)
     assert score_file(TASK, tmp_path).metrics == report.metrics, "a folder stands for the file in it"
 
 
 def test_eval_end_to_end(tmp_path: Path) -> None:
     yaml = tiny_system.write(tmp_path)
-    data = write(tmp_path / "d.jsonl", [{**DEV, "question_id": str(i)} for i in range(8)])
-    train = write(tmp_path / "t.jsonl", [{**DEV, "question": f"Where {i}?"} for i in range(3)])
+    data = str(jsonl(tmp_path / "d.jsonl", [{**DEV, "question_id": str(i)} for i in range(8)]))
+    train = str(jsonl(tmp_path / "t.jsonl", [{**DEV, "question": f"Where {i}?"} for i in range(3)]))
     asked = ["eval", "triviaqa", "--system", str(yaml), "--data", data, "--limit", "8", "--shots", "2"]
-    made = CliRunner().invoke(
-        cli.app, [*asked, "--shots-from", train, "--out", str(tmp_path / "run"), "--json"]
-    )
+    made = proxytune(*asked, "--shots-from", train, "--out", str(tmp_path / "run"), "--json")
     assert made.exit_code == 0, made.output
     found = json.loads(made.stdout)
     assert found["n"] == 8 and list(found["metrics"]) == ["acc", "em", "f1", "tot"]

@@ -20,6 +20,7 @@ from proxytune.core.device_loop import DeviceLoop
 from proxytune.core.device_sampling import Draw
 from proxytune.core.device_state import bucket
 from proxytune.core.engine import Engine
+from proxytune.core.graphs import Graphs
 from proxytune.core.pace import Ahead, StepPace
 from proxytune.core.scheduler import Request
 from proxytune.core.speculative import Speculation
@@ -390,12 +391,12 @@ def test_what_cannot_run_this_way(trio: System) -> None:
 def test_a_refused_capture_leaves_the_engine_its_own_steps(
     trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps
 ) -> None:
-    monkeypatch.setattr("proxytune.core.graphs.Graphs.ready", lambda *_: False)
+    monkeypatch.setattr(Graphs, "ready", lambda *_: False)
 
     def prepare(*_: object) -> None:
         raise device_loop.Refused("some layer waits")
 
-    monkeypatch.setattr("proxytune.core.graphs.Graphs.prepare", prepare)
+    monkeypatch.setattr(Graphs, "prepare", prepare)
     with pytest.warns(UserWarning, match="some layer waits"):
         check(decoder(trio, speculation=drafting(3)), ragged(3, 1), Sampling(max_new_tokens=6))
     assert steps.waited == steps.ahead == 0
