@@ -127,12 +127,12 @@ def test_normalisation_is_the_benchmarks() -> None:
 def test_settings_and_stored_predictions(tmp_path: Path) -> None:
     assert TASK.sampling.max_new_tokens == 20 and TASK.sampling.stop == ("\n",)
     rows = [{"prediction": p, "answers": ["Ann"]} for p in ("ann", "Ann.", "Bob", "ANN")]
-    report = score_file(TASK, Path(str(jsonl(tmp_path / "p.jsonl", rows))))
+    report = score_file(TASK, jsonl(tmp_path / "p.jsonl", rows))
     assert report.headline == "acc" and report.metrics["acc"].value == 0.5
     assert report.metrics["em"].value == 0.75 and report.metrics["acc"].low is not None
     assert report.metrics["tot"].value == 4
     with pytest.raises(UserError, match=r"q\.jsonl' line 1: a TriviaQA row needs `answers`"):
-        score_file(TASK, Path(str(jsonl(tmp_path / "q.jsonl", [{"prediction": "a"}]))))
+        score_file(TASK, jsonl(tmp_path / "q.jsonl", [{"prediction": "a"}]))
 
 
 def test_the_files_of_the_papers_code(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_the_files_of_the_papers_code(tmp_path: Path) -> None:
         {"question": "?", "answers": ["Ann "], "question_id": f"q{i}", "output": p, "correct": p == "ANN"}
         for i, p in enumerate(("ANN", "Ann."))
     ]
-    report = score_file(TASK, Path(str(jsonl(tmp_path / "predictions.jsonl", [*rows, rows[0]]))))
+    report = score_file(TASK, jsonl(tmp_path / "predictions.jsonl", [*rows, rows[0]]))
     assert (report.metrics["acc"].value, report.n, report.dropped_duplicates) == (0.5, 2, 1)
     assert score_file(TASK, tmp_path).metrics == report.metrics, "a folder stands for the file in it"
 
