@@ -1,0 +1,10 @@
+"""Machines with little memory."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def leave_free(patch: pytest.MonkeyPatch, count: int) -> None:
+    """So many bytes are free, wherever a model goes."""
+    patch.setattr("proxytune.models.free_memory", lambda where=None: count)
