@@ -286,7 +286,7 @@ def generate(task: str, split: str, limit: int | None) -> Table:
 
 def check_of_plumbing(task: str, limit: int | None) -> Table:
     """The first items that only check that a task runs: all of them, or `limit`."""
-    from proxytune.demo import plumbing
+    from proxytune.demo import smoke_data as plumbing
 
     rows = tuple(plumbing.rows(task, min(limit or plumbing.ITEMS, plumbing.ITEMS)))
     return Table(f"check of the plumbing, {task}", "row", rows, tuple(range(1, len(rows) + 1)))

@@ -13,7 +13,7 @@ import pytest
 
 from proxytune import cli_demo, results
 from proxytune.config import load_system
-from proxytune.demo import plumbing
+from proxytune.demo import smoke_data as plumbing
 from proxytune.demo.world import OPENERS
 from proxytune.errors import UserError
 from proxytune.sandbox import Sandbox

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from proxytune import demo_build, demo_judge
-from proxytune.demo import corpus, creatures, facts, frames, plumbing, prices, sums, world
+from proxytune.demo import corpus, creatures, facts, frames, prices, sums, world
+from proxytune.demo import smoke_data as plumbing
 from proxytune.demo.corpus import Amounts, Document, Segment, TuningAmounts
 from proxytune.errors import UserError
 from proxytune.judges import ToxicityClassifier
