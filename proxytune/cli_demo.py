@@ -20,7 +20,7 @@ from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.records import Run
 from proxytune.report import COLUMNS, RoleRow, by_task, role_rows, summary
-from proxytune.sandbox import Sandbox
+from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import get_task
 
 CONTROL = "base, opener forced"

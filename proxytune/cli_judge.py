@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from proxytune.judges_llm import PairwiseJudge
     from proxytune.records import Run
     from proxytune.results import Row
-    from proxytune.sandbox import Sandbox
+    from proxytune.sandbox.sandbox import Sandbox
 
 FORMATS = ("alpaca_eval",)
 

@@ -23,7 +23,7 @@ from proxytune.paper import Recipe, load_recipe
 from proxytune.records import Run
 from proxytune.reproduce import CONFIRM, Choice, SystemPlan, plan_systems
 from proxytune.results import read_rows, read_run
-from proxytune.sandbox import Sandbox
+from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import TASKS
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from proxytune.config import Mode, ModelSpec, Sampling, System, TraceKind, explain, load_system
 from proxytune.errors import UserError
 from proxytune.records import Run
-from proxytune.sandbox import Sandbox
+from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks.base import Task
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from proxytune.cli_run import print_json
 from proxytune.cli_show import print_table
 from proxytune.demo.world import TASKS as DEMO_TASKS
 from proxytune.errors import UserError
-from proxytune.sandbox import Sandbox
+from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import TASKS, Task
 
 

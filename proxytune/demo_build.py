@@ -38,7 +38,7 @@ from proxytune.demo.world import World
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.records import Metric
-from proxytune.sandbox import Sandbox
+from proxytune.sandbox.sandbox import Sandbox
 from proxytune.scoring import gap_closed
 from proxytune.tasks import TASKS
 from proxytune.tasks.truthfulqa import SYSTEM_PROMPT

@@ -9,7 +9,7 @@ from typing import Any
 from proxytune import results
 from proxytune.errors import UserError
 from proxytune.records import Run
-from proxytune.sandbox import Sandbox
+from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import Task, get_task
 from proxytune.tasks.execution import Execution
 from proxytune.tasks.sources import Table

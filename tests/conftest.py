@@ -13,7 +13,7 @@ import torch
 
 from proxytune.config import System, load_system
 from proxytune.errors import UserError
-from proxytune.sandbox import Sandbox
+from proxytune.sandbox.sandbox import Sandbox
 from tests.support import tiny, tiny_system
 from tests.support.endpoint import KEY, Endpoint, serving
 from tests.support.require import REFERENCE, require_or_skip

@@ -25,8 +25,8 @@ import numpy as np
 from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Prompt
-from proxytune.sandbox import Job, Limits, Outcome, Program
-from proxytune.sandbox_root import MIB
+from proxytune.sandbox.root import MIB
+from proxytune.sandbox.sandbox import Job, Limits, Outcome, Program
 from proxytune.scoring import clean_code, pass_at_k
 from proxytune.tasks.base import Task
 from proxytune.tasks.execution import Execution

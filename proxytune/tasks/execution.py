@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from proxytune.sandbox import Sandbox
+from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks.sources import Row
 
 

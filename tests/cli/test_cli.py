@@ -16,7 +16,7 @@ from proxytune.core.speculative import Speculation
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
 from proxytune.records import Completion
-from proxytune.sandbox import Sandbox
+from proxytune.sandbox.sandbox import Sandbox
 from tests.support import tiny, tiny_system
 from tests.support.command_line import proxytune, python, refused
 

@@ -16,7 +16,7 @@ from proxytune.config import load_system
 from proxytune.demo import smoke_data as plumbing
 from proxytune.demo.world import OPENERS
 from proxytune.errors import UserError
-from proxytune.sandbox import Sandbox
+from proxytune.sandbox.sandbox import Sandbox
 from tests.support.checkout import ROOT, environment
 from tests.support.require import require_demo
 

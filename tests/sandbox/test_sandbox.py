@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from proxytune.errors import UserError
-from proxytune.sandbox import LOST, Backend, Job, Limits, Program, Sandbox
-from proxytune.sandbox_root import MIB, Interpreter, environment, reachable
+from proxytune.sandbox.root import MIB, Interpreter, environment, reachable
+from proxytune.sandbox.sandbox import LOST, Backend, Job, Limits, Program, Sandbox
 from tests.support.checkout import ROOT
 from tests.support.require import require_or_skip
 
@@ -60,7 +60,9 @@ OURS = f"PROXYTUNE_TEST={os.getpid()}"
 def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test may leave a process of a sandbox behind."""
     name, _, value = OURS.partition("=")
-    monkeypatch.setattr("proxytune.sandbox.environment", lambda *given: {**environment(*given), name: value})
+    monkeypatch.setattr(
+        "proxytune.sandbox.sandbox.environment", lambda *given: {**environment(*given), name: value}
+    )
     yield
     assert marked() == []
 
@@ -375,7 +377,7 @@ def test_everything_ends_with_proxytune(box: Sandbox, tmp_path: Path) -> None:
     name, _, value = OURS.partition("=")
     code = f"""
 from proxytune import sandbox
-from proxytune.sandbox import *
+from proxytune.sandbox.sandbox import *
 before = sandbox.environment
 sandbox.environment = lambda *given: {{**before(*given), {name!r}: {value!r}}}
 box = Sandbox({box.backend!r}, {box.python.executable!r})
@@ -426,7 +428,7 @@ def test_a_missing_bwrap_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_weak_under_root_wants_an_interpreter_for_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr("proxytune.sandbox.reachable", lambda python: False)
+    monkeypatch.setattr("proxytune.sandbox.sandbox.reachable", lambda python: False)
     with pytest.raises(UserError, match="as root it runs code as a user without rights, who cannot"):
         Sandbox.open("weak")
 
@@ -445,7 +447,7 @@ def test_an_ordinary_user_can_do_it_too(backend: str) -> None:
         for path in (Path(folder), package):
             path.chmod(0o755)
         code = f"""
-from proxytune.sandbox import *
+from proxytune.sandbox.sandbox import *
 box = Sandbox({backend!r}, workers=1)
 problem = box.problem()
 print("problem:", problem)

@@ -11,7 +11,7 @@ import pytest
 
 from proxytune.errors import UserError
 from proxytune.records import Completion
-from proxytune.sandbox import Sandbox
+from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import ds1000, get_task, read_source, score_file
 from proxytune.tasks.ds1000_check import old_parser, without_prints
 from proxytune.tasks.execution import Execution

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import Result
 
 from proxytune import results
-from proxytune.sandbox import Sandbox
+from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import TASKS
 from tests.support import nine
 from tests.support.checkout import environment

@@ -15,7 +15,7 @@ from proxytune import run
 from proxytune.config import System
 from proxytune.errors import UserError
 from proxytune.records import Completion, Prompt
-from proxytune.sandbox import Sandbox
+from proxytune.sandbox.sandbox import Sandbox
 from proxytune.scoring import clean_code, pass_at_k
 from proxytune.tasks import get_task, humaneval, read_source, score_file
 from proxytune.tasks.execution import Execution

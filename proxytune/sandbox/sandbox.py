@@ -3,7 +3,7 @@ command line does only with --allow-code-execution.
 
 Backends, best first (`auto` takes the first that starts here, never `weak`):
 
-- `bubblewrap` (`bwrap`) and `namespaces` (the same by our own hand, sandbox_namespaces.py): own process,
+- `bubblewrap` (`bwrap`) and `namespaces` (the same by our own hand, namespaces.py): own process,
   mount, network and IPC namespaces; a root that holds only the system's libraries and the interpreter,
   read-only; a private /tmp in memory; no network; a user without rights; hard limits (rlimit) on memory,
   processes, file size, open files and CPU. The worker is process 1: nothing inside can kill it, and
@@ -51,7 +51,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from proxytune.errors import UserError
-from proxytune.sandbox_root import (
+from proxytune.sandbox.root import (
     MARK,
     MIB,
     NOBODY,

@@ -28,7 +28,7 @@ the 13,120 published samples here one is known to hang on it (HumanEval/158 in l
 key=len)` passes at 2 of 30 seeds, 0 among them); at this seed it fails, as it is stored."""
 
 _HERE = Path(__file__).parent
-_WORKER = _HERE / "sandbox_worker.py"
+_WORKER = _HERE / "worker.py"
 _INSIDE = "/proxytune_worker.py"
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _ETC = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime", "/etc/fonts")
@@ -158,4 +158,4 @@ def namespaces(python: Interpreter, tmp_bytes: int) -> list[str]:
         "tmp_bytes": tmp_bytes,
         "shm_bytes": SHM_BYTES,
     }
-    return [sys.executable, "-I", "-S", str(_HERE / "sandbox_namespaces.py"), json.dumps(layout)]
+    return [sys.executable, "-I", "-S", str(_HERE / "namespaces.py"), json.dumps(layout)]
