@@ -21,8 +21,8 @@ from benchmarks.workloads import (
     workload,
 )
 from proxytune.config import Role
-from proxytune.core.speculative import LOOKUP, Speculation
 from proxytune.decode import Decoder
+from proxytune.engine.speculative.drafter import LOOKUP, Speculation
 
 ACCEPTANCE = 0.8
 """What the dial is set to where a ratio needs one figure."""

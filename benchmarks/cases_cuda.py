@@ -21,7 +21,7 @@ from benchmarks.ours import Ours
 from benchmarks.record import Report
 from benchmarks.shapes import lora_benches, random_bench
 from benchmarks.workloads import Workload, random_contexts, uniform, workload
-from proxytune.core.speculative import LOOKUP, Speculation
+from proxytune.engine.speculative.drafter import LOOKUP, Speculation
 
 TRAINED = "h200_speculative_vs_plain_trained"
 PROMPT = (128, 128)

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from benchmarks.tables import markdown
-from proxytune.core.attention import written_out
-from proxytune.core.cpu_attention import attend_slots, why_not
-from proxytune.core.linear import ONEDNN, TYPICAL, RowLinear
+from proxytune.engine.attention.attention import written_out
+from proxytune.engine.kernels.cpu_attention import attend_slots, why_not
+from proxytune.engine.kernels.linear import ONEDNN, TYPICAL, RowLinear
 
 SHAPES: tuple[tuple[int, int], ...] = (
     *((256, 256), (672, 256), (1538, 256)),

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
-from proxytune.core.int8 import Int8Linear
-from proxytune.core.paged_attention import gathered, paged_attention, supported, token_slots
+from proxytune.engine.kernels.int8 import Int8Linear
+from proxytune.engine.kernels.paged_attention import gathered, paged_attention, supported, token_slots
 
 PAGE = 16
 NAME = "proxytune_benchmark"

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.shapes import kv_bytes_per_token, read_bytes
-from proxytune.core.device_attention import DevicePacked
+from proxytune.engine.cuda.attention import DevicePacked
 
 MIB = 2**20
 WARM_UPS = 8

@@ -17,12 +17,12 @@ from benchmarks.measure import Contender, Outcome, distinct, synchronise
 from benchmarks.shapes import Bench, kv_bytes_per_token, read_bytes
 from benchmarks.workloads import Item, Workload
 from proxytune.config import Role
-from proxytune.core.engine import Engine, Ensemble, Term
-from proxytune.core.pace import Pace
-from proxytune.core.sampling import Spot
-from proxytune.core.scheduler import Request
-from proxytune.core.speculative import Speculation
 from proxytune.decode import PREFILL_TOKENS, Decoder
+from proxytune.engine.engine import Engine, Ensemble, Term
+from proxytune.engine.sampling import Spot
+from proxytune.engine.scheduler import Request
+from proxytune.engine.speculative.draft_length import Pace
+from proxytune.engine.speculative.drafter import Speculation
 
 PLAIN = Speculation(k=0, lookup=False)
 DEFAULT = Speculation()

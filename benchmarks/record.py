@@ -13,7 +13,7 @@ from benchmarks.paper_loop import combined_logits
 from benchmarks.shapes import TRIO, Bench
 from benchmarks.workloads import Workload
 from proxytune import __version__
-from proxytune.core.cpu_attention import why_not
+from proxytune.engine.kernels.cpu_attention import why_not
 from proxytune.provenance import provenance
 
 

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from proxytune.adapters import Adapters
 from proxytune.config import ExpertSpec, ModelSpec, Role, System, load_system
-from proxytune.core.linear import use_row_linears
-from proxytune.core.norm import use_row_norms
 from proxytune.decode import Decoder
+from proxytune.engine.kernels.linear import use_row_linears
+from proxytune.engine.kernels.norm import use_row_norms
 from proxytune.errors import UserError
 from proxytune.families import examine
 from proxytune.models import Loaded, Models, resolve

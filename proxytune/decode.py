@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
-from proxytune.core.cache import CacheSpec, KVCache, PagedCache, SlotCache
-from proxytune.core.cpu_attention import why_not
-from proxytune.core.engine import Engine, Ensemble, Result, Term
-from proxytune.core.likelihood import Continuation, likelihoods
-from proxytune.core.pace import Pace
-from proxytune.core.runner import Alignment, ModelRunner, ReferenceRunner, Runner
-from proxytune.core.scheduler import Request
-from proxytune.core.speculative import Speculation
+from proxytune.engine.engine import Engine, Ensemble, Result, Term
+from proxytune.engine.kernels.cpu_attention import why_not
+from proxytune.engine.kv.cache import CacheSpec, KVCache, PagedCache, SlotCache
+from proxytune.engine.likelihood import Continuation, likelihoods
+from proxytune.engine.runners.runner import Alignment, ModelRunner, ReferenceRunner, Runner
+from proxytune.engine.scheduler import Request
+from proxytune.engine.speculative.draft_length import Pace
+from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
 from proxytune.models import GIB, Loaded, Models, free_memory
 from proxytune.prompts import (

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from proxytune.core.attention import NAME, Discovery, MissingContext, attend
-from proxytune.core.cache import CacheSpec, LayerShape, SlotCache
-from proxytune.core.lean import LeanForward
-from proxytune.core.runner import Alignment, Forward, ModelRunner, ReferenceRunner, Segment, Work
+from proxytune.engine.attention.attention import NAME, Discovery, MissingContext, attend
+from proxytune.engine.attention.llama_forward import LeanForward
+from proxytune.engine.kv.cache import CacheSpec, LayerShape, SlotCache
+from proxytune.engine.runners.runner import Alignment, Forward, ModelRunner, ReferenceRunner, Segment, Work
 from proxytune.errors import UserError
 
 AttentionInterface.register(NAME, attend)

@@ -24,9 +24,9 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from proxytune import hub
 from proxytune.adapters import BAD_CHECKPOINT, Adapters, AdapterSwitch, attach_for_good, bytes_of, first_line
 from proxytune.config import ExpertSpec, ModelSpec, Role, System
-from proxytune.core.linear import use_row_linears
-from proxytune.core.norm import use_row_norms
-from proxytune.core.runner import Forward
+from proxytune.engine.kernels.linear import use_row_linears
+from proxytune.engine.kernels.norm import use_row_norms
+from proxytune.engine.runners.runner import Forward
 from proxytune.errors import UserError, needs_extra
 from proxytune.families import UNBOUNDED, Family, examine
 from proxytune.quantized import Int8Config, bytes_needed

@@ -18,8 +18,8 @@ import torch
 
 from proxytune import __version__, results
 from proxytune.config import RunSpec
-from proxytune.core.speculative import Speculation
 from proxytune.decode import Decoder, DecodeStats
+from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.progress import Progress

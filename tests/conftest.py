@@ -75,8 +75,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> torch.device:
         require_or_skip("triton", "triton is not installed")
     if torch.cuda.is_available():
         return torch.device("cuda")
-    monkeypatch.setattr("proxytune.core.paged_attention.runs_triton", lambda tensor: True)
-    monkeypatch.setattr("proxytune.core.int8.runs_triton", lambda tensor: True)
+    monkeypatch.setattr("proxytune.engine.kernels.paged_attention.runs_triton", lambda tensor: True)
+    monkeypatch.setattr("proxytune.engine.kernels.int8.runs_triton", lambda tensor: True)
     return torch.device("cpu")
 
 
@@ -118,7 +118,7 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
         use_pages(monkeypatch)
     if request.param == "slots by torch":
-        monkeypatch.setattr("proxytune.core.attention.takes", lambda query, stored: False)
+        monkeypatch.setattr("proxytune.engine.attention.attention.takes", lambda query, stored: False)
     return str(request.param)
 
 

@@ -20,7 +20,7 @@ from benchmarks.measure import Contender, Outcome, Timed, observe
 from benchmarks.ours import Ours
 from benchmarks.record import Oracle
 from benchmarks.workloads import log_uniform, random_contexts, uniform, workload
-from proxytune.core.linear import RowLinear
+from proxytune.engine.kernels.linear import RowLinear
 from tests.support import oracle
 from tests.support.checkout import ROOT, WEIGHTS, environment
 from tests.support.on_device import as_on_a_device, on_launch

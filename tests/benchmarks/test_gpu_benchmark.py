@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_kernels import NAME, PAGE, Pages, attend
-from proxytune.core.paged_attention import token_slots
+from proxytune.engine.kernels.paged_attention import token_slots
 from proxytune.families import examine
 from tests.support import tiny
 from tests.support.checkout import ROOT

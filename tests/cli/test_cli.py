@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from proxytune import cli, cli_run, hub, results
-from proxytune.core.speculative import Speculation
 from proxytune.decode import Decoder
+from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
 from proxytune.records import Completion
 from proxytune.sandbox.sandbox import Sandbox

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
-from proxytune.core.runner import ModelRunner, Work
-from proxytune.core.speculative import Speculation
 from proxytune.decode import Decoder
+from proxytune.engine.runners.runner import ModelRunner, Work
+from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.records import Example, Prompt
@@ -76,7 +76,7 @@ def test_long_prompts_attend_through_torch_and_decode_through_the_kernel(
     trio: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one forward with short ones."""
-    monkeypatch.setattr("proxytune.core.attention.MOST_TOKENS", 8)
+    monkeypatch.setattr("proxytune.engine.attention.attention.MOST_TOKENS", 8)
     check(decoder(trio, max_batch=5), ragged(12, seed=5), Sampling(max_new_tokens=9))
 
 

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from proxytune.core import triton_attention, triton_linear
+from proxytune.engine.kernels import triton_attention, triton_linear
 
 SCALARS = {"scaling": "fp32", "softcap": "fp32"}
 KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

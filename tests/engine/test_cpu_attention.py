@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from proxytune.core import cpu_attention
-from proxytune.core.cpu_attention import attend_slots, takes, why_not
+from proxytune.engine.kernels import cpu_attention
+from proxytune.engine.kernels.cpu_attention import attend_slots, takes, why_not
 from tests.support.require import require_or_skip
 
 

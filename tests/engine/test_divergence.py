@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from proxytune import run
 from proxytune.config import Sampling, System
-from proxytune.core.divergence import kl_divergence
+from proxytune.engine.divergence import kl_divergence
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.prompts import context

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from proxytune.core.pace import LADDER, Pace, Times
+from proxytune.engine.speculative.draft_length import LADDER, Pace, Times
 
 Cost = Callable[[int], float]
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from proxytune import quantized
 from proxytune.config import ModelSpec, System
-from proxytune.core.int8 import CHUNK, MOST_ROWS, Int8Linear, dequantize, quantize
 from proxytune.decode import Decoder
+from proxytune.engine.kernels.int8 import CHUNK, MOST_ROWS, Int8Linear, dequantize, quantize
 from proxytune.errors import UserError
 from proxytune.models import Models, load_config, load_module, weights_needed
 from proxytune.quantized import random_int8
@@ -96,7 +96,7 @@ def test_kernel_is_dequantised_matmul(
 
 def test_kernel_takes_any_cut(kernels: torch.device) -> None:
     """Whatever the block sizes, and for more rows than one tile, the same product."""
-    from proxytune.core.triton_linear import Blocks, launch
+    from proxytune.engine.kernels.triton_linear import Blocks, launch
 
     layer = Int8Linear.of(nn.Linear(96, 80, bias=False)).to(kernels)
     x = torch.randn(40, 192, device=kernels)[:, ::2]  # not in one piece either
@@ -109,7 +109,7 @@ def test_kernel_takes_any_cut(kernels: torch.device) -> None:
 def test_layer_takes_any_leading_shape_and_picks_by_rows(
     kernels: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from proxytune.core import triton_linear
+    from proxytune.engine.kernels import triton_linear
 
     calls: list[int] = []
     launch = triton_linear.launch
@@ -168,7 +168,7 @@ def test_decoding_through_the_kernel(folder: Path, kernels: torch.device) -> Non
     d = Decoder(Models(System(base=spec(folder))), "base")
     found = next(iter(d.stream(ragged(1, 3), GREEDY))).token_ids
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("proxytune.core.int8.runs_triton", lambda tensor: False)
+        patch.setattr("proxytune.engine.kernels.int8.runs_triton", lambda tensor: False)
         assert next(iter(d.stream(ragged(1, 3), GREEDY))).token_ids == found
 
 

@@ -12,7 +12,7 @@ from hypothesis import assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from proxytune.core.cache import (
+from proxytune.engine.kv.cache import (
     PAGE,
     SLOT_GRANULE,
     CacheSpec,

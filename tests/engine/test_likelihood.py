@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from proxytune.config import System, parse_alpha
-from proxytune.core.likelihood import Continuation, likelihoods
 from proxytune.decode import Decoder
+from proxytune.engine.likelihood import Continuation, likelihoods
 from proxytune.errors import UserError
 from tests.support import oracle, tiny
 from tests.support.decoders import decoder, example, kv_bytes, plain, ragged, use_pages

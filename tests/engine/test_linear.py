@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from proxytune.core import linear
-from proxytune.core.linear import RowLinear, use_row_linears
+from proxytune.engine.kernels import linear
+from proxytune.engine.kernels.linear import RowLinear, use_row_linears
 from tests.support import tiny
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from proxytune.core.logits import (
+from proxytune.engine.logits import (
     Choice,
     Shift,
     ban,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from proxytune import native
 from proxytune.config import cache_folder
-from proxytune.native import NotBuilt, library
+from proxytune.engine.kernels import native
+from proxytune.engine.kernels.native import NotBuilt, library
 from tests.support.require import require_or_skip
 
 GOOD = 'extern "C" int answer() { return 42; }\n'

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from proxytune.core import cpu_rows
-from proxytune.core.cpu_attention import why_not
-from proxytune.core.norm import RowNorm, use_row_norms
+from proxytune.engine.kernels import cpu_rows
+from proxytune.engine.kernels.cpu_attention import why_not
+from proxytune.engine.kernels.norm import RowNorm, use_row_norms
 from tests.support import tiny
 from tests.support.on_cpu import without_row_kernels
 

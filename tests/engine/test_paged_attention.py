@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from proxytune.core import paged_attention as paged
-from proxytune.core.cache import PAGE, CacheSpec, LayerShape, PagedCache, Placement
+from proxytune.engine.kernels import paged_attention as paged
+from proxytune.engine.kv.cache import PAGE, CacheSpec, LayerShape, PagedCache, Placement
 
 TOLERANCE = {
     torch.float64: 1e-12,
@@ -282,7 +282,7 @@ def test_token_slots_are_where_the_cache_writes(new: int) -> None:
 
 
 def test_splits_depend_on_shapes_alone(kernels: torch.device) -> None:
-    from proxytune.core.triton_attention import MOST_SPLITS, default_splits
+    from proxytune.engine.kernels.triton_attention import MOST_SPLITS, default_splits
 
     assert default_splits(tiles=8, tokens=4096, block=64) == 64
     assert default_splits(tiles=1, tokens=100_000, block=64) == MOST_SPLITS

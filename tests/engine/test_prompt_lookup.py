@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxytune.core.passages import NGRAM, Passages, continuations
+from proxytune.engine.speculative.prompt_lookup import NGRAM, Passages, continuations
 
 
 def by_definition(ids: list[int], count: int) -> list[int]:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxytune.core.runner import Segment
-from proxytune.core.scheduler import HEADROOM, Plan, Request, Row, Scheduler
+from proxytune.engine.runners.runner import Segment
+from proxytune.engine.scheduler import HEADROOM, Plan, Request, Row, Scheduler
 
 
 class FakeRows:

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
-from proxytune.core.engine import Engine
-from proxytune.core.pace import Pace, Times
-from proxytune.core.sampling import Spot, pick
-from proxytune.core.scheduler import Request, Row, Scheduler
-from proxytune.core.speculative import LOOKUP, Speculation, same_prefix
 from proxytune.decode import Decoder
+from proxytune.engine.engine import Engine
+from proxytune.engine.sampling import Spot, pick
+from proxytune.engine.scheduler import Request, Row, Scheduler
+from proxytune.engine.speculative.draft_length import Pace, Times
+from proxytune.engine.speculative.drafter import LOOKUP, Speculation, same_prefix
 from proxytune.errors import UserError
 from proxytune.records import Completion
 from proxytune.speculate import speculation
@@ -206,7 +206,7 @@ def test_speculation_says_what_the_oracle_says(
     examples, how = ragged(3, limit, longest=10), {"alpha": parse_alpha(alpha)}
     s = Sampling(max_new_tokens=limit, min_new_tokens=min(minimum, limit), n=samples, **sampler)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("proxytune.core.scheduler.HEADROOM", 0)  # else responses this short preempt nobody
+        patch.setattr("proxytune.engine.scheduler.HEADROOM", 0)  # else responses this short preempt nobody
         if pages:
             use_pages(patch)
         plain = decoder(system, speculation=PLAIN)
@@ -233,7 +233,7 @@ def test_preemption_between_drafts_says_what_the_oracle_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows give way between drafts that stand."""
-    monkeypatch.setattr("proxytune.core.scheduler.HEADROOM", 0)
+    monkeypatch.setattr("proxytune.engine.scheduler.HEADROOM", 0)
     examples, s = ragged(4, 6, longest=12), Sampling(max_new_tokens=16, temperature=0.8)
     plain = decoder(trio, speculation=PLAIN)
     coin = Coin(run(plain, examples, s), 0.9)

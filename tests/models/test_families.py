@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from proxytune.config import Sampling, System
-from proxytune.core.attention import attend
+from proxytune.engine.attention.attention import attend
 from proxytune.errors import UserError
 from proxytune.families import context_window, examine
 from tests.support import tiny

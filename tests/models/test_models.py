@@ -19,9 +19,9 @@ from peft import (
 from safetensors.torch import load_file, save_file
 
 from proxytune.config import ExpertSpec, ModelSpec, Role, Sampling, System
-from proxytune.core.runner import ModelRunner, Segment, Work, forward_all
-from proxytune.core.speculative import Speculation
 from proxytune.decode import Decoder
+from proxytune.engine.runners.runner import ModelRunner, Segment, Work, forward_all
+from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
 from proxytune.models import Models, load_module
 from proxytune.records import Completion

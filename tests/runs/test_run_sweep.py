@@ -16,9 +16,9 @@ import pytest
 from proxytune import results, run, run_sweep
 from proxytune.analysis_sweep import sweep as curve
 from proxytune.config import AlphaSchedule, ModelSpec, Sampling, System
-from proxytune.core.runner import ModelRunner, Work
-from proxytune.core.speculative import Speculation
 from proxytune.decode import Decoder
+from proxytune.engine.runners.runner import ModelRunner, Work
+from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.records import Completion, Run

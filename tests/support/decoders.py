@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from proxytune.config import Sampling, System, parse_alpha
-from proxytune.core.cache import PagedCache
-from proxytune.core.speculative import Speculation
 from proxytune.decode import Decoder
+from proxytune.engine.kv.cache import PagedCache
+from proxytune.engine.speculative.drafter import Speculation
 from proxytune.models import Models
 from proxytune.prompts import noise_key
 from proxytune.records import Completion, Example, Prompt

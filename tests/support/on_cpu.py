@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxytune.core import cpu_rows
+from proxytune.engine.kernels import cpu_rows
 
 
 def without_row_kernels(patch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from proxytune.core import device_loop
-from proxytune.core.device_loop import DeviceLoop
-from proxytune.core.graphs import Graphs, Shape
-from proxytune.core.scheduler import Row
-from proxytune.core.speculative import LOOKUP, Speculation
 from proxytune.decode import Decoder
+from proxytune.engine.cuda import loop as device_loop
+from proxytune.engine.cuda.graphs import Graphs, Shape
+from proxytune.engine.cuda.loop import DeviceLoop
+from proxytune.engine.scheduler import Row
+from proxytune.engine.speculative.drafter import LOOKUP, Speculation
 from proxytune.models import Loaded
 from tests.support.decoders import use_pages
 

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from proxytune.config import parse_alpha
-from proxytune.core.cache import PAGE, CacheSpec, LayerShape, PagedCache
-from proxytune.core.device_attention import slots_of
-from proxytune.core.device_sampling import cut
-from proxytune.core.device_state import DeviceState, Widths, bans_of, draw_of
-from proxytune.core.device_step import Said
-from proxytune.core.logits import warp
-from proxytune.core.pace import Ahead, StepPace
-from proxytune.core.sampling import Spot, pick
-from proxytune.core.scheduler import Request, Row
+from proxytune.engine.cuda.attention import slots_of
+from proxytune.engine.cuda.sampling import cut
+from proxytune.engine.cuda.state import DeviceState, Widths, bans_of, draw_of
+from proxytune.engine.cuda.step import Said
+from proxytune.engine.kv.cache import PAGE, CacheSpec, LayerShape, PagedCache
+from proxytune.engine.logits import warp
+from proxytune.engine.sampling import Spot, pick
+from proxytune.engine.scheduler import Request, Row
+from proxytune.engine.speculative.draft_length import Ahead, StepPace
 
 VOCABULARY = 23
 CPU = torch.device("cpu")

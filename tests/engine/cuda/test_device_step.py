@@ -14,17 +14,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
-from proxytune.core import device_loop
-from proxytune.core.cache import PagedCache
-from proxytune.core.device_loop import DeviceLoop
-from proxytune.core.device_sampling import Draw
-from proxytune.core.device_state import bucket
-from proxytune.core.engine import Engine
-from proxytune.core.graphs import Graphs
-from proxytune.core.pace import Ahead, StepPace
-from proxytune.core.scheduler import Request
-from proxytune.core.speculative import Speculation
 from proxytune.decode import Decoder
+from proxytune.engine.cuda import loop as device_loop
+from proxytune.engine.cuda.graphs import Graphs
+from proxytune.engine.cuda.loop import DeviceLoop
+from proxytune.engine.cuda.sampling import Draw
+from proxytune.engine.cuda.state import bucket
+from proxytune.engine.engine import Engine
+from proxytune.engine.kv.cache import PagedCache
+from proxytune.engine.scheduler import Request
+from proxytune.engine.speculative.draft_length import Ahead, StepPace
+from proxytune.engine.speculative.drafter import Speculation
 from proxytune.models import Models
 from proxytune.records import Completion
 from tests.support import adapters, decoders, tiny

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from proxytune.config import Sampling, System
-from proxytune.core import device_loop, graphs, int8
-from proxytune.core.cache import PagedCache
-from proxytune.core.graphs import Graphs, Shape
-from proxytune.core.int8 import Int8Linear, dequantize
-from proxytune.core.speculative import Speculation
 from proxytune.decode import Decoder
+from proxytune.engine.cuda import graphs
+from proxytune.engine.cuda import loop as device_loop
+from proxytune.engine.cuda.graphs import Graphs, Shape
+from proxytune.engine.kernels import int8
+from proxytune.engine.kernels.int8 import Int8Linear, dequantize
+from proxytune.engine.kv.cache import PagedCache
+from proxytune.engine.speculative.drafter import Speculation
 from proxytune.records import Completion, Example
 from tests.support import adapters, decoders, oracle
 from tests.support.adapters import on_anti
@@ -141,7 +143,7 @@ def test_an_int8_base_in_graphs_says_what_it_says_without(
 ) -> None:
     """In bfloat16 up to near-ties: cuBLAS, which multiplies for the experts, may choose otherwise in a
     graph."""
-    from proxytune.core import triton_linear
+    from proxytune.engine.kernels import triton_linear
 
     monkeypatch.setattr(decoders, "plain_models", {})  # the weights are rounded here
     launch, rows = triton_linear.launch, list[int]()

@@ -17,12 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from proxytune.config import Sampling, System
-from proxytune.core import device_loop, graphs
-from proxytune.core.device_sampling import Draw
-from proxytune.core.graphs import Refused, Shape
-from proxytune.core.pace import Ahead
-from proxytune.core.speculative import Speculation
 from proxytune.decode import Decoder
+from proxytune.engine.cuda import graphs
+from proxytune.engine.cuda import loop as device_loop
+from proxytune.engine.cuda.graphs import Refused, Shape
+from proxytune.engine.cuda.sampling import Draw
+from proxytune.engine.speculative.draft_length import Ahead
+from proxytune.engine.speculative.drafter import Speculation
 from proxytune.models import Models
 from tests.support import adapters, decoders
 from tests.support.adapters import on_anti

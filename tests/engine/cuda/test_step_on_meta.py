@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from proxytune.config import ExpertSpec, ModelSpec, Role, Sampling, System
-from proxytune.core.device_sampling import Draw
-from proxytune.core.device_state import Batch
-from proxytune.core.device_step import DeviceStep, Said
-from proxytune.core.pace import Ahead
 from proxytune.decode import Decoder
+from proxytune.engine.cuda.sampling import Draw
+from proxytune.engine.cuda.state import Batch
+from proxytune.engine.cuda.step import DeviceStep, Said
+from proxytune.engine.speculative.draft_length import Ahead
 from proxytune.models import Models
 from tests.support import adapters, tiny
 from tests.support.adapters import on_anti

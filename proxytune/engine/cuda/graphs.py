@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from proxytune.core.cache import PagedCache
-from proxytune.core.device_sampling import Draw
-from proxytune.core.device_state import DeviceState, Widths, bucket
-from proxytune.core.device_step import Branches, DeviceStep, Logits, in_turn
-from proxytune.core.pace import Ahead
+from proxytune.engine.cuda.sampling import Draw
+from proxytune.engine.cuda.state import DeviceState, Widths, bucket
+from proxytune.engine.cuda.step import Branches, DeviceStep, Logits, in_turn
+from proxytune.engine.kv.cache import PagedCache
+from proxytune.engine.speculative.draft_length import Ahead
 
 CAPTURED = {"cuda"}
 """Types of devices on which steps are captured; elsewhere they run as they are."""

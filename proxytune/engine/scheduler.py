@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from proxytune.config import AlphaSchedule
-from proxytune.core.cache import Rows
-from proxytune.core.runner import Segment
+from proxytune.engine.kv.cache import Rows
+from proxytune.engine.runners.runner import Segment
 
 HEADROOM = 16
 """Tokens that every row must be able to grow by before another row is let in: fewer preemptions."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm as rms_norm_by_torch
 
-from proxytune.native import NotBuilt, library
+from proxytune.engine.kernels.native import NotBuilt, library
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 ROTATIONS = {torch.float32: "rotate_float32", torch.float64: "rotate_float64"}

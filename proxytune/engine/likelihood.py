@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from proxytune.config import AlphaSchedule
-from proxytune.core.engine import Ensemble
-from proxytune.core.logits import largest, log_probability
-from proxytune.core.runner import Runner, Segment, Work
+from proxytune.engine.engine import Ensemble
+from proxytune.engine.logits import largest, log_probability
+from proxytune.engine.runners.runner import Runner, Segment, Work
 from proxytune.errors import UserError
 
 POSITIONS = 1024

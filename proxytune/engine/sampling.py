@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from proxytune.core.logits import Choice, ban, choose
-from proxytune.core.scheduler import Row
+from proxytune.engine.logits import Choice, ban, choose
+from proxytune.engine.scheduler import Row
 
 
 class Spot(NamedTuple):

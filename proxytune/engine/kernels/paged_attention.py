@@ -87,7 +87,7 @@ def paged_attention(
         return gathered(
             query, keys, values, table, lengths, scaling=scaling, window=window, softcap=softcap, sinks=sinks
         )
-    from proxytune.core.triton_attention import launch
+    from proxytune.engine.kernels.triton_attention import launch
 
     return launch(
         query,

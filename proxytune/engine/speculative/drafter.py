@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from proxytune.core.logits import some
-from proxytune.core.pace import LOOKED_UP, PASSAGE, Pace
-from proxytune.core.passages import Passages
-from proxytune.core.runner import Runner, Segment, Work, forward_all
-from proxytune.core.sampling import Pick, Propose, Spot, pick
-from proxytune.core.scheduler import Row
+from proxytune.engine.logits import some
+from proxytune.engine.runners.runner import Runner, Segment, Work, forward_all
+from proxytune.engine.sampling import Pick, Propose, Spot, pick
+from proxytune.engine.scheduler import Row
+from proxytune.engine.speculative.draft_length import LOOKED_UP, PASSAGE, Pace
+from proxytune.engine.speculative.prompt_lookup import Passages
 
 LOOKUP = "lookup"
 """The drafter's name where earlier passages draft for all models, and no expert runs ahead."""

@@ -8,7 +8,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from proxytune.core.cpu_rows import rms_norm
+from proxytune.engine.kernels.cpu_rows import rms_norm
 
 NEAR = 1e-5
 """How far two roundings of a norm of standard normal numbers may be apart."""

@@ -20,15 +20,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from proxytune.core.cache import PagedCache
-from proxytune.core.device_state import MOST_NEW, Widths, bucket, draw_of
-from proxytune.core.device_step import Said
-from proxytune.core.graphs import Graphs, Refused, Shape
-from proxytune.core.pace import Ahead
-from proxytune.core.runner import ModelRunner, Runner
-from proxytune.core.sampling import pick
-from proxytune.core.scheduler import Plan, Request, Row, Scheduler
-from proxytune.core.speculative import Drafter, Drafts, Speculation
+from proxytune.engine.cuda.graphs import Graphs, Refused, Shape
+from proxytune.engine.cuda.state import MOST_NEW, Widths, bucket, draw_of
+from proxytune.engine.cuda.step import Said
+from proxytune.engine.kv.cache import PagedCache
+from proxytune.engine.runners.runner import ModelRunner, Runner
+from proxytune.engine.sampling import pick
+from proxytune.engine.scheduler import Plan, Request, Row, Scheduler
+from proxytune.engine.speculative.draft_length import Ahead
+from proxytune.engine.speculative.drafter import Drafter, Drafts, Speculation
 
 DEVICES = {"cuda"}
 """Types of devices on which steps run this way. Elsewhere it is right too (the tests say so), but slower."""

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from proxytune.core.cache import PAGE, PagedCache
-from proxytune.core.device_sampling import Draw, Sampler
-from proxytune.core.scheduler import Request, Row
+from proxytune.engine.cuda.sampling import Draw, Sampler
+from proxytune.engine.kv.cache import PAGE, PagedCache
+from proxytune.engine.scheduler import Request, Row
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 """Rows that a batch is padded to; beyond the last, multiples of it."""

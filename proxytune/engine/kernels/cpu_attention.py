@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from proxytune.native import NotBuilt, library
+from proxytune.engine.kernels.native import NotBuilt, library
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 

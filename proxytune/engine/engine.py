@@ -15,16 +15,23 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from proxytune.core.device_loop import DeviceLoop, steps_on_device
-from proxytune.core.device_step import DeviceStep
-from proxytune.core.divergence import from_reference
-from proxytune.core.graphs import Graphs
-from proxytune.core.logits import Shift, combine, largest, log_probability, some
-from proxytune.core.pace import Pace
-from proxytune.core.runner import ModelRunner, Runner, Work, forward_all
-from proxytune.core.sampling import Propose, Spot, pick
-from proxytune.core.scheduler import Plan, Request, Row, Scheduler, TokenTrace
-from proxytune.core.speculative import LOOKUP, Drafter, Drafts, Speculation, StepSeconds, same_prefix
+from proxytune.engine.cuda.graphs import Graphs
+from proxytune.engine.cuda.loop import DeviceLoop, steps_on_device
+from proxytune.engine.cuda.step import DeviceStep
+from proxytune.engine.divergence import from_reference
+from proxytune.engine.logits import Shift, combine, largest, log_probability, some
+from proxytune.engine.runners.runner import ModelRunner, Runner, Work, forward_all
+from proxytune.engine.sampling import Propose, Spot, pick
+from proxytune.engine.scheduler import Plan, Request, Row, Scheduler, TokenTrace
+from proxytune.engine.speculative.draft_length import Pace
+from proxytune.engine.speculative.drafter import (
+    LOOKUP,
+    Drafter,
+    Drafts,
+    Speculation,
+    StepSeconds,
+    same_prefix,
+)
 from proxytune.errors import UserError
 
 Number = TypeVar("Number", int, float)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from proxytune.core.cache import KVCache, LayerShape, Placement, SlotCache
-from proxytune.core.cpu_attention import attend_slots, takes
-from proxytune.core.device_attention import DevicePacked
+from proxytune.engine.cuda.attention import DevicePacked
+from proxytune.engine.kernels.cpu_attention import attend_slots, takes
+from proxytune.engine.kv.cache import KVCache, LayerShape, Placement, SlotCache
 
 NAME = "proxytune"
 """Our name in the registry of attention functions."""

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from proxytune.core.attention import Asked, Packed, attend
-from proxytune.core.cpu_rows import rotate
+from proxytune.engine.attention.attention import Asked, Packed, attend
+from proxytune.engine.kernels.cpu_rows import rotate
 
 
 class Output(NamedTuple):

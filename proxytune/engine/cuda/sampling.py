@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from proxytune.core.logits import gumbel
+from proxytune.engine.logits import gumbel
 
 
 class Draw(NamedTuple):

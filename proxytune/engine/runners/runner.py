@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from proxytune.core.attention import Packed, Part
-from proxytune.core.cache import KVCache, Placement, Rows, integers
-from proxytune.core.linear import rounded
-from proxytune.core.logits import widen
-from proxytune.core.lora import SharedLora
+from proxytune.engine.attention.attention import Packed, Part
+from proxytune.engine.kernels.linear import rounded
+from proxytune.engine.kv.cache import KVCache, Placement, Rows, integers
+from proxytune.engine.logits import widen
+from proxytune.engine.runners.lora import SharedLora
 
 Forward = Callable[..., Any]
 """A causal language model's forward: keyword arguments as in Hugging Face, an object with `.logits`."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from proxytune.core.cache import PAGE, PagedCache
-from proxytune.core.paged_attention import paged_attention
+from proxytune.engine.kernels.paged_attention import paged_attention
+from proxytune.engine.kv.cache import PAGE, PagedCache
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from proxytune.core.paged_attention import KERNEL_DTYPES, runs_triton
+from proxytune.engine.kernels.paged_attention import KERNEL_DTYPES, runs_triton
 
 MOST_ROWS = 128
 """Up to this many rows weights are read as int8 by the kernel; more are multiplied with weights that were
@@ -70,7 +70,7 @@ class Int8Linear(nn.Linear):
         """[.., K] -> [.., N] in the input's dtype."""
         rows = input.numel() // self.in_features
         if 0 < rows <= MOST_ROWS and input.dtype in KERNEL_DTYPES and runs_triton(input):
-            from proxytune.core.triton_linear import launch
+            from proxytune.engine.kernels.triton_linear import launch
 
             flat = launch(input.reshape(rows, -1), self.weight, self.weight_scale, self.bias)
             return flat.view(*input.shape[:-1], self.out_features)

@@ -17,15 +17,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from proxytune.core.cache import PagedCache
-from proxytune.core.device_attention import DevicePacked, DevicePart, slots_of
-from proxytune.core.device_sampling import Draw
-from proxytune.core.device_state import Batch
-from proxytune.core.logits import log_probability, widen
-from proxytune.core.pace import Ahead
-from proxytune.core.passages import continuations
-from proxytune.core.runner import ModelRunner, Runner
-from proxytune.core.sampling import Propose
+from proxytune.engine.cuda.attention import DevicePacked, DevicePart, slots_of
+from proxytune.engine.cuda.sampling import Draw
+from proxytune.engine.cuda.state import Batch
+from proxytune.engine.kv.cache import PagedCache
+from proxytune.engine.logits import log_probability, widen
+from proxytune.engine.runners.runner import ModelRunner, Runner
+from proxytune.engine.sampling import Propose
+from proxytune.engine.speculative.draft_length import Ahead
+from proxytune.engine.speculative.prompt_lookup import continuations
 
 Logits = dict[str, Tensor]
 """Per model [R, Q, V] over the base's vocabulary."""

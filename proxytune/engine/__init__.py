@@ -1,0 +1,1 @@
+"""Decoding in ids and logits: what decodes together, in which order, and which token comes next."""

@@ -1,0 +1,1 @@
+"""Attention over packed tokens of ragged rows, as Hugging Face modules call it."""

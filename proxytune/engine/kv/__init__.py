@@ -1,0 +1,1 @@
+"""The KV cache: ragged rows, contiguous (CPU) or paged (CUDA)."""

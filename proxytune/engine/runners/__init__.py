@@ -1,0 +1,1 @@
+"""One model behind two operations: run a forward over ragged rows, and move those rows about."""

@@ -1,0 +1,1 @@
+"""Speculative decoding: who drafts, and how far."""
