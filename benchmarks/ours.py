@@ -18,9 +18,10 @@ from benchmarks.shapes import Bench, kv_bytes_per_token, read_bytes
 from benchmarks.workloads import Item, Workload
 from proxytune.config import Role
 from proxytune.decode import PREFILL_TOKENS, Decoder
-from proxytune.engine.engine import Engine, Ensemble, Term
+from proxytune.engine.engine import Engine
+from proxytune.engine.ensemble import Ensemble, Term
+from proxytune.engine.request import Request
 from proxytune.engine.sampling import Spot
-from proxytune.engine.scheduler import Request
 from proxytune.engine.speculative.draft_length import Pace
 from proxytune.engine.speculative.drafter import Speculation
 

@@ -11,12 +11,17 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
-from proxytune.engine.engine import Engine, Ensemble, Result, Term
+from proxytune.engine.engine import Engine
+from proxytune.engine.ensemble import Ensemble, Term
 from proxytune.engine.kernels.cpu_attention import why_not
-from proxytune.engine.kv.cache import CacheSpec, KVCache, PagedCache, SlotCache
+from proxytune.engine.kv.cache import CacheSpec, KVCache
+from proxytune.engine.kv.pages import PagedCache
+from proxytune.engine.kv.slots import SlotCache
 from proxytune.engine.likelihood import Continuation, likelihoods
-from proxytune.engine.runners.runner import Alignment, ModelRunner, ReferenceRunner, Runner
-from proxytune.engine.scheduler import Request
+from proxytune.engine.request import Request, Result
+from proxytune.engine.runners.reference import ReferenceRunner
+from proxytune.engine.runners.runner import ModelRunner, Runner
+from proxytune.engine.runners.vocab_map import Alignment
 from proxytune.engine.speculative.draft_length import Pace
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError

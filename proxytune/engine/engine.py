@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from proxytune.engine.cuda.graphs import Graphs
 from proxytune.engine.cuda.loop import DeviceLoop, steps_on_device
-from proxytune.engine.cuda.step import DeviceStep
-from proxytune.engine.divergence import from_reference
-from proxytune.engine.logits import Shift, combine, largest, log_probability, some
-from proxytune.engine.runners.runner import ModelRunner, Runner, Work, forward_all
-from proxytune.engine.sampling import Propose, Spot, pick
-from proxytune.engine.scheduler import Plan, Request, Row, Scheduler, TokenTrace
+from proxytune.engine.ensemble import Ensemble
+from proxytune.engine.logits import largest, log_probability, some
+from proxytune.engine.request import Plan, Request, Result, Row, TokenTrace, Work
+from proxytune.engine.runners.runner import forward_all
+from proxytune.engine.sampling import Spot, pick
+from proxytune.engine.scheduler import Scheduler
 from proxytune.engine.speculative.draft_length import Pace
 from proxytune.engine.speculative.drafter import (
-    LOOKUP,
     Drafter,
     Drafts,
     Speculation,
@@ -35,98 +33,6 @@ from proxytune.engine.speculative.drafter import (
 from proxytune.errors import UserError
 
 Number = TypeVar("Number", int, float)
-
-
-@dataclass(frozen=True)
-class Term:
-    """One expert of an ensemble, by the names of its runners."""
-
-    expert: str
-    antiexpert: str
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Ensemble:
-    """Models that decode together: logits = lead + alpha * sum of the terms. One model alone has no terms."""
-
-    runners: Mapping[str, Runner]
-    lead: str
-    terms: tuple[Term, ...] = ()
-    observed: Ensemble | None = None
-    """What is traced as the proxy where it is not this combination that decodes."""
-    reference: str | None = None
-    """The model whose divergence from the proxy and from its lead is traced; it only watches."""
-    _graphs: dict[tuple[tuple[str, ...], Propose | None], Graphs] = field(default_factory=dict)
-    """By front: they outlive the engine that made them."""
-
-    def combine(self, logits: Mapping[str, Tensor], alpha: Tensor, *, all_moved: bool = False) -> Tensor:
-        """Logits [B, V] per model, alpha [B] -> [B, V] on the lead's device; `all_moved`: no alpha is 0."""
-        lead = logits[self.lead]
-        shifts = [
-            Shift(
-                logits[t.expert].to(lead.device),
-                logits[t.antiexpert].to(lead.device),
-                t.weight,
-                self._shared(t),
-            )
-            for t in self.terms
-        ]
-        return combine(lead, shifts, alpha, all_moved=all_moved)
-
-    def front(self, drafter: str | None = None) -> tuple[str, ...]:
-        """The expert that drafts (the first unless named) and the models on its weights; empty without
-        experts, and where earlier passages are all the drafts."""
-        experts = [term.expert for term in self.terms]
-        if not experts or drafter == LOOKUP:
-            return ()
-        if drafter is not None and drafter not in experts:
-            raise UserError(f"no expert '{drafter}' to draft: choose {' or '.join([*experts, LOOKUP])}")
-        first = drafter or experts[0]
-        weights = self.runners[first].weights
-        return (first, *(n for n, runner in self.runners.items() if n != first and runner.weights is weights))
-
-    def views(
-        self, combined: Tensor, logits: Mapping[str, Tensor], alphas: Sequence[float]
-    ) -> dict[str, Tensor]:
-        """Every model's logits [B, V] and those of the proxy, on one device, for the trace."""
-        views = {name: values.to(combined.device) for name, values in logits.items()}
-        if self.observed is None:
-            return {**views, "proxy": combined}
-        strength = torch.tensor(alphas, dtype=torch.float64, device=combined.device)
-        return {**views, "proxy": self.observed.combine(views, strength)}
-
-    def divergence(self, views: Mapping[str, Tensor]) -> dict[str, list[float]]:
-        """`proxy` and its lead -> divergence of the reference from it, per row; nothing without a
-        reference."""
-        if self.reference is None:
-            return {}
-        lead = (self.observed or self).lead
-        known = self.runners[self.reference].alignment.shared
-        return from_reference(views, self.reference, ("proxy", lead), known)
-
-    def graphs(self, front: tuple[str, ...], propose: Propose | None = None) -> Graphs:
-        """The steps of this ensemble on its device, where all its models are."""
-        if (front, propose) not in self._graphs:
-            runner = self.runners[self.lead]
-            assert isinstance(runner, ModelRunner)
-            step = DeviceStep(self.runners, front, self.lead, self.combine, propose)
-            self._graphs[front, propose] = Graphs(step, runner.device)
-        return self._graphs[front, propose]
-
-    @property
-    def graphs_made(self) -> int:
-        """How many steps have been captured."""
-        return sum(graphs.made for graphs in self._graphs.values())
-
-    def forget_graphs(self) -> None:
-        """Give back the memory of all captured steps; they are made anew when they are next needed."""
-        self._graphs.clear()
-
-    def _shared(self, term: Term) -> Tensor | None:
-        known = [self.runners[name].alignment.shared for name in (term.expert, term.antiexpert)]
-        masks = [mask for mask in known if mask is not None]
-        return None if not masks else torch.stack(masks).all(0)
 
 
 class Chosen(NamedTuple):
@@ -149,17 +55,6 @@ class Counts:
     examined: int = 0
     """Drafts up to and including the first of a step that did not stand."""
     accepted: int = 0
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished response."""
-
-    request: Request
-    tokens: tuple[int, ...]
-    finish_reason: str
-    logprob: float
-    trace: tuple[TokenTrace, ...]
 
 
 class Engine:

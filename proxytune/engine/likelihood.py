@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from proxytune.config import AlphaSchedule
-from proxytune.engine.engine import Ensemble
+from proxytune.engine.ensemble import Ensemble
 from proxytune.engine.logits import largest, log_probability
-from proxytune.engine.runners.runner import Runner, Segment, Work
+from proxytune.engine.request import Segment, Work
+from proxytune.engine.runners.runner import Runner
 from proxytune.errors import UserError
 
 POSITIONS = 1024

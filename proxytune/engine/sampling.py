@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from proxytune.engine.logits import Choice, ban, choose
-from proxytune.engine.scheduler import Row
+from proxytune.engine.request import Row
 
 
 class Spot(NamedTuple):

@@ -8,89 +8,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
-from types import MappingProxyType
-from typing import NamedTuple
 
-from proxytune.config import AlphaSchedule
 from proxytune.engine.kv.cache import Rows
-from proxytune.engine.runners.runner import Segment
+from proxytune.engine.request import Plan, Request, Row, Segment
 
 HEADROOM = 16
 """Tokens that every row must be able to grow by before another row is let in: fewer preemptions."""
 
-UNIT = AlphaSchedule()
-"""Alpha 1 at every position."""
 
 LOOKAHEAD = 256
 """How far into the queue admission looks for requests that can start now."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One response to be made. Contexts are ids per model, in that model's own vocabulary; generated tokens
-    are the base's."""
-
-    contexts: Mapping[str, tuple[int, ...]]
-    key: int
-    """64-bit randomness key."""
-    max_new_tokens: int
-    eos: frozenset[int] = frozenset()
-    alpha: AlphaSchedule = UNIT
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_new_tokens: int = 0
-    banned: frozenset[int] = frozenset()
-    banned_first: frozenset[int] = frozenset()
-    forced: tuple[int, ...] = ()
-    """Tokens with which the response begins, whatever the logits say."""
-    stop: Callable[[Sequence[int]], bool] | None = None
-    """Whether the response, as ids so far, is to end here."""
-    tag: object = None
-    """The caller's own; handed back with the result."""
-
-
-class TokenTrace(NamedTuple):
-    """One generated token as every model saw it."""
-
-    token: int
-    alpha: float
-    probability: dict[str, float]  # model -> probability of the token; "proxy" is the combination
-    top: dict[str, int]  # model -> its most probable token
-    divergence: Mapping[str, float] = MappingProxyType({})  # model -> KL(reference || model) in nats
-
-
-@dataclass(eq=False)
-class Row:
-    """A request under way."""
-
-    request: Request
-    ticket: int
-    """Order of arrival; the highest makes room first."""
-    prompt: int
-    """Hash of the contexts: rows that share it (and the contexts) share prompt KV."""
-    ids: dict[str, list[int]]
-    """Per model: context and response so far."""
-    tokens: list[int] = field(default_factory=list)
-    """The response so far, in the base's ids."""
-    logprob: float = 0.0
-    trace: list[TokenTrace] = field(default_factory=list)
-
-    def same_prompt(self, other: Row) -> bool:
-        """Whether the prompt KV of one serves the other."""
-        return self.prompt == other.prompt and self.request.contexts == other.request.contexts
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One step: rows 0..decoding-1 decode, with room for `depths[i]` drafts each; `prefill` per model are
-    prompt tokens of others."""
-
-    decoding: int
-    depths: tuple[int, ...]
-    prefill: Mapping[str, tuple[Segment, ...]]
 
 
 def no_drafts(rows: Sequence[Row]) -> Sequence[int]:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
 from proxytune.decode import Decoder
-from proxytune.engine.runners.runner import ModelRunner, Work
+from proxytune.engine.request import Work
+from proxytune.engine.runners.runner import ModelRunner
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
 from proxytune.models import Models
@@ -76,7 +77,7 @@ def test_long_prompts_attend_through_torch_and_decode_through_the_kernel(
     trio: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one forward with short ones."""
-    monkeypatch.setattr("proxytune.engine.attention.attention.MOST_TOKENS", 8)
+    monkeypatch.setattr("proxytune.engine.attention.packed.MOST_TOKENS", 8)
     check(decoder(trio, max_batch=5), ragged(12, seed=5), Sampling(max_new_tokens=9))
 
 

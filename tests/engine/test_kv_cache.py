@@ -12,18 +12,9 @@ from hypothesis import assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from proxytune.engine.kv.cache import (
-    PAGE,
-    SLOT_GRANULE,
-    CacheSpec,
-    KVCache,
-    LayerShape,
-    PagedCache,
-    Placement,
-    SlotCache,
-    round_up,
-    zeros,
-)
+from proxytune.engine.kv.cache import CacheSpec, KVCache, LayerShape, Placement, round_up, zeros
+from proxytune.engine.kv.pages import PAGE, PagedCache
+from proxytune.engine.kv.slots import SLOT_GRANULE, SlotCache
 
 CPU = torch.device("cpu")
 LAYERS = (LayerShape(2, 3, 5), LayerShape(1, 4, 2))  # key and value sizes, and layers, differ

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from proxytune.engine.attention.attention import Packed, Part
 from proxytune.engine.attention.llama_forward import FIRST
+from proxytune.engine.attention.packed import Packed, Part
 from proxytune.engine.kernels.cpu_rows import rotate
-from proxytune.engine.kv.cache import CacheSpec, Placement, SlotCache
+from proxytune.engine.kv.cache import CacheSpec, Placement
+from proxytune.engine.kv.slots import SlotCache
 from proxytune.families import Family, examine
 from tests.support import tiny
 from tests.support.on_cpu import without_row_kernels

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from proxytune.engine.kernels import paged_attention as paged
-from proxytune.engine.kv.cache import PAGE, CacheSpec, LayerShape, PagedCache, Placement
+from proxytune.engine.kv.cache import CacheSpec, LayerShape, Placement
+from proxytune.engine.kv.pages import PAGE, PagedCache
 
 TOLERANCE = {
     torch.float64: 1e-12,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxytune.engine.runners.runner import Segment
-from proxytune.engine.scheduler import HEADROOM, Plan, Request, Row, Scheduler
+from proxytune.engine.request import Plan, Request, Row, Segment
+from proxytune.engine.scheduler import HEADROOM, Scheduler
 
 
 class FakeRows:

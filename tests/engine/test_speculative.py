@@ -18,8 +18,9 @@ from torch import Tensor
 from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
 from proxytune.decode import Decoder
 from proxytune.engine.engine import Engine
+from proxytune.engine.request import Request, Row
 from proxytune.engine.sampling import Spot, pick
-from proxytune.engine.scheduler import Request, Row, Scheduler
+from proxytune.engine.scheduler import Scheduler
 from proxytune.engine.speculative.draft_length import Pace, Times
 from proxytune.engine.speculative.drafter import LOOKUP, Speculation, same_prefix
 from proxytune.errors import UserError

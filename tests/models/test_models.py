@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from proxytune.config import ExpertSpec, ModelSpec, Role, Sampling, System
 from proxytune.decode import Decoder
-from proxytune.engine.runners.runner import ModelRunner, Segment, Work, forward_all
+from proxytune.engine.request import Segment, Work
+from proxytune.engine.runners.runner import ModelRunner, forward_all
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
 from proxytune.models import Models, load_module

@@ -11,7 +11,7 @@ import torch
 
 from proxytune.config import Sampling, System, parse_alpha
 from proxytune.decode import Decoder
-from proxytune.engine.kv.cache import PagedCache
+from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.models import Models
 from proxytune.prompts import noise_key

@@ -16,7 +16,7 @@ from proxytune.decode import Decoder
 from proxytune.engine.cuda import loop as device_loop
 from proxytune.engine.cuda.graphs import Graphs, Shape
 from proxytune.engine.cuda.loop import DeviceLoop
-from proxytune.engine.scheduler import Row
+from proxytune.engine.request import Row
 from proxytune.engine.speculative.drafter import LOOKUP, Speculation
 from proxytune.models import Loaded
 from tests.support.decoders import use_pages

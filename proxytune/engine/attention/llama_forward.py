@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from proxytune.engine.attention.attention import Asked, Packed, attend
+from proxytune.engine.attention.attention import Asked, attend
+from proxytune.engine.attention.packed import Packed
 from proxytune.engine.kernels.cpu_rows import rotate
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from proxytune.engine.kernels.paged_attention import paged_attention
-from proxytune.engine.kv.cache import PAGE, PagedCache
+from proxytune.engine.kv.pages import PAGE, PagedCache
 
 
 @dataclass

@@ -23,7 +23,7 @@ from torch import Tensor
 from proxytune.engine.cuda.sampling import Draw
 from proxytune.engine.cuda.state import DeviceState, Widths, bucket
 from proxytune.engine.cuda.step import Branches, DeviceStep, Logits, in_turn
-from proxytune.engine.kv.cache import PagedCache
+from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.speculative.draft_length import Ahead
 
 CAPTURED = {"cuda"}

@@ -23,10 +23,11 @@ from torch import Tensor
 from proxytune.engine.cuda.graphs import Graphs, Refused, Shape
 from proxytune.engine.cuda.state import MOST_NEW, Widths, bucket, draw_of
 from proxytune.engine.cuda.step import Said
-from proxytune.engine.kv.cache import PagedCache
+from proxytune.engine.kv.pages import PagedCache
+from proxytune.engine.request import Plan, Request, Row
 from proxytune.engine.runners.runner import ModelRunner, Runner
 from proxytune.engine.sampling import pick
-from proxytune.engine.scheduler import Plan, Request, Row, Scheduler
+from proxytune.engine.scheduler import Scheduler
 from proxytune.engine.speculative.draft_length import Ahead
 from proxytune.engine.speculative.drafter import Drafter, Drafts, Speculation
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from proxytune.engine.cuda.sampling import Draw, Sampler
-from proxytune.engine.kv.cache import PAGE, PagedCache
-from proxytune.engine.scheduler import Request, Row
+from proxytune.engine.kv.pages import PAGE, PagedCache
+from proxytune.engine.request import Request, Row
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 """Rows that a batch is padded to; beyond the last, multiples of it."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from proxytune.engine.cuda.attention import DevicePacked, DevicePart, slots_of
 from proxytune.engine.cuda.sampling import Draw
 from proxytune.engine.cuda.state import Batch
-from proxytune.engine.kv.cache import PagedCache
+from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.logits import log_probability, widen
 from proxytune.engine.runners.runner import ModelRunner, Runner
 from proxytune.engine.sampling import Propose

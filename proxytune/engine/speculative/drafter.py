@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from proxytune.engine.logits import some
-from proxytune.engine.runners.runner import Runner, Segment, Work, forward_all
+from proxytune.engine.request import Row, Segment, Work
+from proxytune.engine.runners.runner import Runner, forward_all
 from proxytune.engine.sampling import Pick, Propose, Spot, pick
-from proxytune.engine.scheduler import Row
 from proxytune.engine.speculative.draft_length import LOOKED_UP, PASSAGE, Pace
 from proxytune.engine.speculative.prompt_lookup import Passages
 

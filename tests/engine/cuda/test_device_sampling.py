@@ -16,10 +16,11 @@ from proxytune.engine.cuda.attention import slots_of
 from proxytune.engine.cuda.sampling import cut
 from proxytune.engine.cuda.state import DeviceState, Widths, bans_of, draw_of
 from proxytune.engine.cuda.step import Said
-from proxytune.engine.kv.cache import PAGE, CacheSpec, LayerShape, PagedCache
+from proxytune.engine.kv.cache import CacheSpec, LayerShape
+from proxytune.engine.kv.pages import PAGE, PagedCache
 from proxytune.engine.logits import warp
+from proxytune.engine.request import Request, Row
 from proxytune.engine.sampling import Spot, pick
-from proxytune.engine.scheduler import Request, Row
 from proxytune.engine.speculative.draft_length import Ahead, StepPace
 
 VOCABULARY = 23

@@ -21,8 +21,8 @@ from proxytune.engine.cuda.loop import DeviceLoop
 from proxytune.engine.cuda.sampling import Draw
 from proxytune.engine.cuda.state import bucket
 from proxytune.engine.engine import Engine
-from proxytune.engine.kv.cache import PagedCache
-from proxytune.engine.scheduler import Request
+from proxytune.engine.kv.pages import PagedCache
+from proxytune.engine.request import Request
 from proxytune.engine.speculative.draft_length import Ahead, StepPace
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.models import Models

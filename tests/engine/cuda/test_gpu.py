@@ -18,7 +18,7 @@ from proxytune.engine.cuda import loop as device_loop
 from proxytune.engine.cuda.graphs import Graphs, Shape
 from proxytune.engine.kernels import int8
 from proxytune.engine.kernels.int8 import Int8Linear, dequantize
-from proxytune.engine.kv.cache import PagedCache
+from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.records import Completion, Example
 from tests.support import adapters, decoders, oracle

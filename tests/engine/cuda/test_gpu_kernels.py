@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from proxytune.config import ModelSpec
 from proxytune.engine.kernels import paged_attention as paged
 from proxytune.engine.kernels.int8 import MOST_ROWS, Int8Linear, dequantize
-from proxytune.engine.kv.cache import PAGE
+from proxytune.engine.kv.pages import PAGE
 from proxytune.models import load_module
 from proxytune.quantized import random_int8
 from tests.support import tiny

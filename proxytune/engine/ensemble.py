@@ -1,0 +1,112 @@
+"""The models that decode together, and how their logits combine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from proxytune.engine.cuda.graphs import Graphs
+from proxytune.engine.cuda.step import DeviceStep
+from proxytune.engine.divergence import from_reference
+from proxytune.engine.logits import Shift, combine
+from proxytune.engine.runners.runner import ModelRunner, Runner
+from proxytune.engine.sampling import Propose
+from proxytune.engine.speculative.drafter import (
+    LOOKUP,
+)
+from proxytune.errors import UserError
+
+
+@dataclass(frozen=True)
+class Term:
+    """One expert of an ensemble, by the names of its runners."""
+
+    expert: str
+    antiexpert: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Models that decode together: logits = lead + alpha * sum of the terms. One model alone has no terms."""
+
+    runners: Mapping[str, Runner]
+    lead: str
+    terms: tuple[Term, ...] = ()
+    observed: Ensemble | None = None
+    """What is traced as the proxy where it is not this combination that decodes."""
+    reference: str | None = None
+    """The model whose divergence from the proxy and from its lead is traced; it only watches."""
+    _graphs: dict[tuple[tuple[str, ...], Propose | None], Graphs] = field(default_factory=dict)
+    """By front: they outlive the engine that made them."""
+
+    def combine(self, logits: Mapping[str, Tensor], alpha: Tensor, *, all_moved: bool = False) -> Tensor:
+        """Logits [B, V] per model, alpha [B] -> [B, V] on the lead's device; `all_moved`: no alpha is 0."""
+        lead = logits[self.lead]
+        shifts = [
+            Shift(
+                logits[t.expert].to(lead.device),
+                logits[t.antiexpert].to(lead.device),
+                t.weight,
+                self._shared(t),
+            )
+            for t in self.terms
+        ]
+        return combine(lead, shifts, alpha, all_moved=all_moved)
+
+    def front(self, drafter: str | None = None) -> tuple[str, ...]:
+        """The expert that drafts (the first unless named) and the models on its weights; empty without
+        experts, and where earlier passages are all the drafts."""
+        experts = [term.expert for term in self.terms]
+        if not experts or drafter == LOOKUP:
+            return ()
+        if drafter is not None and drafter not in experts:
+            raise UserError(f"no expert '{drafter}' to draft: choose {' or '.join([*experts, LOOKUP])}")
+        first = drafter or experts[0]
+        weights = self.runners[first].weights
+        return (first, *(n for n, runner in self.runners.items() if n != first and runner.weights is weights))
+
+    def views(
+        self, combined: Tensor, logits: Mapping[str, Tensor], alphas: Sequence[float]
+    ) -> dict[str, Tensor]:
+        """Every model's logits [B, V] and those of the proxy, on one device, for the trace."""
+        views = {name: values.to(combined.device) for name, values in logits.items()}
+        if self.observed is None:
+            return {**views, "proxy": combined}
+        strength = torch.tensor(alphas, dtype=torch.float64, device=combined.device)
+        return {**views, "proxy": self.observed.combine(views, strength)}
+
+    def divergence(self, views: Mapping[str, Tensor]) -> dict[str, list[float]]:
+        """`proxy` and its lead -> divergence of the reference from it, per row; nothing without a
+        reference."""
+        if self.reference is None:
+            return {}
+        lead = (self.observed or self).lead
+        known = self.runners[self.reference].alignment.shared
+        return from_reference(views, self.reference, ("proxy", lead), known)
+
+    def graphs(self, front: tuple[str, ...], propose: Propose | None = None) -> Graphs:
+        """The steps of this ensemble on its device, where all its models are."""
+        if (front, propose) not in self._graphs:
+            runner = self.runners[self.lead]
+            assert isinstance(runner, ModelRunner)
+            step = DeviceStep(self.runners, front, self.lead, self.combine, propose)
+            self._graphs[front, propose] = Graphs(step, runner.device)
+        return self._graphs[front, propose]
+
+    @property
+    def graphs_made(self) -> int:
+        """How many steps have been captured."""
+        return sum(graphs.made for graphs in self._graphs.values())
+
+    def forget_graphs(self) -> None:
+        """Give back the memory of all captured steps; they are made anew when they are next needed."""
+        self._graphs.clear()
+
+    def _shared(self, term: Term) -> Tensor | None:
+        known = [self.runners[name].alignment.shared for name in (term.expert, term.antiexpert)]
+        masks = [mask for mask in known if mask is not None]
+        return None if not masks else torch.stack(masks).all(0)
