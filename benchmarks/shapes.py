@@ -18,15 +18,15 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from proxytune.adapters import Adapters
 from proxytune.config import ExpertSpec, ModelSpec, Role, System, load_system
 from proxytune.decode import Decoder
 from proxytune.engine.kernels.linear import use_row_linears
 from proxytune.engine.kernels.norm import use_row_norms
 from proxytune.errors import UserError
-from proxytune.families import examine
-from proxytune.models import Loaded, Models, resolve
-from proxytune.quantized import random_int8
+from proxytune.models.adapters import Adapters
+from proxytune.models.int8 import random_int8
+from proxytune.models.loading import Loaded, Models, resolve
+from proxytune.models.support import examine
 
 TRIO: tuple[Role, ...] = ("base", "expert", "antiexpert")
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from proxytune.cli_run import console, print_json, tell_loading
 from proxytune.config import Role, System, load_system, system_names
 from proxytune.demo.world import ITEMS, OPENERS, TASKS
 from proxytune.errors import UserError
-from proxytune.models import Models
+from proxytune.models.loading import Models
 from proxytune.records import Run
 from proxytune.report import COLUMNS, RoleRow, by_task, role_rows, summary
 from proxytune.sandbox.sandbox import Sandbox

@@ -14,7 +14,7 @@ from proxytune.cli_run import console, print_json, tell_loading
 from proxytune.config import Role, Sampling, System, TraceKind
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
-from proxytune.models import Models
+from proxytune.models.loading import Models
 from proxytune.records import Completion, Example, Prompt, TracedToken
 from proxytune.run import alpha_for
 from proxytune.speculate import speculation

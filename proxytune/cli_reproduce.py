@@ -18,7 +18,7 @@ from proxytune.config import Role
 from proxytune.errors import UserError, did_you_mean
 from proxytune.judges import Judge
 from proxytune.judges_llm import PairwiseJudge
-from proxytune.models import Models
+from proxytune.models.loading import Models
 from proxytune.paper import Recipe, load_recipe
 from proxytune.records import Run
 from proxytune.reproduce import CONFIRM, Choice, SystemPlan, plan_systems

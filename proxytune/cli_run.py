@@ -20,7 +20,7 @@ from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks.base import Task
 
 if TYPE_CHECKING:
-    from proxytune.models import Models
+    from proxytune.models.loading import Models
     from proxytune.run import Options, Resources
 
 NOT_ALLOWED = (
@@ -142,7 +142,7 @@ def prepared(system: System, task: Task, asked: Request) -> tuple[Options, Resou
         print(f"note: {NOT_ALLOWED}", file=sys.stderr, flush=True)
 
     from proxytune import run
-    from proxytune.models import Models
+    from proxytune.models.loading import Models
 
     options = run.Options(
         alpha=asked.alpha,

@@ -25,7 +25,8 @@ from proxytune.engine.runners.vocab_map import Alignment
 from proxytune.engine.speculative.draft_length import Pace
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
-from proxytune.models import GIB, Loaded, Models, free_memory
+from proxytune.models.loading import GIB, Loaded, Models, free_memory
+from proxytune.models.vocabulary import align, size_of
 from proxytune.prompts import (
     ResponseText,
     TextStream,
@@ -37,7 +38,6 @@ from proxytune.prompts import (
     stop_predicate,
 )
 from proxytune.records import Completion, Example, FinishReason, Prompt, RoleMemory, TracedToken
-from proxytune.vocabulary import align, size_of
 
 MAX_ROWS = 128
 """Rows decoded together unless told otherwise: past that, matrix products are compute-bound everywhere we

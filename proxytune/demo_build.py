@@ -36,7 +36,7 @@ from proxytune.demo import corpus, world
 from proxytune.demo.corpus import Amounts, Document, TuningAmounts
 from proxytune.demo.world import World
 from proxytune.errors import UserError
-from proxytune.models import Models
+from proxytune.models.loading import Models
 from proxytune.records import Metric
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.scoring import gap_closed

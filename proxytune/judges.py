@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from proxytune.config import DType, ModelSpec, System
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
-from proxytune.models import Models, resolve
+from proxytune.models.loading import Models, resolve
 from proxytune.records import Example, Prompt
 
 Row = dict[str, Any]

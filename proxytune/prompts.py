@@ -13,8 +13,8 @@ from typing import Literal
 
 from proxytune.config import Chat, ModelSpec, Role
 from proxytune.errors import UserError
+from proxytune.models.vocabulary import Tokenizer
 from proxytune.records import Prompt
-from proxytune.vocabulary import Tokenizer
 
 Form = Literal["direct", "in_ensemble"]
 

@@ -26,7 +26,7 @@ from proxytune.config import (
 )
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
-from proxytune.models import Models
+from proxytune.models.loading import Models
 from proxytune.records import Completion, Example, Metric, Prompt, Run
 from proxytune.run_session import Job, Resources, run_job
 from proxytune.speculate import Speculate, speculation

@@ -21,7 +21,7 @@ from proxytune.config import RunSpec
 from proxytune.decode import Decoder, DecodeStats
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
-from proxytune.models import Models
+from proxytune.models.loading import Models
 from proxytune.progress import Progress
 from proxytune.provenance import provenance
 from proxytune.records import Completion, Cost, Example, RoleMemory, Run

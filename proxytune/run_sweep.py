@@ -21,7 +21,7 @@ from proxytune import __version__, results
 from proxytune.config import AlphaSchedule, System, parse_alpha
 from proxytune.decode import Decoder, DecodeStats
 from proxytune.errors import UserError
-from proxytune.models import Models
+from proxytune.models.loading import Models
 from proxytune.progress import Progress
 from proxytune.provenance import provenance
 from proxytune.records import Completion, Example, RoleMemory, Run

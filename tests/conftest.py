@@ -19,7 +19,7 @@ from tests.support.endpoint import KEY, Endpoint, serving
 from tests.support.require import REFERENCE, require_or_skip
 
 if TYPE_CHECKING:
-    from proxytune.models import Models
+    from proxytune.models.loading import Models
 
 if not torch.cuda.is_available():  # before anything imports triton: its kernels run on CPU tensors then
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -96,7 +96,7 @@ def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def models(system: System) -> Models:
     """The models of the tiny system, loaded once."""
-    from proxytune.models import Models
+    from proxytune.models.loading import Models
 
     return Models(system)
 

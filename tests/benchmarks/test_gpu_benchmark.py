@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu_kernels import NAME, PAGE, Pages, attend
 from proxytune.engine.kernels.paged_attention import token_slots
-from proxytune.families import examine
+from proxytune.models.support import examine
 from tests.support import tiny
 from tests.support.checkout import ROOT
 

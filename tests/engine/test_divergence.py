@@ -14,7 +14,7 @@ from proxytune import run
 from proxytune.config import Sampling, System
 from proxytune.engine.divergence import kl_divergence
 from proxytune.errors import UserError
-from proxytune.models import Models
+from proxytune.models.loading import Models
 from proxytune.prompts import context
 from proxytune.results import read_traces
 

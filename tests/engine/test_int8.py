@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from proxytune import quantized
 from proxytune.config import ModelSpec, System
 from proxytune.decode import Decoder
 from proxytune.engine.kernels.int8 import CHUNK, MOST_ROWS, Int8Linear, dequantize, quantize
 from proxytune.errors import UserError
-from proxytune.models import Models, load_config, load_module, weights_needed
-from proxytune.quantized import random_int8
+from proxytune.models import int8 as quantized
+from proxytune.models.int8 import random_int8
+from proxytune.models.loading import Models, load_config, load_module, weights_needed
 from tests.support import tiny
 from tests.support.decoders import GREEDY, ragged, tokens
 from tests.support.memory import leave_free

@@ -15,7 +15,7 @@ from proxytune.engine.attention.packed import Packed, Part
 from proxytune.engine.kernels.cpu_rows import rotate
 from proxytune.engine.kv.cache import CacheSpec, Placement
 from proxytune.engine.kv.slots import SlotCache
-from proxytune.families import Family, examine
+from proxytune.models.support import Family, examine
 from tests.support import tiny
 from tests.support.on_cpu import without_row_kernels
 

@@ -13,7 +13,7 @@ import torch
 from proxytune.config import Sampling, System
 from proxytune.engine.attention.attention import attend
 from proxytune.errors import UserError
-from proxytune.families import context_window, examine
+from proxytune.models.support import context_window, examine
 from tests.support import tiny
 from tests.support.decoders import check, decoder, example, ragged
 from tests.support.tiny import spec

@@ -24,7 +24,7 @@ from proxytune.engine.request import Segment, Work
 from proxytune.engine.runners.runner import ModelRunner, forward_all
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
-from proxytune.models import Models, load_module
+from proxytune.models.loading import Models, load_module
 from proxytune.records import Completion
 from tests.support import oracle, tiny
 from tests.support.adapters import fresh, on_anti, system
@@ -467,7 +467,7 @@ def test_too_large_for_memory_gives_the_numbers(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers = sum(p.numel() for p in fresh(folders["anti"]).parameters())
-    monkeypatch.setattr("proxytune.models.GIB", 1000)
+    monkeypatch.setattr("proxytune.models.loading.GIB", 1000)
     leave_free(monkeypatch, 2 * numbers)
     anti = ModelSpec(model=str(folders["anti"]), dtype="float32")
     with pytest.raises(UserError) as caught:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from proxytune.config import DType, ModelSpec, Sampling, System
 from proxytune.decode import Decoder
-from proxytune.models import Models
+from proxytune.models.loading import Models
 from proxytune.records import Example
 from tests.support import oracle, tiny
 from tests.support.decoders import ragged

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from proxytune.config import Sampling
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
+from proxytune.models.vocabulary import align, size_of
 from proxytune.prompts import noise_key
 from proxytune.records import Example
-from proxytune.vocabulary import align, size_of
 from tests.support import oracle, tiny
 from tests.support.decoders import by_id, check, decoder, example, plain, ragged, settings_of
 from tests.support.tiny import trio_of

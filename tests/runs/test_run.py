@@ -17,7 +17,7 @@ from proxytune import results, run, run_session
 from proxytune.config import Sampling, System, load_system
 from proxytune.decode import Decoder
 from proxytune.errors import UserError
-from proxytune.models import Models
+from proxytune.models.loading import Models
 from proxytune.records import Completion, Example, Prompt
 from proxytune.speculate import Speculate
 from tests.support.checkout import environment

@@ -21,7 +21,7 @@ from proxytune.engine.request import Work
 from proxytune.engine.runners.runner import ModelRunner
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
-from proxytune.models import Models
+from proxytune.models.loading import Models
 from proxytune.records import Completion, Run
 from proxytune.run_sweep import parse_alphas, run_name
 from tests.support.checkout import environment

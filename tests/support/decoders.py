@@ -13,7 +13,7 @@ from proxytune.config import Sampling, System, parse_alpha
 from proxytune.decode import Decoder
 from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.speculative.drafter import Speculation
-from proxytune.models import Models
+from proxytune.models.loading import Models
 from proxytune.prompts import noise_key
 from proxytune.records import Completion, Example, Prompt
 from tests.support import oracle

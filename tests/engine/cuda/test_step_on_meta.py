@@ -21,7 +21,7 @@ from proxytune.engine.cuda.sampling import Draw
 from proxytune.engine.cuda.state import Batch
 from proxytune.engine.cuda.step import DeviceStep, Said
 from proxytune.engine.speculative.draft_length import Ahead
-from proxytune.models import Models
+from proxytune.models.loading import Models
 from tests.support import adapters, tiny
 from tests.support.adapters import on_anti
 from tests.support.decoders import SAMPLERS, ragged

@@ -22,15 +22,22 @@ from transformers import logging as transformers_logging
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from proxytune import hub
-from proxytune.adapters import BAD_CHECKPOINT, Adapters, AdapterSwitch, attach_for_good, bytes_of, first_line
 from proxytune.config import ExpertSpec, ModelSpec, Role, System
 from proxytune.engine.kernels.linear import use_row_linears
 from proxytune.engine.kernels.norm import use_row_norms
 from proxytune.engine.runners.runner import Forward
 from proxytune.errors import UserError, needs_extra
-from proxytune.families import UNBOUNDED, Family, examine
-from proxytune.quantized import Int8Config, bytes_needed
-from proxytune.vocabulary import Tokenizer
+from proxytune.models.adapters import (
+    BAD_CHECKPOINT,
+    Adapters,
+    AdapterSwitch,
+    attach_for_good,
+    bytes_of,
+    first_line,
+)
+from proxytune.models.int8 import Int8Config, bytes_needed
+from proxytune.models.support import UNBOUNDED, Family, examine
+from proxytune.models.vocabulary import Tokenizer
 
 DEMO_SCHEME = "demo://"
 GIB = 2**30
@@ -136,7 +143,7 @@ class Models:
             model = self._loaded.pop(name)
             if model.adapter is not None:
                 model.adapters.remove(model.adapter)
-        _give_back()
+        give_back()
 
     def check(self, names: Collection[str]) -> None:
         """UserError, before anything is loaded, if a model is not there or these models do not fit
@@ -146,7 +153,7 @@ class Models:
         for name, spec in specs.items():
             if spec.model is not None:
                 config = load_config(spec, trust_remote_code=self.trust_remote_code)
-                if _placed_by_us(spec, config):
+                if placed_by_us(spec, config):
                     remote = spec.trust_remote_code or self.trust_remote_code
                     needs[name] = weights_needed(spec, config, remote)
         everywhere = "auto" if any(spec.device_map == "auto" for spec in specs.values()) else None
@@ -218,7 +225,7 @@ def resolve(location: str) -> str:
     """demo://NAME -> the folder that ships with proxytune. UserError for a local folder that is missing, and
     for a hub id that is not on disk while the hub cannot be reached."""
     if location.startswith(DEMO_SCHEME):
-        folder = Path(__file__).parent / "demo" / "weights" / location.removeprefix(DEMO_SCHEME)
+        folder = Path(__file__).parent.parent / "demo" / "weights" / location.removeprefix(DEMO_SCHEME)
         if not folder.is_dir():
             raise UserError(f"no demo model '{location}' at {folder}. Make the demo models: make demo-models")
         return str(folder)
@@ -256,7 +263,7 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
     quantization = _quantization(spec)
     config = load_config(spec, trust_remote_code=trust_remote_code)
     try:
-        size = _check_memory(spec, config, remote)
+        size = check_memory(spec, config, remote)
         (disable_progress_bar if size < SMALL else enable_progress_bar)()
         module, report = AutoModelForCausalLM.from_pretrained(
             location,
@@ -304,11 +311,11 @@ def _quantization(spec: ModelSpec) -> Int8Config | BitsAndBytesConfig | None:
     )
 
 
-def _check_memory(spec: ModelSpec, config: Any, remote: bool) -> float:
+def check_memory(spec: ModelSpec, config: Any, remote: bool) -> float:
     """Bytes of the weights; UserError with the numbers if they cannot fit into what is free."""
     need = weights_needed(spec, config, remote)
     free = free_memory(spec.device_map if isinstance(spec.device_map, str) else None)
-    if need > free and _placed_by_us(spec, config):
+    if need > free and placed_by_us(spec, config):
         raise UserError(
             f"'{spec.model}' needs {need / GIB:.1f} GiB for its weights, and {free / GIB:.1f} GiB are free: "
             + SMALLER
@@ -334,7 +341,7 @@ def weights_needed(spec: ModelSpec, config: Any, remote: bool) -> float:
     return float(numbers * per_number)
 
 
-def _placed_by_us(spec: ModelSpec, config: Any) -> bool:
+def placed_by_us(spec: ModelSpec, config: Any) -> bool:
     """Whether the estimate counts: no device map of the user's own, and not stored quantised (smaller than it
     looks)."""
     return spec.device_map in (None, "cpu", "auto") and getattr(config, "quantization_config", None) is None
@@ -358,12 +365,12 @@ def free_memory(where: str | None = None) -> int:
     cpu = int(psutil.virtual_memory().available)
     if where == "cpu" or not torch.cuda.is_available():
         return cpu
-    _give_back()
+    give_back()
     gpus = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
     return sum(gpus) + cpu if where == "auto" else gpus[0]
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Let go of what nobody uses: torch keeps freed blocks of a GPU, and an ensemble and its graphs hold on
     to each other until they are collected."""
     if torch.cuda.is_available():
