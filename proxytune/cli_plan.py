@@ -13,7 +13,7 @@ from typing import TextIO
 from proxytune import cli_judge
 from proxytune.config import Role, System
 from proxytune.judges_llm import Estimate, PairwiseJudge
-from proxytune.models.loading import free_memory
+from proxytune.models.memory import free_memory
 from proxytune.paper import Recipe
 from proxytune.records import Run
 from proxytune.report import size

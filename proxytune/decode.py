@@ -25,7 +25,8 @@ from proxytune.engine.runners.vocab_map import Alignment
 from proxytune.engine.speculative.draft_length import Pace
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
-from proxytune.models.loading import GIB, Loaded, Models, free_memory
+from proxytune.models.loading import Loaded, Models
+from proxytune.models.memory import GIB, free_memory
 from proxytune.models.vocabulary import align, size_of
 from proxytune.prompts import (
     ResponseText,

@@ -6,7 +6,6 @@ shares the antiexpert's weights."""
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -14,11 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
-from transformers import logging as transformers_logging
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from proxytune import hub
@@ -35,12 +32,20 @@ from proxytune.models.adapters import (
     bytes_of,
     first_line,
 )
-from proxytune.models.int8 import Int8Config, bytes_needed
+from proxytune.models.int8 import Int8Config
+from proxytune.models.memory import (
+    GIB,
+    SMALLER,
+    check_memory,
+    free_memory,
+    give_back,
+    placed_by_us,
+    weights_needed,
+)
 from proxytune.models.support import UNBOUNDED, Family, examine
 from proxytune.models.vocabulary import Tokenizer
 
 DEMO_SCHEME = "demo://"
-GIB = 2**30
 SMALL = GIB
 """Bytes of weights under which loading takes no time worth a progress bar."""
 
@@ -311,42 +316,6 @@ def _quantization(spec: ModelSpec) -> Int8Config | BitsAndBytesConfig | None:
     )
 
 
-def check_memory(spec: ModelSpec, config: Any, remote: bool) -> float:
-    """Bytes of the weights; UserError with the numbers if they cannot fit into what is free."""
-    need = weights_needed(spec, config, remote)
-    free = free_memory(spec.device_map if isinstance(spec.device_map, str) else None)
-    if need > free and placed_by_us(spec, config):
-        raise UserError(
-            f"'{spec.model}' needs {need / GIB:.1f} GiB for its weights, and {free / GIB:.1f} GiB are free: "
-            + SMALLER
-        )
-    return need
-
-
-SMALLER = "use a smaller dtype, quantization: int8 or 4bit, or a device_map over several devices"
-
-
-def weights_needed(spec: ModelSpec, config: Any, remote: bool) -> float:
-    """Bytes that a model's weights will take, from its configuration alone."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
-    transformers_logging.set_verbosity(level)
-    dtype = (config.dtype or torch.float32) if spec.dtype == "auto" else getattr(torch, spec.dtype)
-    if spec.quantization == "int8":
-        return float(bytes_needed(skeleton, dtype.itemsize))
-    numbers: int = sum(p.numel() for p in skeleton.parameters())
-    per_number = {"none": dtype.itemsize, "8bit": 1.0, "4bit": 0.5}[spec.quantization]
-    return float(numbers * per_number)
-
-
-def placed_by_us(spec: ModelSpec, config: Any) -> bool:
-    """Whether the estimate counts: no device map of the user's own, and not stored quantised (smaller than it
-    looks)."""
-    return spec.device_map in (None, "cpu", "auto") and getattr(config, "quantization_config", None) is None
-
-
 def load_config(spec: ModelSpec, *, trust_remote_code: bool = False) -> Any:
     """A model's configuration. UserError if there is none."""
     assert spec.model is not None
@@ -358,24 +327,6 @@ def load_config(spec: ModelSpec, *, trust_remote_code: bool = False) -> Any:
         )
     except BAD_CHECKPOINT as error:
         raise UserError(f"cannot load the model '{spec.model}': {first_line(error)}") from None
-
-
-def free_memory(where: str | None = None) -> int:
-    """Free bytes on the first GPU (all of them, and the CPU, for "auto"), or of the CPU without one."""
-    cpu = int(psutil.virtual_memory().available)
-    if where == "cpu" or not torch.cuda.is_available():
-        return cpu
-    give_back()
-    gpus = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
-    return sum(gpus) + cpu if where == "auto" else gpus[0]
-
-
-def give_back() -> None:
-    """Let go of what nobody uses: torch keeps freed blocks of a GPU, and an ensemble and its graphs hold on
-    to each other until they are collected."""
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def _refuse_soft_prompt_on_reference(name: str, family: Family, virtual: Tensor | None) -> None:

@@ -21,7 +21,8 @@ from proxytune.engine.kernels.int8 import CHUNK, MOST_ROWS, Int8Linear, dequanti
 from proxytune.errors import UserError
 from proxytune.models import int8 as quantized
 from proxytune.models.int8 import random_int8
-from proxytune.models.loading import Models, load_config, load_module, weights_needed
+from proxytune.models.loading import Models, load_config, load_module
+from proxytune.models.memory import weights_needed
 from tests.support import tiny
 from tests.support.decoders import GREEDY, ragged, tokens
 from tests.support.memory import leave_free

@@ -467,7 +467,7 @@ def test_too_large_for_memory_gives_the_numbers(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers = sum(p.numel() for p in fresh(folders["anti"]).parameters())
-    monkeypatch.setattr("proxytune.models.loading.GIB", 1000)
+    monkeypatch.setattr("proxytune.models.memory.GIB", 1000)
     leave_free(monkeypatch, 2 * numbers)
     anti = ModelSpec(model=str(folders["anti"]), dtype="float32")
     with pytest.raises(UserError) as caught:

@@ -7,4 +7,4 @@ import pytest
 
 def leave_free(patch: pytest.MonkeyPatch, count: int) -> None:
     """So many bytes are free, wherever a model goes."""
-    patch.setattr("proxytune.models.loading.free_memory", lambda where=None: count)
+    patch.setattr("proxytune.models.memory.free_memory", lambda where=None: count)

@@ -1,0 +1,71 @@
+"""Bytes: what a model's weights take, and what is free."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM
+from transformers import logging as transformers_logging
+
+from proxytune.config import ModelSpec
+from proxytune.errors import UserError
+from proxytune.models.int8 import bytes_needed
+
+GIB = 2**30
+
+
+def check_memory(spec: ModelSpec, config: Any, remote: bool) -> float:
+    """Bytes of the weights; UserError with the numbers if they cannot fit into what is free."""
+    need = weights_needed(spec, config, remote)
+    free = free_memory(spec.device_map if isinstance(spec.device_map, str) else None)
+    if need > free and placed_by_us(spec, config):
+        raise UserError(
+            f"'{spec.model}' needs {need / GIB:.1f} GiB for its weights, and {free / GIB:.1f} GiB are free: "
+            + SMALLER
+        )
+    return need
+
+
+SMALLER = "use a smaller dtype, quantization: int8 or 4bit, or a device_map over several devices"
+
+
+def weights_needed(spec: ModelSpec, config: Any, remote: bool) -> float:
+    """Bytes that a model's weights will take, from its configuration alone."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
+    transformers_logging.set_verbosity(level)
+    dtype = (config.dtype or torch.float32) if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    if spec.quantization == "int8":
+        return float(bytes_needed(skeleton, dtype.itemsize))
+    numbers: int = sum(p.numel() for p in skeleton.parameters())
+    per_number = {"none": dtype.itemsize, "8bit": 1.0, "4bit": 0.5}[spec.quantization]
+    return float(numbers * per_number)
+
+
+def placed_by_us(spec: ModelSpec, config: Any) -> bool:
+    """Whether the estimate counts: no device map of the user's own, and not stored quantised (smaller than it
+    looks)."""
+    return spec.device_map in (None, "cpu", "auto") and getattr(config, "quantization_config", None) is None
+
+
+def free_memory(where: str | None = None) -> int:
+    """Free bytes on the first GPU (all of them, and the CPU, for "auto"), or of the CPU without one."""
+    cpu = int(psutil.virtual_memory().available)
+    if where == "cpu" or not torch.cuda.is_available():
+        return cpu
+    give_back()
+    gpus = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
+    return sum(gpus) + cpu if where == "auto" else gpus[0]
+
+
+def give_back() -> None:
+    """Let go of what nobody uses: torch keeps freed blocks of a GPU, and an ensemble and its graphs hold on
+    to each other until they are collected."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
