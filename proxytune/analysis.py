@@ -23,7 +23,7 @@ from proxytune.config import Role, shipped
 from proxytune.errors import UserError
 from proxytune.records import Metric, Run
 from proxytune.results import TRACE, Row, read_rows, read_run, read_traces
-from proxytune.scoring import INTERVAL_SEED, RESAMPLES
+from proxytune.tasks.scoring import INTERVAL_SEED, RESAMPLES
 
 FLOATS = np.float64
 

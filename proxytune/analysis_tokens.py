@@ -19,7 +19,7 @@ from proxytune.analysis import FLOATS, Analysis, Figures, Source, finished, mean
 from proxytune.errors import UserError
 from proxytune.records import Metric
 from proxytune.results import read_rows
-from proxytune.tasks.sources import read_file
+from proxytune.tasks.data import read_file
 
 
 class NgramRow(Figures):

@@ -17,7 +17,7 @@ from proxytune.config import Mode, ModelSpec, Sampling, System, TraceKind, expla
 from proxytune.errors import UserError
 from proxytune.records import Run
 from proxytune.sandbox.sandbox import Sandbox
-from proxytune.tasks.base import Task
+from proxytune.tasks.task import Task
 
 if TYPE_CHECKING:
     from proxytune.models.loading import Models

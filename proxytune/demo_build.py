@@ -39,8 +39,8 @@ from proxytune.errors import UserError
 from proxytune.models.loading import Models
 from proxytune.records import Metric
 from proxytune.sandbox.sandbox import Sandbox
-from proxytune.scoring import gap_closed
 from proxytune.tasks import TASKS
+from proxytune.tasks.scoring import gap_closed
 from proxytune.tasks.truthfulqa import SYSTEM_PROMPT
 from proxytune.tune import Example, Fitted, TuneConfig, adamw, fit, muon
 

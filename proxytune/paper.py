@@ -18,8 +18,8 @@ from pydantic import Field, ValidationError, model_validator
 from proxytune.config import Record, Role, explain, read_yaml, shipped, system_names
 from proxytune.errors import UserError, did_you_mean
 from proxytune.records import Run
-from proxytune.scoring import gap_closed
 from proxytune.tasks import TASKS
+from proxytune.tasks.scoring import gap_closed
 
 Key = tuple[str, str, Role]
 """What a cell shows: the name of a system, a task, a role."""

@@ -13,7 +13,7 @@ from rich.table import Table
 from proxytune.config import ROLES, Role
 from proxytune.records import Cost, Metric, Run
 from proxytune.results import find_runs
-from proxytune.scoring import gap_closed
+from proxytune.tasks.scoring import gap_closed
 
 COLUMNS = ("system", "as", "score [95%]", "gap closed", "memory", "ms / token", "n")
 

@@ -11,8 +11,8 @@ from proxytune.errors import UserError
 from proxytune.records import Run
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import Task, get_task
+from proxytune.tasks.data import Table
 from proxytune.tasks.execution import Execution
-from proxytune.tasks.sources import Table
 
 
 def read_finished(task_name: str, folder: Path) -> tuple[Run, list[results.Row]]:

@@ -15,7 +15,7 @@ from proxytune.tasks import (
     truthfulqa,
     truthfulqa_mc,
 )
-from proxytune.tasks.base import Dataset, ScoreReport, Task, read_source, score_file
+from proxytune.tasks.task import Dataset, ScoreReport, Task, read_source, score_file
 
 __all__ = ["TASKS", "Dataset", "ScoreReport", "Task", "get_task", "read_source", "score_file"]
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Metric, Prompt
-from proxytune.scoring import mean_metric
-from proxytune.scoring_pairs import length_controlled_win_rate, win_rate, wins
-from proxytune.tasks.base import Task
-from proxytune.tasks.sources import Hub, Row, Table
+from proxytune.tasks.data import Hub, Row, Table
+from proxytune.tasks.scoring import mean_metric
+from proxytune.tasks.task import Task
+from proxytune.tasks.win_rate import length_controlled_win_rate, win_rate, wins
 
 
 def examples(table: Table, shots: str) -> list[Example]:

@@ -27,10 +27,10 @@ from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Prompt
 from proxytune.sandbox.root import MIB
 from proxytune.sandbox.sandbox import Job, Limits, Outcome, Program
-from proxytune.scoring import clean_code, pass_at_k
-from proxytune.tasks.base import Task
+from proxytune.tasks.data import Hub, Row, Table
 from proxytune.tasks.execution import Execution
-from proxytune.tasks.sources import Hub, Row, Table
+from proxytune.tasks.scoring import clean_code, pass_at_k
+from proxytune.tasks.task import Task
 
 LIBRARIES = ("Pandas", "Numpy", "Matplotlib", "Tensorflow", "Scipy", "Sklearn", "Pytorch")
 ALL, SUBSET, SUBSET_SEED = 1000, 200, 42
@@ -47,7 +47,7 @@ SAMPLING = Sampling(
     ban_first=("</",),
 )
 
-_CHECK = Path(__file__).with_name("ds1000_check.py")
+_CHECK = Path(__file__).parent / "programs" / "ds1000_check.py"
 _IMPORT = re.compile(r"^\s*(?:import|from)\s+([\w.]+)", re.MULTILINE)
 _PRELOADED = ("numpy", "pandas", "scipy", "sklearn", "matplotlib", "seaborn", "PIL", "torch")
 """Loaded once for all samples of a problem. Not tensorflow, whose threads do not survive a fork."""

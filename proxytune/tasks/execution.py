@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from proxytune.sandbox.sandbox import Sandbox
-from proxytune.tasks.sources import Row
+from proxytune.tasks.data import Row
 
 
 @dataclass

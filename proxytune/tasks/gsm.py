@@ -11,15 +11,9 @@ from collections.abc import Sequence
 from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Prompt
-from proxytune.scoring import (
-    exact_match,
-    exact_match_numeric,
-    last_number,
-    remove_commas,
-    trim_gsm,
-)
-from proxytune.tasks.base import Task
-from proxytune.tasks.sources import Hub, Row, Table
+from proxytune.tasks.data import Hub, Row, Table
+from proxytune.tasks.scoring import exact_match, exact_match_numeric, last_number, remove_commas, trim_gsm
+from proxytune.tasks.task import Task
 
 INSTRUCTION = "Answer the following question."
 PREFIX = "Answer:"

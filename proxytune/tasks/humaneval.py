@@ -16,10 +16,10 @@ from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Prompt
 from proxytune.sandbox.sandbox import Job, Program, Sandbox
-from proxytune.scoring import clean_code, pass_at_k
-from proxytune.tasks.base import Task
+from proxytune.tasks.data import Hub, Row, Table
 from proxytune.tasks.execution import Execution
-from proxytune.tasks.sources import Hub, Row, Table
+from proxytune.tasks.scoring import clean_code, pass_at_k
+from proxytune.tasks.task import Task
 
 SECONDS = 3.0
 """The paper's limit."""

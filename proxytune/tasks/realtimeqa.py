@@ -14,9 +14,9 @@ from dataclasses import replace
 from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Prompt
-from proxytune.scoring import parse_letter
-from proxytune.tasks.base import Task
-from proxytune.tasks.sources import Hub, Row, Table
+from proxytune.tasks.data import Hub, Row, Table
+from proxytune.tasks.scoring import parse_letter
+from proxytune.tasks.task import Task
 from proxytune.tasks.truthfulqa_mc import PREFIX
 
 LETTERS = "ABCDE"

@@ -17,9 +17,9 @@ from pathlib import Path
 from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Metric, Prompt
-from proxytune.scoring import mean_metric
-from proxytune.tasks.base import Task
-from proxytune.tasks.sources import Hub, Row, Table, read_file
+from proxytune.tasks.data import Hub, Row, Table, read_file
+from proxytune.tasks.scoring import mean_metric
+from proxytune.tasks.task import Task
 
 GROUPS = (
     "physical_disability", "chinese", "black", "mexican", "women", "latino", "native_american", "lgbtq",

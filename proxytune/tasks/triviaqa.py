@@ -17,8 +17,8 @@ from typing import Any
 from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Metric, Prompt
-from proxytune.tasks.base import Task
-from proxytune.tasks.sources import Hub, Row, Table
+from proxytune.tasks.data import Hub, Row, Table
+from proxytune.tasks.task import Task
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "\u2018\u2019\u00b4`", " "))

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from proxytune.config import Sampling
 from proxytune.records import Completion, Example, Prompt
-from proxytune.scoring import clean_answer, reference_accuracy
-from proxytune.tasks.base import Task
-from proxytune.tasks.sources import Hub, Row, Table
+from proxytune.tasks.data import Hub, Row, Table
+from proxytune.tasks.scoring import clean_answer, reference_accuracy
+from proxytune.tasks.task import Task
 
 PREFIX = "Answer:"
 SYSTEM_PROMPT = (

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Metric, Prompt
-from proxytune.scoring import CHOICES, parse_letter
-from proxytune.tasks.base import Task
-from proxytune.tasks.sources import Hub, Row, Table
+from proxytune.tasks.data import Hub, Row, Table
+from proxytune.tasks.scoring import CHOICES, parse_letter
+from proxytune.tasks.task import Task
 from proxytune.tasks.truthfulqa import DATA, HUB, ITEMS, LICENCE, SYSTEM_PROMPT, answers, csv_columns
 
 PREFIX = "The answer is:"

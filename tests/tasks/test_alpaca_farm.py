@@ -17,8 +17,8 @@ from proxytune.config import Sampling, load_system
 from proxytune.errors import UserError
 from proxytune.prompts import text_for
 from proxytune.records import Completion
-from proxytune.scoring_pairs import length_controlled_win_rate, wins
 from proxytune.tasks import get_task, read_source, score_file
+from proxytune.tasks.win_rate import length_controlled_win_rate, wins
 from tests.support import tiny_system
 from tests.support.answers import json_list
 from tests.support.command_line import proxytune

@@ -16,10 +16,10 @@ from proxytune.config import System
 from proxytune.errors import UserError
 from proxytune.records import Completion, Prompt
 from proxytune.sandbox.sandbox import Sandbox
-from proxytune.scoring import clean_code, pass_at_k
 from proxytune.tasks import get_task, humaneval, read_source, score_file
+from proxytune.tasks.data import Row
 from proxytune.tasks.execution import Execution
-from proxytune.tasks.sources import Row
+from proxytune.tasks.scoring import clean_code, pass_at_k
 from tests.support.answers import jsonl
 from tests.support.command_line import proxytune
 from tests.support.published import HUMANEVAL

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxytune.records import Metric
-from proxytune.scoring import (
+from proxytune.tasks.scoring import (
     clean_answer,
     difference,
     exact_match,

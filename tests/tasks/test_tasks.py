@@ -13,7 +13,7 @@ from proxytune.demo import world
 from proxytune.errors import UserError
 from proxytune.records import Prompt
 from proxytune.tasks import TASKS, get_task, read_source, score_file
-from proxytune.tasks.sources import Hub, read_file, unique_rows
+from proxytune.tasks.data import Hub, read_file, unique_rows
 from proxytune.tasks.truthfulqa import SYSTEM_PROMPT
 from tests.support.answers import jsonl, said
 

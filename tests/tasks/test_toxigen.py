@@ -12,8 +12,8 @@ import pytest
 
 from proxytune.errors import UserError
 from proxytune.prompts import text_for
-from proxytune.scoring import mean_metric
 from proxytune.tasks import get_task, read_source, score_file
+from proxytune.tasks.scoring import mean_metric
 from proxytune.tasks.toxigen import GROUPS, clean
 from tests.support.answers import said
 

@@ -114,7 +114,7 @@ def test_the_papers_rule_beside_the_benchmarks(output: str, acc: float, em: floa
 
 def read_source_one(row: dict[str, Any]) -> Any:
     """The example of one row."""
-    from proxytune.tasks.sources import Table
+    from proxytune.tasks.data import Table
 
     assert TASK.prepare is not None
     return TASK.examples(TASK.prepare(Table("here", "row", (row,), (1,))), "")[0]

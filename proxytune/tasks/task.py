@@ -19,9 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from proxytune.config import PLUMBING, SOURCES, Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Metric
-from proxytune.scoring import mean_metrics
-from proxytune.tasks.execution import Execution
-from proxytune.tasks.sources import (
+from proxytune.tasks.data import (
     Hub,
     Row,
     Table,
@@ -31,6 +29,8 @@ from proxytune.tasks.sources import (
     read_hub,
     unique_rows,
 )
+from proxytune.tasks.execution import Execution
+from proxytune.tasks.scoring import mean_metrics
 
 
 @dataclass(frozen=True, kw_only=True)

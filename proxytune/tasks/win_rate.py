@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proxytune.records import Metric
-from proxytune.scoring import INTERVAL_SEED
+from proxytune.tasks.scoring import INTERVAL_SEED
 
 Vector = NDArray[np.float64]
 
