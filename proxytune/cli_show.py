@@ -28,7 +28,7 @@ def score(task: str, file: Path, code: Code, data: str | None, *, json_only: boo
     """Score a file of predictions."""
     from proxytune.report import percent
     from proxytune.tasks import get_task, read_source, score_file
-    from proxytune.tasks.execution import Execution
+    from proxytune.tasks.task import Execution
 
     asked, execution = get_task(task), None
     if (sandbox := code.open(asked)) is not None:

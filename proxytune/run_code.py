@@ -12,7 +12,7 @@ from proxytune.records import Run
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import Task, get_task
 from proxytune.tasks.data import Table
-from proxytune.tasks.execution import Execution
+from proxytune.tasks.task import Execution
 
 
 def read_finished(task_name: str, folder: Path) -> tuple[Run, list[results.Row]]:

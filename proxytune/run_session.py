@@ -29,7 +29,7 @@ from proxytune.results import Row, RunFolder
 from proxytune.run_code import add_verdicts
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import Dataset, Task
-from proxytune.tasks.execution import Execution
+from proxytune.tasks.task import Execution
 
 CHECKPOINT_SECONDS = 10.0
 """How often the cost so far is written to run.json while a run is going on."""

@@ -15,7 +15,8 @@ from proxytune.tasks import (
     truthfulqa,
     truthfulqa_mc,
 )
-from proxytune.tasks.task import Dataset, ScoreReport, Task, read_source, score_file
+from proxytune.tasks.rescore import ScoreReport, score_file
+from proxytune.tasks.task import Dataset, Task, read_source
 
 __all__ = ["TASKS", "Dataset", "ScoreReport", "Task", "get_task", "read_source", "score_file"]
 

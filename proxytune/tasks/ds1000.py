@@ -28,9 +28,8 @@ from proxytune.records import Completion, Example, Prompt
 from proxytune.sandbox.root import MIB
 from proxytune.sandbox.sandbox import Job, Limits, Outcome, Program
 from proxytune.tasks.data import Hub, Row, Table
-from proxytune.tasks.execution import Execution
 from proxytune.tasks.scoring import clean_code, pass_at_k
-from proxytune.tasks.task import Task
+from proxytune.tasks.task import Execution, Task
 
 LIBRARIES = ("Pandas", "Numpy", "Matplotlib", "Tensorflow", "Scipy", "Sklearn", "Pytorch")
 ALL, SUBSET, SUBSET_SEED = 1000, 200, 42

@@ -17,9 +17,8 @@ from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Prompt
 from proxytune.sandbox.sandbox import Job, Program, Sandbox
 from proxytune.tasks.data import Hub, Row, Table
-from proxytune.tasks.execution import Execution
 from proxytune.tasks.scoring import clean_code, pass_at_k
-from proxytune.tasks.task import Task
+from proxytune.tasks.task import Execution, Task
 
 SECONDS = 3.0
 """The paper's limit."""

@@ -11,14 +11,13 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-
-from pydantic import BaseModel, ConfigDict
 
 from proxytune.config import PLUMBING, SOURCES, Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Metric
+from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks.data import (
     Hub,
     Row,
@@ -27,9 +26,7 @@ from proxytune.tasks.data import (
     generate,
     read_file,
     read_hub,
-    unique_rows,
 )
-from proxytune.tasks.execution import Execution
 from proxytune.tasks.scoring import mean_metrics
 
 
@@ -217,66 +214,28 @@ def _pool(task: Task, source: str, shots_from: str | None) -> Table:
 # Scoring stored predictions
 
 
-class ScoreReport(BaseModel):
-    """What re-scoring a file of predictions gave."""
+@dataclass
+class Execution:
+    """The leave to run the code of stored rows, with what that takes and an account of it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    sandbox: Sandbox
+    items: Mapping[str, Row]
+    """Example id -> target, for what rows do not hold (unit tests)."""
+    samples: int = 0
+    passed: int = 0
+    timed_out: int = 0
+    broken: int = 0
+    """Samples that were not run, because their problem could not be set up with the libraries that there
+    are."""
+    compared: int = 0
+    """Samples that had a verdict before."""
+    rerun: int = 0
+    """Samples that were run once more, alone and with a longer limit, because a time-out made the
+    difference."""
+    flips: int = 0
+    """Samples whose verdict is another one than before."""
 
-    task: str
-    file: str
-    n: int
-    """Rows scored."""
-    dropped_duplicates: int = 0
-    """Rows left out because an equal row with the same id came before."""
-    renumbered_ids: int = 0
-    """Rows that share their id with a different row; they are scored as `id#2`, `id#3`, ..."""
-    metrics: dict[str, Metric]
-    headline: str
-    execution: dict[str, int | str] | None = None
-    """Where code was run: the backend, and the counts of `Execution`."""
-
-
-def stored_in(task: Task, folder: Path) -> Path:
-    """The file of stored predictions in a folder, plain or packed; UserError where there is none."""
-    names = [name + end for name in task.files for end in ("", ".gz")]
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
-    if found is None:
-        raise UserError(
-            f"'{folder}' has no stored predictions of '{task.name}': no {', '.join(task.files)} (or .gz)"
-        )
-    return found
-
-
-def score_file(task: Task, path: Path, execution: Execution | None = None) -> ScoreReport:
-    """Score the rows of a predictions file, ours or the paper's, plain or gzip, from their texts alone. Of a
-    folder (a run's, or one of the paper's results), the file that holds them.
-
-    Rows of `--mode likelihood` are known by their log-probabilities. Code is run anew where an `execution` is
-    given; otherwise stored verdicts count.
-    """
-    path = stored_in(task, path) if path.is_dir() else path
-    table = read_file(path)
-    if task.likelihood is not None and "logprobs" in table.rows[0]:
-        task = task.likelihood
-    table = (table if task.gather is None else task.gather(table)).require(task.scored)
-    named = "id" if "id" in table.rows[0] else task.identity or "id"
-    for index, row in enumerate(table.rows):
-        try:
-            task.score_row(row)
-        except UserError as error:
-            raise UserError(f"{table.where(index)}: {error}") from None
-    kept, dropped, renumbered = unique_rows(table.rows, named)
-    rows = list(kept.values())
-    if execution is not None and task.execute is not None:
-        rows = task.execute(rows, execution)
-    metrics = task.metrics(rows)
-    return ScoreReport(
-        task=task.name,
-        file=str(path),
-        n=len(kept),
-        dropped_duplicates=dropped,
-        renumbered_ids=renumbered,
-        metrics=metrics,
-        headline=task.headline_of(metrics),
-        execution=None if execution is None else execution.report(),
-    )
+    def report(self) -> dict[str, int | str]:
+        """The account, by name."""
+        counts = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
+        return {"sandbox": self.sandbox.backend, **counts}

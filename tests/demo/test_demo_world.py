@@ -19,8 +19,8 @@ from proxytune.prompts import single_tokens, text_for
 from proxytune.records import Prompt
 from proxytune.sandbox.sandbox import Job, Sandbox
 from proxytune.tasks import TASKS, ds1000, gsm, humaneval, read_source, toxigen, truthfulqa, truthfulqa_mc
-from proxytune.tasks.execution import Execution
 from proxytune.tasks.scoring import reference_accuracy
+from proxytune.tasks.task import Execution
 
 WEIGHTS = Path(world.__file__).parent / "weights"
 ROLES = ("base", "antiexpert", "expert", "tuned", "mid-tuned")

@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from proxytune.tasks.ds1000_check import old_parser, without_prints
 
 from proxytune.errors import UserError
 from proxytune.records import Completion
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import ds1000, get_task, read_source, score_file
 from proxytune.tasks.data import Row
-from proxytune.tasks.execution import Execution
+from proxytune.tasks.programs.ds1000_check import old_parser, without_prints
+from proxytune.tasks.task import Execution
 from tests.support import published
 from tests.support.published import DS1000
 

@@ -18,8 +18,8 @@ from proxytune.records import Completion, Prompt
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import get_task, humaneval, read_source, score_file
 from proxytune.tasks.data import Row
-from proxytune.tasks.execution import Execution
 from proxytune.tasks.scoring import clean_code, pass_at_k
+from proxytune.tasks.task import Execution
 from tests.support.answers import jsonl
 from tests.support.command_line import proxytune
 from tests.support.published import HUMANEVAL
