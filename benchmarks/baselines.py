@@ -14,7 +14,7 @@ from benchmarks.measure import Contender, Outcome, synchronise
 from benchmarks.paper_loop import hf_generate, paper_generate
 from benchmarks.shapes import TRIO, Bench
 from benchmarks.workloads import Item, Workload
-from proxytune.decode import PREFILL_TOKENS
+from proxytune.decoding.decoder import PREFILL_TOKENS
 
 
 @dataclass

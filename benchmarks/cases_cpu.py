@@ -21,7 +21,7 @@ from benchmarks.workloads import (
     workload,
 )
 from proxytune.config import Role
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.engine.speculative.drafter import LOOKUP, Speculation
 
 ACCEPTANCE = 0.8

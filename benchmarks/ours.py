@@ -17,7 +17,7 @@ from benchmarks.measure import Contender, Outcome, distinct, synchronise
 from benchmarks.shapes import Bench, kv_bytes_per_token, read_bytes
 from benchmarks.workloads import Item, Workload
 from proxytune.config import Role
-from proxytune.decode import PREFILL_TOKENS, Decoder
+from proxytune.decoding.decoder import PREFILL_TOKENS, Decoder
 from proxytune.engine.engine import Engine
 from proxytune.engine.ensemble import Ensemble, Term
 from proxytune.engine.request import Request

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from proxytune.config import ExpertSpec, ModelSpec, Role, System, load_system
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.engine.kernels.linear import use_row_linears
 from proxytune.engine.kernels.norm import use_row_norms
 from proxytune.errors import UserError

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from proxytune.config import Sampling
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.records import Example
 from proxytune.tasks import TASKS, read_source
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from proxytune.cli_run import console, print_json, tell_loading
 from proxytune.config import Role, Sampling, System, TraceKind
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.errors import UserError
 from proxytune.models.loading import Models
 from proxytune.records import Completion, Example, Prompt, TracedToken

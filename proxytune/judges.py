@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from proxytune.config import DType, ModelSpec, System
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.errors import UserError
 from proxytune.models.loading import Models, resolve
 from proxytune.records import Example, Prompt

@@ -24,7 +24,7 @@ from proxytune.config import (
     TraceKind,
     parse_alpha,
 )
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.errors import UserError
 from proxytune.models.loading import Models
 from proxytune.records import Completion, Example, Metric, Prompt, Run

@@ -18,7 +18,7 @@ import torch
 
 from proxytune import __version__, results
 from proxytune.config import RunSpec
-from proxytune.decode import Decoder, DecodeStats
+from proxytune.decoding.decoder import Decoder, DecodeStats
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
 from proxytune.models.loading import Models

@@ -19,7 +19,7 @@ import torch
 
 from proxytune import __version__, results
 from proxytune.config import AlphaSchedule, System, parse_alpha
-from proxytune.decode import Decoder, DecodeStats
+from proxytune.decoding.decoder import Decoder, DecodeStats
 from proxytune.errors import UserError
 from proxytune.models.loading import Models
 from proxytune.progress import Progress

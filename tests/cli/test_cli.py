@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from proxytune import cli, cli_run, hub, results
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
 from proxytune.records import Completion

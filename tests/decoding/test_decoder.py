@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.engine.request import Work
 from proxytune.engine.runners.runner import ModelRunner
 from proxytune.engine.speculative.drafter import Speculation
@@ -83,7 +83,7 @@ def test_long_prompts_attend_through_torch_and_decode_through_the_kernel(
 
 def test_without_a_compiler_a_note_says_so(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
     assert decoder(trio).notes() == []
-    monkeypatch.setattr("proxytune.decode.why_not", lambda: "no C++ compiler found")
+    monkeypatch.setattr("proxytune.decoding.decoder.why_not", lambda: "no C++ compiler found")
     [note] = decoder(trio).notes()
     assert "slower" in note and "no C++ compiler found" in note
 

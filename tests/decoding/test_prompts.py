@@ -11,8 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from proxytune.config import Chat, ModelSpec
-from proxytune.errors import UserError
-from proxytune.prompts import (
+from proxytune.decoding.prompts import (
     Form,
     ResponseText,
     TextStream,
@@ -26,6 +25,7 @@ from proxytune.prompts import (
     stop_predicate,
     text_for,
 )
+from proxytune.errors import UserError
 from proxytune.records import Prompt
 from tests.support import tiny
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from proxytune import demo_build, demo_judge
+from proxytune.decoding.prompts import single_tokens, text_for
 from proxytune.demo import corpus, creatures, facts, frames, prices, sums, world
 from proxytune.demo import smoke_data as plumbing
 from proxytune.demo.corpus import Amounts, Document, Segment, TuningAmounts
 from proxytune.errors import UserError
 from proxytune.judges import ToxicityClassifier
-from proxytune.prompts import single_tokens, text_for
 from proxytune.records import Prompt
 from proxytune.sandbox.sandbox import Job, Sandbox
 from proxytune.tasks import TASKS, ds1000, gsm, humaneval, read_source, toxigen, truthfulqa, truthfulqa_mc

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from proxytune import run
 from proxytune.config import Sampling, System
+from proxytune.decoding.prompts import context
 from proxytune.engine.divergence import kl_divergence
 from proxytune.errors import UserError
 from proxytune.models.loading import Models
-from proxytune.prompts import context
 from proxytune.results import read_traces
 
 SHORT = Sampling(max_new_tokens=8)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from proxytune.config import ModelSpec, System
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.engine.kernels.int8 import CHUNK, MOST_ROWS, Int8Linear, dequantize, quantize
 from proxytune.errors import UserError
 from proxytune.models import int8 as quantized

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from proxytune.config import System, parse_alpha
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.engine.likelihood import Continuation, likelihoods
 from proxytune.errors import UserError
 from tests.support import oracle, tiny

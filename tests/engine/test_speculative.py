@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.engine.engine import Engine
 from proxytune.engine.request import Request, Row
 from proxytune.engine.sampling import Spot, pick

@@ -49,7 +49,7 @@ def test_reference(family: str, tmp_path: Path) -> None:
 
 
 def test_prefill_chunks_mix_with_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxytune.decode.PREFILL_TOKENS", {"cpu": 5})
+    monkeypatch.setattr("proxytune.decoding.decoder.PREFILL_TOKENS", {"cpu": 5})
     for family in ("llama", "gemma3", "gpt-oss"):
         d = decoder(family_trio(family, tmp_path / family), max_batch=4)
         check(d, ragged(7, 5, longest=19), Sampling(max_new_tokens=9))

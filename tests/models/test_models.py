@@ -19,7 +19,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 
 from proxytune.config import ExpertSpec, ModelSpec, Role, Sampling, System
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.engine.request import Segment, Work
 from proxytune.engine.runners.runner import ModelRunner, forward_all
 from proxytune.engine.speculative.drafter import Speculation

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from proxytune.config import DType, ModelSpec, Sampling, System
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.models.loading import Models
 from proxytune.records import Example
 from tests.support import oracle, tiny

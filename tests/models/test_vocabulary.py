@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from proxytune.config import Sampling
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
+from proxytune.decoding.prompts import noise_key
 from proxytune.errors import UserError
 from proxytune.models.vocabulary import align, size_of
-from proxytune.prompts import noise_key
 from proxytune.records import Example
 from tests.support import oracle, tiny
 from tests.support.decoders import by_id, check, decoder, example, plain, ragged, settings_of

@@ -15,7 +15,7 @@ import pytest
 
 from proxytune import results, run, run_session
 from proxytune.config import Sampling, System, load_system
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.errors import UserError
 from proxytune.models.loading import Models
 from proxytune.records import Completion, Example, Prompt

@@ -16,7 +16,7 @@ import pytest
 from proxytune import results, run, run_sweep
 from proxytune.analysis_sweep import sweep as curve
 from proxytune.config import AlphaSchedule, ModelSpec, Sampling, System
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.engine.request import Work
 from proxytune.engine.runners.runner import ModelRunner
 from proxytune.engine.speculative.drafter import Speculation

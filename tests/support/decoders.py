@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from proxytune.config import Sampling, System, parse_alpha
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
+from proxytune.decoding.prompts import noise_key
 from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.models.loading import Models
-from proxytune.prompts import noise_key
 from proxytune.records import Completion, Example, Prompt
 from tests.support import oracle
 
@@ -142,4 +142,4 @@ def kv_bytes(d: Decoder, tokens: int) -> int:
 
 def use_pages(patch: pytest.MonkeyPatch) -> None:
     """Decoders on the CPU keep their keys and values in pages, as on CUDA."""
-    patch.setattr("proxytune.decode.SlotCache", PagedCache)
+    patch.setattr("proxytune.decoding.decoder.SlotCache", PagedCache)

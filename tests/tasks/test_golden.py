@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proxytune.prompts import text_for
+from proxytune.decoding.prompts import text_for
 from proxytune.records import Prompt
 from proxytune.tasks import get_task, read_source, score_file
 from proxytune.tasks.scoring import exact_match, last_number, mean_metric, numeric_equal, parse_letter

@@ -10,8 +10,8 @@ import pytest
 
 from proxytune import results, run
 from proxytune.config import load_system
+from proxytune.decoding.prompts import text_for
 from proxytune.errors import UserError
-from proxytune.prompts import text_for
 from proxytune.records import Completion
 from proxytune.tasks import get_task, read_source, score_file
 from tests.support import tiny_system

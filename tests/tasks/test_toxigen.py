@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from proxytune.decoding.prompts import text_for
 from proxytune.errors import UserError
-from proxytune.prompts import text_for
 from proxytune.tasks import get_task, read_source, score_file
 from proxytune.tasks.scoring import mean_metric
 from proxytune.tasks.toxigen import GROUPS, clean

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.engine.cuda import loop as device_loop
 from proxytune.engine.cuda.graphs import Graphs
 from proxytune.engine.cuda.loop import DeviceLoop

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from proxytune.config import Sampling, System
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.engine.cuda import graphs
 from proxytune.engine.cuda import loop as device_loop
 from proxytune.engine.cuda.graphs import Graphs, Shape

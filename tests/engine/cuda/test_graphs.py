@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from proxytune.config import Sampling, System
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.engine.cuda import graphs
 from proxytune.engine.cuda import loop as device_loop
 from proxytune.engine.cuda.graphs import Refused, Shape

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from proxytune.config import ExpertSpec, ModelSpec, Role, Sampling, System
-from proxytune.decode import Decoder
+from proxytune.decoding.decoder import Decoder
 from proxytune.engine.cuda.sampling import Draw
 from proxytune.engine.cuda.state import Batch
 from proxytune.engine.cuda.step import DeviceStep, Said

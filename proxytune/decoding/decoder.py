@@ -11,6 +11,16 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
+from proxytune.decoding.prompts import (
+    ResponseText,
+    TextStream,
+    context,
+    cut,
+    form_of,
+    noise_key,
+    single_tokens,
+    stop_predicate,
+)
 from proxytune.engine.engine import Engine
 from proxytune.engine.ensemble import Ensemble, Term
 from proxytune.engine.kernels.cpu_attention import why_not
@@ -28,16 +38,6 @@ from proxytune.errors import UserError
 from proxytune.models.loading import Loaded, Models
 from proxytune.models.memory import GIB, free_memory
 from proxytune.models.vocabulary import align, size_of
-from proxytune.prompts import (
-    ResponseText,
-    TextStream,
-    context,
-    cut,
-    form_of,
-    noise_key,
-    single_tokens,
-    stop_predicate,
-)
 from proxytune.records import Completion, Example, FinishReason, Prompt, RoleMemory, TracedToken
 
 MAX_ROWS = 128
