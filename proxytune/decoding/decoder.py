@@ -11,16 +11,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
-from proxytune.decoding.prompts import (
-    ResponseText,
-    TextStream,
-    context,
-    cut,
-    form_of,
-    noise_key,
-    single_tokens,
-    stop_predicate,
-)
+from proxytune.decoding.prompts import context, form_of, noise_key
+from proxytune.decoding.response_text import ResponseText
+from proxytune.decoding.stop_strings import cut, single_tokens, stop_predicate
+from proxytune.decoding.streaming import TextStream
 from proxytune.engine.engine import Engine
 from proxytune.engine.ensemble import Ensemble, Term
 from proxytune.engine.kernels.cpu_attention import why_not

@@ -11,20 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from proxytune.config import Chat, ModelSpec
-from proxytune.decoding.prompts import (
-    Form,
-    ResponseText,
-    TextStream,
-    bare,
-    context,
-    cut,
-    decode,
-    form_of,
-    noise_key,
-    single_tokens,
-    stop_predicate,
-    text_for,
-)
+from proxytune.decoding.prompts import Form, bare, context, form_of, noise_key, text_for
+from proxytune.decoding.response_text import ResponseText, decode
+from proxytune.decoding.stop_strings import cut, single_tokens, stop_predicate
+from proxytune.decoding.streaming import TextStream
 from proxytune.errors import UserError
 from proxytune.records import Prompt
 from tests.support import tiny

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from proxytune import demo_build, demo_judge
-from proxytune.decoding.prompts import single_tokens, text_for
+from proxytune.decoding.prompts import text_for
+from proxytune.decoding.stop_strings import single_tokens
 from proxytune.demo import corpus, creatures, facts, frames, prices, sums, world
 from proxytune.demo import smoke_data as plumbing
 from proxytune.demo.corpus import Amounts, Document, Segment, TuningAmounts

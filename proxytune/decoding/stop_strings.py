@@ -1,0 +1,49 @@
+"""Strings that end a response, and strings that it may not contain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from proxytune.decoding.response_text import ResponseText, decode
+from proxytune.errors import UserError
+from proxytune.models.vocabulary import Tokenizer
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop string."""
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return text[: min(found)] if found else text
+
+
+def stop_predicate(text_of: ResponseText, stops: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
+    """Whether a response contains a stop string, looked for in its text, however it was tokenised.
+
+    Only as many last tokens are decoded as a stop string that ends in the newest one can span: a token stands
+    for a byte at least, and a few more cover letters that a byte sequence is cut in."""
+    if not stops:
+        return None
+    reach = max(len(stop.encode("utf-8")) for stop in stops) + 8
+
+    def ended(tokens: Sequence[int]) -> bool:
+        tail = text_of(tokens[-reach:])
+        return any(stop in tail for stop in stops)
+
+    return ended
+
+
+def single_tokens(tokenizer: Tokenizer, texts: Sequence[str], size: int) -> frozenset[int]:
+    """The ids that say exactly one of these texts, with or without a space before it. UserError if a text has
+    none."""
+    wanted = {text: False for text in texts}
+    found = set()
+    if wanted:
+        for index in tokenizer.get_vocab().values():
+            said = decode(tokenizer, [index])
+            text = said.removeprefix(" ")
+            if index < size and text in wanted:
+                found.add(index)
+                wanted[text] = True
+    missing = [text for text, known in wanted.items() if not known]
+    if missing:
+        raise UserError(f"cannot ban {missing[0]!r}: it is no single token of this vocabulary")
+    return frozenset(found)
