@@ -9,10 +9,13 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from proxytune import analysis_failures, analysis_positions, analysis_sweep, analysis_tokens
-from proxytune.analysis import Analysis
-from proxytune.analysis_positions import AgreementRow
-from proxytune.analysis_sweep import Sweep, SweepPoint
+from proxytune.analysis import failures as analysis_failures
+from proxytune.analysis import positions as analysis_positions
+from proxytune.analysis import sweeps as analysis_sweep
+from proxytune.analysis import tokens as analysis_tokens
+from proxytune.analysis.analysis import Analysis
+from proxytune.analysis.positions import AgreementRow
+from proxytune.analysis.sweeps import Sweep, SweepPoint
 from proxytune.cli_run import console, print_json
 from proxytune.errors import UserError
 from proxytune.records import Metric

@@ -33,7 +33,7 @@ def sweep(system: System, alphas: str, asked: Request, judging: JudgeRequest, *,
         judge=judge,
     )
 
-    from proxytune import analysis_sweep
+    from proxytune.analysis import sweeps as analysis_sweep
     from proxytune.cli_analyze_tables import sweep_table
 
     found = analysis_sweep.sweep(folder)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from proxytune import report_charts as charts
-from proxytune.analysis import published
-from proxytune.analysis_positions import Agreement, AgreementRow, PositionRow, Positions
-from proxytune.analysis_tokens import Equations, NgramRow, Ngrams
+from proxytune.analysis.analysis import published
+from proxytune.analysis.positions import Agreement, AgreementRow, PositionRow, Positions
+from proxytune.analysis.tokens import Equations, NgramRow, Ngrams
 from proxytune.records import Metric
 from proxytune.report_charts import Figure, Table, TableRow, rows_of
 from proxytune.report_escape import clipped, visible

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from proxytune.analysis_failures import failures
-from proxytune.analysis_positions import agreement, positions
-from proxytune.analysis_sweep import find_sweeps, skip, sweep
-from proxytune.analysis_tokens import equations, ngrams
+from proxytune.analysis.failures import failures
+from proxytune.analysis.positions import agreement, positions
+from proxytune.analysis.sweeps import find_sweeps, skip, sweep
+from proxytune.analysis.tokens import equations, ngrams
 from proxytune.errors import UserError
 from proxytune.paper import paper_gap_closed, read_paper
 from proxytune.records import Run

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from proxytune import report_charts as charts
-from proxytune.analysis_failures import Failures
-from proxytune.analysis_sweep import Skip, Sweep, SweepPoint
+from proxytune.analysis.failures import Failures
+from proxytune.analysis.sweeps import Skip, Sweep, SweepPoint
 from proxytune.records import Metric
 from proxytune.report import percent
 from proxytune.report_analyses import bounded

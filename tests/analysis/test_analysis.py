@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from proxytune import analysis
-from proxytune.analysis_positions import agreement, positions
+from proxytune.analysis import analysis
+from proxytune.analysis.positions import agreement, positions
 from proxytune.errors import UserError
 from tests.support.made_runs import response, token, write
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from proxytune.analysis_failures import failures
+from proxytune.analysis.failures import failures
 from proxytune.errors import UserError
 from tests.support.made_runs import response, write
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from proxytune.analysis_sweep import ends_in_loop, find_sweeps, skip, sweep
+from proxytune.analysis.sweeps import ends_in_loop, find_sweeps, skip, sweep
 from proxytune.errors import UserError
 from tests.support.made_runs import response, write
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from proxytune import analysis_tokens
-from proxytune.analysis import published
-from proxytune.analysis_tokens import corrected_sides, equations, gram_at, ngrams, paper_sides, word_tokens
+from proxytune.analysis import tokens as analysis_tokens
+from proxytune.analysis.analysis import published
+from proxytune.analysis.tokens import corrected_sides, equations, gram_at, ngrams, paper_sides, word_tokens
 from proxytune.errors import UserError
 from tests.support.made_runs import response, token, write
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from proxytune import results, run, run_sweep
-from proxytune.analysis_sweep import sweep as curve
+from proxytune.analysis.sweeps import sweep as curve
 from proxytune.config import AlphaSchedule, ModelSpec, Sampling, System
 from proxytune.decoding.decoder import Decoder
 from proxytune.engine.request import Work

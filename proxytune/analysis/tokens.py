@@ -15,7 +15,16 @@ import numpy as np
 from nltk.tokenize.destructive import NLTKWordTokenizer
 from scipy import stats
 
-from proxytune.analysis import FLOATS, Analysis, Figures, Source, finished, mean, published, steered_tokens
+from proxytune.analysis.analysis import (
+    FLOATS,
+    Analysis,
+    Figures,
+    Source,
+    finished,
+    mean,
+    published,
+    steered_tokens,
+)
 from proxytune.errors import UserError
 from proxytune.records import Metric
 from proxytune.results import read_rows

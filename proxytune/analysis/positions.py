@@ -10,7 +10,7 @@ from typing import ClassVar, TypeVar
 import numpy as np
 import pandas as pd
 
-from proxytune.analysis import (
+from proxytune.analysis.analysis import (
     FLOATS,
     Analysis,
     Figures,

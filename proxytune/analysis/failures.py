@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from scipy import stats
 
-from proxytune.analysis import Analysis, Figures, Source, finished
+from proxytune.analysis.analysis import Analysis, Figures, Source, finished
 from proxytune.errors import UserError
 from proxytune.records import Run
 from proxytune.results import Row, read_rows

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from proxytune.analysis import Analysis, Figures, Source, finished, mean, published, share
+from proxytune.analysis.analysis import Analysis, Figures, Source, finished, mean, published, share
 from proxytune.config import AlphaSchedule
 from proxytune.errors import UserError
 from proxytune.records import Metric, Run

@@ -1,0 +1,1 @@
+"""The paper's analyses of stored runs and traces. No model is loaded."""
