@@ -14,10 +14,10 @@ from proxytune import cli_judge
 from proxytune.config import Role, System
 from proxytune.judges_llm import Estimate, PairwiseJudge
 from proxytune.models.memory import free_memory
-from proxytune.paper import Recipe
+from proxytune.paper.cost import Need, SystemPlan, judge_need, kv_per_token, sources
+from proxytune.paper.recipes import Recipe
 from proxytune.records import Run
 from proxytune.report import size
-from proxytune.reproduce import Need, SystemPlan, judge_need, kv_per_token, sources
 from proxytune.results import RUN, read_rows, read_run
 from proxytune.tasks import TASKS
 

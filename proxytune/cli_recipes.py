@@ -132,7 +132,7 @@ def reproduce(
     Example: proxytune reproduce table2 --system demo
     """
     from proxytune import cli_judge, cli_reproduce, cli_run
-    from proxytune.reproduce import Choice
+    from proxytune.paper.cost import Choice
 
     paths = cli_reproduce.named(path or (), "--path", "NAME=DIR")
     asked = cli_reproduce.Request(

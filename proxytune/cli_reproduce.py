@@ -19,9 +19,9 @@ from proxytune.errors import UserError, did_you_mean
 from proxytune.judges import Judge
 from proxytune.judges_llm import PairwiseJudge
 from proxytune.models.loading import Models
-from proxytune.paper import Recipe, load_recipe
+from proxytune.paper.cost import CONFIRM, Choice, SystemPlan, plan_systems
+from proxytune.paper.recipes import Recipe, load_recipe
 from proxytune.records import Run
-from proxytune.reproduce import CONFIRM, Choice, SystemPlan, plan_systems
 from proxytune.results import read_rows, read_run
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import TASKS

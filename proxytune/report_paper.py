@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from proxytune.config import ROLES
-from proxytune.paper import (
+from proxytune.paper.recipes import (
     Key,
     Line,
     Recipe,

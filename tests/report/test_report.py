@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from proxytune import paper, report, report_paper, report_text
+from proxytune import report, report_paper, report_text
+from proxytune.paper import recipes as paper
 from proxytune.records import Run
 from tests.support.checkout import ROOT
 from tests.support.reports import run
