@@ -72,7 +72,7 @@ def report(root: Path, asked: ReportRequest) -> None:
     """The finished runs under `root`: tables on stdout, or README.md files."""
     from proxytune import report as tables
     from proxytune import report_paper
-    from proxytune.paper.recipes import read_paper
+    from proxytune.paper.published import read_paper
 
     if not root.is_dir():
         raise UserError(f"no folder '{root}': `proxytune eval` makes it, or name another")
@@ -99,7 +99,7 @@ def report(root: Path, asked: ReportRequest) -> None:
 def print_beside_paper(runs: Sequence[Run], *, as_markdown: bool, only: Recipe | None = None) -> None:
     """The paper's tables that these runs belong to, with their figures beside the paper's."""
     from proxytune import report_paper as tables
-    from proxytune.paper.recipes import read_paper
+    from proxytune.paper.published import read_paper
 
     paper, by_key = read_paper(), tables.by_key(runs)
     for recipe in tables.compared(paper, by_key) if only is None else [only]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from proxytune import report_charts as charts
 from proxytune.config import ROLES
-from proxytune.paper.recipes import stored_percent
+from proxytune.paper.published import stored_percent
 from proxytune.records import Metric
 from proxytune.report import RoleRow, percent, size
 from proxytune.report_charts import Figure, Table, TableRow

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from proxytune.config import ROLES
+from proxytune.paper.published import paper_gap_closed, stored_percent
 from proxytune.paper.recipes import (
     Key,
     Line,
@@ -15,11 +16,9 @@ from proxytune.paper.recipes import (
     load_recipe,
     our_gap_closed,
     own_lines,
-    paper_gap_closed,
     published_lines,
     recipe_names,
     shown_metric,
-    stored_percent,
 )
 from proxytune.records import Run
 from proxytune.report import by_task, markdown, markdown_table, percent, role_rows

@@ -14,7 +14,7 @@ from proxytune.analysis.positions import agreement, positions
 from proxytune.analysis.sweeps import find_sweeps, skip, sweep
 from proxytune.analysis.tokens import equations, ngrams
 from proxytune.errors import UserError
-from proxytune.paper.recipes import paper_gap_closed, read_paper
+from proxytune.paper.published import paper_gap_closed, read_paper
 from proxytune.records import Run
 from proxytune.report import RoleRow, by_task, role_rows
 from proxytune.report_analyses import (
