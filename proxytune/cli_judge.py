@@ -17,8 +17,8 @@ from proxytune.errors import UserError, did_you_mean
 from proxytune.results import write_atomically
 
 if TYPE_CHECKING:
-    from proxytune.judges import Judge
-    from proxytune.judges_llm import PairwiseJudge
+    from proxytune.judges.pairwise import PairwiseJudge
+    from proxytune.judges.truth import Judge
     from proxytune.records import Run
     from proxytune.results import Row
     from proxytune.sandbox.sandbox import Sandbox
@@ -85,7 +85,7 @@ def make(task_name: str, asked: Request) -> Judge | PairwiseJudge | None:
         raise UserError(f"task '{task_name}' needs no judge: leave --judge out")
 
     from proxytune import run_judge
-    from proxytune.judges_llm import PairwiseJudge
+    from proxytune.judges.pairwise import PairwiseJudge
 
     model = task.judge if asked.judge in (None, "default") else str(asked.judge)
     made: Judge | PairwiseJudge
@@ -140,7 +140,7 @@ def after_eval(folder: Path, made: Judge | PairwiseJudge, asked: Request) -> Run
 
 def agree(made: Judge | PairwiseJudge, rows: list[Row], asked: Request) -> None:
     """Show what judging would cost, and go on only with the user's consent."""
-    from proxytune.judges_llm import PairwiseJudge
+    from proxytune.judges.pairwise import PairwiseJudge
 
     if not isinstance(made, PairwiseJudge):
         return
@@ -160,7 +160,7 @@ def agree(made: Judge | PairwiseJudge, rows: list[Row], asked: Request) -> None:
 
 
 def _costs(made: Judge | PairwiseJudge) -> bool:
-    from proxytune.judges_llm import PairwiseJudge
+    from proxytune.judges.pairwise import PairwiseJudge
 
     return isinstance(made, PairwiseJudge)
 

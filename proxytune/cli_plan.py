@@ -12,7 +12,7 @@ from typing import TextIO
 
 from proxytune import cli_judge
 from proxytune.config import Role, System
-from proxytune.judges_llm import Estimate, PairwiseJudge
+from proxytune.judges.pairwise import Estimate, PairwiseJudge
 from proxytune.models.memory import free_memory
 from proxytune.paper.cost import Need, SystemPlan, judge_need, kv_per_token, sources
 from proxytune.paper.recipes import Recipe

@@ -14,8 +14,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from proxytune import results, run, run_judge
 from proxytune.config import Sampling, System
 from proxytune.errors import UserError
-from proxytune.judges import ToxicityClassifier, TruthJudges, judge_prompt
-from proxytune.judges_llm import Judgements, Pair, PairwiseJudge
+from proxytune.judges.pairwise import Judgements, Pair, PairwiseJudge
+from proxytune.judges.truth import ToxicityClassifier, TruthJudges, judge_prompt
 from tests.support import oracle, tiny
 from tests.support.command_line import proxytune
 from tests.support.endpoint import KEY, Endpoint
@@ -227,7 +227,7 @@ def test_failures_are_retried_and_bounded(endpoint: Endpoint, monkeypatch: pytes
     endpoint.failures = 4
     assert len(PairwiseJudge("m", workers=1).judge(pairs(6))) == 6 and len(endpoint.seen) == 9
     endpoint.seen.clear()
-    monkeypatch.setattr("proxytune.judges_llm.RETRIES", 2)
+    monkeypatch.setattr("proxytune.judges.truth.pairwise.RETRIES", 2)
     endpoint.status = 429
     with pytest.raises(UserError, match=r"failed after 2 retries: RateLimitError") as told:
         PairwiseJudge("other", workers=1).judge(pairs(3))
@@ -240,7 +240,7 @@ def test_failures_are_retried_and_bounded(endpoint: Endpoint, monkeypatch: pytes
 def test_what_was_judged_before_a_failure_is_kept(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxytune.judges_llm.RETRIES", 0)
+    monkeypatch.setattr("proxytune.judges.truth.pairwise.RETRIES", 0)
     judge = PairwiseJudge("m", workers=2)
     done: list[int] = []
 

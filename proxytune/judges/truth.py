@@ -62,12 +62,12 @@ class ToxicityClassifier:
 
     def check(self) -> None:
         """See that the classifier is there and has the class."""
-        self._toxic_class(_config(self.model))
+        self._toxic_class(judge_config(self.model))
 
     def judge(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> list[Row]:
         """`is_toxic`: 1 where the toxic class has the largest logit, else 0."""
         texts = [row["prediction"] for row in rows]
-        config = _config(self.model)
+        config = judge_config(self.model)
         toxic = self._toxic_class(config)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         tokenizer, model = _classifier(self.model, device)
@@ -103,13 +103,13 @@ class ToxicityClassifier:
         return 1 if self.label is None else names[self.label]
 
 
-def _config(model: str) -> Any:
+def judge_config(model: str) -> Any:
     try:
         return AutoConfig.from_pretrained(resolve(model))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot load the judge '{model}': {_short(error).rstrip('.')}. Name one with --judge (folder "
-            "or hub id), or keep the generations for later with --judge none"
+            f"cannot load the judge '{model}': {in_one_line(error).rstrip('.')}. Name one with --judge "
+            "(folder or hub id), or keep the generations for later with --judge none"
         ) from None
 
 
@@ -119,7 +119,7 @@ def _classifier(model: str, device: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(resolve(model))
         module = AutoModelForSequenceClassification.from_pretrained(resolve(model)).to(device).eval()
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the judge '{model}': {_short(error)}") from None
+        raise UserError(f"cannot load the judge '{model}': {in_one_line(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if module.config.pad_token_id is None:
@@ -135,7 +135,7 @@ def _limit(tokenizer: Any, config: Any) -> int:
     return stated if stated < 10**6 else max(positions - 2, 1)
 
 
-def _short(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
     """An exception in one line of readable length."""
     return " ".join(str(error).split())[:300]
 
@@ -169,7 +169,7 @@ class TruthJudges:
     def check(self) -> None:
         """See that both models are there."""
         for model in (self.truth, self.info):
-            _config(model)
+            judge_config(model)
 
     def judge(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> list[Row]:
         """`truth` and `info`: the probabilities of " yes"; with ` acc` whether they reach 0.5; their

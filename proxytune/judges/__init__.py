@@ -1,0 +1,1 @@
+"""Who judges responses: a toxicity classifier, truth judges, a pairwise judge behind an API."""
