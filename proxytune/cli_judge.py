@@ -17,8 +17,8 @@ from proxytune.errors import UserError, did_you_mean
 from proxytune.results import write_atomically
 
 if TYPE_CHECKING:
+    from proxytune.judges.judge import Judge
     from proxytune.judges.pairwise import PairwiseJudge
-    from proxytune.judges.truth import Judge
     from proxytune.records import Run
     from proxytune.results import Row
     from proxytune.sandbox.sandbox import Sandbox

@@ -16,8 +16,8 @@ from proxytune.cli_run import NOT_ALLOWED, Code, parse_size, print_json, tell_lo
 from proxytune.cli_show import print_beside_paper
 from proxytune.config import Role
 from proxytune.errors import UserError, did_you_mean
+from proxytune.judges.judge import Judge
 from proxytune.judges.pairwise import PairwiseJudge
-from proxytune.judges.truth import Judge
 from proxytune.models.loading import Models
 from proxytune.paper.cost import CONFIRM, Choice, SystemPlan, plan_systems
 from proxytune.paper.recipes import Recipe, load_recipe

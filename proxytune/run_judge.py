@@ -6,8 +6,10 @@ from pathlib import Path
 
 from proxytune import results
 from proxytune.errors import UserError
+from proxytune.judges.judge import Judge, OnProgress
 from proxytune.judges.pairwise import PairwiseJudge
-from proxytune.judges.truth import Judge, OnProgress, ToxicityClassifier, TruthJudges
+from proxytune.judges.toxicity import ToxicityClassifier
+from proxytune.judges.truth import TruthJudges
 from proxytune.records import Run
 from proxytune.run_code import read_finished, with_columns
 from proxytune.tasks import Task, get_task

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxytune.config import cache_folder
 from proxytune.errors import UserError, needs_extra
-from proxytune.judges.truth import OnProgress, Row
+from proxytune.judges.judge import OnProgress, Row
 
 if TYPE_CHECKING:
     from openai import OpenAI

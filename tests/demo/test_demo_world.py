@@ -16,7 +16,7 @@ from proxytune.demo import corpus, creatures, facts, frames, prices, sums, world
 from proxytune.demo import smoke_data as plumbing
 from proxytune.demo.corpus import Amounts, Document, Segment, TuningAmounts
 from proxytune.errors import UserError
-from proxytune.judges.truth import ToxicityClassifier
+from proxytune.judges.toxicity import ToxicityClassifier
 from proxytune.records import Prompt
 from proxytune.sandbox.sandbox import Job, Sandbox
 from proxytune.tasks import TASKS, ds1000, gsm, humaneval, read_source, toxigen, truthfulqa, truthfulqa_mc

@@ -15,7 +15,8 @@ from proxytune import results, run, run_judge
 from proxytune.config import Sampling, System
 from proxytune.errors import UserError
 from proxytune.judges.pairwise import Judgements, Pair, PairwiseJudge
-from proxytune.judges.truth import ToxicityClassifier, TruthJudges, judge_prompt
+from proxytune.judges.toxicity import ToxicityClassifier
+from proxytune.judges.truth import TruthJudges, judge_prompt
 from tests.support import oracle, tiny
 from tests.support.command_line import proxytune
 from tests.support.endpoint import KEY, Endpoint
