@@ -19,7 +19,7 @@ from proxytune.analysis.sweeps import Sweep, SweepPoint
 from proxytune.cli_run import console, print_json
 from proxytune.errors import UserError
 from proxytune.records import Metric
-from proxytune.report import percent
+from proxytune.report.tables import percent
 
 WIDTH = 300
 """Characters of a text that a table shows."""

@@ -19,7 +19,7 @@ from proxytune.demo.world import ITEMS, OPENERS, TASKS
 from proxytune.errors import UserError
 from proxytune.models.loading import Models
 from proxytune.records import Run
-from proxytune.report import COLUMNS, RoleRow, by_task, role_rows, summary
+from proxytune.report.tables import COLUMNS, RoleRow, by_task, role_rows, summary
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import get_task
 

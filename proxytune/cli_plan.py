@@ -17,7 +17,7 @@ from proxytune.models.memory import free_memory
 from proxytune.paper.cost import Need, SystemPlan, judge_need, kv_per_token, sources
 from proxytune.paper.recipes import Recipe
 from proxytune.records import Run
-from proxytune.report import size
+from proxytune.report.tables import size
 from proxytune.results import RUN, read_rows, read_run
 from proxytune.tasks import TASKS
 

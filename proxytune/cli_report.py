@@ -21,7 +21,7 @@ def report(root: Path, asked: ReportRequest, *, html: Path | None, figures: Path
         )
 
     from proxytune import cli_show
-    from proxytune.report_html import Report
+    from proxytune.report.page import Report
 
     made = Report.read(root)
     if html is not None:

@@ -166,7 +166,7 @@ def print_one(run: Run, folder: Path, *, json_only: bool) -> None:
     if json_only:
         print_json(run.model_dump(mode="json"))
         return
-    from proxytune.report import percent, role_rows, size
+    from proxytune.report.tables import percent, role_rows, size
 
     row = role_rows([run])[0]
     remark = "" if run.spec.remark is None else f" ({run.spec.remark})"
@@ -188,7 +188,7 @@ def print_one(run: Run, folder: Path, *, json_only: bool) -> None:
 
 def print_all(runs: list[Run], *, json_only: bool) -> None:
     """The roles of a system under each other, with the gap closed."""
-    from proxytune.report import rich_table, role_rows
+    from proxytune.report.tables import rich_table, role_rows
 
     rows = role_rows(runs)
     if json_only:

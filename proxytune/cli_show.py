@@ -26,7 +26,7 @@ DEMO_TABLE = re.compile(r"(<!-- demo-table -->\n).*?(<!-- /demo-table -->)", re.
 
 def score(task: str, file: Path, code: Code, data: str | None, *, json_only: bool) -> None:
     """Score a file of predictions."""
-    from proxytune.report import percent
+    from proxytune.report.tables import percent
     from proxytune.tasks import get_task, read_source, score_file
     from proxytune.tasks.task import Execution
 
@@ -70,9 +70,9 @@ class ReportRequest:
 
 def report(root: Path, asked: ReportRequest) -> None:
     """The finished runs under `root`: tables on stdout, or README.md files."""
-    from proxytune import report as tables
-    from proxytune import report_paper
     from proxytune.paper.published import read_paper
+    from proxytune.report import paper_tables as report_paper
+    from proxytune.report import tables
 
     if not root.is_dir():
         raise UserError(f"no folder '{root}': `proxytune eval` makes it, or name another")
@@ -98,8 +98,8 @@ def report(root: Path, asked: ReportRequest) -> None:
 
 def print_beside_paper(runs: Sequence[Run], *, as_markdown: bool, only: Recipe | None = None) -> None:
     """The paper's tables that these runs belong to, with their figures beside the paper's."""
-    from proxytune import report_paper as tables
     from proxytune.paper.published import read_paper
+    from proxytune.report import paper_tables as tables
 
     paper, by_key = read_paper(), tables.by_key(runs)
     for recipe in tables.compared(paper, by_key) if only is None else [only]:
@@ -115,7 +115,7 @@ def _print_examples(found: Sequence[tuple[Path, Run]], asked: ReportRequest) -> 
     """Responses of every role to the first examples of each task."""
     if not asked.examples:
         return
-    from proxytune import report_text
+    from proxytune.report import examples as report_text
 
     for shown in report_text.examples(found, asked.examples, show_hateful=asked.show_hateful):
         if asked.markdown:
@@ -133,7 +133,7 @@ def _published(root: Path) -> Path:
 
 def _write_demo_table(path: Path, found: Sequence[Run]) -> None:
     """Put the demo's tables between the markers of the README, where there are markers."""
-    from proxytune import report as tables
+    from proxytune.report import tables
 
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     named = [run for run in found if run.spec.system.name in ("demo", "demo-mid")]

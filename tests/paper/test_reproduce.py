@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from proxytune import report_paper, results
+from proxytune import results
 from proxytune.config import ModelSpec, load_system
 from proxytune.errors import UserError
 from proxytune.paper import cost as reproduce
 from proxytune.paper import recipes as paper
+from proxytune.report import paper_tables as report_paper
 from tests.support import nine
 from tests.support.checkout import ROOT, environment
 from tests.support.command_line import proxytune

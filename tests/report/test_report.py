@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from proxytune import report, report_paper, report_text
 from proxytune.paper import recipes as paper
 from proxytune.records import Run
+from proxytune.report import examples as report_text
+from proxytune.report import paper_tables as report_paper
+from proxytune.report import tables as report
 from tests.support.checkout import ROOT
 from tests.support.reports import run
 

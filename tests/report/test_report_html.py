@@ -15,14 +15,16 @@ from xml.etree import ElementTree
 
 import pytest
 
-from proxytune import report_charts, report_html, report_tokens
 from proxytune.config import parse_alpha
 from proxytune.errors import UserError
 from proxytune.records import Metric
-from proxytune.report_charts import COLORS, svg, themed_svg
-from proxytune.report_escape import clipped, embedded, visible
-from proxytune.report_html import Report
-from proxytune.report_sections import Section
+from proxytune.report import charts as report_charts
+from proxytune.report import page as report_html
+from proxytune.report import token_view as report_tokens
+from proxytune.report.charts import COLORS, svg, themed_svg
+from proxytune.report.escape import clipped, embedded, visible
+from proxytune.report.page import Report
+from proxytune.report.sections import Section
 from tests.support.checkout import ROOT
 from tests.support.command_line import proxytune
 from tests.support.hostile import HOSTILE, example, make_results, put, token, tokens_for
@@ -363,7 +365,7 @@ def test_without_the_extra_the_command_says_how_to_install_it(
 
 
 def test_reports_load_no_model() -> None:
-    code = "import sys, proxytune.report_html\nprint({'torch', 'transformers'} & set(sys.modules))"
+    code = "import sys, proxytune.report.tables.page\nprint({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -14,12 +14,12 @@ from jinja2 import Environment, StrictUndefined
 
 from proxytune import __version__
 from proxytune.errors import needs_extra
-from proxytune.report import RoleRow
-from proxytune.report_charts import Figure, Table, svg, themed_svg
-from proxytune.report_escape import embedded, visible
-from proxytune.report_figures import in_percent
-from proxytune.report_sections import Inputs, Section, read_inputs, sections
-from proxytune.report_tokens import token_data
+from proxytune.report.charts import Figure, Table, svg, themed_svg
+from proxytune.report.escape import embedded, visible
+from proxytune.report.figures import in_percent
+from proxytune.report.sections import Inputs, Section, read_inputs, sections
+from proxytune.report.tables import RoleRow
+from proxytune.report.token_view import token_data
 from proxytune.results import write_atomically
 
 
@@ -117,7 +117,7 @@ def distinct(found: Sequence[Section]) -> list[Section]:
 
 def asset(name: str) -> str:
     """A file of proxytune/report_page."""
-    return (Path(__file__).parent / "report_page" / name).read_text(encoding="utf-8")
+    return (Path(__file__).parent / "page" / name).read_text(encoding="utf-8")
 
 
 def _hash(script: str) -> str:

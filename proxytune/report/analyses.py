@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from proxytune import report_charts as charts
 from proxytune.analysis.analysis import published
 from proxytune.analysis.positions import Agreement, AgreementRow, PositionRow, Positions
 from proxytune.analysis.tokens import Equations, NgramRow, Ngrams
 from proxytune.records import Metric
-from proxytune.report_charts import Figure, Table, TableRow, rows_of
-from proxytune.report_escape import clipped, visible
+from proxytune.report import charts
+from proxytune.report.charts import Figure, Table, TableRow, rows_of
+from proxytune.report.escape import clipped, visible
 
 MANY = 80
 """Positions above which a curve shows groups of them, on a logarithmic axis."""

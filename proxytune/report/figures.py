@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from proxytune import report_charts as charts
 from proxytune.config import ROLES
 from proxytune.paper.published import stored_percent
 from proxytune.records import Metric
-from proxytune.report import RoleRow, percent, size
-from proxytune.report_charts import Figure, Table, TableRow
-from proxytune.report_escape import visible
-from proxytune.report_tokens import LOWER_IS_BETTER
+from proxytune.report import charts
+from proxytune.report.charts import Figure, Table, TableRow
+from proxytune.report.escape import visible
+from proxytune.report.tables import RoleRow, percent, size
+from proxytune.report.token_view import LOWER_IS_BETTER
 
 PAPER_TASKS = {"codex_humaneval": "humaneval"}
 """The paper's repository's names of tasks that we call otherwise."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from proxytune.config import ModelSpec, System
 from proxytune.records import Run
-from proxytune.report import percent, role_rows, size
-from proxytune.report_charts import Table, rows_of
+from proxytune.report.charts import Table, rows_of
+from proxytune.report.tables import percent, role_rows, size
 
 Found = Sequence[tuple[Path, Run]]
 LISTED = 25

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from proxytune import report_charts as charts
 from proxytune.analysis.failures import Failures
 from proxytune.analysis.sweeps import Skip, Sweep, SweepPoint
 from proxytune.records import Metric
-from proxytune.report import percent
-from proxytune.report_analyses import bounded
-from proxytune.report_charts import Figure, Table, rows_of
-from proxytune.report_escape import clipped, visible
-from proxytune.report_figures import in_percent
+from proxytune.report import charts
+from proxytune.report.analyses import bounded
+from proxytune.report.charts import Figure, Table, rows_of
+from proxytune.report.escape import clipped, visible
+from proxytune.report.figures import in_percent
+from proxytune.report.tables import percent
 
 LISTED = 20
 """Items that are listed for each way in which two runs differ."""

@@ -16,8 +16,7 @@ from proxytune.analysis.tokens import equations, ngrams
 from proxytune.errors import UserError
 from proxytune.paper.published import paper_gap_closed, read_paper
 from proxytune.records import Run
-from proxytune.report import RoleRow, by_task, role_rows
-from proxytune.report_analyses import (
+from proxytune.report.analyses import (
     agreement_figures,
     equations_figure,
     ngrams_figure,
@@ -25,11 +24,12 @@ from proxytune.report_analyses import (
     positions_table,
     published_ngrams,
 )
-from proxytune.report_charts import Figure, Table
-from proxytune.report_figures import beside_table, gap_figure, price_figure, published_scores, score_figure
-from proxytune.report_runs import cost_table, made_table, systems_table
-from proxytune.report_sweeps import failure_tables, skip_figures, sweep_figures
-from proxytune.report_tokens import SENSITIVE, TraceSet, plainness, trace_sets
+from proxytune.report.charts import Figure, Table
+from proxytune.report.figures import beside_table, gap_figure, price_figure, published_scores, score_figure
+from proxytune.report.runs import cost_table, made_table, systems_table
+from proxytune.report.sweeps import failure_tables, skip_figures, sweep_figures
+from proxytune.report.tables import RoleRow, by_task, role_rows
+from proxytune.report.token_view import SENSITIVE, TraceSet, plainness, trace_sets
 from proxytune.results import PREDICTIONS, find_runs
 
 MIN_COUNTS = (100, 30, 10, 3)

@@ -21,7 +21,7 @@ from proxytune.paper.recipes import (
     shown_metric,
 )
 from proxytune.records import Run
-from proxytune.report import by_task, markdown, markdown_table, percent, role_rows
+from proxytune.report.tables import by_task, markdown, markdown_table, percent, role_rows
 
 ROUNDING = 0.0501
 """Percentage points by which a printed figure may lie beside the stored one it was rounded from."""

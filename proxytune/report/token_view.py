@@ -12,7 +12,7 @@ from typing import Any
 
 from proxytune.config import Role
 from proxytune.records import Run
-from proxytune.report_escape import clipped, visible
+from proxytune.report.escape import clipped, visible
 from proxytune.results import TRACE, Row, read_rows
 
 TOKEN_BUDGET = 80_000

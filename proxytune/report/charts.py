@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from proxytune.errors import needs_extra
-from proxytune.report_escape import visible
+from proxytune.report.escape import visible
 
 Datum = dict[str, Any]
 Layer = dict[str, Any]

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from proxytune.config import ROLES
 from proxytune.records import Run
-from proxytune.report import markdown
+from proxytune.report.tables import markdown
 from proxytune.results import Row, read_rows
 from proxytune.tasks import get_task
 

@@ -1,0 +1,1 @@
+"""Stored runs as tables, charts and a page. No model is loaded."""
