@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from proxytune.config import Sampling, System, load_system
-    from proxytune.run import evaluate, generate
+    from proxytune.runs.evaluate import evaluate, generate
 
 __version__ = "0.1.0"
 __all__ = ["Sampling", "System", "evaluate", "generate", "load_system"]
@@ -20,8 +20,8 @@ _HOMES = {
     "System": "proxytune.config",
     "Sampling": "proxytune.config",
     "load_system": "proxytune.config",
-    "generate": "proxytune.run",
-    "evaluate": "proxytune.run",
+    "generate": "proxytune.runs.evaluate",
+    "evaluate": "proxytune.runs.evaluate",
 }
 
 

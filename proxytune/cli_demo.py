@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from proxytune import cli_judge, run
+from proxytune import cli_judge
 from proxytune.cli_run import console, print_json, tell_loading
 from proxytune.config import Role, System, load_system, system_names
 from proxytune.demo.world import ITEMS, OPENERS, TASKS
@@ -20,6 +20,7 @@ from proxytune.errors import UserError
 from proxytune.models.loading import Models
 from proxytune.records import Run
 from proxytune.report.tables import COLUMNS, RoleRow, by_task, role_rows, summary
+from proxytune.runs import evaluate as run
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import get_task
 

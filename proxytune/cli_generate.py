@@ -16,7 +16,7 @@ from proxytune.decoding.decoder import Decoder
 from proxytune.errors import UserError
 from proxytune.models.loading import Models
 from proxytune.records import Completion, Example, Prompt, TracedToken
-from proxytune.run import alpha_for
+from proxytune.runs.evaluate import alpha_for
 from proxytune.speculate import speculation
 
 CHANGED = "bold reverse"

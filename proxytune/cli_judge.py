@@ -41,8 +41,8 @@ class Request:
 
 def judge(task: str, folder: Path, asked: Request, code: Code, data: str | None, *, json_only: bool) -> None:
     """Judge one finished run, or run the code that it stored, and print its metrics."""
-    from proxytune import run_judge
-    from proxytune.run_code import read_finished
+    from proxytune.runs import judging as run_judge
+    from proxytune.runs.verdicts import read_finished
     from proxytune.tasks import get_task
 
     sandbox = code.open(get_task(task))
@@ -63,7 +63,7 @@ def judge(task: str, folder: Path, asked: Request, code: Code, data: str | None,
 
 def _run_code(task_name: str, folder: Path, sandbox: Sandbox, data: str | None) -> Run:
     """Give the stored responses of a run their verdicts; the tests come from the data that was asked."""
-    from proxytune.run_code import add_verdicts, read_finished
+    from proxytune.runs.verdicts import add_verdicts, read_finished
     from proxytune.tasks import get_task, read_source
 
     run, _ = read_finished(task_name, folder)
@@ -84,8 +84,8 @@ def make(task_name: str, asked: Request) -> Judge | PairwiseJudge | None:
     if task.judge is None:
         raise UserError(f"task '{task_name}' needs no judge: leave --judge out")
 
-    from proxytune import run_judge
     from proxytune.judges.pairwise import PairwiseJudge
+    from proxytune.runs import judging as run_judge
 
     model = task.judge if asked.judge in (None, "default") else str(asked.judge)
     made: Judge | PairwiseJudge
@@ -129,7 +129,8 @@ def before_eval(task_name: str, asked: Request, mode: str) -> Judge | PairwiseJu
 
 def after_eval(folder: Path, made: Judge | PairwiseJudge, asked: Request) -> Run:
     """Judge a run that an evaluation finished."""
-    from proxytune import results, run_judge
+    from proxytune import results
+    from proxytune.runs import judging as run_judge
 
     run = results.read_run(folder)
     if run.judge == made.name:
@@ -195,7 +196,7 @@ def export(kind: str, folder: Path, out: Path | None, *, json_only: bool) -> Non
     """Write a run in another tool's format."""
     if kind not in FORMATS:
         raise did_you_mean("format", kind, FORMATS)
-    from proxytune import run_judge
+    from proxytune.runs import judging as run_judge
 
     target = out or folder
     if not target.is_dir():

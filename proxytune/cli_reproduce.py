@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxytune import cli_judge, run
+from proxytune import cli_judge
 from proxytune.cli_plan import Plan, Planned, print_plan
 from proxytune.cli_run import NOT_ALLOWED, Code, parse_size, print_json, tell_loading
 from proxytune.cli_show import print_beside_paper
@@ -23,6 +23,7 @@ from proxytune.paper.cost import CONFIRM, Choice, SystemPlan, plan_systems
 from proxytune.paper.recipes import Recipe, load_recipe
 from proxytune.records import Run
 from proxytune.results import read_rows, read_run
+from proxytune.runs import evaluate as run
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import TASKS
 

@@ -21,7 +21,7 @@ from proxytune.tasks.task import Task
 
 if TYPE_CHECKING:
     from proxytune.models.loading import Models
-    from proxytune.run import Options, Resources
+    from proxytune.runs.evaluate import Options, Resources
 
 NOT_ALLOWED = (
     "code is stored but not run, so there is no score: --allow-code-execution runs it in a sandbox (the same "
@@ -74,7 +74,7 @@ class Decoding:
             raise UserError(f"--batch {self.batch} must be at least 1")
         kv_memory = None if self.kv_memory is None else parse_size(self.kv_memory)
 
-        from proxytune.run import Resources
+        from proxytune.runs.evaluate import Resources
         from proxytune.speculate import speculation
 
         return Resources(
@@ -119,7 +119,7 @@ def evaluate(
         system.require(asked.as_)
     options, resources, models = prepared(system, task, asked)
 
-    from proxytune import run
+    from proxytune.runs import evaluate as run
 
     if asked.as_ == "all":
         runs = run.evaluate_all(
@@ -141,8 +141,8 @@ def prepared(system: System, task: Task, asked: Request) -> tuple[Options, Resou
     if task.execute is not None and sandbox is None:
         print(f"note: {NOT_ALLOWED}", file=sys.stderr, flush=True)
 
-    from proxytune import run
     from proxytune.models.loading import Models
+    from proxytune.runs import evaluate as run
 
     options = run.Options(
         alpha=asked.alpha,

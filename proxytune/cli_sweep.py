@@ -18,7 +18,7 @@ def sweep(system: System, alphas: str, asked: Request, judging: JudgeRequest, *,
     system.require("proxy")
     judge = judge_of_runs(system, asked, judging)
 
-    from proxytune import run_sweep
+    from proxytune.runs import sweep as run_sweep
 
     schedules = run_sweep.parse_alphas(alphas)
     options, resources, models = prepared(system, task, asked)

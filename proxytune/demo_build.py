@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from proxytune import demo_judge, run, run_judge
+from proxytune import demo_judge
 from proxytune.config import ModelSpec, Role, System
 from proxytune.demo import corpus, world
 from proxytune.demo.corpus import Amounts, Document, TuningAmounts
@@ -38,6 +38,8 @@ from proxytune.demo.world import World
 from proxytune.errors import UserError
 from proxytune.models.loading import Models
 from proxytune.records import Metric
+from proxytune.runs import evaluate as run
+from proxytune.runs import judging as run_judge
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import TASKS
 from proxytune.tasks.scoring import gap_closed

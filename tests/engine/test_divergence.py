@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from proxytune import run
 from proxytune.config import Sampling, System
 from proxytune.decoding.prompts import context
 from proxytune.engine.divergence import kl_divergence
 from proxytune.errors import UserError
 from proxytune.models.loading import Models
 from proxytune.results import read_traces
+from proxytune.runs import evaluate as run
 
 SHORT = Sampling(max_new_tokens=8)
 

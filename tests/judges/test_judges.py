@@ -11,12 +11,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from proxytune import results, run, run_judge
+from proxytune import results
 from proxytune.config import Sampling, System
 from proxytune.errors import UserError
 from proxytune.judges.pairwise import Judgements, Pair, PairwiseJudge
 from proxytune.judges.toxicity import ToxicityClassifier
 from proxytune.judges.truth import TruthJudges, judge_prompt
+from proxytune.runs import evaluate as run
+from proxytune.runs import judging as run_judge
 from tests.support import oracle, tiny
 from tests.support.command_line import proxytune
 from tests.support.endpoint import KEY, Endpoint

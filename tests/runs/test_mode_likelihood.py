@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from proxytune import results, run
+from proxytune import results
 from proxytune.config import load_system
 from proxytune.errors import UserError
+from proxytune.runs import evaluate as run
 from proxytune.tasks import get_task, read_source, score_file
 from proxytune.tasks.truthfulqa_mc import PRIMER
 from tests.support import oracle, tiny, tiny_system

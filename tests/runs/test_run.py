@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from proxytune import results, run, run_session
+from proxytune import results
 from proxytune.config import Sampling, System, load_system
 from proxytune.decoding.decoder import Decoder
 from proxytune.errors import UserError
 from proxytune.models.loading import Models
 from proxytune.records import Completion, Example, Prompt
+from proxytune.runs import evaluate as run
+from proxytune.runs import session as run_session
 from proxytune.speculate import Speculate
 from tests.support.checkout import environment
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from proxytune import results, run, run_sweep
+from proxytune import results
 from proxytune.analysis.sweeps import sweep as curve
 from proxytune.config import AlphaSchedule, ModelSpec, Sampling, System
 from proxytune.decoding.decoder import Decoder
@@ -23,7 +23,9 @@ from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
 from proxytune.models.loading import Models
 from proxytune.records import Completion, Run
-from proxytune.run_sweep import parse_alphas, run_name
+from proxytune.runs import evaluate as run
+from proxytune.runs import sweep as run_sweep
+from proxytune.runs.sweep import parse_alphas, run_name
 from tests.support.checkout import environment
 
 SHORT = Sampling(max_new_tokens=12)

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from proxytune import run
 from proxytune.config import Sampling, load_system
 from proxytune.decoding.prompts import text_for
 from proxytune.errors import UserError
 from proxytune.records import Completion
+from proxytune.runs import evaluate as run
 from proxytune.tasks import get_task, read_source, score_file
 from proxytune.tasks.win_rate import length_controlled_win_rate, wins
 from tests.support import tiny_system

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from proxytune import run
 from proxytune.config import System
 from proxytune.errors import UserError
 from proxytune.records import Completion, Prompt
+from proxytune.runs import evaluate as run
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import get_task, humaneval, read_source, score_file
 from proxytune.tasks.data import Row

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from proxytune import results, run
+from proxytune import results
 from proxytune.config import load_system
 from proxytune.decoding.prompts import text_for
 from proxytune.errors import UserError
 from proxytune.records import Completion
+from proxytune.runs import evaluate as run
 from proxytune.tasks import get_task, read_source, score_file
 from tests.support import tiny_system
 from tests.support.answers import jsonl

@@ -26,9 +26,9 @@ from proxytune.progress import Progress
 from proxytune.provenance import provenance
 from proxytune.records import Completion, Example, RoleMemory, Run
 from proxytune.results import SWEEP, RunFolder
-from proxytune.run import RESULTS, Options, plan
-from proxytune.run_code import add_verdicts
-from proxytune.run_session import CHECKPOINT_SECONDS, Job, Resources, Session, device_name, now
+from proxytune.runs.evaluate import RESULTS, Options, plan
+from proxytune.runs.session import CHECKPOINT_SECONDS, Job, Resources, Session, device_name, now
+from proxytune.runs.verdicts import add_verdicts
 
 MAX_ALPHAS = 100
 """Most alphas of one sweep: a mistyped step must not start ten thousand runs."""

@@ -26,7 +26,7 @@ from proxytune.progress import Progress
 from proxytune.provenance import provenance
 from proxytune.records import Completion, Cost, Example, RoleMemory, Run
 from proxytune.results import Row, RunFolder
-from proxytune.run_code import add_verdicts
+from proxytune.runs.verdicts import add_verdicts
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import Dataset, Task
 from proxytune.tasks.task import Execution

@@ -11,7 +11,7 @@ from proxytune.judges.pairwise import PairwiseJudge
 from proxytune.judges.toxicity import ToxicityClassifier
 from proxytune.judges.truth import TruthJudges
 from proxytune.records import Run
-from proxytune.run_code import read_finished, with_columns
+from proxytune.runs.verdicts import read_finished, with_columns
 from proxytune.tasks import Task, get_task
 
 

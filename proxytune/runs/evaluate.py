@@ -28,7 +28,7 @@ from proxytune.decoding.decoder import Decoder
 from proxytune.errors import UserError
 from proxytune.models.loading import Models
 from proxytune.records import Completion, Example, Metric, Prompt, Run
-from proxytune.run_session import Job, Resources, run_job
+from proxytune.runs.session import Job, Resources, run_job
 from proxytune.speculate import Speculate, speculation
 from proxytune.tasks import Dataset, Task, get_task, read_source
 

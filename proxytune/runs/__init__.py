@@ -1,0 +1,1 @@
+"""Runs: evaluate, continue, sweep, judge."""
