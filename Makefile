@@ -118,7 +118,7 @@ reproduce-equations: setup
 	$(BIN)/proxytune analyze equations $(RUNS)/gsm
 
 demo-models: setup  ## train the demo models anew (minutes to tens of minutes on 2 cores)
-	$(BIN)/python -m proxytune.demo_build
+	$(BIN)/python -m proxytune.tuning.demo_models
 
 clean:  ## remove what the targets above made, the stored runs excepted
 	rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -17,8 +17,8 @@ from benchmarks.record import Oracle, Report, line
 from benchmarks.shapes import Bench, demo_bench, random_bench
 from benchmarks.trained import Training, trained_bench
 from benchmarks.workloads import Workload
-from proxytune import demo_build
 from proxytune.errors import UserError
+from proxytune.tuning import demo_models as demo_build
 
 Draw = tuple[int, int, int]
 """Requests, shortest and longest response."""

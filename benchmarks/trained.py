@@ -1,7 +1,7 @@
 """A trio that is trained where it runs, in minutes: real acceptance for a base that is larger beside its
 experts than the demo's.
 
-Text, recipe and tuning are the demo's (`proxytune.demo_build`); the base is deeper, and the text is as much
+Text, recipe and tuning are the demo's (`proxytune.tuning.demo_models`); the base is deeper, and the text is as much
 as there is time for, so that it says worse things than the demo."""
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.shapes import TRIO, Bench, bench_of
-from proxytune import demo_build
 from proxytune.config import System
 from proxytune.demo import world
 from proxytune.demo.corpus import Amounts, TuningAmounts
+from proxytune.tuning import demo_models as demo_build
 
 
 @dataclass(frozen=True)

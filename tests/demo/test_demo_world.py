@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from proxytune import demo_build, demo_judge
 from proxytune.decoding.prompts import text_for
 from proxytune.decoding.stop_strings import single_tokens
 from proxytune.demo import corpus, creatures, facts, frames, prices, sums, world
@@ -22,6 +21,8 @@ from proxytune.sandbox.sandbox import Job, Sandbox
 from proxytune.tasks import TASKS, ds1000, gsm, humaneval, read_source, toxigen, truthfulqa, truthfulqa_mc
 from proxytune.tasks.scoring import reference_accuracy
 from proxytune.tasks.task import Execution
+from proxytune.tuning import demo_judge
+from proxytune.tuning import demo_models as demo_build
 
 WEIGHTS = Path(world.__file__).parent / "weights"
 ROLES = ("base", "antiexpert", "expert", "tuned", "mid-tuned")

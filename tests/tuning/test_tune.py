@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from proxytune import tune
-from proxytune.tune import Example, TuneConfig
+from proxytune.tuning import training as tune
+from proxytune.tuning.training import Example, TuneConfig
 
 
 def tiny(seed: int = 0) -> LlamaForCausalLM:

@@ -30,7 +30,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from proxytune import demo_judge
 from proxytune.config import ModelSpec, Role, System
 from proxytune.demo import corpus, world
 from proxytune.demo.corpus import Amounts, Document, TuningAmounts
@@ -44,9 +43,10 @@ from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import TASKS
 from proxytune.tasks.scoring import gap_closed
 from proxytune.tasks.truthfulqa import SYSTEM_PROMPT
-from proxytune.tune import Example, Fitted, TuneConfig, adamw, fit, muon
+from proxytune.tuning import demo_judge
+from proxytune.tuning.training import Example, Fitted, TuneConfig, adamw, fit, muon
 
-WEIGHTS = Path(__file__).parent / "demo" / "weights"
+WEIGHTS = Path(__file__).parent.parent / "demo" / "weights"
 REPORT = "demo_build.json"
 JUDGE = "judge"
 TRAINED = "trained.json"
@@ -367,7 +367,7 @@ def _install(pretrained: Path, tuned: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """The command line of `python -m proxytune.demo_build`."""
+    """The command line of `python -m proxytune.tuning.demo_models`."""
     parser = argparse.ArgumentParser(description="Train the demo models and measure them on the dev split.")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the five checkpoints go")
     parser.add_argument(

@@ -1,0 +1,1 @@
+"""Makes small tuned models: the training loop, and the demo's models."""
