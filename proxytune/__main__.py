@@ -1,6 +1,6 @@
 """`python -m proxytune`."""
 
-from proxytune.cli import app
+from proxytune.cli.app import app
 
 if __name__ == "__main__":
     app(prog_name="proxytune")

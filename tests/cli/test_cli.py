@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from proxytune import cli, cli_run, hub, results
+from proxytune import hub, results
+from proxytune.cli import app as cli
+from proxytune.cli.commands import evaluate as cli_run
 from proxytune.decoding.decoder import Decoder
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
@@ -39,7 +41,7 @@ def test_help_and_import_load_nothing_heavy() -> None:
     code = f"""
 import sys
 import proxytune
-from proxytune.cli import app
+from proxytune.cli.app import app
 for command in {COMMANDS!r}:
     try:
         app([command, "--help"])
@@ -57,7 +59,7 @@ def test_help_is_instant() -> None:
 
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        done = python("from proxytune.cli import app; app(['--help'])")
+        done = python("from proxytune.cli.app import app; app(['--help'])")
         assert done.returncode == 0 and "eval" in done.stdout
         return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
 
@@ -411,7 +413,7 @@ def test_a_full_disk_loses_nothing(yaml: Path, tmp_path: Path) -> None:
     limited = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
-from proxytune.cli import app
+from proxytune.cli.app import app
 app(sys.argv[1:])
 """
     done = python(limited, *arguments, "--out", "full")
@@ -431,7 +433,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("proxytune.cli_tasks.tasks", fail)
+    monkeypatch.setattr("proxytune.cli.app.commands.tasks.tasks", fail)
     found = proxytune("tasks")
     assert found.exit_code == 1 and isinstance(found.exception, RuntimeError)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from proxytune import cli_demo, results
+from proxytune import results
+from proxytune.cli.commands import demo as cli_demo
 from proxytune.config import load_system
 from proxytune.demo import smoke_data as plumbing
 from proxytune.demo.world import OPENERS

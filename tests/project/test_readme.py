@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from proxytune.cli import app
+from proxytune.cli.app import app
 from tests.support.checkout import ROOT, environment
 from tests.support.require import require_demo
 
@@ -43,7 +43,7 @@ def test_the_commands_of_the_readme_run(folder: Path) -> None:
     commands = [line.split("#")[0].strip() for line in block.splitlines() if line.strip()]
     assert len(commands) >= 5 and all(command.startswith("proxytune ") for command in commands)
     for command in commands:
-        code = f"from proxytune.cli import app; app({command.split()[1:]!r})"
+        code = f"from proxytune.cli.app import app; app({command.split()[1:]!r})"
         assert run(code, folder).strip(), command
     assert (folder / "results" / "readme-gsm" / "run.json").exists()
 

@@ -218,7 +218,7 @@ def test_kill_9_loses_nothing(yaml: Path, system: System, models: Models, tmp_pa
     )
     command = ["sweep-alpha", "gsm", "--system", str(yaml), "--alphas", "0:2:0.5,first:4", "--limit", "40"]
     command += ["--max-new-tokens", "24", "--batch", "16", "--out", str(tmp_path / "k")]
-    code = f"from proxytune.cli import app; app({command!r})"
+    code = f"from proxytune.cli.app import app; app({command!r})"
     kills = 0
     for _ in range(40):
         process = subprocess.Popen([sys.executable, "-c", code], env=environment(), stderr=subprocess.DEVNULL)

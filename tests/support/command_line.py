@@ -7,7 +7,7 @@ import sys
 
 from typer.testing import CliRunner, Result
 
-from proxytune import cli
+from proxytune.cli import app as cli
 from tests.support.checkout import environment
 
 

@@ -16,7 +16,7 @@ from proxytune.analysis import tokens as analysis_tokens
 from proxytune.analysis.analysis import Analysis
 from proxytune.analysis.positions import AgreementRow
 from proxytune.analysis.sweeps import Sweep, SweepPoint
-from proxytune.cli_run import console, print_json
+from proxytune.cli.commands.evaluate import console, print_json
 from proxytune.errors import UserError
 from proxytune.records import Metric
 from proxytune.report.tables import percent

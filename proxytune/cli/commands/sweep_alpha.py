@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from proxytune.cli_judge import Request as JudgeRequest
-from proxytune.cli_judge import judge_of_runs
-from proxytune.cli_run import Request, prepared, print_json, read_mode
+from proxytune.cli.commands.evaluate import Request, prepared, print_json, read_mode
+from proxytune.cli.commands.judge import Request as JudgeRequest
+from proxytune.cli.commands.judge import judge_of_runs
 from proxytune.config import System
 
 
@@ -34,7 +34,7 @@ def sweep(system: System, alphas: str, asked: Request, judging: JudgeRequest, *,
     )
 
     from proxytune.analysis import sweeps as analysis_sweep
-    from proxytune.cli_analyze_tables import sweep_table
+    from proxytune.cli.commands.analyze_tables import sweep_table
 
     found = analysis_sweep.sweep(folder)
     if json_only:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from proxytune.cli_run import NOT_ALLOWED, Code, console, print_json
+from proxytune.cli.commands.evaluate import NOT_ALLOWED, Code, console, print_json
 from proxytune.config import ModelSpec, System, load_system, system_names
 from proxytune.errors import UserError
 from proxytune.records import Run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from proxytune.cli_show import ReportRequest
+from proxytune.cli.commands.show import ReportRequest
 from proxytune.errors import UserError
 
 
@@ -20,7 +20,7 @@ def report(root: Path, asked: ReportRequest, *, html: Path | None, figures: Path
             f"--html '{html}' is a folder: name the file to write, such as {html / 'report.html'}"
         )
 
-    from proxytune import cli_show
+    from proxytune.cli.commands import show as cli_show
     from proxytune.report.page import Report
 
     made = Report.read(root)

@@ -12,8 +12,8 @@ from typing import Any
 
 from rich.table import Table
 
-from proxytune import cli_judge
-from proxytune.cli_run import console, print_json, tell_loading
+from proxytune.cli.commands import judge as cli_judge
+from proxytune.cli.commands.evaluate import console, print_json, tell_loading
 from proxytune.config import Role, System, load_system, system_names
 from proxytune.demo.world import ITEMS, OPENERS, TASKS
 from proxytune.errors import UserError

@@ -15,8 +15,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from proxytune import __version__
-from proxytune.cli_analyze import analyze
-from proxytune.cli_options import (
+from proxytune.cli.commands.analyze import analyze
+from proxytune.cli.commands.recipes import reproduce, sweep_alpha
+from proxytune.cli.options import (
     AllowCode,
     Alpha,
     As,
@@ -51,7 +52,6 @@ from proxytune.cli_options import (
     Vocab,
     Yes,
 )
-from proxytune.cli_recipes import reproduce, sweep_alpha
 from proxytune.errors import UserError
 
 
@@ -119,7 +119,7 @@ def demo(
 
     Example: proxytune demo --limit 50
     """
-    from proxytune import cli_demo
+    from proxytune.cli.commands import demo as cli_demo
 
     cli_demo.demo(limit=limit, out=out, json_only=json)
 
@@ -157,7 +157,8 @@ def generate(
     Example: proxytune generate $'Answer the following question.\\n\\nQuestion: Mukis has 26 nuts. Mukis buys
     2 more. How many nuts does Mukis have now?\\nAnswer:' --system demo --compare
     """
-    from proxytune import cli_generate, cli_run
+    from proxytune.cli.commands import evaluate as cli_run
+    from proxytune.cli.commands import generate as cli_generate
 
     made = cli_run.read_system(system, vocab)
     sampling = cli_run.sampling_from(
@@ -235,7 +236,8 @@ def evaluate(
 
     Example: proxytune eval gsm --system demo --as all --limit 100
     """
-    from proxytune import cli_judge, cli_run
+    from proxytune.cli.commands import evaluate as cli_run
+    from proxytune.cli.commands import judge as cli_judge
 
     changed = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
     asked = cli_run.Request(
@@ -280,7 +282,8 @@ def score(
 
     Example: proxytune score gsm results/demo/gsm/proxy/predictions.jsonl
     """
-    from proxytune import cli_run, cli_show
+    from proxytune.cli.commands import evaluate as cli_run
+    from proxytune.cli.commands import show as cli_show
 
     code = cli_run.Code(allow_code_execution, sandbox, code_python)
     cli_show.score(task, file, code, data, json_only=json)
@@ -307,7 +310,8 @@ def judge_run(
 
     Example: proxytune judge toxigen results/llama2-13b/toxigen/proxy --judge tomh/toxigen_roberta
     """
-    from proxytune import cli_judge, cli_run
+    from proxytune.cli.commands import evaluate as cli_run
+    from proxytune.cli.commands import judge as cli_judge
 
     asked = cli_judge.Request(
         judge=judge or "default", yes=yes, max_cost=max_cost, price=price, seed=seed, batch=batch
@@ -327,7 +331,7 @@ def export(
 
     Example: proxytune export alpaca_eval results/llama2-13b/alpaca_farm/proxy
     """
-    from proxytune import cli_judge
+    from proxytune.cli.commands import judge as cli_judge
 
     cli_judge.export(format_, run, out, json_only=json)
 
@@ -361,7 +365,8 @@ def report(
 
     Example: proxytune report results --html report.html
     """
-    from proxytune import cli_report, cli_show
+    from proxytune.cli.commands import report_page as cli_report
+    from proxytune.cli.commands import show as cli_show
 
     asked = cli_show.ReportRequest(
         markdown=markdown, write=write, examples=examples, show_hateful=show_hateful
@@ -381,7 +386,7 @@ def tasks(json: Json = False) -> None:
 
     Example: proxytune tasks
     """
-    from proxytune import cli_tasks
+    from proxytune.cli.commands import tasks as cli_tasks
 
     cli_tasks.tasks(json_only=json)
 
@@ -392,7 +397,7 @@ def systems(json: Json = False) -> None:
 
     Example: proxytune systems --json
     """
-    from proxytune import cli_show
+    from proxytune.cli.commands import show as cli_show
 
     cli_show.systems(json_only=json)
 

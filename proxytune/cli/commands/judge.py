@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxytune.cli_run import Code, print_json, print_one, read_mode
-from proxytune.cli_run import Request as EvalRequest
-from proxytune.cli_run import evaluate as run_roles
+from proxytune.cli.commands.evaluate import Code, print_json, print_one, read_mode
+from proxytune.cli.commands.evaluate import Request as EvalRequest
+from proxytune.cli.commands.evaluate import evaluate as run_roles
 from proxytune.config import SOURCES, System
 from proxytune.errors import UserError, did_you_mean
 from proxytune.results import write_atomically

@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass
 
 from proxytune import hub
-from proxytune.cli_run import print_json
-from proxytune.cli_show import print_table
+from proxytune.cli.commands.evaluate import print_json
+from proxytune.cli.commands.show import print_table
 from proxytune.demo.world import TASKS as DEMO_TASKS
 from proxytune.errors import UserError
 from proxytune.sandbox.sandbox import Sandbox

@@ -10,7 +10,7 @@ from typing import TextIO
 from rich.table import Table
 from rich.text import Text
 
-from proxytune.cli_run import console, print_json, tell_loading
+from proxytune.cli.commands.evaluate import console, print_json, tell_loading
 from proxytune.config import Role, Sampling, System, TraceKind
 from proxytune.decoding.decoder import Decoder
 from proxytune.errors import UserError

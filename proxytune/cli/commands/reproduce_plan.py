@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TextIO
 
-from proxytune import cli_judge
+from proxytune.cli.commands import judge as cli_judge
 from proxytune.config import Role, System
 from proxytune.judges.pairwise import Estimate, PairwiseJudge
 from proxytune.models.memory import free_memory

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxytune import cli_judge
-from proxytune.cli_plan import Plan, Planned, print_plan
-from proxytune.cli_run import NOT_ALLOWED, Code, parse_size, print_json, tell_loading
-from proxytune.cli_show import print_beside_paper
+from proxytune.cli.commands import judge as cli_judge
+from proxytune.cli.commands.evaluate import NOT_ALLOWED, Code, parse_size, print_json, tell_loading
+from proxytune.cli.commands.reproduce_plan import Plan, Planned, print_plan
+from proxytune.cli.commands.show import print_beside_paper
 from proxytune.config import Role
 from proxytune.errors import UserError, did_you_mean
 from proxytune.judges.judge import Judge

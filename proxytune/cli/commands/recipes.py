@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from proxytune.cli_options import (
+from proxytune.cli.options import (
     AllowCode,
     Alphas,
     Batch,
@@ -71,7 +71,9 @@ def sweep_alpha(
 
     Example: proxytune sweep-alpha truthfulqa --system demo --alphas 0:2:0.2 --limit 100
     """
-    from proxytune import cli_judge, cli_run, cli_sweep
+    from proxytune.cli.commands import evaluate as cli_run
+    from proxytune.cli.commands import judge as cli_judge
+    from proxytune.cli.commands import sweep_alpha as cli_sweep
 
     changed = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     asked = cli_run.Request(
@@ -131,7 +133,9 @@ def reproduce(
 
     Example: proxytune reproduce table2 --system demo
     """
-    from proxytune import cli_judge, cli_reproduce, cli_run
+    from proxytune.cli.commands import evaluate as cli_run
+    from proxytune.cli.commands import judge as cli_judge
+    from proxytune.cli.commands import reproduce as cli_reproduce
     from proxytune.paper.cost import Choice
 
     paths = cli_reproduce.named(path or (), "--path", "NAME=DIR")
