@@ -21,9 +21,9 @@ from scipy import stats
 
 from proxytune.config import Role, shipped
 from proxytune.errors import UserError
+from proxytune.intervals import INTERVAL_SEED, RESAMPLES
 from proxytune.records import Metric, Run
 from proxytune.results import TRACE, Row, read_rows, read_run, read_traces
-from proxytune.tasks.scoring import INTERVAL_SEED, RESAMPLES
 
 FLOATS = np.float64
 

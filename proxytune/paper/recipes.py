@@ -16,10 +16,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from proxytune.config import Record, Role, explain, read_yaml, shipped, system_names
 from proxytune.errors import UserError, did_you_mean
+from proxytune.intervals import gap_closed
 from proxytune.paper.published import read_paper
 from proxytune.records import Run
 from proxytune.tasks import TASKS
-from proxytune.tasks.scoring import gap_closed
 
 Key = tuple[str, str, Role]
 """What a cell shows: the name of a system, a task, a role."""

@@ -11,9 +11,9 @@ from typing import Any
 from rich.table import Table
 
 from proxytune.config import ROLES, Role
+from proxytune.intervals import gap_closed
 from proxytune.records import Cost, Metric, Run
 from proxytune.results import find_runs
-from proxytune.tasks.scoring import gap_closed
 
 COLUMNS = ("system", "as", "score [95%]", "gap closed", "memory", "ms / token", "n")
 

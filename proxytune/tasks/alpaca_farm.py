@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from proxytune.config import Sampling
 from proxytune.errors import UserError
+from proxytune.intervals import mean_metric
 from proxytune.records import Completion, Example, Metric, Prompt
 from proxytune.tasks.data import Hub, Row, Table
-from proxytune.tasks.scoring import mean_metric
 from proxytune.tasks.task import Task
 from proxytune.tasks.win_rate import length_controlled_win_rate, win_rate, wins
 

@@ -10,15 +10,8 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
-import numpy as np
-
-from proxytune.records import Metric
-
-RESAMPLES = 2000
-"""Bootstrap resamples behind every interval."""
-INTERVAL_SEED = 0
 CHOICES = "ABCD"
 
 _COMMA = re.compile(r"(\d),(\d)")
@@ -168,59 +161,6 @@ def parse_letter(text: str, letters: str = CHOICES) -> str:
 
 
 # Uncertainty
-
-
-def mean_metric(values: Sequence[float]) -> Metric:
-    """The mean with its 95% percentile-bootstrap interval over examples. Deterministic; the order of values
-    has no effect.
-
-    A resample of n values is a multinomial draw over the distinct ones, which is all that a mean needs. No
-    interval below two values; where all values are equal the interval has no width, as the bootstrap sees no
-    spread.
-    """
-    n = len(values)
-    if n == 0:
-        raise ValueError("the mean of no values")
-    value = math.fsum(values) / n
-    if n == 1:
-        return Metric(value=value)
-    distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
-    draws = np.random.default_rng(INTERVAL_SEED).multinomial(
-        n, counts / n, size=RESAMPLES
-    )  # [RESAMPLES, distinct]
-    low, high = np.quantile(draws @ distinct / n, [0.025, 0.975])
-    return Metric(value=value, low=min(float(low), value), high=max(float(high), value))
-
-
-def mean_metrics(scores: Sequence[Mapping[str, float]]) -> dict[str, Metric]:
-    """Each score's mean over the examples that have it, in order of first appearance."""
-    names = list(dict.fromkeys(name for row in scores for name in row))
-    return {name: mean_metric([row[name] for row in scores if name in row]) for name in names}
-
-
-def difference(a: Metric, b: Metric) -> Metric:
-    """a - b with an interval from those of both, as if they were independent.
-
-    Roles answer the same examples, so the true interval is usually narrower: this errs towards "no
-    difference".
-    """
-    value = a.value - b.value
-    if a.low is None or a.high is None or b.low is None or b.high is None:
-        return Metric(value=value)
-    return Metric(
-        value=value,
-        low=value - math.hypot(a.value - a.low, b.high - b.value),
-        high=value + math.hypot(a.high - a.value, b.value - b.low),
-    )
-
-
-def gap_closed(base: Metric, proxy: Metric, tuned: Metric) -> float | None:
-    """(proxy - base) / (tuned - base), not capped; None where the interval of tuned - base includes 0 or is
-    unknown."""
-    gap = difference(tuned, base)
-    if gap.low is None or gap.high is None or gap.low <= 0 <= gap.high:
-        return None
-    return (proxy.value - base.value) / gap.value
 
 
 # Generated code (paper section 4.3; Chen et al. 2021, "Evaluating Large Language Models Trained on Code")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from proxytune.config import PLUMBING, SOURCES, Sampling
 from proxytune.errors import UserError
+from proxytune.intervals import mean_metrics
 from proxytune.records import Completion, Example, Metric
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks.data import (
@@ -27,7 +28,6 @@ from proxytune.tasks.data import (
     read_file,
     read_hub,
 )
-from proxytune.tasks.scoring import mean_metrics
 
 
 @dataclass(frozen=True, kw_only=True)

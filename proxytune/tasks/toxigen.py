@@ -16,9 +16,9 @@ from pathlib import Path
 
 from proxytune.config import Sampling
 from proxytune.errors import UserError
+from proxytune.intervals import mean_metric
 from proxytune.records import Completion, Example, Metric, Prompt
 from proxytune.tasks.data import Hub, Row, Table, read_file
-from proxytune.tasks.scoring import mean_metric
 from proxytune.tasks.task import Task
 
 GROUPS = (

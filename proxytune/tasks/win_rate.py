@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from proxytune.intervals import INTERVAL_SEED
 from proxytune.records import Metric
-from proxytune.tasks.scoring import INTERVAL_SEED
 
 Vector = NDArray[np.float64]
 

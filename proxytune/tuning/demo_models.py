@@ -35,13 +35,13 @@ from proxytune.demo import corpus, world
 from proxytune.demo.corpus import Amounts, Document, TuningAmounts
 from proxytune.demo.world import World
 from proxytune.errors import UserError
+from proxytune.intervals import gap_closed
 from proxytune.models.loading import Models
 from proxytune.records import Metric
 from proxytune.runs import evaluate as run
 from proxytune.runs import judging as run_judge
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import TASKS
-from proxytune.tasks.scoring import gap_closed
 from proxytune.tasks.truthfulqa import SYSTEM_PROMPT
 from proxytune.tuning import demo_judge
 from proxytune.tuning.training import Example, Fitted, TuneConfig, adamw, fit, muon

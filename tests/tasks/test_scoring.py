@@ -7,17 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxytune.intervals import difference, gap_closed, mean_metric, mean_metrics
 from proxytune.records import Metric
 from proxytune.tasks.scoring import (
     clean_answer,
-    difference,
     exact_match,
     exact_match_numeric,
-    gap_closed,
     last_number,
     last_signed_number,
-    mean_metric,
-    mean_metrics,
     numeric_equal,
     parse_letter,
     reference_accuracy,

@@ -12,8 +12,8 @@ import pytest
 
 from proxytune.decoding.prompts import text_for
 from proxytune.errors import UserError
+from proxytune.intervals import mean_metric
 from proxytune.tasks import get_task, read_source, score_file
-from proxytune.tasks.scoring import mean_metric
 from proxytune.tasks.toxigen import GROUPS, clean
 from tests.support.answers import said
 
