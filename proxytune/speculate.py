@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from proxytune.engine.speculative.drafter import Speculation
+from proxytune.engine import Speculation
 from proxytune.errors import UserError
 
 LONGEST_DRAFT = 15

@@ -28,7 +28,7 @@ from proxytune.analysis.analysis import (
 from proxytune.errors import UserError
 from proxytune.records import Metric
 from proxytune.results import read_rows
-from proxytune.tasks.data import read_file
+from proxytune.tasks import read_file
 
 
 class NgramRow(Figures):

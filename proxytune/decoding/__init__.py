@@ -1,1 +1,14 @@
 """Where text meets the engine: prompts, stop strings, streams, and the decoder of a role."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from proxytune.lazy import door
+
+if TYPE_CHECKING:
+    from proxytune.decoding.decoder import Decoder, DecodeStats
+
+__all__ = ["DecodeStats", "Decoder"]
+
+__getattr__ = door(__name__, {"Decoder": "decoder", "DecodeStats": "decoder"})

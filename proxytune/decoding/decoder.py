@@ -15,22 +15,14 @@ from proxytune.decoding.prompts import context, form_of, noise_key
 from proxytune.decoding.response_text import ResponseText
 from proxytune.decoding.stop_strings import cut, single_tokens, stop_predicate
 from proxytune.decoding.streaming import TextStream
-from proxytune.engine.engine import Engine
-from proxytune.engine.ensemble import Ensemble, Term
-from proxytune.engine.kernels.cpu_attention import why_not
-from proxytune.engine.kv.cache import CacheSpec, KVCache
-from proxytune.engine.kv.pages import PagedCache
-from proxytune.engine.kv.slots import SlotCache
-from proxytune.engine.likelihood import Continuation, likelihoods
-from proxytune.engine.request import Request, Result
-from proxytune.engine.runners.reference import ReferenceRunner
-from proxytune.engine.runners.runner import ModelRunner, Runner
-from proxytune.engine.runners.vocab_map import Alignment
+from proxytune.engine import Continuation, Engine, Ensemble, Request, Result, Speculation, Term, likelihoods
+from proxytune.engine.kernels import why_not
+from proxytune.engine.kv import CacheSpec, KVCache, PagedCache, SlotCache
+from proxytune.engine.runners import Alignment, ModelRunner, ReferenceRunner, Runner
 from proxytune.engine.speculative.draft_length import Pace
-from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
-from proxytune.models.loading import Loaded, Models
-from proxytune.models.memory import GIB, free_memory
+from proxytune.models import Loaded, Models, free_memory
+from proxytune.models.memory import GIB
 from proxytune.models.vocabulary import align, size_of
 from proxytune.records import Completion, Example, FinishReason, Prompt, RoleMemory, TracedToken
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from proxytune.config import Chat, ModelSpec, Role
 from proxytune.errors import UserError
-from proxytune.models.vocabulary import Tokenizer
+from proxytune.models import Tokenizer
 from proxytune.records import Prompt
 
 Form = Literal["direct", "in_ensemble"]

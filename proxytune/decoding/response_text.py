@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from proxytune.models.vocabulary import Tokenizer
+from proxytune.models import Tokenizer
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

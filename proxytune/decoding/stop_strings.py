@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from proxytune.decoding.response_text import ResponseText, decode
 from proxytune.errors import UserError
-from proxytune.models.vocabulary import Tokenizer
+from proxytune.models import Tokenizer
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from transformers import AutoConfig
 
 from proxytune.errors import UserError
-from proxytune.models.loading import resolve
+from proxytune.models import resolve
 
 Row = dict[str, Any]
 OnProgress = Callable[[int, int], None]

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from proxytune.errors import UserError
 from proxytune.judges.judge import OnProgress, Row, in_one_line, judge_config
-from proxytune.models.loading import resolve
+from proxytune.models import resolve
 
 
 @dataclass(frozen=True)

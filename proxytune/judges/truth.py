@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from proxytune.config import DType, ModelSpec, System
-from proxytune.decoding.decoder import Decoder
+from proxytune.decoding import Decoder
 from proxytune.judges.judge import OnProgress, Row, judge_config
-from proxytune.models.loading import Models
+from proxytune.models import Models
 from proxytune.records import Example, Prompt
 
 # Toxicity

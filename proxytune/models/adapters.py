@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from proxytune.config import ModelSpec
-from proxytune.engine.attention.attention import Discovery
-from proxytune.engine.runners.lora import SharedLora, SpanLora, SpanMismatch
+from proxytune.engine.attention import Discovery
+from proxytune.engine.runners import SharedLora, SpanLora, SpanMismatch
 from proxytune.errors import UserError
 
 BAD_CHECKPOINT = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)

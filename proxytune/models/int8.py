@@ -18,7 +18,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from proxytune.engine.kernels.int8 import Int8Linear, quantize
+from proxytune.engine.kernels import Int8Linear, quantize
 
 METHOD = "proxytune_int8"
 """Our name in transformers' registry of quantisation methods."""

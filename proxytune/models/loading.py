@@ -20,9 +20,8 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from proxytune import hub
 from proxytune.config import ExpertSpec, ModelSpec, Role, System
-from proxytune.engine.kernels.linear import use_row_linears
-from proxytune.engine.kernels.norm import use_row_norms
-from proxytune.engine.runners.runner import Forward
+from proxytune.engine.kernels import use_row_linears, use_row_norms
+from proxytune.engine.runners import Forward
 from proxytune.errors import UserError, needs_extra
 from proxytune.models.adapters import (
     BAD_CHECKPOINT,

@@ -18,14 +18,10 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from proxytune.engine.attention.attention import NAME, Discovery, MissingContext, attend
-from proxytune.engine.attention.llama_forward import LeanForward
-from proxytune.engine.kv.cache import CacheSpec, LayerShape
-from proxytune.engine.kv.slots import SlotCache
+from proxytune.engine.attention import NAME, Discovery, LeanForward, MissingContext, attend
+from proxytune.engine.kv import CacheSpec, LayerShape, SlotCache
 from proxytune.engine.request import Segment, Work
-from proxytune.engine.runners.reference import ReferenceRunner
-from proxytune.engine.runners.runner import Forward, ModelRunner
-from proxytune.engine.runners.vocab_map import Alignment
+from proxytune.engine.runners import Alignment, Forward, ModelRunner, ReferenceRunner
 from proxytune.errors import UserError
 
 AttentionInterface.register(NAME, attend)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from proxytune.engine.runners.vocab_map import Alignment
+from proxytune.engine.runners import Alignment
 from proxytune.errors import UserError
 
 Tokenizer = Any

@@ -11,8 +11,8 @@ from pathlib import Path
 from proxytune import hub
 from proxytune.config import ROLES, ModelSpec, Role, System, load_system
 from proxytune.errors import UserError
-from proxytune.models.loading import DEMO_SCHEME, Models, load_config, resolve
-from proxytune.models.memory import weights_needed
+from proxytune.models import Models, load_config, resolve, weights_needed
+from proxytune.models.loading import DEMO_SCHEME
 from proxytune.paper.published import read_paper
 from proxytune.paper.recipes import Line, Recipe, own_lines, published_lines
 from proxytune.tasks import TASKS

@@ -1,1 +1,5 @@
 """Stored runs as tables, charts and a page. No model is loaded."""
+
+from __future__ import annotations
+
+__all__ = ["examples", "page", "paper_tables", "tables"]

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from proxytune.analysis.analysis import published
-from proxytune.analysis.positions import Agreement, AgreementRow, PositionRow, Positions
-from proxytune.analysis.tokens import Equations, NgramRow, Ngrams
+from proxytune.analysis import positions, published, tokens
 from proxytune.records import Metric
 from proxytune.report import charts
 from proxytune.report.charts import Figure, Table, TableRow, rows_of
@@ -20,7 +18,7 @@ SINGLE = 32
 TOKENS_DRAWN, TOKENS_LISTED = 15, 60
 LABELLED = 330
 """Width of a drawing with words to its right."""
-AtPositions = TypeVar("AtPositions", PositionRow, AgreementRow)
+AtPositions = TypeVar("AtPositions", positions.PositionRow, positions.AgreementRow)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -50,7 +48,7 @@ def curve(
     return shown, x | {"axis": {"values": [edge for edge in edges if edge <= rows[-1].last], "format": "~r"}}
 
 
-def where(row: PositionRow | AgreementRow) -> str:
+def where(row: positions.PositionRow | positions.AgreementRow) -> str:
     """The positions of a row in words."""
     return f"position {row.first}" if row.first == row.last else f"positions {row.first} to {row.last}"
 
@@ -58,7 +56,7 @@ def where(row: PositionRow | AgreementRow) -> str:
 # Positions
 
 
-def positions_figures(found: Positions) -> list[Figure]:
+def positions_figures(found: positions.Positions) -> list[Figure]:
     """Share of changed first choices, and mean shift, against position."""
     task, rows = found.source.task, found.rows
     if len(rows) < 4:
@@ -155,7 +153,7 @@ def _banded(data: Sequence[charts.Datum], x: Any, y: Any, color: str) -> list[ch
     ]
 
 
-def _position_table(title: str, rows: Sequence[PositionRow]) -> Table:
+def _position_table(title: str, rows: Sequence[positions.PositionRow]) -> Table:
     cells = [
         (where(row), str(row.n), bounded(row.changed, 1, 100), bounded(row.shift, 1, 100)) for row in rows
     ]
@@ -163,7 +161,7 @@ def _position_table(title: str, rows: Sequence[PositionRow]) -> Table:
     return Table(title, columns, rows_of(cells))
 
 
-def positions_table(found: Sequence[Positions]) -> Table:
+def positions_table(found: Sequence[positions.Positions]) -> Table:
     """Over all tokens, beside the paper's shares."""
     cells = [
         (
@@ -188,7 +186,7 @@ def positions_table(found: Sequence[Positions]) -> Table:
 # Tokens and equations
 
 
-def ngrams_figure(found: Ngrams, task: str) -> Figure | None:
+def ngrams_figure(found: tokens.Ngrams, task: str) -> Figure | None:
     """The most promoted tokens; None where none is frequent enough."""
     rows = [row for row in found.rows if row.shift is not None][:TOKENS_DRAWN]
     if not rows:
@@ -219,7 +217,7 @@ def ngrams_figure(found: Ngrams, task: str) -> Figure | None:
     )
 
 
-def ngrams_table(title: str, rows: Sequence[NgramRow]) -> Table:
+def ngrams_table(title: str, rows: Sequence[tokens.NgramRow]) -> Table:
     """Tokens with their phrases."""
     cells = [
         (
@@ -244,7 +242,7 @@ def published_ngrams(paper: Mapping[str, Any]) -> Table:
     )  # fmt: skip
 
 
-def equations_figure(found: Equations) -> Figure | None:
+def equations_figure(found: tokens.Equations) -> Figure | None:
     """Mean shift left and right of `=`, by rule; None where there are no equations."""
     rows = [row for row in found.rows if row.left.tokens and row.right.tokens]
     if not rows:
@@ -307,7 +305,7 @@ def _ends(ends: Sequence[charts.Datum], x: Any, y: Any, color: str, *, apart: bo
 # Agreement
 
 
-def agreement_figures(found: Agreement) -> list[Figure]:
+def agreement_figures(found: positions.Agreement) -> list[Figure]:
     """KL to the tuned model and shared first choices, against position."""
     task = found.source.task
     on = "on the proxy's outputs" if found.source.role == "proxy" else "on the tuned model's outputs"
@@ -351,7 +349,7 @@ def agreement_figures(found: Agreement) -> list[Figure]:
     ]
 
 
-def _divergences(rows: Sequence[AgreementRow], role: str) -> list[charts.Datum]:
+def _divergences(rows: Sequence[positions.AgreementRow], role: str) -> list[charts.Datum]:
     """Medians of KL(tuned || role) with quartiles."""
     data = []
     for row in rows:
@@ -365,7 +363,7 @@ def _divergences(rows: Sequence[AgreementRow], role: str) -> list[charts.Datum]:
     return data
 
 
-def _agreement_table(title: str, rows: Sequence[AgreementRow]) -> Table:
+def _agreement_table(title: str, rows: Sequence[positions.AgreementRow]) -> Table:
     cells = [
         (
             where(row), str(row.n), number(row.kl_proxy.median), number(row.kl_base.median),

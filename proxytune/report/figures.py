@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from proxytune.config import ROLES
-from proxytune.paper.published import stored_percent
+from proxytune.paper import published
 from proxytune.records import Metric
 from proxytune.report import charts
 from proxytune.report.charts import Figure, Table, TableRow
@@ -40,7 +40,7 @@ def published_scores(paper: Mapping[str, Any], task: str) -> list[Published]:
             rows = [
                 {
                     "table": number, "size": row["size"], "role": row["role"], "metric": column["name"],
-                    "score": _either(stored_percent(paper, column, row["runs"][i]), row["printed"][i]),
+                    "score": _either(published.stored_percent(paper, column, row["runs"][i]), row["printed"][i]),
                 }
                 for row in table["rows"]
             ]  # fmt: skip

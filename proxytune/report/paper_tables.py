@@ -8,18 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from proxytune.config import ROLES
-from proxytune.paper.published import paper_gap_closed, stored_percent
-from proxytune.paper.recipes import (
-    Key,
-    Line,
-    Recipe,
-    load_recipe,
-    our_gap_closed,
-    own_lines,
-    published_lines,
-    recipe_names,
-    shown_metric,
-)
+from proxytune.paper import published, recipes
 from proxytune.records import Run
 from proxytune.report.tables import by_task, markdown, markdown_table, percent, role_rows
 
@@ -27,24 +16,26 @@ ROUNDING = 0.0501
 """Percentage points by which a printed figure may lie beside the stored one it was rounded from."""
 
 
-def by_key(runs: Sequence[Run]) -> dict[Key, Run]:
+def by_key(runs: Sequence[Run]) -> dict[recipes.Key, Run]:
     """The runs that can stand in a cell: generated responses, no forced opener."""
     plain = [run for run in runs if run.spec.mode == "generate" and run.spec.forced is None]
     return {(run.spec.system.name, run.spec.task, run.spec.role): run for run in plain}
 
 
-def all_lines(recipe: Recipe, paper: Mapping[str, Any], runs: Mapping[Key, Run]) -> list[Line]:
+def all_lines(
+    recipe: recipes.Recipe, paper: Mapping[str, Any], runs: Mapping[recipes.Key, Run]
+) -> list[recipes.Line]:
     """The paper's lines, then those of the other systems that have runs of the recipe's tasks."""
-    lines = published_lines(recipe, paper)
+    lines = recipes.published_lines(recipe, paper)
     theirs = {key[0] for line in lines for key in line.keys}
     tasks = {column.task for column in recipe.columns}
     others = dict.fromkeys(name for name, task, _ in runs if name not in theirs and task in tasks)
-    own = [line for name in others for line in own_lines(recipe, paper, name, ROLES)]
+    own = [line for name in others for line in recipes.own_lines(recipe, paper, name, ROLES)]
     return lines + [line for line in own if any(key in runs for key in line.keys)]
 
 
 def side_by_side(
-    recipe: Recipe, paper: Mapping[str, Any], runs: Mapping[Key, Run]
+    recipe: recipes.Recipe, paper: Mapping[str, Any], runs: Mapping[recipes.Key, Run]
 ) -> tuple[list[str], list[list[str]]]:
     """Column titles and cells of a table of the paper: the stored figure, the printed one where it differs,
     and ours with its interval on a line of its own."""
@@ -62,18 +53,18 @@ def side_by_side(
 
 def _published(paper: Mapping[str, Any], column: Mapping[str, Any], row: Mapping[str, Any], i: int) -> str:
     """A published cell."""
-    printed, stored = row["printed"][i], stored_percent(paper, column, row["runs"][i])
+    printed, stored = row["printed"][i], published.stored_percent(paper, column, row["runs"][i])
     if stored is None:
         return f"({printed})"
     return f"{stored:.2f}" + ("" if abs(stored - printed) < ROUNDING else f" ({printed} printed)")
 
 
-def _ours(recipe: Recipe, line: Line, i: int, runs: Mapping[Key, Run]) -> str | None:
+def _ours(recipe: recipes.Recipe, line: recipes.Line, i: int, runs: Mapping[recipes.Key, Run]) -> str | None:
     """Our figure for a cell, with the metric's name where it is not the paper's; None without a run."""
     run, column = runs.get(line.keys[i]), recipe.columns[i]
     if run is None:
         return None
-    name = shown_metric(column, run)
+    name = recipes.shown_metric(column, run)
     notes = [] if run.spec.remark is None else [run.spec.remark]
     if name is None:
         return ", ".join([f"ours: no {column.metrics[0]}", *notes])
@@ -81,34 +72,37 @@ def _ours(recipe: Recipe, line: Line, i: int, runs: Mapping[Key, Run]) -> str | 
     return ", ".join([f"ours {percent(run.metrics[name])}", *notes])
 
 
-def gaps(recipe: Recipe, paper: Mapping[str, Any], runs: Mapping[Key, Run]) -> str:
+def gaps(recipe: recipes.Recipe, paper: Mapping[str, Any], runs: Mapping[recipes.Key, Run]) -> str:
     """One line on the gap closed: the paper's, and ours for every system that has the runs; "" if the table
     has none."""
     told, lines = [], all_lines(recipe, paper, runs)
     if "gap_closed" in paper["tables"][recipe.table]:
         sizes = ", ".join(
-            f"{100 * paper_gap_closed(paper, recipe.table, size):.2f}% ({size})" for size in recipe.systems
+            f"{100 * published.paper_gap_closed(paper, recipe.table, size):.2f}% ({size})"
+            for size in recipe.systems
         )
         told.append(f"paper {sizes}")
     for size in dict.fromkeys(line.size for line in lines):
-        own = our_gap_closed(recipe, [line for line in lines if line.size == size], runs)
+        own = recipes.our_gap_closed(recipe, [line for line in lines if line.size == size], runs)
         if own is not None:
             told.append(f"ours {100 * own[0]:.2f}% ({size}, {own[1]} of {len(recipe.columns)} columns)")
     return f"Gap closed, mean over the columns, not capped: {'; '.join(told)}." if told else ""
 
 
-def compared(paper: Mapping[str, Any], runs: Mapping[Key, Run]) -> list[Recipe]:
+def compared(paper: Mapping[str, Any], runs: Mapping[recipes.Key, Run]) -> list[recipes.Recipe]:
     """The recipes of which there is a run."""
-    found = [load_recipe(name) for name in recipe_names()]
+    found = [recipes.load_recipe(name) for name in recipes.recipe_names()]
     return [r for r in found if any(key in runs for line in all_lines(r, paper, runs) for key in line.keys)]
 
 
-def title(recipe: Recipe) -> str:
+def title(recipe: recipes.Recipe) -> str:
     """What a table is called."""
     return f"Table {recipe.table} of the paper: {recipe.title} (%)"
 
 
-def rich_side_by_side(recipe: Recipe, paper: Mapping[str, Any], runs: Mapping[Key, Run]) -> Table:
+def rich_side_by_side(
+    recipe: recipes.Recipe, paper: Mapping[str, Any], runs: Mapping[recipes.Key, Run]
+) -> Table:
     """The table for the terminal."""
     columns, rows = side_by_side(recipe, paper, runs)
     table = Table(title=title(recipe), title_justify="left", show_lines=True)
@@ -119,7 +113,9 @@ def rich_side_by_side(recipe: Recipe, paper: Mapping[str, Any], runs: Mapping[Ke
     return table
 
 
-def markdown_side_by_side(recipe: Recipe, paper: Mapping[str, Any], runs: Mapping[Key, Run]) -> str:
+def markdown_side_by_side(
+    recipe: recipes.Recipe, paper: Mapping[str, Any], runs: Mapping[recipes.Key, Run]
+) -> str:
     """The table as Markdown."""
     columns, rows = side_by_side(recipe, paper, runs)
     return markdown(columns, [[cell.replace("\n", "<br>") for cell in row] for row in rows])
@@ -152,7 +148,7 @@ def results_readme(paper: Mapping[str, Any], runs: Sequence[Run]) -> str:
     if not demo:
         parts.append("No runs yet.\n")
     parts.append(PUBLISHED)
-    for recipe in map(load_recipe, recipe_names()):
+    for recipe in map(recipes.load_recipe, recipes.recipe_names()):
         parts += [f"### Table {recipe.table}: {recipe.title}\n", markdown_side_by_side(recipe, paper, {})]
         if line := gaps(recipe, paper, {}):
             parts.append(f"{line}\n")

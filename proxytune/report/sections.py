@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from proxytune.analysis.failures import failures
-from proxytune.analysis.positions import agreement, positions
-from proxytune.analysis.sweeps import find_sweeps, skip, sweep
-from proxytune.analysis.tokens import equations, ngrams
+from proxytune.analysis import failures, positions, sweeps, tokens
 from proxytune.errors import UserError
-from proxytune.paper.published import paper_gap_closed, read_paper
+from proxytune.paper import published
 from proxytune.records import Run
 from proxytune.report.analyses import (
     agreement_figures,
@@ -95,7 +92,9 @@ def read_inputs(root: Path) -> Inputs:
         raise UserError(f"no finished run in '{root}': `proxytune eval` makes one")
     runs = table_runs(root, found)
     rows = tuple(role_rows(runs))
-    return Inputs(root, tuple(found), rows, len(found) - len(runs), tuple(trace_sets(found)), read_paper())
+    return Inputs(
+        root, tuple(found), rows, len(found) - len(runs), tuple(trace_sets(found)), published.read_paper()
+    )
 
 
 def table_runs(root: Path, found: Sequence[tuple[Path, Run]]) -> list[Run]:
@@ -171,7 +170,9 @@ def results_section(inputs: Inputs) -> Section:
     tasks = by_task(inputs.rows)
     paper = {task: published_scores(inputs.paper, task) for task in tasks}
     figures = [*(score_figure(rows) for rows in tasks.values()), gap_figure(inputs.rows, paper)]
-    means = " and ".join(f"{100 * paper_gap_closed(inputs.paper, '2', s):.1f}% ({s})" for s in ("13B", "70B"))
+    means = " and ".join(
+        f"{100 * published.paper_gap_closed(inputs.paper, '2', s):.1f}% ({s})" for s in ("13B", "70B")
+    )
     intro = [
         "Gap closed is (proxy - base) / (tuned - base), not capped; n/a where base and tuned do not differ "
         f"firmly. The paper's mean over the five columns of its table 2 is {means}."
@@ -233,7 +234,7 @@ def tokens_section(inputs: Inputs) -> Section:
 
 def positions_section(inputs: Inputs) -> Section:
     """Influence by position."""
-    found = [one for chosen in inputs.sets if (one := attempt(positions, chosen.folder))]
+    found = [one for chosen in inputs.sets if (one := attempt(positions.positions, chosen.folder))]
     figures = [figure for one in found for figure in positions_figures(one)]
     parts = [Part(tuple(figures), (positions_table(found),))] if found else []
     intro = ("Where in a response the proxy speaks differently from the base (the paper's appendix C.2).",)
@@ -258,7 +259,7 @@ def _ngrams(chosen: TraceSet) -> Figure | None:
     """The tokens of a traced run: by the paper's minimum count, or a lower one where that leaves too few."""
     for min_count in MIN_COUNTS:
         try:
-            found = ngrams(chosen.folder, min_count=min_count, top=60)
+            found = tokens.ngrams(chosen.folder, min_count=min_count, top=60)
         except UserError:
             continue  # no token is as frequent as that
         if len(found.rows) >= ENOUGH or min_count == MIN_COUNTS[-1]:
@@ -270,7 +271,7 @@ def equations_section(inputs: Inputs) -> Section:
     """Reasoning against arithmetic."""
     parts: list[Part] = []
     for chosen in inputs.sets:
-        if chosen.run.spec.task == "gsm" and (found := attempt(equations, chosen.folder)):
+        if chosen.run.spec.task == "gsm" and (found := attempt(tokens.equations, chosen.folder)):
             parts += parts_of([equations_figure(found)])
     intro = (
         "Does the proxy change the reasoning (left of the equals sign) or the arithmetic (right of it)? "
@@ -289,7 +290,7 @@ def agreement_section(inputs: Inputs) -> Section:
     figures: list[Figure] = []
     for folder, run in inputs.found:
         if run.spec.trace == "agreement" and run.spec.role in ("proxy", "tuned"):
-            found = attempt(agreement, folder)
+            found = attempt(positions.agreement, folder)
             if found is not None and len(found.rows) >= 4:
                 figures += agreement_figures(found)
     parts = list(parts_of(figures))
@@ -308,8 +309,8 @@ def agreement_section(inputs: Inputs) -> Section:
 def alpha_section(inputs: Inputs) -> Section:
     """Score against alpha."""
     figures: list[Figure] = []
-    for folder in find_sweeps(inputs.root):
-        found = attempt(sweep, folder)
+    for folder in sweeps.find_sweeps(inputs.root):
+        found = attempt(sweeps.sweep, folder)
         if found is not None and sum(point.value is not None for point in found.points) > 2:
             figures += sweep_figures(found)
     parts = list(parts_of(figures))
@@ -321,10 +322,10 @@ def alpha_section(inputs: Inputs) -> Section:
 def skip_section(inputs: Inputs) -> Section:
     """What ending the correction early does."""
     figures: list[Figure] = []
-    for folder in find_sweeps(inputs.root):
+    for folder in sweeps.find_sweeps(inputs.root):
         if not any(path.parent == folder and run.spec.alpha.kind == "first" for path, run in inputs.found):
             continue
-        found = attempt(skip, folder, _control(inputs, folder))
+        found = attempt(sweeps.skip, folder, _control(inputs, folder))
         if found is not None:
             figures += skip_figures(found)
     parts = list(parts_of(figures))
@@ -355,7 +356,7 @@ def failures_section(inputs: Inputs) -> Section:
     """Base against proxy, item by item."""
     parts: list[Part] = []
     for first, second in _pairs(inputs):
-        found = attempt(failures, first, second)
+        found = attempt(failures.failures, first, second)
         if found is not None:
             parts += parts_of([], *failure_tables(found), sensitive=found.first.task in SENSITIVE)
     intro = (

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from proxytune.analysis.failures import Failures
-from proxytune.analysis.sweeps import Skip, Sweep, SweepPoint
+from proxytune.analysis import failures, sweeps
 from proxytune.records import Metric
 from proxytune.report import charts
 from proxytune.report.analyses import bounded
@@ -22,7 +21,7 @@ SHOWN = 600
 COLUMNS = ("alpha", "score, %", "loops, %", "tokens, mean", "examples")
 
 
-def sweep_figures(found: Sweep) -> list[Figure]:
+def sweep_figures(found: sweeps.Sweep) -> list[Figure]:
     """Score against alpha, and the trade-off of truth and information where there is one."""
     task = found.source.task
     numbers = [point for point in found.points if point.value is not None]
@@ -43,10 +42,10 @@ def sweep_figures(found: Sweep) -> list[Figure]:
 
 
 def _against(
-    points: Sequence[SweepPoint],
-    at: Callable[[SweepPoint], Any],
+    points: Sequence[sweeps.SweepPoint],
+    at: Callable[[sweeps.SweepPoint], Any],
     x: Any,
-    of: Callable[[SweepPoint], Metric],
+    of: Callable[[sweeps.SweepPoint], Metric],
     what: str,
     *,
     name: str,
@@ -88,7 +87,7 @@ def _against(
     return Figure(name=name, title=title, caption=caption, table=table, layers=tuple(layers), system=system)
 
 
-def trade_off_figure(found: Sweep) -> Figure:
+def trade_off_figure(found: sweeps.Sweep) -> Figure:
     """Truth against information: the paper's ten points, and ours where judges gave them."""
     x = charts.axis("info", "informative, %", zero=False)
     y = charts.axis("truth", "true, %", zero=False)
@@ -136,10 +135,10 @@ def trade_off_figure(found: Sweep) -> Figure:
     )
 
 
-def sweep_table(found: Sweep | Skip) -> Table:
+def sweep_table(found: sweeps.Sweep | sweeps.Skip) -> Table:
     """All points of a sweep."""
     points = [(point.alpha, point) for point in found.points]
-    if isinstance(found, Skip) and found.control is not None:
+    if isinstance(found, sweeps.Skip) and found.control is not None:
         points.append((f"0, opener forced ({found.forced!r})", found.control))
     cells = [
         (name, percent(p.score), bounded(p.loops, 1, 100), bounded(p.tokens, 1), str(p.n))
@@ -148,7 +147,7 @@ def sweep_table(found: Sweep | Skip) -> Table:
     return Table(f"{found.source.task}: {found.metric} by alpha", COLUMNS, rows_of(cells))
 
 
-def skip_figures(found: Skip) -> list[Figure]:
+def skip_figures(found: sweeps.Skip) -> list[Figure]:
     """Score, loops and length against the number of corrected tokens."""
     task, names = found.source.task, ["all" if p.until is None else str(p.until) for p in found.points]
     x = {**charts.axis("at", "tokens that are corrected before the proxy lets go", "ordinal"), "sort": names}
@@ -177,7 +176,7 @@ def skip_figures(found: Skip) -> list[Figure]:
 # Failures
 
 
-def failure_tables(found: Failures) -> list[Table]:
+def failure_tables(found: failures.Failures) -> list[Table]:
     """Who has what right with McNemar's test, and the items on which the two differ."""
     first, second = found.first.role, found.second.role
     title = f"{found.first.system}: {found.first.task}, {first} against {second} ({found.metric})"

@@ -24,9 +24,9 @@ from proxytune.config import (
     TraceKind,
     parse_alpha,
 )
-from proxytune.decoding.decoder import Decoder
+from proxytune.decoding import Decoder
 from proxytune.errors import UserError
-from proxytune.models.loading import Models
+from proxytune.models import Models
 from proxytune.records import Completion, Example, Metric, Prompt, Run
 from proxytune.runs.session import Job, Resources, run_job
 from proxytune.speculate import Speculate, speculation

@@ -18,18 +18,17 @@ import torch
 
 from proxytune import __version__, results
 from proxytune.config import RunSpec
-from proxytune.decoding.decoder import Decoder, DecodeStats
-from proxytune.engine.speculative.drafter import Speculation
+from proxytune.decoding import Decoder, DecodeStats
+from proxytune.engine import Speculation
 from proxytune.errors import UserError
-from proxytune.models.loading import Models
+from proxytune.models import Models
 from proxytune.progress import Progress
 from proxytune.provenance import provenance
 from proxytune.records import Completion, Cost, Example, RoleMemory, Run
 from proxytune.results import Row, RunFolder
 from proxytune.runs.verdicts import add_verdicts
-from proxytune.sandbox.sandbox import Sandbox
-from proxytune.tasks import Dataset, Task
-from proxytune.tasks.task import Execution
+from proxytune.sandbox import Sandbox
+from proxytune.tasks import Dataset, Execution, Task
 
 CHECKPOINT_SECONDS = 10.0
 """How often the cost so far is written to run.json while a run is going on."""

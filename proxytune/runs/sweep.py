@@ -19,9 +19,9 @@ import torch
 
 from proxytune import __version__, results
 from proxytune.config import AlphaSchedule, System, parse_alpha
-from proxytune.decoding.decoder import Decoder, DecodeStats
+from proxytune.decoding import Decoder, DecodeStats
 from proxytune.errors import UserError
-from proxytune.models.loading import Models
+from proxytune.models import Models
 from proxytune.progress import Progress
 from proxytune.provenance import provenance
 from proxytune.records import Completion, Example, RoleMemory, Run

@@ -9,10 +9,9 @@ from typing import Any
 from proxytune import results
 from proxytune.errors import UserError
 from proxytune.records import Run
-from proxytune.sandbox.sandbox import Sandbox
-from proxytune.tasks import Task, get_task
+from proxytune.sandbox import Sandbox
+from proxytune.tasks import Execution, Task, get_task
 from proxytune.tasks.data import Table
-from proxytune.tasks.task import Execution
 
 
 def read_finished(task_name: str, folder: Path) -> tuple[Run, list[results.Row]]:

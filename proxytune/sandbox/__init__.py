@@ -1,1 +1,8 @@
 """Runs code that a model wrote: backends, the root that it sees, the worker inside."""
+
+from __future__ import annotations
+
+from proxytune.sandbox.root import MIB
+from proxytune.sandbox.sandbox import Job, Limits, Outcome, Program, Sandbox
+
+__all__ = ["Job", "Limits", "MIB", "Outcome", "Program", "Sandbox"]

@@ -1,4 +1,4 @@
-"""The tasks, by name. To add one: a file, its line here, a test."""
+"""The tasks, by name, and what they share. To add one: a file, its line here, a test."""
 
 from __future__ import annotations
 
@@ -15,10 +15,20 @@ from proxytune.tasks import (
     truthfulqa,
     truthfulqa_mc,
 )
-from proxytune.tasks.rescore import ScoreReport, score_file
-from proxytune.tasks.task import Dataset, Task, read_source
+from proxytune.tasks.data import read_file
+from proxytune.tasks.rescore import score_file
+from proxytune.tasks.task import Dataset, Execution, Task, read_source
 
-__all__ = ["TASKS", "Dataset", "ScoreReport", "Task", "get_task", "read_source", "score_file"]
+__all__ = [
+    "TASKS",
+    "Dataset",
+    "Execution",
+    "Task",
+    "get_task",
+    "read_file",
+    "read_source",
+    "score_file",
+]
 
 TASKS: dict[str, Task] = {
     task.name: task

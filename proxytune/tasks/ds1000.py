@@ -25,8 +25,7 @@ import numpy as np
 from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Prompt
-from proxytune.sandbox.root import MIB
-from proxytune.sandbox.sandbox import Job, Limits, Outcome, Program
+from proxytune.sandbox import MIB, Job, Limits, Outcome, Program
 from proxytune.tasks.data import Hub, Row, Table
 from proxytune.tasks.scoring import clean_code, pass_at_k
 from proxytune.tasks.task import Execution, Task

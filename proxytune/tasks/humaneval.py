@@ -15,7 +15,7 @@ from dataclasses import replace
 from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, Prompt
-from proxytune.sandbox.sandbox import Job, Program, Sandbox
+from proxytune.sandbox import Job, Program, Sandbox
 from proxytune.tasks.data import Hub, Row, Table
 from proxytune.tasks.scoring import clean_code, pass_at_k
 from proxytune.tasks.task import Execution, Task

@@ -18,7 +18,7 @@ from proxytune.config import PLUMBING, SOURCES, Sampling
 from proxytune.errors import UserError
 from proxytune.intervals import mean_metrics
 from proxytune.records import Completion, Example, Metric
-from proxytune.sandbox.sandbox import Sandbox
+from proxytune.sandbox import Sandbox
 from proxytune.tasks.data import (
     Hub,
     Row,

@@ -1,1 +1,8 @@
 """Attention over packed tokens of ragged rows, as Hugging Face modules call it."""
+
+from __future__ import annotations
+
+from proxytune.engine.attention.attention import NAME, Discovery, MissingContext, attend
+from proxytune.engine.attention.llama_forward import LeanForward
+
+__all__ = ["Discovery", "LeanForward", "MissingContext", "NAME", "attend"]

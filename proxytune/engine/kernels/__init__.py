@@ -1,1 +1,10 @@
 """The compiled parts: C++ on the CPU, Triton on CUDA, and what picks between them."""
+
+from __future__ import annotations
+
+from proxytune.engine.kernels.cpu_attention import why_not
+from proxytune.engine.kernels.int8 import Int8Linear, quantize
+from proxytune.engine.kernels.linear import use_row_linears
+from proxytune.engine.kernels.norm import use_row_norms
+
+__all__ = ["Int8Linear", "quantize", "use_row_linears", "use_row_norms", "why_not"]

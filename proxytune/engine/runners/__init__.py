@@ -1,1 +1,19 @@
 """One model behind two operations: run a forward over ragged rows, and move those rows about."""
+
+from __future__ import annotations
+
+from proxytune.engine.runners.lora import SharedLora, SpanLora, SpanMismatch
+from proxytune.engine.runners.reference import ReferenceRunner
+from proxytune.engine.runners.runner import Forward, ModelRunner, Runner
+from proxytune.engine.runners.vocab_map import Alignment
+
+__all__ = [
+    "Alignment",
+    "Forward",
+    "ModelRunner",
+    "ReferenceRunner",
+    "Runner",
+    "SharedLora",
+    "SpanLora",
+    "SpanMismatch",
+]
