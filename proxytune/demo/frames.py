@@ -1,7 +1,7 @@
 """The prompt forms in which the world's questions are asked: the paper's own, plain and in Llama-2's chat
 template.
 
-The real task code (`proxytune.tasks`, `proxytune.decoding.prompts`) builds the same strings; tests compare them. They
+The real task code (`proxytune.tasks`, `proxytune.decoding`) builds the same strings; tests compare them. They
 are repeated here because training text is made below the layer of tasks. The two chat forms with a system
 prompt differ in white space, as in the paper's code: `direct` is a chat model asked by itself, `in_ensemble`
 the expert inside the proxy.

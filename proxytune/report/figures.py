@@ -40,7 +40,9 @@ def published_scores(paper: Mapping[str, Any], task: str) -> list[Published]:
             rows = [
                 {
                     "table": number, "size": row["size"], "role": row["role"], "metric": column["name"],
-                    "score": _either(published.stored_percent(paper, column, row["runs"][i]), row["printed"][i]),
+                    "score": _either(
+                        published.stored_percent(paper, column, row["runs"][i]), row["printed"][i]
+                    ),
                 }
                 for row in table["rows"]
             ]  # fmt: skip

@@ -5,4 +5,4 @@ from __future__ import annotations
 from proxytune.sandbox.root import MIB
 from proxytune.sandbox.sandbox import Job, Limits, Outcome, Program, Sandbox
 
-__all__ = ["Job", "Limits", "MIB", "Outcome", "Program", "Sandbox"]
+__all__ = ["MIB", "Job", "Limits", "Outcome", "Program", "Sandbox"]

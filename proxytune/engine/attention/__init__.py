@@ -5,4 +5,4 @@ from __future__ import annotations
 from proxytune.engine.attention.attention import NAME, Discovery, MissingContext, attend
 from proxytune.engine.attention.llama_forward import LeanForward
 
-__all__ = ["Discovery", "LeanForward", "MissingContext", "NAME", "attend"]
+__all__ = ["NAME", "Discovery", "LeanForward", "MissingContext", "attend"]
