@@ -416,7 +416,7 @@ def main(arguments: list[str] | None = None) -> int:
         why = "--device cpu" if options.device == "cpu" else "no CUDA device"
         print(
             f"benchmarks/gpu_kernels.py: {why}: this measures kernels that run on a GPU only. "
-            "Tests that need none: tests/test_paged_attention.py and tests/test_int8.py",
+            "Tests that need none: tests/engine/test_paged_attention.py and tests/engine/test_int8.py",
             file=sys.stderr,
         )
         return 2

@@ -1,8 +1,8 @@
 """A trio that is trained where it runs, in minutes: real acceptance for a base that is larger beside its
 experts than the demo's.
 
-Text, recipe and tuning are the demo's (`proxytune.tuning.demo_models`); the base is deeper, and the text is as
-much as there is time for, so that it says worse things than the demo."""
+Text, recipe and tuning are the demo's (`proxytune.tuning.demo_models`); the base is deeper, and the text is
+as much as there is time for, so that it says worse things than the demo."""
 
 from __future__ import annotations
 
