@@ -100,7 +100,7 @@ def test_the_threads_are_torchs_own() -> None:
     import torch  # its runtime is loaded first
 
     compiler()
-    library("core/cpu_attention")
+    library("cpu_attention")
     maps = Path("/proc/self/maps")
     if not maps.exists():
         pytest.skip("no /proc here")

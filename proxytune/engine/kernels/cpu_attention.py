@@ -41,7 +41,7 @@ Kernel = Callable[[object], None]
 def _built() -> tuple[dict[torch.dtype, Kernel], str | None]:
     """The kernel by dtype, or why there is none."""
     try:
-        built = library("core/cpu_attention")
+        built = library("cpu_attention")
     except NotBuilt as reason:
         return {}, str(reason)
     found: dict[torch.dtype, Kernel] = {}

@@ -21,7 +21,7 @@ ROTATIONS = {torch.float32: "rotate_float32", torch.float64: "rotate_float64"}
 def _built(name: str) -> Callable[..., None] | None:
     """A function of cpu_rows.cpp; None where it could not be compiled."""
     try:
-        function = library("core/cpu_rows")[name]
+        function = library("cpu_rows")[name]
     except NotBuilt:
         return None
     rest = (_NUMBER, _NUMBER, ctypes.c_float) if name == "rms_norm" else (_NUMBER,) * 4

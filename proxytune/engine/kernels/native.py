@@ -38,7 +38,7 @@ class NotBuilt(RuntimeError):
 
 @cache
 def library(name: str) -> ctypes.CDLL:
-    """The library of `name`.cpp beside this file (`core/cpu_attention`), compiled if it is not yet. NotBuilt
+    """The library of `name`.cpp beside this file (`cpu_attention`), compiled if it is not yet. NotBuilt
     where it cannot be; a second call raises anew."""
     source = Path(__file__).parent / f"{name}.cpp"
     compiler = _compiler()
