@@ -27,6 +27,7 @@ from proxytune.models.adapters import Adapters
 from proxytune.models.int8 import random_int8
 from proxytune.models.loading import Loaded, Models, resolve
 from proxytune.models.support import examine
+from proxytune.options import DecodeOptions
 
 TRIO: tuple[Role, ...] = ("base", "expert", "antiexpert")
 CPU = torch.device("cpu")
@@ -101,7 +102,7 @@ class Bench:
 
     def decoder(self, role: Role) -> Decoder:
         """A decoder of a role, with pools of its own."""
-        return Decoder(self.models, role, max_batch=self.max_rows, kv_memory=self.kv_memory)
+        return Decoder(self.models, role, DecodeOptions(batch=self.max_rows, kv_memory=self.kv_memory))
 
     @property
     def device(self) -> torch.device:

@@ -6,32 +6,45 @@ that `import proxytune` and `proxytune --help` stay quick.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from proxytune.lazy import door
 
 if TYPE_CHECKING:
     from proxytune.config import Sampling, System, load_system
-    from proxytune.runs.evaluate import evaluate, generate
+    from proxytune.errors import UserError
+    from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
+    from proxytune.runs import evaluate, generate
 
 __version__ = "0.1.0"
-__all__ = ["Sampling", "System", "evaluate", "generate", "load_system"]
+__all__ = [
+    "DecodeOptions",
+    "JudgeOptions",
+    "RunOptions",
+    "Sampling",
+    "System",
+    "UserError",
+    "evaluate",
+    "generate",
+    "load_system",
+]
 
-_HOMES = {
-    "System": "proxytune.config",
-    "Sampling": "proxytune.config",
-    "load_system": "proxytune.config",
-    "generate": "proxytune.runs.evaluate",
-    "evaluate": "proxytune.runs.evaluate",
-}
+__getattr__ = door(
+    __name__,
+    {
+        "DecodeOptions": "options",
+        "JudgeOptions": "options",
+        "RunOptions": "options",
+        "Sampling": "config",
+        "System": "config",
+        "UserError": "errors",
+        "evaluate": "runs",
+        "generate": "runs",
+        "load_system": "config",
+    },
+)
 
 
 def __dir__() -> list[str]:
     """The public names, imported or not."""
     return [*__all__, "__version__"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'proxytune' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -43,6 +43,10 @@ MIN_TEMPERATURE = 1e-3
 """Lowest temperature above 0: below it logits overflow, and sampling is greedy anyway."""
 
 
+DEMO_SCHEME = "demo://"
+"""How the model of a spec begins that ships with proxytune."""
+
+
 class Record(BaseModel):
     """A frozen record that refuses unknown keys."""
 
@@ -134,7 +138,9 @@ Alpha = Annotated[
 
 
 class Sampling(Record):
-    """How the next token is chosen, and when a response ends."""
+    """How the next token is chosen, and when a response ends. The docstrings are the command line's help."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     max_new_tokens: int = Field(default=512, ge=1)
     """A response is cut after this many tokens (finish_reason `length`)."""
@@ -146,6 +152,8 @@ class Sampling(Record):
     """Sample among the k most probable tokens only; 0 is off."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Sample from the smallest set of tokens whose probability reaches this; 1 is off."""
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Sample among the tokens that are at least this times as probable as the most probable one; 0 is off."""
     n: int = Field(default=1, ge=1)
     """Responses per prompt; the prompt is computed once for all of them."""
     seed: int = 0

@@ -1,123 +1,214 @@
-"""The arguments and options that commands share, each declared once."""
+"""The options of the commands. What several commands share is declared once: single arguments here, groups in
+the records of `options` and `config`, whose fields become options with their docstrings as help.
+
+A command takes a whole record as a parameter, and `grouped` opens it into one option per field:
+
+    @grouped(decode=DECODING)
+    def generate(prompt: Prompt, decode: DecodeOptions) -> None: ...
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
+from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic.fields import FieldInfo
+from rich.markup import escape
 
-TaskName = Annotated[str, typer.Argument(metavar="TASK", help="A task; `proxytune tasks` lists them.")]
+from proxytune.config import Sampling, explain, system_names
+from proxytune.errors import UserError
+from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RunOptions
+
+R = TypeVar("R", bound=BaseModel)
+
+SIMPLE = (bool, int, float, str)
+"""Types that the command line reads by itself; everything else is read as text by the record."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The fields of a record as options under one heading."""
+
+    record: type[BaseModel]
+    title: str
+    leave_out: frozenset[str] = frozenset()
+    flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Field -> how it is written, where that is not its name."""
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """What this command has in place of the record's defaults."""
+    changes: bool = False
+    """Whether the command gets a mapping of what was given, and not a record: the rest has other defaults."""
+
+    @property
+    def fields(self) -> dict[str, FieldInfo]:
+        """The fields that are options."""
+        return {n: info for n, info in self.record.model_fields.items() if n not in self.leave_out}
+
+    def parameters(self) -> list[inspect.Parameter]:
+        """The options as parameters of a Typer command."""
+        return [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=self._default(name, info),
+                annotation=Annotated[self._type(info), self._option(name, info)],
+            )
+            for name, info in self.fields.items()
+        ]
+
+    def made(self, values: Mapping[str, object]) -> Any:
+        """The record of these values, or the mapping of those that were given; UserError that names the
+        option that is wrong."""
+        given = {name: value for name, value in values.items() if value is not None and value != []}
+        return given if self.changes else build(self.record, given)
+
+    def _default(self, name: str, info: FieldInfo) -> object:
+        default = self.defaults.get(name, info.default)
+        return None if self.changes or isinstance(default, tuple) else default
+
+    def _type(self, info: FieldInfo) -> Any:
+        """What Typer reads for a field; None beside it where nothing need be given."""
+        read = (
+            str if any(isinstance(m, BeforeValidator) for m in info.metadata) else _read_as(info.annotation)
+        )
+        return read if read is bool and not self.changes else read | None
+
+    def _option(self, name: str, info: FieldInfo) -> Any:
+        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        metavar = str(extra["metavar"]) if "metavar" in extra else None
+        return typer.Option(
+            *self.flags.get(name, (option_name(name),)),
+            help=escape(" ".join((info.description or "").split())),
+            metavar="TEXT" if self._type(info) == list[str] | None else metavar,
+            rich_help_panel=self.title,
+            show_default=info.default not in (None, False, ()) and not self.changes,
+        )
+
+
+def option_name(name: str) -> str:
+    """How the command line writes a field."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _read_as(annotation: Any) -> Any:
+    """The simple type in which the command line reads a value of this type."""
+    if get_origin(annotation) is Annotated:
+        return _read_as(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = {_read_as(kind) for kind in get_args(annotation) if kind is not NoneType}
+        return kinds.pop() if len(kinds) == 1 else str
+    if get_origin(annotation) is tuple and get_args(annotation)[1:] == (...,):
+        return list[str]
+    return str if get_origin(annotation) is Literal or annotation not in SIMPLE else annotation
+
+
+def build(record: type[R], values: Mapping[str, object]) -> R:
+    """The record of these values; UserError that names the option and the value that is wrong."""
+    try:
+        return record.model_validate(dict(values))
+    except ValidationError as error:
+        name, _, reason = explain(error).partition(": ")
+        first = name.split(".")[0]
+        raise UserError(f"{option_name(first)} {values.get(first)!r}: {reason}") from None
+
+
+def grouped(**groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Open the parameters of a command that are named here into the options of their group."""
+
+    def opened(command: Callable[..., None]) -> Callable[..., None]:
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            group = groups.get(parameter.name)
+            alone = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+            parameters += alone if group is None else group.parameters()
+
+        def run(**values: object) -> None:
+            made = {
+                name: group.made({option: values.pop(option) for option in group.fields})
+                for name, group in groups.items()
+            }
+            command(**values, **made)
+
+        run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return run
+
+    return opened
+
+
+Changes = Mapping[str, Any]
+"""Sampling settings that were given; the task has its own for the rest."""
+
+RUN = Group(RunOptions, "What is asked", leave_out=frozenset({"sampling", "forced"}))
+SWEEP = Group(RunOptions, "What is asked", leave_out=frozenset({"sampling", "forced", "alpha", "trace"}))
+SAMPLING = Group(
+    Sampling, "How tokens are chosen", leave_out=frozenset({"seed"}), flags={"n": ("-n",)}, changes=True
+)
+RESPONSE = Group(Sampling, "How tokens are chosen", flags={"n": ("-n",)}, defaults={"max_new_tokens": 256})
+DECODING = Group(DecodeOptions, "How it is computed", leave_out=frozenset({"progress"}))
+JUDGING = Group(JudgeOptions, "Who judges", leave_out=frozenset({"seed", "batch", "code"}))
+JUDGING_ALONE = Group(JudgeOptions, "Who judges", leave_out=frozenset({"code"}))
+CONSENT = Group(JudgeOptions, "Who judges", leave_out=frozenset({"judge", "seed", "batch", "code"}))
+CODE = Group(CodeOptions, "Running model-written code")
+
+MODELS = "Models"
+
+
+def _tasks(incomplete: str) -> list[str]:
+    from proxytune.tasks import TASKS
+
+    return [name for name in TASKS if name.startswith(incomplete)]
+
+
+def _systems(incomplete: str) -> list[str]:
+    return [name for name in system_names() if name.startswith(incomplete)]
+
+
+TaskName = Annotated[
+    str,
+    typer.Argument(metavar="TASK", help="A task; `proxytune tasks` lists them.", autocompletion=_tasks),
+]
 SystemName = Annotated[
     str,
-    typer.Option("--system", "-s", metavar="S", help="A system's name (`proxytune systems`) or a YAML file."),
-]
-As = Annotated[str, typer.Option("--as", help="base, expert, antiexpert, tuned or proxy.")]
-AsOrAll = Annotated[str, typer.Option("--as", help="base, expert, antiexpert, tuned, proxy, or all of them.")]
-Alpha = Annotated[
-    str | None,
-    typer.Option(help="0 to 10, or first:N, warmup:N, linear:FROM:TO:N. Default: the system's."),
-]
-Alphas = Annotated[
-    str,
-    typer.Option(metavar="ALPHAS", help="FROM:TO:STEP, or a list of what --alpha takes: 0,0.5,first:4,1."),
-]
-Negative = Annotated[
-    bool,
     typer.Option(
-        "--allow-negative-alpha", help="Allow alpha below 0: it undoes what the expert was tuned for."
+        "--system",
+        "-s",
+        metavar="S",
+        help="A system's name (`proxytune systems`) or a YAML file.",
+        autocompletion=_systems,
+        rich_help_panel=MODELS,
+    ),
+]
+As = Annotated[
+    str, typer.Option("--as", help="base, expert, antiexpert, tuned or proxy.", rich_help_panel=MODELS)
+]
+AsOrAll = Annotated[
+    str,
+    typer.Option(
+        "--as", help="base, expert, antiexpert, tuned, proxy, or all of them.", rich_help_panel=MODELS
     ),
 ]
 Vocab = Annotated[
     str | None,
-    typer.Option(help="strict (vocabularies must agree) or intersect (combine on the shared tokens)."),
+    typer.Option(
+        help="strict (vocabularies must agree) or intersect (combine on the shared tokens).",
+        rich_help_panel=MODELS,
+    ),
 ]
 RemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a checkpoint.")
-]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Cut responses after this many tokens.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
-TopP = Annotated[
-    float | None, typer.Option(help="Sample from the smallest set that has this probability; 1 is off.")
-]
-TopK = Annotated[int | None, typer.Option(help="Sample among the k most probable tokens; 0 is off.")]
-Seed = Annotated[int, typer.Option(help="Of the sampling noise (and of the choice of few-shot items).")]
-Batch = Annotated[
-    int | None, typer.Option(help="At most this many rows at a time. Default: what memory allows.")
-]
-KvMemory = Annotated[
-    str | None, typer.Option(help="Memory for the KV caches, e.g. 4GB. Default: what is free.")
-]
-Speculate = Annotated[
-    str,
-    typer.Option(
-        metavar="auto|off|K",
-        help="Let the expert draft tokens that the others verify together: by measurement, never, or K at a "
-        "time. The tokens are the same.",
-    ),
-]
-Drafter = Annotated[
-    str | None,
-    typer.Option(
-        metavar="EXPERT|lookup",
-        help="Which of several experts drafts: expert (default), expert2, ...; lookup: only what prompt and "
-        "response have said before is a draft.",
-    ),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE|hub|generated|plumbing",
-        help="Where the items come from: a file, the hub, the demo world (generated), or items that only "
-        "check that the task runs (plumbing). Default: the system's, or hub.",
-    ),
-]
-Limit = Annotated[int | None, typer.Option(help="Only the first N items.")]
-Shots = Annotated[int, typer.Option(help="Few-shot items before each question.")]
-ShotsFrom = Annotated[str | None, typer.Option(metavar="FILE", help="Draw few-shot items from this file.")]
-Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: results/<system>/<task>/<as>/.")]
-SweepOut = Annotated[
-    Path | None, typer.Option(help="The sweep's folder. Default: results/<system>/<task>/proxy/sweep/.")
-]
-ModeName = Annotated[
-    str, typer.Option(help="generate, or likelihood: compare given answers by their log-probabilities.")
-]
-Trace = Annotated[
-    str | None,
-    typer.Option(
-        "--trace",
-        metavar="[agreement]",
-        help="Store every token's probability under each role; agreement: also how far base and proxy are "
-        "from the tuned model.",
-    ),
-]
-JudgeName = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODEL",
-        help="Who judges the responses: default, none, a folder or hub id (MODEL#LABEL; TRUTH,INFO), or a "
-        "model of the endpoint in OPENAI_BASE_URL.",
-    ),
-]
-Yes = Annotated[bool, typer.Option("--yes", help="Agree to what a judge behind an API costs.")]
-MaxCost = Annotated[
-    float | None, typer.Option(help="Spend at most this many US dollars on the judge.", min=0)
-]
-Price = Annotated[
-    str | None, typer.Option(metavar="IN,OUT", help="The judge's price in USD per million tokens.")
-]
-AllowCode = Annotated[
     bool,
-    typer.Option("--allow-code-execution", help="Run model-written code (humaneval, ds1000), in a sandbox."),
+    typer.Option(
+        "--trust-remote-code", help="Run Python code that comes with a checkpoint.", rich_help_panel=MODELS
+    ),
 ]
-SandboxName = Annotated[
-    str,
-    typer.Option("--sandbox", help="auto, bubblewrap, namespaces, or weak (a separate process with limits)."),
-]
-CodePython = Annotated[
-    str | None,
-    typer.Option(metavar="PYTHON", help="The interpreter that runs the code. Default: proxytune's own."),
-]
+Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: results/<system>/<task>/<as>/.")]
 Tests = Annotated[
     str | None,
     typer.Option("--data", metavar="FILE|hub", help="The items, with the tests to run code against."),

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
+import torch
+
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.decoding.prompts import context, form_of, noise_key
 from proxytune.decoding.response_text import ResponseText
@@ -18,12 +20,10 @@ from proxytune.decoding.streaming import TextStream
 from proxytune.engine import Continuation, Engine, Ensemble, Request, Result, Speculation, Term, likelihoods
 from proxytune.engine.kernels import why_not
 from proxytune.engine.kv import CacheSpec, KVCache, PagedCache, SlotCache
-from proxytune.engine.runners import Alignment, ModelRunner, ReferenceRunner, Runner
-from proxytune.engine.speculative.draft_length import Pace
+from proxytune.engine.runners import ModelRunner, ReferenceRunner, Runner
 from proxytune.errors import UserError
 from proxytune.models import Loaded, Models, free_memory
-from proxytune.models.memory import GIB
-from proxytune.models.vocabulary import align, size_of
+from proxytune.options import DecodeOptions
 from proxytune.records import Completion, Example, FinishReason, Prompt, RoleMemory, TracedToken
 
 MAX_ROWS = 128
@@ -96,20 +96,22 @@ class Decoder:
         self,
         models: Models,
         role: Role,
+        options: DecodeOptions | None = None,
         *,
-        max_batch: int | None = None,
-        kv_memory: int | None = None,
         speculation: Speculation | None = None,
         agreement: bool = False,
     ) -> None:
         """Load what the role needs and plan the KV pools.
 
-        `max_batch` rows are decoded together; `kv_memory` bytes bound all KV pools together (by default a
-        share of what is free). `speculation` is adaptive unless given. With `agreement`, the models of proxy
+        `speculation` takes the place of what the options say of it (benchmarks draft in ways of their own).
+        With `agreement`, the models of proxy
         and tuned all see the tokens of `role`, one of the two, for the trace. UserError if vocabularies do
         not match or the memory holds no useful pool."""
         self.models, self.role, self.agreement = models, role, agreement
-        self.speculation, self.pace = speculation or Speculation(), Pace()
+        how = options or DecodeOptions()
+        if how.threads is not None:
+            torch.set_num_threads(how.threads)
+        self.speculation = speculation or Speculation(k=how.draft_length, drafter=how.drafter)
         names = models.names(role)
         if agreement:
             names = list(dict.fromkeys([*names, *models.names("proxy"), "tuned"]))
@@ -119,10 +121,10 @@ class Decoder:
         head = self.loaded[self.lead]
         self.tokenizer = head.tokenizer
         self.text_of = ResponseText(head.tokenizer)
-        self.max_batch = max_batch or MAX_ROWS
+        self.max_batch = how.batch or MAX_ROWS
         self.stats = DecodeStats()
-        self._size = size_of(head.tokenizer, head.vocabulary)
-        pool = self._pool_tokens(kv_memory)
+        self._size = head.size
+        pool = self._pool_tokens(how.kv_memory)
         runners = {name: self._runner(model, pool) for name, model in self.loaded.items()}
         self.ensemble = self._ensemble(runners)
 
@@ -147,13 +149,14 @@ class Decoder:
         tokens = min(budget // max(per_token, 1), self.max_batch * window)
         if tokens < 2:
             raise UserError(
-                f"KV memory of {budget / GIB:.3f} GiB holds {tokens} tokens at {per_token} bytes each for "
+                f"KV memory of {budget / 2**30:.3f} GiB holds {tokens} tokens at {per_token} bytes each for "
                 f"{', '.join(self.loaded)}: raise --kv-memory"
             )
         return tokens
 
     def _runner(self, model: Loaded, pool: int) -> Runner:
-        family, alignment = model.family, self._alignment(model)
+        family, lead = model.family, self.loaded[self.lead]
+        alignment = model.aligned_with(lead, self.models.system.vocab)
         if family.path == "reference":
             return ReferenceRunner(
                 model.forward, alignment, family.window, model.device, pool, cached=family.cached
@@ -171,12 +174,6 @@ class Decoder:
             lora=model.adapters.lora,
             adapter=model.adapter,
         )
-
-    def _alignment(self, model: Loaded) -> Alignment:
-        if model.name == self.lead:
-            return Alignment(self._size)
-        mode = self.models.system.vocab
-        return align(self.tokenizer, self._size, model.tokenizer, model.vocabulary, model.name, mode)
 
     @property
     def memory(self) -> dict[str, RoleMemory]:
@@ -270,7 +267,6 @@ class Decoder:
             trace=trace != "off",
             on_token=hear if on_text is not None else None,
             speculation=self.speculation,
-            pace=self.pace,
         )
         for request in self._requests(asked, sampling, task, forced):
             engine.submit(request)
@@ -361,11 +357,8 @@ class Decoder:
                 yield Request(
                     contexts=contexts,
                     key=noise_key(sampling.seed, task, example.id, sample),
+                    sampling=sampling,
                     max_new_tokens=sampling.max_new_tokens,
-                    min_new_tokens=sampling.min_new_tokens,
-                    temperature=sampling.temperature,
-                    top_k=sampling.top_k,
-                    top_p=sampling.top_p,
                     alpha=alpha,
                     eos=eos,
                     banned=banned,

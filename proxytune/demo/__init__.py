@@ -1,6 +1,7 @@
-"""The miniature world of the demo: its facts, its word problems, its text, and the committed weights of its
-models."""
+"""The miniature world of the demo: facts, sums, prices and creatures, and the texts made of them."""
 
 from __future__ import annotations
 
-__all__ = ["corpus", "creatures", "prices", "smoke_data", "sums", "world"]
+from proxytune.demo.world import World
+
+__all__ = ["World", "corpus", "creatures", "prices", "smoke_data", "sums", "world"]

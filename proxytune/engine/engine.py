@@ -72,7 +72,7 @@ class Engine:
         pace: Pace | None = None,
     ) -> None:
         """`on_token` hears of every token as it is chosen; `trace` records every model's view of it;
-        without `speculation` decoding is plain. `pace`: what an engine before it has measured."""
+        without `speculation` decoding is plain. `pace`: what was measured before (the ensemble's own)."""
         self.ensemble, self.trace, self.on_token = ensemble, trace, on_token
         runners, settings = ensemble.runners, speculation or Speculation(k=0)
         caches = {name: runner.rows for name, runner in runners.items()}
@@ -81,7 +81,7 @@ class Engine:
         self._spell = {name: runner.alignment.spell for name, runner in runners.items()}
         self.scheduler = Scheduler(caches, max_rows, prefill_tokens, longest)
         front = ensemble.front(settings.drafter)
-        self.drafter = Drafter(runners, front, ensemble.lead, settings, pace)
+        self.drafter = Drafter(runners, front, ensemble.lead, settings, pace or ensemble.pace)
         self.counts = Counts()
         self.device: DeviceLoop | None = None
         if not trace and steps_on_device(runners, settings):

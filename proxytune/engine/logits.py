@@ -1,6 +1,6 @@
 """Logit mathematics: pure functions on [B, V], in the order in which a step applies them.
 
-combine -> ban -> warp (temperature, top-k, top-p) -> argmax or sample.
+combine -> ban -> warp (temperature, min-p, top-k, top-p) -> argmax or sample.
 
 Sampling is by the Gumbel-max trick with counter-based noise, so that a row's token depends on its own key,
 position and distribution alone: not on the batch, the order or the number of steps taken together."""
@@ -68,12 +68,15 @@ def ban(logits: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
     return banned
 
 
-def warp(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Temperature, then top-k, then top-p, per row. [B, V] and three [B] -> [B, V] with -inf for what is cut.
+def warp(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Temperature, then min-p, top-k and top-p, per row. [B, V] and four [B] -> [B, V] with -inf for what is
+    cut.
 
-    top_k 0 and top_p 1 are off. Ties at the k-th value are kept; top-p keeps the smallest set of most
-    probable tokens that reaches p, the token that crosses p included."""
+    min_p 0, top_k 0 and top_p 1 are off. Ties at the k-th value are kept; top-p keeps the smallest set of
+    most probable tokens that reaches p, the token that crosses p included."""
     scaled = logits / temperature.to(logits.dtype)[:, None]
+    if bool((min_p > 0).any()):
+        scaled = scaled.masked_fill(scaled < min_p_floor(scaled, min_p), float("-inf"))
     if bool((top_k > 0).any()):
         k = int(top_k.max().clamp(max=logits.shape[-1]))
         values = scaled.topk(k, dim=-1).values  # [B, k]
@@ -88,6 +91,13 @@ def warp(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> T
         cut[:, 0] = False
         scaled = scaled.masked_fill(torch.zeros_like(cut).scatter(-1, index, cut), float("-inf"))
     return scaled
+
+
+def min_p_floor(scaled: Tensor, min_p: Tensor) -> Tensor:
+    """The logit that a token needs: that of a probability of min_p times the largest (Nguyen et al. 2024,
+    arXiv 2407.01082). Logits [..., V] already divided by the temperature, min_p [...] float64 -> [..., 1]; a
+    min_p of 0 gives -inf, which cuts nothing."""
+    return scaled.amax(-1, keepdim=True) + min_p.log().to(scaled.dtype)[..., None]
 
 
 def philox(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -163,6 +173,7 @@ class Choice:
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
+    min_p: Tensor
     keys: Tensor
     positions: Tensor
 
@@ -184,7 +195,7 @@ def choose(logits: Tensor, choice: Choice | None) -> Tensor:
 
 def _draw(logits: Tensor, choice: Choice, ids: Tensor | None) -> Tensor:
     """Sample from [S, V], or from the columns `ids` [S, K] of the vocabulary. -> [S] columns."""
-    warped = warp(logits, choice.temperature, choice.top_k, choice.top_p)
+    warped = warp(logits, choice.temperature, choice.top_k, choice.top_p, choice.min_p)
     noise = gumbel(choice.keys, choice.positions, logits.shape[-1], ids)
     return largest(warped.double() + noise)
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
-from proxytune.config import AlphaSchedule
+from proxytune.config import AlphaSchedule, Sampling
+
+GREEDY = Sampling()
 
 UNIT = AlphaSchedule()
 """Alpha 1 at every position."""
@@ -22,12 +24,12 @@ class Request:
     key: int
     """64-bit randomness key."""
     max_new_tokens: int
+    """As in `sampling`, or less where a model's window is full first."""
+    sampling: Sampling = GREEDY
+    """How tokens are chosen. What it says in texts (stops, bans) stands below in ids; its seed and the number
+    of responses are in `key`."""
     eos: frozenset[int] = frozenset()
     alpha: AlphaSchedule = UNIT
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_new_tokens: int = 0
     banned: frozenset[int] = frozenset()
     banned_first: frozenset[int] = frozenset()
     forced: tuple[int, ...] = ()

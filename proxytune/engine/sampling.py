@@ -35,7 +35,7 @@ def banned(spots: Sequence[Spot]) -> tuple[list[int], list[int]]:
     ids: list[int] = []
     for index, (row, position) in enumerate(spots):
         request = row.request
-        early = position < request.min_new_tokens
+        early = position < request.sampling.min_new_tokens
         if not (request.banned or early or (position == 0 and request.banned_first)):
             continue
         bans = set(request.banned)
@@ -63,15 +63,17 @@ def pick(logits: Tensor, spots: Sequence[Spot]) -> Tensor:
 
 def _choice(spots: Sequence[Spot], device: torch.device) -> Choice | None:
     """How the sampled spots choose; None if all are greedy."""
-    sampled = [index for index, spot in enumerate(spots) if spot.row.request.temperature > 0]
+    sampled = [index for index, spot in enumerate(spots) if spot.row.request.sampling.temperature > 0]
     if not sampled:
         return None
     requests = [spots[index].row.request for index in sampled]
+    wide = torch.float64
     return Choice(
         rows=torch.tensor(sampled, device=device),
-        temperature=torch.tensor([r.temperature for r in requests], dtype=torch.float64, device=device),
-        top_k=torch.tensor([r.top_k for r in requests], device=device),
-        top_p=torch.tensor([r.top_p for r in requests], dtype=torch.float64, device=device),
+        temperature=torch.tensor([r.sampling.temperature for r in requests], dtype=wide, device=device),
+        top_k=torch.tensor([r.sampling.top_k for r in requests], device=device),
+        top_p=torch.tensor([r.sampling.top_p for r in requests], dtype=wide, device=device),
+        min_p=torch.tensor([r.sampling.min_p for r in requests], dtype=wide, device=device),
         keys=torch.tensor([r.key for r in requests], device=device),
         positions=torch.tensor([spots[index].position for index in sampled], device=device),
     )

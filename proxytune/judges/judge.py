@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from transformers import AutoConfig
@@ -13,6 +14,26 @@ from proxytune.models import resolve
 Row = dict[str, Any]
 OnProgress = Callable[[int, int], None]
 """Hears of (rows judged, rows to judge)."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What judging would take, roughly."""
+
+    calls: int
+    cached: int
+    prompt_tokens: int
+    completion_tokens: int
+    usd: float | None
+    """None where no price is known."""
+    seconds: float
+
+    def __str__(self) -> str:
+        cost = "cost unknown (give --price IN,OUT)" if self.usd is None else f"about {self.usd:.2f} USD"
+        return (
+            f"{self.calls} judgements to pay for ({self.cached} are cached or need none): about "
+            f"{self.prompt_tokens} tokens, {cost}, {self.seconds / 60:.1f} minutes"
+        )
 
 
 class Judge(Protocol):
@@ -27,12 +48,22 @@ class Judge(Protocol):
         """Raise the UserError that judging would end with, before anything expensive is done."""
         ...
 
+    def estimate(self, rows: Sequence[Row]) -> Estimate | None:
+        """What judging these rows would cost; None where nothing is paid."""
+        ...
+
+    def forecast(self, count: int, characters: float) -> Estimate | None:
+        """What judging would cost before there are responses: so many rows, whose texts have this many
+        characters together on average; None where nothing is paid."""
+        ...
+
     def judge(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> list[Row]:
         """The columns to add to each row."""
         ...
 
 
 def judge_config(model: str) -> Any:
+    """The configuration of a judge's model, which shows that it is there; UserError with what to do."""
     try:
         return AutoConfig.from_pretrained(resolve(model))
     except (OSError, ValueError) as error:

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from proxytune.config import cache_folder
 from proxytune.errors import UserError, needs_extra
-from proxytune.judges.judge import OnProgress, Row
+from proxytune.judges.judge import Estimate, OnProgress, Row
+from proxytune.options import JudgeOptions
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -93,26 +94,6 @@ class Pair:
             return None
         word = match[1].lower()
         return 0 if word == "tie" else 2 if (word == "a") == self.swapped else 1
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What judging would take, roughly."""
-
-    calls: int
-    cached: int
-    prompt_tokens: int
-    completion_tokens: int
-    usd: float | None
-    """None where no price is known."""
-    seconds: float
-
-    def __str__(self) -> str:
-        cost = "cost unknown (give --price IN,OUT)" if self.usd is None else f"about {self.usd:.2f} USD"
-        return (
-            f"{self.calls} judgements to pay for ({self.cached} are cached or need none): about "
-            f"{self.prompt_tokens} tokens, {cost}, {self.seconds / 60:.1f} minutes"
-        )
 
 
 class Judgements:
@@ -290,6 +271,11 @@ class PairwiseJudge:
                 f"the judge '{self.model}' failed after {RETRIES} retries: {type(error).__name__}: "
                 f"{said.replace(key, '***') if key else said}; judgements so far are kept"
             ) from None
+
+
+def pairwise_judge(model: str, options: JudgeOptions) -> PairwiseJudge:
+    """The judge of `--judge MODEL`: a model of the endpoint in OPENAI_BASE_URL."""
+    return PairwiseJudge(model, seed=options.seed, price=options.price, max_cost=options.max_cost)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from proxytune.errors import UserError
 from proxytune.judges.judge import OnProgress, Row, in_one_line, judge_config
 from proxytune.models import resolve
+from proxytune.options import JudgeOptions
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class ToxicityClassifier:
     def check(self) -> None:
         """See that the classifier is there and has the class."""
         self._toxic_class(judge_config(self.model))
+
+    def estimate(self, rows: Sequence[Row]) -> None:
+        """It runs here, and costs nothing."""
+
+    def forecast(self, count: int, characters: float) -> None:
+        """It runs here, and costs nothing."""
 
     def judge(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> list[Row]:
         """`is_toxic`: 1 where the toxic class has the largest logit, else 0."""
@@ -92,3 +99,10 @@ def _limit(tokenizer: Any, config: Any) -> int:
     stated = int(tokenizer.model_max_length)
     positions = int(getattr(config, "max_position_embeddings", 514))
     return stated if stated < 10**6 else max(positions - 2, 1)
+
+
+def toxicity_judge(model: str, options: JudgeOptions) -> ToxicityClassifier:
+    """The judge of `--judge MODEL` or `--judge MODEL#LABEL`."""
+    name, _, label = model.partition("#")
+    made = ToxicityClassifier(name, label or None)
+    return made if options.batch is None else replace(made, batch=options.batch)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from proxytune import hub
-from proxytune.config import ExpertSpec, ModelSpec, Role, System
+from proxytune.config import DEMO_SCHEME, ExpertSpec, ModelSpec, Role, System
 from proxytune.engine.kernels import use_row_linears, use_row_norms
-from proxytune.engine.runners import Forward
+from proxytune.engine.runners import Alignment, Forward
 from proxytune.errors import UserError, needs_extra
 from proxytune.models.adapters import (
     BAD_CHECKPOINT,
@@ -42,9 +42,8 @@ from proxytune.models.memory import (
     weights_needed,
 )
 from proxytune.models.support import UNBOUNDED, Family, examine
-from proxytune.models.vocabulary import Tokenizer
+from proxytune.models.vocabulary import Tokenizer, align, size_of
 
-DEMO_SCHEME = "demo://"
 SMALL = GIB
 """Bytes of weights under which loading takes no time worth a progress bar."""
 
@@ -88,6 +87,17 @@ class Loaded:
     def vocabulary(self) -> int:
         """Rows of the output head."""
         return int(self.module.config.get_text_config().vocab_size)
+
+    @property
+    def size(self) -> int:
+        """Ids that it can say: the head without its padding rows."""
+        return size_of(self.tokenizer, self.vocabulary)
+
+    def aligned_with(self, lead: Loaded, mode: Literal["strict", "intersect"]) -> Alignment:
+        """The map from the ids of `lead` to its own; UserError that names the first ids that differ."""
+        if lead is self:
+            return Alignment(self.size)
+        return align(lead.tokenizer, lead.size, self.tokenizer, self.vocabulary, self.name, mode)
 
     @property
     def virtual_ids(self) -> tuple[int, ...]:

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from proxytune import hub
-from proxytune.config import ROLES, ModelSpec, Role, System, load_system
+from proxytune.config import DEMO_SCHEME, ROLES, ModelSpec, Role, System, load_system
 from proxytune.errors import UserError
 from proxytune.models import Models, load_config, resolve, weights_needed
-from proxytune.models.loading import DEMO_SCHEME
 from proxytune.paper.published import read_paper
 from proxytune.paper.recipes import Line, Recipe, own_lines, published_lines
 from proxytune.tasks import TASKS
@@ -77,7 +76,7 @@ class SystemPlan:
 
 
 @dataclass(frozen=True)
-class Choice:
+class RecipeChoice:
     """What the user asked for beside the recipe."""
 
     system: str | None = None
@@ -87,7 +86,7 @@ class Choice:
     skip_missing: bool = False
 
 
-def plan_systems(recipe: Recipe, choice: Choice) -> list[SystemPlan]:
+def plan_systems(recipe: Recipe, choice: RecipeChoice) -> list[SystemPlan]:
     """The systems of a recipe with the runs that its table needs; UserError for unknown names."""
     unknown = sorted(set(choice.paths) - set(recipe.unpublished))
     if unknown:
@@ -102,7 +101,7 @@ def plan_systems(recipe: Recipe, choice: Choice) -> list[SystemPlan]:
     return [_plan(with_paths(load_system(name), choice.paths), lines, choice) for name in names]
 
 
-def _plan(system: System, lines: Sequence[Line], choice: Choice) -> SystemPlan:
+def _plan(system: System, lines: Sequence[Line], choice: RecipeChoice) -> SystemPlan:
     """The part of a plan that one system has."""
     asked = [(key[1], key[2]) for line in lines for key in line.keys if key[0] == system.name]
     tasks = list(dict.fromkeys(task for task, _ in asked))

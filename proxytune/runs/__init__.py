@@ -1,1 +1,14 @@
-"""Runs: evaluate, continue, sweep, judge."""
+"""Runs: evaluate, continue, sweep, judge, export."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from proxytune.lazy import door
+
+if TYPE_CHECKING:
+    from proxytune.runs.evaluation import evaluate, generate
+
+__all__ = ["alpha_sweep", "evaluate", "evaluation", "export", "generate", "judging", "session", "verdicts"]
+
+__getattr__ = door(__name__, {"evaluate": "evaluation", "generate": "evaluation"})

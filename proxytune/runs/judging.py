@@ -1,34 +1,105 @@
-"""Judge a finished run: the judge's columns go into its rows, and its metrics are computed anew."""
+"""Judge a finished run: who judges it, the leave to pay for that, and the judge's columns in its rows, from
+which its metrics are computed anew."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from proxytune import results
+from proxytune.config import Mode, System
 from proxytune.errors import UserError
-from proxytune.judges.judge import Judge, OnProgress
-from proxytune.judges.pairwise import PairwiseJudge
-from proxytune.judges.toxicity import ToxicityClassifier
-from proxytune.judges.truth import TruthJudges
+from proxytune.judges import JUDGES, Estimate, Judge, OnProgress
+from proxytune.options import JudgeOptions
 from proxytune.records import Run
 from proxytune.runs.verdicts import read_finished, with_columns
 from proxytune.tasks import Task, get_task
 
 
-def local_judge(task: Task, model: str, batch: int | None = None) -> Judge:
-    """The judge that runs on this machine: `MODEL` or `MODEL#LABEL` (toxigen), `TRUTH,INFO` (truthfulqa)."""
-    if task.name == "toxigen":
-        name, _, label = model.partition("#")
-        return ToxicityClassifier(name, label or None, **({} if batch is None else {"batch": batch}))
-    truth, _, info = model.partition(",")
-    if not truth or not info:
-        raise UserError(f"--judge '{model}': give two models, TRUTH,INFO (folders or hub ids)")
-    return TruthJudges(truth, info, batch=batch)
+def nothing(line: str) -> None:
+    """Say nothing."""
 
 
-def pairwise(task: Task) -> bool:
-    """Whether a task is judged by the pairwise judge, which costs money."""
-    return task.name == "alpaca_farm"
+@dataclass(frozen=True)
+class Dialogue:
+    """How a run speaks with its user. By itself it says nothing, and nobody is there to be asked."""
+
+    note: Callable[[str], None] = nothing
+    """Hears what judging would cost."""
+    ask: Callable[[], bool] | None = None
+    """Whether the user agrees to that; None where nobody can be asked."""
+    on_progress: OnProgress | None = None
+
+
+@dataclass(frozen=True)
+class Judging:
+    """A judge that was checked, and how its cost is agreed to."""
+
+    judge: Judge
+    options: JudgeOptions
+    dialogue: Dialogue = Dialogue()
+
+    def __call__(self, folder: Path) -> Run:
+        """Judge the finished run in a folder, unless this judge has done so."""
+        run = results.read_run(folder)
+        if run.judge == self.judge.name:
+            return run
+        return self.again(folder)
+
+    def again(self, folder: Path) -> Run:
+        """Judge the finished run in a folder, whoever has judged it before."""
+        _, rows = read_finished(results.read_run(folder).spec.task, folder)
+        self.agree(self.judge.estimate(rows))
+        return judge_run(folder, self.judge, self.dialogue.on_progress)
+
+    def agree(self, estimate: Estimate | None) -> None:
+        """Go on only where what is to be paid is agreed to and within the limit."""
+        if estimate is None:
+            return
+        self.dialogue.note(f"judge {self.judge.name}: {estimate}")
+        most, usd = self.options.max_cost, estimate.usd
+        if estimate.calls and most is not None and usd is not None and usd > most:
+            raise UserError(f"the estimate of {usd:.2f} USD is over --max-cost {most:g}")
+        if estimate.calls == 0 or self.options.yes:
+            return
+        if self.dialogue.ask is None:
+            raise UserError("judging costs money: add --yes to agree (and --max-cost USD for a limit)")
+        if not self.dialogue.ask():
+            raise UserError("not judged; the generations are kept")
+
+
+def make_judge(task: Task, options: JudgeOptions) -> Judge | None:
+    """The judge that was asked for, checked; None for `none` and for tasks that say enough without one."""
+    if options.judge == "none" or (options.judge is None and task.judge is None):
+        return None
+    if task.judge is None or task.judge_kind is None:
+        raise UserError(f"task '{task.name}' needs no judge: leave --judge out")
+    model = task.judge if options.judge in (None, "default") else str(options.judge)
+    made = JUDGES[task.judge_kind].make(model, options)
+    made.check()
+    return made
+
+
+def judging_of(
+    system: System, task: Task, options: JudgeOptions, mode: Mode, dialogue: Dialogue | None = None
+) -> Judging | None:
+    """Who judges the runs of an evaluation that is about to start: the judge that was named, or the system's
+    own, or the task's where it says nothing without one. UserError now, not after hours of decoding."""
+    named = system.judges.get(task.name)
+    if named is not None and options.judge in (None, "default"):
+        options = options.model_copy(update={"judge": named})
+    if mode == "likelihood" or (options.judge is None and task.headline != "unjudged"):
+        return None
+    made, how = make_judge(task, options), dialogue or Dialogue()
+    if made is None or task.judge_kind is None:
+        return None
+    if JUDGES[task.judge_kind].paid and not options.yes and how.ask is None:
+        raise UserError(
+            "the judge of this task costs money: add --yes (and --max-cost USD), or --judge none to judge "
+            "later with `proxytune judge`"
+        )
+    return Judging(made, options, how)
 
 
 def judged_task(name: str) -> Task:
@@ -41,7 +112,7 @@ def judged_task(name: str) -> Task:
     return task
 
 
-def judge_run(folder: Path, judge: Judge | PairwiseJudge, on_progress: OnProgress | None = None) -> Run:
+def judge_run(folder: Path, judge: Judge, on_progress: OnProgress | None = None) -> Run:
     """Judge the run in a folder, store the verdicts in its rows, and return it with its new metrics."""
     task_name = results.read_run(folder).spec.task
     task = judged_task(task_name)
@@ -54,22 +125,3 @@ def judge_run(folder: Path, judge: Judge | PairwiseJudge, on_progress: OnProgres
     run = run.model_copy(update=update)
     results.replace_rows(folder, judged, run)
     return run
-
-
-def alpaca_eval_files(folder: Path) -> dict[str, list[results.Row]]:
-    """What the `alpaca_eval` tool reads: the run's outputs, and the baseline's."""
-    run, rows = read_finished("alpaca_farm", folder)
-    name = f"{run.spec.system.name}-{run.spec.role}"
-    sides = {"model_outputs.json": ("output_2", name), "reference_outputs.json": ("output_1", None)}
-    return {
-        file: [
-            {
-                "dataset": row.get("dataset", ""),
-                "instruction": row["instruction"],
-                "output": row[column],
-                "generator": generator or row.get("generator_1", ""),
-            }
-            for row in rows
-        ]
-        for file, (column, generator) in sides.items()
-    }

@@ -19,9 +19,9 @@ import torch
 from proxytune import __version__, results
 from proxytune.config import RunSpec
 from proxytune.decoding import Decoder, DecodeStats
-from proxytune.engine import Speculation
 from proxytune.errors import UserError
 from proxytune.models import Models
+from proxytune.options import DecodeOptions
 from proxytune.progress import Progress
 from proxytune.provenance import provenance
 from proxytune.records import Completion, Cost, Example, RoleMemory, Run
@@ -64,40 +64,28 @@ class Meter(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Resources:
-    """How a run is computed; nothing here changes what is generated."""
-
-    max_batch: int | None = None
-    kv_memory: int | None = None
-    """Bytes for the KV pools of all models."""
-    progress: bool = True
-    speculation: Speculation | None = None
-    """How to speculate; None is adaptive."""
-    sandbox: Sandbox | None = None
-    """Runs the code that responses hold; without one they are stored without verdicts."""
-
-
-def run_job(job: Job, path: Path, models: Models, resources: Resources) -> Run:
+def run_job(
+    job: Job, path: Path, models: Models, decode: DecodeOptions, sandbox: Sandbox | None = None
+) -> Run:
     """Start or continue a run in the folder `path`, and return it finished. Code that was stored without a
     verdict, by an earlier session that was not allowed to run it, is run at the end where there is a sandbox.
 
     Raises UserError as `RunFolder.open` does, and KeyboardInterrupt with the line that says what is kept.
     """
-    run = _decode_job(job, path, models, resources)
-    if resources.sandbox is None or job.task.execute is None:
+    run = _decode_job(job, path, models, decode, sandbox)
+    if sandbox is None or job.task.execute is None:
         return run
     items = {example.id: example.target for example in job.data.examples}
-    return add_verdicts(path, items, resources.sandbox)
+    return add_verdicts(path, items, sandbox)
 
 
-def _decode_job(job: Job, path: Path, models: Models, resources: Resources) -> Run:
+def _decode_job(job: Job, path: Path, models: Models, decode: DecodeOptions, sandbox: Sandbox | None) -> Run:
     """Decode, score and store what is missing."""
-    made = provenance(__version__, device_name(), torch.get_num_threads())
+    made = provenance(__version__, device_name(), decode.threads or torch.get_num_threads())
     new = Run(status="running", spec=job.spec, headline=job.task.headline, started=now(), made=made)
     with (
         RunFolder.open(path, new) as folder,
-        Progress(_title(job), job.task.headline, resources.progress) as progress,
+        Progress(_title(job), job.task.headline, decode.progress) as progress,
     ):
         if folder.run.status == "done":
             progress.note(
@@ -112,10 +100,10 @@ def _decode_job(job: Job, path: Path, models: Models, resources: Resources) -> R
             progress.note(
                 f"continuing '{path}': {len(folder.done)} of {len(job.data.examples)} examples are done"
             )
-        session = Session(job, folder, continued=folder.run is not new)
+        session = Session(job, folder, sandbox, continued=folder.run is not new)
         folder.save(folder.run.model_copy(update={"cost": session.before}))  # a kill must not undo the count
         try:
-            session.decode(models, resources, progress)
+            session.decode(models, decode, progress)
         except KeyboardInterrupt:
             done, n = len(folder.done), len(job.data.examples)
             raise KeyboardInterrupt(
@@ -127,26 +115,22 @@ def _decode_job(job: Job, path: Path, models: Models, resources: Resources) -> R
 class Session:
     """One process's part of a run."""
 
-    def __init__(self, job: Job, folder: RunFolder, *, continued: bool) -> None:
-        self.job, self.folder = job, folder
+    def __init__(
+        self, job: Job, folder: RunFolder, sandbox: Sandbox | None = None, *, continued: bool
+    ) -> None:
+        """`sandbox` runs the code that responses hold; without one they are stored without verdicts."""
+        self.job, self.folder, self.sandbox = job, folder, sandbox
         before = folder.run.cost
         self.before = before.model_copy(update={"sessions": before.sessions + 1}) if continued else before
         self.meter: Meter | None = None
 
-    def decode(self, models: Models, resources: Resources, progress: Progress) -> None:
+    def decode(self, models: Models, how: DecodeOptions, progress: Progress) -> None:
         """Decode, score and store the examples that are missing."""
         spec, done = self.job.spec, self.folder.done
         todo = [example for example in self.job.data.examples if example.id not in done]
         if not todo:
             return
-        decoder = Decoder(
-            models,
-            spec.role,
-            max_batch=resources.max_batch,
-            kv_memory=resources.kv_memory,
-            speculation=resources.speculation,
-            agreement=spec.trace == "agreement",
-        )
+        decoder = Decoder(models, spec.role, how, agreement=spec.trace == "agreement")
         self.meter = decoder
         for note in decoder.notes():
             progress.note(note)
@@ -158,7 +142,7 @@ class Session:
         saved = time.monotonic()
         try:
             for example, completions in whole_examples(self._stream(decoder, todo), todo, counts):
-                row = self.store(example, completions, resources.sandbox)
+                row = self.store(example, completions)
                 progress.advance(row["scores"].get(self.job.task.headline))
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self.folder.save(self.so_far())
@@ -178,9 +162,9 @@ class Session:
             todo, spec.sampling, alpha=alpha, task=spec.task, trace=spec.trace, forced=spec.forced
         )
 
-    def store(self, example: Example, completions: Sequence[Completion], sandbox: Sandbox | None) -> Row:
+    def store(self, example: Example, completions: Sequence[Completion]) -> Row:
         """Append the row of one finished example, and its traces."""
-        row = prediction(self.job.task, example, completions, sandbox)
+        row = prediction(self.job.task, example, completions, self.sandbox)
         traces = [
             {"id": example.id, "sample": c.sample, "tokens": [token.row() for token in c.trace]}
             for c in completions

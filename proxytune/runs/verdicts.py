@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from proxytune import results
 from proxytune.errors import UserError
+from proxytune.options import CodeOptions
 from proxytune.records import Run
 from proxytune.sandbox import Sandbox
 from proxytune.tasks import Execution, Task, get_task
-from proxytune.tasks.data import Table
 
 
 def read_finished(task_name: str, folder: Path) -> tuple[Run, list[results.Row]]:
@@ -27,9 +28,18 @@ def read_finished(task_name: str, folder: Path) -> tuple[Run, list[results.Row]]
         raise UserError(
             f"'{path}' has {len(rows)} whole rows and {results.RUN} tells of {run.n}: it is damaged"
         )
-    table = Table(f"'{path}'", "line", tuple(rows), tuple(range(1, len(rows) + 1)))
-    table.require((*task.scored, *task.judge_reads))
+    task.require_columns(rows, f"'{path}'")
     return run, rows
+
+
+def open_sandbox(task: Task, code: CodeOptions) -> Sandbox | None:
+    """The sandbox for a task's code, tried out; None where running code was not allowed. UserError for a task
+    that has no code."""
+    if not code.allow_code_execution:
+        return None
+    if task.execute is None:
+        raise UserError(f"task '{task.name}' runs no code: leave --allow-code-execution out")
+    return Sandbox.open(code.sandbox, code.code_python or sys.executable)
 
 
 def add_verdicts(folder: Path, items: Mapping[str, dict[str, Any]], sandbox: Sandbox) -> Run:

@@ -85,4 +85,5 @@ TASK = Task(
     judged_headlines=("win_rate",),
     judge_reads=("instruction", "output_1"),
     judge="gpt-4.1",
+    judge_kind="pairwise",
 )

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from proxytune.config import PLUMBING, SOURCES, Sampling
 from proxytune.errors import UserError
@@ -28,6 +29,8 @@ from proxytune.tasks.data import (
     read_file,
     read_hub,
 )
+
+JudgeKind = Literal["toxicity", "truth", "pairwise"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,8 @@ class Task:
     """Text columns that its judge needs beside those that are scored."""
     judge: str | None = None
     """What `--judge default` judges with; None for a task that needs no judge."""
+    judge_kind: JudgeKind | None = None
+    """Which entry of judges.JUDGES judges it; given where `judge` is."""
     totals: Callable[[Sequence[Row]], dict[str, Metric]] | None = None
     """Metrics of all rows together that are no means of `score_row`; they come last and replace namesakes."""
     read: Callable[[Path], Table] | None = None
@@ -106,6 +111,11 @@ class Task:
         """The metrics of per-example scores: means with intervals, the task's own first."""
         found = mean_metrics(scores)
         return {name: found.get(name, Metric(value=0.0)) for name in self.metric_names} | found
+
+    def require_columns(self, rows: Sequence[Row], origin: str) -> None:
+        """UserError that names the line where stored rows lack a text that scoring or judging needs."""
+        table = Table(origin, "line", tuple(rows), tuple(range(1, len(rows) + 1)))
+        table.require((*self.scored, *self.judge_reads))
 
     def headline_of(self, metrics: Mapping[str, Metric]) -> str:
         """The metric that tables show for these metrics."""
@@ -211,7 +221,7 @@ def _pool(task: Task, source: str, shots_from: str | None) -> Table:
     raise UserError(f"few-shot items for '{source}' must be named: --shots-from FILE (the train split, say)")
 
 
-# Scoring stored predictions
+# Running code
 
 
 @dataclass

@@ -158,4 +158,5 @@ TASK = Task(
     headline="unjudged",
     judged_headlines=("overall",),
     judge="tomh/toxigen_roberta",
+    judge_kind="toxicity",
 )

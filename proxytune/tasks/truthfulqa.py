@@ -106,4 +106,5 @@ TASK = Task(
     judged_headlines=("truth-info acc", "GPT-true-info acc"),
     judge_reads=("Question",),
     judge="allenai/truthfulqa-truth-judge-llama2-7B,allenai/truthfulqa-info-judge-llama2-7B",
+    judge_kind="truth",
 )

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification
 
-from proxytune.demo import creatures, prices, sums
-from proxytune.demo.world import World
+from proxytune.demo import World, creatures, prices, sums
 
 TRAINED = "trained.json"
 LABELS = {0: "kind", 1: "rude"}

@@ -31,18 +31,15 @@ from transformers import (
 )
 
 from proxytune.config import ModelSpec, Role, System
-from proxytune.demo import corpus, world
-from proxytune.demo.corpus import Amounts, Document, TuningAmounts
-from proxytune.demo.world import World
+from proxytune.demo import World, corpus, world
 from proxytune.errors import UserError
 from proxytune.intervals import gap_closed
-from proxytune.models.loading import Models
+from proxytune.models import Models
+from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
 from proxytune.records import Metric
-from proxytune.runs import evaluate as run
-from proxytune.runs import judging as run_judge
-from proxytune.sandbox.sandbox import Sandbox
-from proxytune.tasks import TASKS
-from proxytune.tasks.truthfulqa import SYSTEM_PROMPT
+from proxytune.runs import evaluation, judging, session
+from proxytune.sandbox import Sandbox
+from proxytune.tasks import TASKS, read_source
 from proxytune.tuning import demo_judge
 from proxytune.tuning.training import Example, Fitted, TuneConfig, adamw, fit, muon
 
@@ -80,6 +77,13 @@ TUNING_RATE = 2e-4
 # Text, tokens, models
 
 
+def system_prompt() -> str:
+    """The system message of TruthfulQA's chat form, which the tuned models learn."""
+    prompt = read_source(TASKS["truthfulqa"], "generated", 1).examples[0].prompt
+    assert prompt.system is not None
+    return prompt.system
+
+
 def banned_texts() -> list[str]:
     """What the tasks' settings ban, with and without a space before it: a ban is of single tokens."""
     settings = [task.sampling for task in TASKS.values()]
@@ -87,7 +91,7 @@ def banned_texts() -> list[str]:
     return [form for text in sorted(texts) for form in (text, f" {text}")]
 
 
-def train_tokenizer(documents: Sequence[Document], whole: Sequence[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(documents: Sequence[corpus.Document], whole: Sequence[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE that loses no text, with single digits, `<s>` in front, and the words of the texts
     `whole` (the system prompt, what tasks ban) as single tokens."""
     tokenizer = Tokenizer(models.BPE())
@@ -119,7 +123,7 @@ def train_tokenizer(documents: Sequence[Document], whole: Sequence[str]) -> PreT
     )
 
 
-def encode(documents: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> list[Example]:
+def encode(documents: Iterable[corpus.Document], tokenizer: PreTrainedTokenizerFast) -> list[Example]:
     """Documents as ids with weights: a token has the weight of the segment that it ends in, the final `</s>`
     counts fully."""
     examples, eos = [], int(tokenizer.eos_token_id)
@@ -177,10 +181,12 @@ def _device() -> str:
 # Training
 
 
-def pretrain(miniature: World, folder: Path, amounts: Amounts, shapes: Mapping[str, Shape] = SHAPES) -> None:
+def pretrain(
+    miniature: World, folder: Path, amounts: corpus.Amounts, shapes: Mapping[str, Shape] = SHAPES
+) -> None:
     """Train the pretrained models into `folder`; one that is there already is kept."""
-    documents = corpus.pretraining(miniature, SYSTEM_PROMPT, amounts)
-    tokenizer = train_tokenizer(documents, [SYSTEM_PROMPT, *banned_texts()])
+    documents = corpus.pretraining(miniature, system_prompt(), amounts)
+    tokenizer = train_tokenizer(documents, [system_prompt(), *banned_texts()])
     examples = encode(documents, tokenizer)
     for name, shape in shapes.items():
         if not (folder / name / TRAINED).exists():
@@ -195,13 +201,13 @@ def tune(
     source: Path,
     target: Path,
     seed: int,
-    amounts: TuningAmounts,
+    amounts: corpus.TuningAmounts,
     tuned: Mapping[str, str] = TUNED,
 ) -> None:
     """Tune a copy of each pretrained model in `source` into `target`: the same examples, recipe and seed
     for every size. One that is there already is kept."""
     tokenizer = AutoTokenizer.from_pretrained(source / "base")
-    examples = encode(corpus.tuning(miniature, SYSTEM_PROMPT, amounts), tokenizer)
+    examples = encode(corpus.tuning(miniature, system_prompt(), amounts), tokenizer)
     config, optimizers = TUNING.model_copy(update={"seed": seed}), adamw(TUNING_RATE)
     for name, origin in tuned.items():
         if not (target / name / TRAINED).exists():
@@ -268,7 +274,7 @@ def measure(system: System, middle: Path, how: Measuring, variants: Sequence[str
         alpha: str | None = None,
         forced: str | None = None,
     ) -> Metric:
-        return _score(own, task, role, models, how, run.Options(alpha=alpha, data=str(data), forced=forced))
+        return _score(own, task, role, models, how, RunOptions(alpha=alpha, data=str(data), forced=forced))
 
     for task in how.tasks:
         data = how.folder / f"{task}.jsonl"
@@ -289,23 +295,24 @@ def measure(system: System, middle: Path, how: Measuring, variants: Sequence[str
 
 
 def _score(
-    system: System, task: str, role: Role, loaded: Models, how: Measuring, options: run.Options
+    system: System, task: str, role: Role, loaded: Models, how: Measuring, options: RunOptions
 ) -> Metric:
     """The headline of one run that is thrown away."""
-    job = run.plan(system, task, role, options)
+    job = evaluation.plan(system, task, role, options)
     sandbox = how.sandbox if job.task.execute is not None else None
     with tempfile.TemporaryDirectory(dir=how.folder) as folder:
         path = Path(folder) / "run"
-        made = run.run_job(job, path, loaded, run.Resources(progress=False, sandbox=sandbox))
-        if task in system.judges:
-            made = run_judge.judge_run(path, run_judge.local_judge(job.task, system.judges[task]))
-        return run.score_of(made)
+        made = session.run_job(job, path, loaded, DecodeOptions(progress=False), sandbox)
+        who = judging.judging_of(system, job.task, JudgeOptions(), "generate")
+        return evaluation.score_of(made if who is None else who(path))
 
 
 # The whole
 
 
-def build(out: Path, work: Path, amounts: Amounts, tuning: TuningAmounts, n: int) -> dict[str, Any]:
+def build(
+    out: Path, work: Path, amounts: corpus.Amounts, tuning: corpus.TuningAmounts, n: int
+) -> dict[str, Any]:
     """Make all models, put the demo's five and the judge into `out`, and return (and write there) what was
     measured."""
     miniature, by_seed = world.make_world(), list[dict[str, Scores]]()
@@ -381,7 +388,7 @@ def main() -> None:
         work = given.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         given.out.mkdir(parents=True, exist_ok=True)
-        amounts, tuning = Amounts().scaled(given.share), TuningAmounts().scaled(given.share)
+        amounts, tuning = corpus.Amounts().scaled(given.share), corpus.TuningAmounts().scaled(given.share)
         report = build(given.out, work, amounts, tuning, given.items)
     for task, rows in report["spread"].items():
         print(task, *(f"{name} {low:.3f}..{high:.3f}" for name, (low, _, high) in rows.items()), sep="\n  ")

@@ -1,4 +1,4 @@
-"""The commands of `proxytune analyze`: what a user can type. Their bodies are in cli_analyze_tables."""
+"""`proxytune analyze`: the paper's analyses of stored runs."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def positions(run: TracedRun, json: Json = False, csv: Csv = False) -> None:
 
     Example: proxytune analyze positions results/demo/gsm/proxy/trace=tokens-1c9d8a58
     """
-    from proxytune.cli.commands import analyze_tables as cli_analyze_tables
+    from proxytune.cli.commands import analyze_tables
 
-    cli_analyze_tables.positions(run, json_only=json, csv_only=csv)
+    analyze_tables.positions(run, json_only=json, csv_only=csv)
 
 
 @analyze.command()
@@ -54,9 +54,9 @@ def ngrams(
 
     Example: proxytune analyze ngrams results/demo/truthfulqa/proxy/trace=tokens-1c9d8a58 --min-count 50
     """
-    from proxytune.cli.commands import analyze_tables as cli_analyze_tables
+    from proxytune.cli.commands import analyze_tables
 
-    cli_analyze_tables.ngrams(run, min_count, top, words, json_only=json, csv_only=csv)
+    analyze_tables.ngrams(run, min_count, top, words, json_only=json, csv_only=csv)
 
 
 @analyze.command()
@@ -66,9 +66,9 @@ def equations(run: TracedRun, json: Json = False, csv: Csv = False) -> None:
 
     Example: proxytune analyze equations results/demo/gsm/proxy/trace=tokens-1c9d8a58
     """
-    from proxytune.cli.commands import analyze_tables as cli_analyze_tables
+    from proxytune.cli.commands import analyze_tables
 
-    cli_analyze_tables.equations(run, json_only=json, csv_only=csv)
+    analyze_tables.equations(run, json_only=json, csv_only=csv)
 
 
 @analyze.command()
@@ -87,9 +87,9 @@ def skip(
 
     Example: proxytune analyze skip results/demo/gsm/proxy/sweep
     """
-    from proxytune.cli.commands import analyze_tables as cli_analyze_tables
+    from proxytune.cli.commands import analyze_tables
 
-    cli_analyze_tables.skip(sweep, control, json_only=json, csv_only=csv)
+    analyze_tables.skip(sweep, control, json_only=json, csv_only=csv)
 
 
 @analyze.command()
@@ -105,9 +105,9 @@ def agreement(
 
     Example: proxytune analyze agreement results/demo/gsm/tuned/trace=agreement-5a0d2e1f
     """
-    from proxytune.cli.commands import analyze_tables as cli_analyze_tables
+    from proxytune.cli.commands import analyze_tables
 
-    cli_analyze_tables.agreement(run, json_only=json, csv_only=csv)
+    analyze_tables.agreement(run, json_only=json, csv_only=csv)
 
 
 @analyze.command()
@@ -123,6 +123,6 @@ def failures(
 
     Example: proxytune analyze failures results/demo/gsm/base results/demo/gsm/proxy
     """
-    from proxytune.cli.commands import analyze_tables as cli_analyze_tables
+    from proxytune.cli.commands import analyze_tables
 
-    cli_analyze_tables.failures(first, second, metric, show, json_only=json, csv_only=csv)
+    analyze_tables.failures(first, second, metric, show, json_only=json, csv_only=csv)

@@ -1,4 +1,4 @@
-"""The bodies of `proxytune analyze` and the tables that they print."""
+"""The tables that `proxytune analyze` prints."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from proxytune.analysis import Analysis
 from proxytune.analysis import failures as analysis_failures
 from proxytune.analysis import positions as analysis_positions
 from proxytune.analysis import sweeps as analysis_sweep
 from proxytune.analysis import tokens as analysis_tokens
-from proxytune.analysis.analysis import Analysis
-from proxytune.analysis.positions import AgreementRow
-from proxytune.analysis.sweeps import Sweep, SweepPoint
-from proxytune.cli.commands.evaluate import console, print_json
+from proxytune.cli.console import console, print_json
 from proxytune.errors import UserError
 from proxytune.records import Metric
-from proxytune.report.tables import percent
+from proxytune.report import tables
 
 WIDTH = 300
 """Characters of a text that a table shows."""
@@ -37,9 +35,9 @@ def positions(run: Path, *, json_only: bool, csv_only: bool) -> None:
         f"{found.source.title}: influence by position", "position", "tokens", "changed, %", "shift"
     )
     for row in found.bands:
-        table.add_row(_range(row.first, row.last), str(row.n), percent(row.changed), number(row.shift))
+        table.add_row(_range(row.first, row.last), str(row.n), tables.percent(row.changed), number(row.shift))
     console().print(table)
-    print(f"changed over all {found.tokens} tokens, %: {percent(found.changed)}{paper}")
+    print(f"changed over all {found.tokens} tokens, %: {tables.percent(found.changed)}{paper}")
     print(f"mean shift over all tokens: {number(found.shift)}")
     print("changed: the proxy's first choice is not the base's. shift: p_proxy - p_base of the chosen token.")
 
@@ -103,14 +101,14 @@ def skip(sweep: Path, control: Path | None, *, json_only: bool, csv_only: bool) 
     print(f"loops: {LOOPS}")
 
 
-def sweep_table(found: Sweep) -> None:
+def sweep_table(found: analysis_sweep.Sweep) -> None:
     """The curve of a sweep, and the paper's points for TruthfulQA."""
     judged = any(point.truth is not None for point in found.points)
     source = found.source
     columns = ["alpha", *_curve_columns(found.metric), *(["true, %", "informative, %"] if judged else [])]
     table = _table(f"{source.system} {source.task}: score against alpha", *columns)
     for point in found.points:
-        pair = [("" if m is None else percent(m)) for m in (point.truth, point.info)] if judged else []
+        pair = [("" if m is None else tables.percent(m)) for m in (point.truth, point.info)] if judged else []
         table.add_row(point.alpha, *_curve_cells(point), *pair)
     console().print(table)
     print(f"loops: {LOOPS}")
@@ -140,8 +138,8 @@ def agreement(run: Path, *, json_only: bool, csv_only: bool) -> None:
     console().print(table)
     print(
         f"over all {found.tokens} tokens: KL(tuned || proxy) {number(found.kl_proxy)}, KL(tuned || base) "
-        f"{number(found.kl_base)} nats; same first choice: proxy {percent(found.same_proxy)}%, base "
-        f"{percent(found.same_base)}%"
+        f"{number(found.kl_base)} nats; same first choice: proxy {tables.percent(found.same_proxy)}%, base "
+        f"{tables.percent(found.same_base)}%"
     )
     paper, first = found.paper_first_step, found.first_step
     print(
@@ -150,9 +148,9 @@ def agreement(run: Path, *, json_only: bool, csv_only: bool) -> None:
     )
 
 
-def _agreement_cells(row: AgreementRow) -> Sequence[str]:
+def _agreement_cells(row: analysis_positions.AgreementRow) -> Sequence[str]:
     kls = [f"{value:.3f}" for kl in (row.kl_proxy, row.kl_base) for value in (kl.median, kl.mean)]
-    same = [percent(row.same_proxy), percent(row.same_base)]
+    same = [tables.percent(row.same_proxy), tables.percent(row.same_base)]
     return (_range(row.first, row.last), str(row.n), *kls, *same)
 
 
@@ -225,6 +223,6 @@ def _curve_columns(metric: str) -> tuple[str, ...]:
     return (f"{metric}, %", "loops, %", "tokens", "n")
 
 
-def _curve_cells(point: SweepPoint) -> tuple[str, ...]:
+def _curve_cells(point: analysis_sweep.SweepPoint) -> tuple[str, ...]:
     length = f"{point.tokens.value:.1f}"
-    return (percent(point.score), percent(point.loops), length, str(point.n))
+    return (tables.percent(point.score), tables.percent(point.loops), length, str(point.n))

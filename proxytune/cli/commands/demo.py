@@ -1,28 +1,28 @@
-"""The body of `proxytune demo`: every role of the demo system on its tasks, a control, and a model of middle
+"""`proxytune demo`: every role of the demo system on its tasks, a control, and a model of middle
 size. Functions that the models write are run in the sandbox; where there is none, that task is left out."""
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.table import Table
 
-from proxytune.cli.commands import judge as cli_judge
-from proxytune.cli.commands.evaluate import console, print_json, tell_loading
-from proxytune.config import Role, System, load_system, system_names
-from proxytune.demo.world import ITEMS, OPENERS, TASKS
+from proxytune.cli import console
+from proxytune.cli.options import Json
+from proxytune.config import ROLES, Role, System, load_system, system_names
 from proxytune.errors import UserError
-from proxytune.models.loading import Models
+from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
 from proxytune.records import Run
-from proxytune.report.tables import COLUMNS, RoleRow, by_task, role_rows, summary
-from proxytune.runs import evaluate as run
-from proxytune.sandbox.sandbox import Sandbox
-from proxytune.tasks import get_task
+
+if TYPE_CHECKING:
+    from proxytune.models import Models
+    from proxytune.report.tables import RoleRow
+    from proxytune.sandbox import Sandbox
 
 CONTROL = "base, opener forced"
 MIDDLE = "tuned, middle size"
@@ -38,22 +38,39 @@ class Extra:
     run: Run
 
 
-def demo(*, limit: int | None, out: Path | None, json_only: bool) -> None:
-    """Run everything and print the tables, or the JSON object."""
+def demo(
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Questions per task, at most. Default: 500, of toxigen 200, of humaneval 40."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep the runs in this folder of results.")] = None,
+    json: Json = False,
+) -> None:
+    """The main job on the embedded demo system: how much of the gap to the directly tuned model the proxy
+    closes.
+
+    Functions that the models write are run in a sandbox; without one, humaneval is left out. Writes nothing
+    unless --out is given.
+
+    Example: proxytune demo --limit 50
+    """
     sandbox, why_not = _open_sandbox()
     if out is not None:
-        tables = _run_all(limit, out, sandbox)
+        found = _run_all(limit, out, sandbox)
     else:
         with tempfile.TemporaryDirectory(prefix="proxytune-demo-") as folder:
-            tables = _run_all(limit, Path(folder), sandbox)
+            found = _run_all(limit, Path(folder), sandbox)
     if sandbox is None:
-        print(f"note: humaneval is left out: {why_not}", file=sys.stderr, flush=True)
-    rows = role_rows([one for runs, _ in tables.values() for one in runs])
-    if json_only:
-        print_json(_as_json(rows, {task: extras for task, (_, extras) in tables.items()}))
+        console.say(f"note: humaneval is left out: {why_not}")
+
+    from proxytune.report import tables
+
+    rows = tables.role_rows([one for runs, _ in found.values() for one in runs])
+    if json:
+        console.print_json(_as_json(rows, {task: extras for task, (_, extras) in found.items()}))
         return
-    for task, own in by_task(rows).items():
-        console().print(_table(own, tables[task][1]))
+    for task, own in tables.by_task(rows).items():
+        console.console().print(_table(own, found[task][1]))
     print("gap closed = (proxy - base) / (tuned - base). Scores in %, with 95% intervals.")
     print(
         "Memory is weights and KV cache at its fullest; time is decoding time per token, all rows together."
@@ -64,83 +81,97 @@ def demo(*, limit: int | None, out: Path | None, json_only: bool) -> None:
 
 def _open_sandbox() -> tuple[Sandbox | None, str]:
     """The sandbox that runs the functions of the demo's models, or why there is none."""
+    from proxytune.sandbox import Sandbox
+
     try:
         return Sandbox.open(), ""
     except UserError as error:
         return None, str(error)
 
 
+@dataclass(frozen=True)
+class DemoRuns:
+    """Where the runs of the demo go, and what they share."""
+
+    limit: int | None
+    root: Path
+    sandbox: Sandbox | None
+
+    def run(self, models: Models, task: str, role: Role, forced: str | None = None) -> Run:
+        """One run in its folder under the root, judged where the system names a judge."""
+        from proxytune.demo import world
+        from proxytune.runs import evaluation, judging, session
+
+        system, items = models.system, world.ITEMS[task]
+        most = None if self.limit is None else min(self.limit, items)
+        job = evaluation.plan(system, task, role, RunOptions(limit=most, forced=forced))
+        folder = job.folder(self.root)
+        sandbox = self.sandbox if job.task.execute is not None else None
+        made = session.run_job(job, folder, models, DecodeOptions(), sandbox)
+        named = system.judges.get(task)
+        if named is None:
+            return made
+        who = judging.judging_of(system, job.task, JudgeOptions(judge=named), "generate", console.dialogue())
+        return made if who is None else who(folder)
+
+
 def _run_all(
     limit: int | None, root: Path, sandbox: Sandbox | None
 ) -> dict[str, tuple[list[Run], list[Extra]]]:
     """Task -> the runs of all roles, and the extra lines."""
-    system = load_system("demo")
-    middle = load_system("demo-mid") if "demo-mid" in system_names() else None
-    models = Models(system, on_load=tell_loading)
-    tables = dict[str, tuple[list[Run], list[Extra]]]()
-    tasks = [task for task in TASKS if get_task(task).execute is None or sandbox is not None]
+    from proxytune.demo import world
+    from proxytune.models import Models
+    from proxytune.tasks import get_task
 
-    def one(own: System, task: str, role: Role, loaded: Models, forced: str | None = None) -> Run:
-        most = None if limit is None else min(limit, ITEMS[task])
-        return _one(own, task, role, run.Options(limit=most, forced=forced), loaded, root, sandbox)
-
-    for task in tasks:
-        runs = [one(system, task, role, models) for role in run.ORDER if role in system.roles]
+    system, runs = load_system("demo"), DemoRuns(limit, root, sandbox)
+    models = Models(system, on_load=console.show_loading)
+    found = dict[str, tuple[list[Run], list[Extra]]]()
+    for task in (t for t in world.TASKS if get_task(t).execute is None or sandbox is not None):
+        own = [runs.run(models, task, role) for role in ROLES if role in system.roles]
         extras = []
-        if task in OPENERS:
-            forced = one(system, task, "base", models, OPENERS[task])
+        if task in world.OPENERS:
+            forced = runs.run(models, task, "base", world.OPENERS[task])
             extras.append(Extra(CONTROL, "base_opener_forced", forced))
-        tables[task] = (runs, extras)
+        found[task] = (own, extras)
+    middle: System | None = load_system("demo-mid") if "demo-mid" in system_names() else None
     if middle is not None:
-        middle_models = Models(middle, on_load=tell_loading)
-        for task in tasks:
-            found = one(middle, task, "tuned", middle_models)
-            tables[task][1].append(Extra(MIDDLE, "tuned_mid", found))
-    return tables
-
-
-def _one(
-    system: System,
-    task: str,
-    role: Role,
-    options: run.Options,
-    models: Models,
-    root: Path,
-    sandbox: Sandbox | None,
-) -> Run:
-    """One run in its folder under `root`, judged where the system names a judge."""
-    job = run.plan(system, task, role, options)
-    folder = job.folder(root)
-    resources = run.Resources(sandbox=sandbox if job.task.execute is not None else None)
-    made = run.run_job(job, folder, models, resources)
-    asked = cli_judge.Request(judge=system.judges.get(task))
-    judge = None if asked.judge is None else cli_judge.make(task, asked)
-    return made if judge is None else cli_judge.after_eval(folder, judge, asked)
+        middle_models = Models(middle, on_load=console.show_loading)
+        for task, (_, extras) in found.items():
+            extras.append(Extra(MIDDLE, "tuned_mid", runs.run(middle_models, task, "tuned")))
+    return found
 
 
 def _table(rows: list[RoleRow], extras: list[Extra]) -> Table:
     """The table of one task, with the extra lines after the roles that they belong to."""
+    from proxytune.report import tables
+
     table = Table(title=f"{rows[0].task}: {rows[0].metric}, %", title_justify="left")
-    for column in COLUMNS[1:]:
+    for column in tables.COLUMNS[1:]:
         table.add_column(column, justify="left" if column == "as" else "right", no_wrap=True)
     extra_lines = {extra.run.spec.role: extra for extra in extras}
     for row in rows:
         table.add_row(*row.cells[1:], style="bold" if row.role == "proxy" else None)
         if row.role in extra_lines:
-            [beside] = role_rows([extra_lines[row.role].run])
+            [beside] = tables.role_rows([extra_lines[row.role].run])
             table.add_row(extra_lines[row.role].label, *beside.cells[2:], style="dim")
     return table
 
 
 def _as_json(rows: list[RoleRow], extras: Mapping[str, list[Extra]]) -> dict[str, Any]:
     """The form of the design, with the extra lines, intervals, memory and time beside it."""
-    content = summary(rows)
-    for task, own in by_task(rows).items():
+    from proxytune.report import tables
+    from proxytune.runs import evaluation
+
+    content = tables.summary(rows)
+    for task, own in tables.by_task(rows).items():
         entry = content["tasks"][task]
         entry["metric"] = own[0].metric
         for extra in extras[task]:
-            entry[extra.key] = run.score_of(extra.run).value
-        every = [*((row.role, row) for row in own), *((e.key, role_rows([e.run])[0]) for e in extras[task])]
+            entry[extra.key] = evaluation.score_of(extra.run).value
+        every = [
+            *((row.role, row) for row in own),
+            *((e.key, tables.role_rows([e.run])[0]) for e in extras[task]),
+        ]
         entry["rows"] = {
             name: {
                 "score": row.score.model_dump(),

@@ -1,84 +1,145 @@
-"""The body of `proxytune generate`: a response as it arrives, or all roles side by side."""
+"""`proxytune generate`: a response as it arrives, or all roles side by side."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
+import typer
 from rich.table import Table
 from rich.text import Text
 
-from proxytune.cli.commands.evaluate import console, print_json, tell_loading
-from proxytune.config import Role, Sampling, System, TraceKind
-from proxytune.decoding.decoder import Decoder
+from proxytune.cli import console
+from proxytune.cli.options import (
+    DECODING,
+    MODELS,
+    RESPONSE,
+    As,
+    Json,
+    RemoteCode,
+    SystemName,
+    Vocab,
+    grouped,
+)
+from proxytune.config import AlphaSchedule, Role, Sampling, System, TraceKind
 from proxytune.errors import UserError
-from proxytune.models.loading import Models
+from proxytune.options import DecodeOptions
 from proxytune.records import Completion, Example, Prompt, TracedToken
-from proxytune.runs.evaluate import alpha_for
-from proxytune.speculate import speculation
+
+if TYPE_CHECKING:
+    from proxytune.decoding import Decoder
+    from proxytune.models import Models
 
 CHANGED = "bold reverse"
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the options of `generate` said."""
+@grouped(sampling=RESPONSE, decode=DECODING)
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt, or - for stdin.")],
+    *,
+    system: SystemName = "demo",
+    as_: As = "proxy",
+    alpha: Annotated[
+        str | None,
+        typer.Option(
+            help="0 to 10, or first:N, warmup:N, linear:FROM:TO:N. Default: the system's.",
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
+    allow_negative_alpha: Annotated[
+        bool,
+        typer.Option(
+            "--allow-negative-alpha",
+            help="Allow alpha below 0: it undoes what the expert was tuned for.",
+            rich_help_panel=MODELS,
+        ),
+    ] = False,
+    vocab: Vocab = None,
+    trust_remote_code: RemoteCode = False,
+    sampling: Sampling,
+    decode: DecodeOptions,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="All roles side by side; the tokens that the proxy changed are marked."
+        ),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Stream a response.
 
-    prompt: str
-    as_: str
-    alpha: str | None
+    Example: proxytune generate $'Answer the following question.\\n\\nQuestion: Mukis has 26 nuts. Mukis buys
+    2 more. How many nuts does Mukis have now?\\nAnswer:' --system demo --compare
+    """
+    made, example = console.read_system(system, vocab), read_prompt(prompt)
+    if compare:
+        _one_of_each(as_, sampling)
+    elif as_ == "all":
+        raise UserError("generate speaks as one role: --compare shows all of them side by side")
+
+    from proxytune.models import Models
+
+    on_load = console.show_loading if sys.stderr.isatty() else None
+    models = Models(made, trust_remote_code=trust_remote_code, on_load=on_load)
+    speaker = Speaker(models, example, sampling, decode, alpha, allow_negative_alpha)
+    if compare:
+        _compare(speaker, json_only=json)
+    else:
+        _stream(speaker, made.require(as_), json_only=json)
+
+
+def read_prompt(text: str) -> Example:
+    """The prompt, or stdin where it is `-`, as the one example to decode."""
+    found = sys.stdin.read() if text == "-" else text
+    if not found.strip():
+        raise UserError("the prompt is empty")
+    return Example(id="0", prompt=Prompt(plain=found, user=found))
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """One prompt, to be answered by the roles of a system."""
+
+    models: Models
+    example: Example
     sampling: Sampling
-    batch: int | None
-    kv_memory: int | None
-    """Bytes for the KV pools of all models."""
-    speculate: str
-    drafter: str | None
-    allow_negative_alpha: bool
-    trust_remote_code: bool
+    decode: DecodeOptions
+    alpha: str | None
+    allow_negative: bool
 
     @property
-    def example(self) -> Example:
-        """The prompt as the one example to decode."""
-        text = sys.stdin.read() if self.prompt == "-" else self.prompt
-        if not text.strip():
-            raise UserError("the prompt is empty")
-        return Example(id="0", prompt=Prompt(plain=text, user=text))
+    def system(self) -> System:
+        """Whose roles speak."""
+        return self.models.system
 
-    def decoder(self, models: Models, role: Role) -> Decoder:
+    def alpha_of(self, role: Role, asked: str | None) -> AlphaSchedule | None:
+        """The checked alpha of a role."""
+        from proxytune.runs.evaluation import alpha_for
+
+        return alpha_for(self.system, role, asked, allow_negative=self.allow_negative)
+
+    def decoder(self, role: Role) -> Decoder:
         """The decoder of a role; says on stderr what a user should know about its models."""
-        made = Decoder(
-            models,
-            role,
-            max_batch=self.batch,
-            kv_memory=self.kv_memory,
-            speculation=speculation(self.speculate, self.drafter),
-        )
+        from proxytune.decoding import Decoder
+
+        made = Decoder(self.models, role, self.decode)
         for note in made.notes():
-            print(f"note: {note}", file=sys.stderr)
+            console.say(f"note: {note}")
         return made
 
 
-def generate(system: System, asked: Request, *, compare: bool, json_only: bool) -> None:
-    """Print the responses of one role, or one response of every role."""
-    example = asked.example
-    on_load = tell_loading if sys.stderr.isatty() else None
-    models = Models(system, trust_remote_code=asked.trust_remote_code, on_load=on_load)
-    if compare:
-        _one_of_each(asked)
-        _compare(system, asked, example, models, json_only=json_only)
-        return
-    if asked.as_ == "all":
-        raise UserError("generate speaks as one role: --compare shows all of them side by side")
-    role = system.require(asked.as_)
-    alpha = alpha_for(system, role, asked.alpha, allow_negative=asked.allow_negative_alpha)
-    decoder = asked.decoder(models, role)
-    printer = _Printer(sys.stdout) if asked.sampling.n == 1 and not json_only else None
-    stream = decoder.stream([example], asked.sampling, alpha=alpha, on_text=printer.hear if printer else None)
+def _stream(speaker: Speaker, role: Role, *, json_only: bool) -> None:
+    """The responses of one role; a single one as it arrives."""
+    alpha = speaker.alpha_of(role, speaker.alpha)
+    decoder, sampling = speaker.decoder(role), speaker.sampling
+    printer = _Printer(sys.stdout) if sampling.n == 1 and not json_only else None
+    on_text = printer.hear if printer else None
+    stream = decoder.stream([speaker.example], sampling, alpha=alpha, on_text=on_text)
     found = sorted(stream, key=lambda completion: completion.sample)
     if json_only:
-        print_json({"as": role, "responses": [_told(completion) for completion in found]})
+        console.print_json({"as": role, "responses": [_as_json(completion) for completion in found]})
     elif printer is not None:
         printer.end()
     else:
@@ -86,12 +147,12 @@ def generate(system: System, asked: Request, *, compare: bool, json_only: bool) 
             print(f"--- {completion.sample + 1}\n{completion.text}")
 
 
-def _one_of_each(asked: Request) -> None:
+def _one_of_each(as_: str, sampling: Sampling) -> None:
     """UserError for options that --compare would have to ignore."""
-    if asked.sampling.n > 1:
-        raise UserError(f"--compare shows one response of each role: leave -n {asked.sampling.n} out")
-    if asked.as_ not in ("proxy", "all"):
-        raise UserError(f"--compare shows all roles: leave --as {asked.as_} out")
+    if sampling.n > 1:
+        raise UserError(f"--compare shows one response of each role: leave -n {sampling.n} out")
+    if as_ not in ("proxy", "all"):
+        raise UserError(f"--compare shows all roles: leave --as {as_} out")
 
 
 class _Printer:
@@ -110,49 +171,47 @@ class _Printer:
         self.out.write("\n")
 
 
-def _told(completion: Completion) -> dict[str, object]:
+def _as_json(completion: Completion) -> dict[str, object]:
     """A completion as JSON."""
-    told = asdict(completion)
-    del told["example_id"], told["trace"]
-    return told
+    content = asdict(completion)
+    del content["example_id"], content["trace"]
+    return content
 
 
-def _compare(system: System, asked: Request, example: Example, models: Models, *, json_only: bool) -> None:
+def _compare(speaker: Speaker, *, json_only: bool) -> None:
     """One response of every role; in the proxy's, what it changed relative to the base."""
-    alpha_for(system, system.require("proxy"), asked.alpha, allow_negative=asked.allow_negative_alpha)
+    system, models = speaker.system, speaker.models
+    speaker.alpha_of(system.require("proxy"), speaker.alpha)
     found: dict[Role, Completion] = {}
     for role in system.roles:
         if role == "tuned":
             models.release(keep=[role])
-        own = asked.alpha if role == "proxy" else None
-        alpha = alpha_for(system, role, own, allow_negative=asked.allow_negative_alpha)
+        alpha = speaker.alpha_of(role, speaker.alpha if role == "proxy" else None)
         trace: TraceKind = "tokens" if role == "proxy" else "off"
-        [found[role]] = asked.decoder(models, role).stream(
-            [example], asked.sampling, alpha=alpha, trace=trace
+        [found[role]] = speaker.decoder(role).stream(
+            [speaker.example], speaker.sampling, alpha=alpha, trace=trace
         )
-    trace_of_proxy = said(found["proxy"])
-    changed = [place for place, token in enumerate(trace_of_proxy) if is_changed(token)]
+    tokens = response_tokens(found["proxy"])
+    changed = [place for place, token in enumerate(tokens) if is_changed(token)]
     if json_only:
-        tokens = [token.text for token in trace_of_proxy]
-        roles = {role: _told(completion) for role, completion in found.items()}
-        print_json({"roles": roles, "proxy_tokens": tokens, "changed": changed})
+        roles = {role: _as_json(completion) for role, completion in found.items()}
+        texts = [token.text for token in tokens]
+        console.print_json({"roles": roles, "proxy_tokens": texts, "changed": changed})
         return
-    plain = not console().is_terminal
+    screen = console.console()
+    plain = not screen.is_terminal
     table = Table(show_lines=True)
     for role in found:
         table.add_column(role, overflow="fold", ratio=1)
-    table.add_row(
-        *(_marked(trace_of_proxy, plain) if role == "proxy" else Text(c.text) for role, c in found.items())
-    )
-    console().print(table)
+    table.add_row(*(_marked(tokens, plain) if role == "proxy" else Text(c.text) for role, c in found.items()))
+    screen.print(table)
     mark = "in [brackets]" if plain else "highlighted"
     print(
-        f"{len(changed)} of {len(trace_of_proxy)} tokens of the proxy "
-        f"are not what the base would have said ({mark})"
+        f"{len(changed)} of {len(tokens)} tokens of the proxy are not what the base would have said ({mark})"
     )
 
 
-def said(completion: Completion) -> tuple[TracedToken, ...]:
+def response_tokens(completion: Completion) -> tuple[TracedToken, ...]:
     """The traced tokens of a response without its end-of-sequence token."""
     return completion.trace[:-1] if completion.finish_reason == "eos" else completion.trace
 

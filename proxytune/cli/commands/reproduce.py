@@ -1,71 +1,115 @@
-"""The body of `proxytune reproduce`: print what a recipe takes, ask, run what is missing, judge it, and show
-the table with our figures beside the paper's.
-"""
+"""`proxytune reproduce`: prints what a recipe takes, asks, runs what is missing, judges it, and shows the
+table with our figures beside the paper's."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from proxytune.cli.commands import judge as cli_judge
-from proxytune.cli.commands.evaluate import NOT_ALLOWED, Code, parse_size, print_json, tell_loading
-from proxytune.cli.commands.reproduce_plan import Plan, Planned, print_plan
-from proxytune.cli.commands.show import print_beside_paper
+import typer
+
+from proxytune.cli import console
+from proxytune.cli.options import CODE, CONSENT, DECODING, Json, grouped
 from proxytune.config import Role
 from proxytune.errors import UserError, did_you_mean
-from proxytune.judges.judge import Judge
-from proxytune.judges.pairwise import PairwiseJudge
-from proxytune.models.loading import Models
-from proxytune.paper.cost import CONFIRM, Choice, SystemPlan, plan_systems
-from proxytune.paper.recipes import Recipe, load_recipe
+from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RunOptions
 from proxytune.records import Run
 from proxytune.results import read_rows, read_run
-from proxytune.runs import evaluate as run
-from proxytune.sandbox.sandbox import Sandbox
-from proxytune.tasks import TASKS
+
+if TYPE_CHECKING:
+    from proxytune.cli.commands.reproduce_plan import Planned, RecipePlan
+    from proxytune.judges import Judge
+    from proxytune.paper.cost import RecipeChoice, SystemPlan
+    from proxytune.paper.recipes import Recipe
+    from proxytune.sandbox import Sandbox
+
+
+@grouped(decode=DECODING, code=CODE, consent=CONSENT)
+def reproduce(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe in configs/recipes, table2 say.")],
+    decode: DecodeOptions,
+    code: CodeOptions,
+    consent: JudgeOptions,
+    system: Annotated[
+        str | None,
+        typer.Option("--system", "-s", metavar="S", help="Run this system in place of the paper's."),
+    ] = None,
+    path: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="Where a model lies that nobody published (can be repeated)."),
+    ] = None,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out the lines whose models are missing.")
+    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what it takes, and do nothing.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Only the first N items.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder of results.")] = Path("results"),
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=MODEL", help="Who judges a task, as for eval --judge (can be repeated)."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Reproduce a table of the paper: print what it downloads, needs and costs, run it, and show our figures
+    beside the paper's. What is finished is kept; the same command continues.
+
+    Example: proxytune reproduce table2 --system demo
+    """
+    from proxytune.cli.commands.reproduce_plan import print_plan
+    from proxytune.paper import cost, recipes
+
+    paths = {name: Path(place) for name, place in named(path or (), "--path", "NAME=DIR").items()}
+    asked = Asked(
+        recipe=recipes.load_recipe(recipe),
+        choice=cost.RecipeChoice(system, paths, skip_missing),
+        judges=named(judge or (), "--judge", "TASK=MODEL"),
+        judging=consent.model_copy(update={"code": code}),
+        limit=limit,
+        out=out,
+        decode=decode,
+    )
+    made = _plan(asked)
+    if plan and json:
+        console.print_json(made.as_json())
+        return
+    print_plan(made, sys.stderr if json else sys.stdout)
+    if not plan:
+        _carry_out(made, asked, json_only=json)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the options of `reproduce` said."""
+class Asked:
+    """What the options of `reproduce` ask for."""
 
-    recipe: str
-    choice: Choice
+    recipe: Recipe
+    choice: RecipeChoice
     judges: Mapping[str, str]
     """Task -> judge, as for --judge."""
-    judging: cli_judge.Request
+    judging: JudgeOptions
     limit: int | None
     out: Path
-    batch: int | None
-    kv_memory: str | None
-    code: Code
+    decode: DecodeOptions
 
 
-def reproduce(asked: Request, *, plan_only: bool, json_only: bool) -> None:
-    """Plan, ask, run, judge, show."""
-    recipe = load_recipe(asked.recipe)
-    plan = _plan(recipe, asked)
-    if plan_only and json_only:
-        print_json(plan.as_json())
-        return
-    print_plan(plan, sys.stderr if json_only else sys.stdout)
-    if plan_only:
-        return
+def _carry_out(plan: RecipePlan, asked: Asked, *, json_only: bool) -> None:
+    """Check, ask, run, judge, show."""
     _refuse_missing(plan)
     judges = _judges(plan, asked)
-    sandbox = _sandbox(plan, asked.code)
+    sandbox = _sandbox(plan, asked.judging.code)
     _agree(plan, asked)
     for one in plan.systems:
         _run(one, [p for p in plan.runs if p.system is one.system], asked, sandbox)
     runs = _judge(plan, judges, asked)
     if json_only:
-        told = [(p, found) for p, found in zip(plan.runs, runs, strict=True)]
-        print_json({"recipe": recipe.name, "runs": [_told(p, found) for p, found in told]})
+        shown = [_as_json(p, found) for p, found in zip(plan.runs, runs, strict=True)]
+        console.print_json({"recipe": plan.recipe.name, "runs": shown})
         return
-    print_beside_paper(runs, as_markdown=False, only=recipe)
+    from proxytune.cli.commands.report import print_beside_paper
+
+    print_beside_paper(runs, as_markdown=False, only=plan.recipe)
 
 
 def named(texts: Sequence[str], option: str, what: str) -> dict[str, str]:
@@ -77,20 +121,26 @@ def named(texts: Sequence[str], option: str, what: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _plan(recipe: Recipe, asked: Request) -> Plan:
+def _plan(asked: Asked) -> RecipePlan:
     """The runs of a recipe with their folders and judges."""
+    from proxytune.cli.commands.reproduce_plan import Planned, RecipePlan
+    from proxytune.paper import cost
+    from proxytune.runs import evaluation
+    from proxytune.tasks import TASKS
+
     for task in asked.judges:
         if task not in TASKS:
             raise did_you_mean("task", task, TASKS)
-    systems, runs, options = plan_systems(recipe, asked.choice), [], run.Options(limit=asked.limit)
+    systems, runs = cost.plan_systems(asked.recipe, asked.choice), []
+    options = RunOptions(limit=asked.limit)
     for one in systems:
         for task, role in one.runs:
             usual = "default" if TASKS[task].judge is not None else None
             judge = asked.judges.get(task) or one.system.judges.get(task) or usual
-            folder = run.planned_folder(one.system, task, role, options, asked.out)
+            folder = evaluation.planned_folder(one.system, task, role, options, asked.out)
             runs.append(Planned(one.system, task, role, folder, judge))
-    return Plan(
-        recipe=recipe,
+    return RecipePlan(
+        recipe=asked.recipe,
         systems=tuple(systems),
         runs=tuple(runs),
         limit=asked.limit,
@@ -99,7 +149,7 @@ def _plan(recipe: Recipe, asked: Request) -> Plan:
     )
 
 
-def _refuse_missing(plan: Plan) -> None:
+def _refuse_missing(plan: RecipePlan) -> None:
     """UserError if a model is in no folder, or nothing is left to run."""
     missing = [text for one in plan.systems for text in one.missing]
     if missing and not plan.skip_missing:
@@ -113,78 +163,91 @@ def _refuse_missing(plan: Plan) -> None:
         raise UserError(f"nothing of '{plan.recipe.name}' is left to run")
 
 
-def _judges(plan: Plan, asked: Request) -> dict[str, Judge | PairwiseJudge | None]:
+def _judges(plan: RecipePlan, asked: Asked) -> dict[str, Judge | None]:
     """Task and name -> the judge, checked before anything is run; runs that are judged already need none."""
-    made: dict[str, Judge | PairwiseJudge | None] = {}
+    from proxytune.runs import judging
+    from proxytune.tasks import TASKS
+
+    made: dict[str, Judge | None] = {}
     for planned in plan.runs:
         if planned.judge is not None and planned.judge_key not in made and not planned.judged:
-            request = dataclasses.replace(asked.judging, judge=planned.judge)
-            made[planned.judge_key] = cli_judge.make(planned.task, request)
+            options = asked.judging.model_copy(update={"judge": planned.judge})
+            made[planned.judge_key] = judging.make_judge(TASKS[planned.task], options)
     return made
 
 
-def _sandbox(plan: Plan, code: Code) -> Sandbox | None:
+def _sandbox(plan: RecipePlan, code: CodeOptions) -> Sandbox | None:
     """The sandbox for the tasks that run code; a note where it was not asked for."""
+    from proxytune.tasks import TASKS
+
     task = next((TASKS[planned.task] for planned in plan.runs if TASKS[planned.task].execute), None)
     if task is None:
-        if code.allowed:
+        if code.allow_code_execution:
             raise UserError(f"'{plan.recipe.name}' runs no code: leave --allow-code-execution out")
         return None
-    sandbox = code.open(task)
+    sandbox = console.sandbox_for(task, code)
     if sandbox is None:
-        print(f"note: {NOT_ALLOWED}", file=sys.stderr, flush=True)
+        console.say(f"note: {console.NOT_ALLOWED}")
     return sandbox
 
 
-def _agree(plan: Plan, asked: Request) -> None:
+def _agree(plan: RecipePlan, asked: Asked) -> None:
     """Go on only with the user's consent where much is downloaded or money is spent."""
-    usd, download = plan.usd, plan.download
-    if asked.judging.max_cost is not None and usd is not None and usd > asked.judging.max_cost:
-        raise UserError(f"the estimate of {usd:.2f} USD is over --max-cost {asked.judging.max_cost:g}")
-    if asked.judging.yes or (usd == 0 and download is not None and download < CONFIRM):
+    from proxytune.paper import cost
+
+    usd, download, most = plan.usd, plan.download, asked.judging.max_cost
+    if most is not None and usd is not None and usd > most:
+        raise UserError(f"the estimate of {usd:.2f} USD is over --max-cost {most:g}")
+    if asked.judging.yes or (usd == 0 and download is not None and download < cost.CONFIRM):
         return
     if not sys.stdin.isatty():
         raise UserError(
             "this downloads much or costs money: add --yes to agree (and --max-cost USD for a limit)"
         )
-    print("go on? [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if not console.asked_on_terminal():
         raise UserError("nothing was done")
 
 
-def _run(one: SystemPlan, runs: Sequence[Planned], asked: Request, sandbox: Sandbox | None) -> None:
+def _run(one: SystemPlan, runs: Sequence[Planned], asked: Asked, sandbox: Sandbox | None) -> None:
     """All runs of a system; each model is loaded once, the tuned one when the others have gone."""
+    from proxytune.models import Models
+    from proxytune.runs import evaluation, session
+
     if not runs:
         return
-    models = Models(one.system, on_load=tell_loading)
-    kv_memory = None if asked.kv_memory is None else parse_size(asked.kv_memory)
+    models = Models(one.system, on_load=console.show_loading)
     before: Role | None = None
     for planned in runs:
         if planned.role == "tuned" and before != "tuned":
             models.release(keep=["tuned"])
         before = planned.role
-        job = run.plan(one.system, planned.task, planned.role, run.Options(limit=asked.limit))
+        job = evaluation.plan(one.system, planned.task, planned.role, RunOptions(limit=asked.limit))
         code = sandbox if job.task.execute is not None else None
-        resources = run.Resources(max_batch=asked.batch, kv_memory=kv_memory, sandbox=code)
-        run.run_job(job, planned.folder, models, resources)
+        session.run_job(job, planned.folder, models, asked.decode, code)
     models.release(keep=[])
 
 
-def _judge(plan: Plan, judges: Mapping[str, Judge | PairwiseJudge | None], asked: Request) -> list[Run]:
+def _judge(plan: RecipePlan, judges: Mapping[str, Judge | None], asked: Asked) -> list[Run]:
     """The finished runs, judged; what the judges may still spend goes down from one run to the next."""
+    from proxytune.runs import judging
+    from proxytune.tasks import TASKS
+
     left, found = asked.judging.max_cost, []
     for planned in plan.runs:
         made = judges.get(planned.judge_key)
-        if made is not None and isinstance(made, PairwiseJudge) and left is not None:
-            made = dataclasses.replace(made, max_cost=left)
-            left = max(0.0, left - (made.estimate(read_rows(planned.folder)).usd or 0.0))
-        request = dataclasses.replace(asked.judging, yes=True)
-        done = read_run(planned.folder)
-        found.append(done if made is None else cli_judge.after_eval(planned.folder, made, request))
+        if made is None:
+            found.append(read_run(planned.folder))
+            continue
+        options = asked.judging.model_copy(update={"judge": planned.judge, "max_cost": left, "yes": True})
+        estimate = made.estimate(read_rows(planned.folder))
+        if left is not None and estimate is not None:
+            made = judging.make_judge(TASKS[planned.task], options) or made
+            left = max(0.0, left - (estimate.usd or 0.0))
+        found.append(judging.Judging(made, options, console.dialogue())(planned.folder))
     return found
 
 
-def _told(planned: Planned, found: Run) -> dict[str, object]:
+def _as_json(planned: Planned, found: Run) -> dict[str, object]:
     """A run as JSON."""
     metrics = {name: metric.model_dump(mode="json") for name, metric in found.metrics.items()}
     return {

@@ -10,12 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TextIO
 
-from proxytune.cli.commands import judge as cli_judge
 from proxytune.config import Role, System
-from proxytune.judges.pairwise import Estimate, PairwiseJudge
-from proxytune.models.memory import free_memory
-from proxytune.paper.cost import Need, SystemPlan, judge_need, kv_per_token, sources
-from proxytune.paper.recipes import Recipe
+from proxytune.judges import JUDGES, Estimate
+from proxytune.models import free_memory
+from proxytune.options import JudgeOptions
+from proxytune.paper import cost, recipes
 from proxytune.records import Run
 from proxytune.report.tables import size
 from proxytune.results import RUN, read_rows, read_run
@@ -72,25 +71,26 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RecipePlan:
     """A recipe's runs and what they take."""
 
-    recipe: Recipe
-    systems: tuple[SystemPlan, ...]
+    recipe: recipes.Recipe
+    systems: tuple[cost.SystemPlan, ...]
     runs: tuple[Planned, ...]
     limit: int | None
-    judging: cli_judge.Request
+    judging: JudgeOptions
     skip_missing: bool
 
     @cached_property
     def estimates(self) -> dict[str, Estimate]:
         """What each run's paid judge would take, by the run's folder."""
-        return {str(planned.folder): self._estimate(planned) for planned in self.runs if paid(planned)}
+        found = {str(planned.folder): self._estimate(planned) for planned in self.runs if paid(planned)}
+        return {folder: estimate for folder, estimate in found.items() if estimate is not None}
 
-    def _estimate(self, planned: Planned) -> Estimate:
-        model = planned.judge_model
-        assert model is not None
-        judge = PairwiseJudge(model, seed=self.judging.seed, price=cli_judge.read_price(self.judging.price))
+    def _estimate(self, planned: Planned) -> Estimate | None:
+        model, kind = planned.judge_model, TASKS[planned.task].judge_kind
+        assert model is not None and kind is not None
+        judge = JUDGES[kind].make(model, self.judging.model_copy(update={"max_cost": None}))
         if planned.judged:
             return judge.forecast(0, 0.0)
         if planned.done is not None:
@@ -103,16 +103,18 @@ class Plan:
     def usd(self) -> float | None:
         """What all judges cost; None where a price is not known."""
         costs = [estimate.usd for estimate in self.estimates.values() if estimate.calls]
-        return None if None in costs else sum(cost for cost in costs if cost)
+        return None if None in costs else sum(usd for usd in costs if usd)
 
     @cached_property
-    def needs(self) -> dict[str, Need]:
+    def needs(self) -> dict[str, cost.Need]:
         """Every model and local judge, once, by name."""
         models = [need for one in self.systems for need in one.models.values()]
-        names = [
-            p.judge_model or "" for p in self.runs if p.judge is not None and not paid(p) and not p.judged
+        judges = [
+            cost.judge_need(name)
+            for p in self.runs
+            if p.judge is not None and not paid(p) and not p.judged
+            for name in judge_models(p)
         ]
-        judges = [judge_need(name) for both in names for name in both.split(",") if name]
         return {need.name: need for need in (*models, *judges)}
 
     @property
@@ -146,22 +148,29 @@ class Plan:
 
 def paid(planned: Planned) -> bool:
     """Whether a run's judge is behind an API."""
-    return planned.judge_model is not None and "/" not in (TASKS[planned.task].judge or "/")
+    kind = TASKS[planned.task].judge_kind
+    return planned.judge_model is not None and kind is not None and JUDGES[kind].paid
 
 
-def print_plan(plan: Plan, out: TextIO) -> None:
+def judge_models(planned: Planned) -> tuple[str, ...]:
+    """The models of a run's judge that run here."""
+    model, kind = planned.judge_model, TASKS[planned.task].judge_kind
+    return () if model is None or kind is None else JUDGES[kind].models(model)
+
+
+def print_plan(plan: RecipePlan, out: TextIO) -> None:
     """Everything a user should know before going on."""
     for line in lines(plan):
         print(line, file=out)
     out.flush()
 
 
-def lines(plan: Plan) -> Iterator[str]:
+def lines(plan: RecipePlan) -> Iterator[str]:
     """The plan, line by line."""
     yield f"{plan.recipe.name}: {plan.recipe.title} (table {plan.recipe.table} of the paper)"
     for one in plan.systems:
         yield from _system_lines(one, [p for p in plan.runs if p.system is one.system])
-    for task, source in sources(plan.systems).items():
+    for task, source in cost.sources(plan.systems).items():
         yield f"  data    {task}: {source}"
     yield from _judge_lines(plan)
     if any(TASKS[p.task].execute for p in plan.runs):
@@ -173,7 +182,7 @@ def lines(plan: Plan) -> Iterator[str]:
     yield f"  in all  {_count(plan.runs)}; models to download: {download}; judges: {usd}"
 
 
-def _system_lines(one: SystemPlan, runs: Sequence[Planned]) -> Iterator[str]:
+def _system_lines(one: cost.SystemPlan, runs: Sequence[Planned]) -> Iterator[str]:
     """What one system is asked, and what its models take."""
     tasks = dict.fromkeys(planned.task for planned in runs)
     yield f"  system  {one.system.name}: {_count(runs)}"
@@ -187,13 +196,13 @@ def _system_lines(one: SystemPlan, runs: Sequence[Planned]) -> Iterator[str]:
     for text in one.missing:
         yield f"  missing {text}"
     if one.models:
-        kv = kv_per_token(one)
+        kv = cost.kv_per_token(one)
         more = "" if kv is None else f", and {kv / 1e6:.1f} MB of KV cache per token in flight as the proxy"
         more = " and the missing models" if one.missing else more
         yield f"  memory  {one.system.name}: {_bytes(one.memory)} of weights at once{more}"
 
 
-def _judge_lines(plan: Plan) -> Iterator[str]:
+def _judge_lines(plan: RecipePlan) -> Iterator[str]:
     """Who judges, and what that takes."""
     by_judge: dict[tuple[str, str], list[Planned]] = {}
     for planned in plan.runs:
@@ -211,13 +220,13 @@ def _judge_lines(plan: Plan) -> Iterator[str]:
             usd = UNKNOWN if None in costs else f"about {sum(c for c in costs if c):.2f} USD"
             yield f"  judge   {task}: {model} behind an API: {calls} judgements, about {tokens} tokens, {usd}"
         else:
-            needs = [judge_need(name) for name in model.split(",")]
-            told = "; ".join(
+            needs = [cost.judge_need(name) for name in judge_models(runs[0])]
+            shown = "; ".join(
                 f"{need.name}, {_bytes(need.weights)} in memory, "
                 + ("on disk" if need.here else f"to download, {_bytes(need.download)}")
                 for need in needs
             )
-            yield f"  judge   {task}: {told}"
+            yield f"  judge   {task}: {shown}"
 
 
 def _count(runs: Sequence[Planned]) -> str:

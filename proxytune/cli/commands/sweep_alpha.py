@@ -1,44 +1,82 @@
-"""The body of `proxytune sweep-alpha`."""
+"""`proxytune sweep-alpha`: the proxy under many alphas at once."""
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
+from typing import Annotated
 
-from proxytune.cli.commands.evaluate import Request, prepared, print_json, read_mode
-from proxytune.cli.commands.judge import Request as JudgeRequest
-from proxytune.cli.commands.judge import judge_of_runs
-from proxytune.config import System
+import typer
+
+from proxytune.cli import console
+from proxytune.cli.commands.evaluate import prepared, with_sampling
+from proxytune.cli.options import (
+    CODE,
+    DECODING,
+    JUDGING,
+    SAMPLING,
+    SWEEP,
+    Changes,
+    Json,
+    RemoteCode,
+    SystemName,
+    TaskName,
+    Vocab,
+    grouped,
+)
+from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RunOptions
+
+Alphas = Annotated[
+    str,
+    typer.Option(metavar="ALPHAS", help="FROM:TO:STEP, or a list of what --alpha takes: 0,0.5,first:4,1."),
+]
+SweepOut = Annotated[
+    Path | None,
+    typer.Option("--out", help="The sweep's folder. Default: results/<system>/<task>/proxy/sweep/."),
+]
 
 
-def sweep(system: System, alphas: str, asked: Request, judging: JudgeRequest, *, json_only: bool) -> None:
-    """Run the sweep, judge its runs, and print the curve."""
+@grouped(run=SWEEP, sampling=SAMPLING, decode=DECODING, code=CODE, judge=JUDGING)
+def sweep_alpha(
+    task: TaskName,
+    alphas: Alphas,
+    *,
+    system: SystemName = "demo",
+    vocab: Vocab = None,
+    trust_remote_code: RemoteCode = False,
+    run: RunOptions,
+    sampling: Changes,
+    decode: DecodeOptions,
+    code: CodeOptions,
+    judge: JudgeOptions,
+    out: SweepOut = None,
+    json: Json = False,
+) -> None:
+    """Evaluate the proxy under many alphas at once: models are loaded once, and the alphas of an example
+    share its prompt. An interrupted sweep is continued by the same command.
+
+    Example: proxytune sweep-alpha truthfulqa --system demo --alphas 0:2:0.2 --limit 100
+    """
     from proxytune.tasks import get_task
 
-    task = get_task(asked.task, read_mode(asked.mode))
-    system.require("proxy")
-    judge = judge_of_runs(system, asked, judging)
+    made = console.read_system(system, vocab)
+    get_task(task, run.mode)  # an unknown task must not wait for torch
+    made.require("proxy")
 
-    from proxytune.runs import sweep as run_sweep
+    from proxytune.models import Models
+    from proxytune.runs import alpha_sweep
 
-    schedules = run_sweep.parse_alphas(alphas)
-    options, resources, models = prepared(system, task, asked)
-    folder, _ = run_sweep.sweep(
-        system,
-        asked.task,
-        schedules,
-        options,
-        out=asked.out,
-        resources=resources,
-        models=models,
-        judge=judge,
-    )
+    schedules = alpha_sweep.parse_alphas(alphas)
+    judge = judge.model_copy(update={"code": code, "seed": run.seed})
+    models = Models(made, trust_remote_code=trust_remote_code, on_load=console.show_loading)
+    asked = prepared(models, task, with_sampling(task, run, sampling), decode, judge)
+    folder, _ = alpha_sweep.sweep(asked, schedules, out)
 
-    from proxytune.analysis import sweeps as analysis_sweep
+    from proxytune.analysis import sweeps
     from proxytune.cli.commands.analyze_tables import sweep_table
 
-    found = analysis_sweep.sweep(folder)
-    if json_only:
-        print_json(found.model_dump(mode="json"))
+    found = sweeps.sweep(folder)
+    if json:
+        console.print_json(found.model_dump(mode="json"))
         return
     sweep_table(found)
-    print(f"stored in {folder}", file=sys.stdout)
+    print(f"stored in {folder}")

@@ -1,18 +1,17 @@
-"""The body of `proxytune tasks`: what the tasks are, and whether each can run here now."""
+"""`proxytune tasks`: what the tasks are, and whether each can run here now."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from proxytune import hub
-from proxytune.cli.commands.evaluate import print_json
-from proxytune.cli.commands.show import print_table
-from proxytune.demo.world import TASKS as DEMO_TASKS
+from proxytune.cli import console
+from proxytune.cli.options import Json
 from proxytune.errors import UserError
-from proxytune.sandbox.sandbox import Sandbox
-from proxytune.tasks import TASKS, Task
+
+if TYPE_CHECKING:
+    from proxytune.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,15 @@ class Readiness:
         return f"{demo}no: {'; '.join(self.missing)}"
 
 
-def tasks(*, json_only: bool) -> None:
-    """The registry of tasks."""
-    if json_only:
-        print_json({"tasks": {task.name: _as_json(task) for task in TASKS.values()}})
+def tasks(json: Json = False) -> None:
+    """The tasks: what they measure, where their data comes from, and whether each can run here now.
+
+    Example: proxytune tasks
+    """
+    from proxytune.tasks import TASKS
+
+    if json:
+        console.print_json({"tasks": {task.name: _as_json(task) for task in TASKS.values()}})
         return
     rows = [
         (
@@ -56,7 +60,7 @@ def tasks(*, json_only: bool) -> None:
         for task in TASKS.values()
     ]
     columns = ("task", "what it measures", "items", "metrics", "judge", "data (licence)", "runs here now")
-    print_table(columns, rows)
+    console.print_table(columns, rows)
 
 
 def _as_json(task: Task) -> dict[str, object]:
@@ -89,18 +93,22 @@ def _metrics(task: Task) -> tuple[str, ...]:
 
 def readiness(task: Task) -> Readiness:
     """What a task lacks here now."""
+    from proxytune.demo import world
+
     absent = [name for name in task.libraries if importlib.util.find_spec(name) is None]
     return Readiness(
         data=missing_data(task),
         judge=missing_judge(task),
         sandbox=None if task.execute is None else missing_sandbox(),
         libraries=f"some problems need {', '.join(absent)}" if absent else None,
-        demo=task.name in DEMO_TASKS,
+        demo=task.name in world.TASKS,
     )
 
 
 def missing_data(task: Task) -> str | None:
     """Why the task's data cannot be had here now; None if it can."""
+    from proxytune import hub
+
     if task.hub is None:
         return "not on the hub: --data FILE"
     if hub.stored(task.hub.id, "dataset") or hub.reachable():
@@ -109,20 +117,18 @@ def missing_data(task: Task) -> str | None:
 
 
 def missing_judge(task: Task) -> str | None:
-    """What the default judge of a task lacks here now: a key, a package, its files; None if nothing."""
-    if task.judge is None:
+    """What the default judge of a task lacks here now; None if nothing."""
+    if task.judge is None or task.judge_kind is None:
         return None
-    if "/" not in task.judge:  # behind an API
-        if importlib.util.find_spec("openai") is None:
-            return "the judge needs: pip install 'proxytune[judges]'"
-        named = os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL")
-        return None if named else "the judge needs OPENAI_API_KEY"
-    here = all(hub.stored(model) for model in task.judge.split(","))
-    return None if here or hub.reachable() else "the judge is not on disk and the hub does not answer"
+    from proxytune.judges import JUDGES
+
+    return JUDGES[task.judge_kind].missing(task.judge)
 
 
 def missing_sandbox() -> str | None:
     """Why no sandbox starts here; None if one does."""
+    from proxytune.sandbox import Sandbox
+
     try:
         Sandbox.open("auto")
     except UserError as error:

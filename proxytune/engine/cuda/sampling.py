@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from proxytune.engine.logits import gumbel
+from proxytune.engine.logits import gumbel, min_p_floor
 
 
 class Draw(NamedTuple):
@@ -19,7 +19,7 @@ class Draw(NamedTuple):
     noise: bool
     """Whether any row samples."""
     cuts: bool
-    """Whether any row that samples has top-k or top-p."""
+    """Whether any row that samples has min-p, top-k or top-p."""
 
 
 class Sampler(NamedTuple):
@@ -28,6 +28,7 @@ class Sampler(NamedTuple):
     temperature: Tensor  # [R] float64; 0 is greedy
     top_k: Tensor  # [R]; 0 is off
     top_p: Tensor  # [R] float64; 1 is off
+    min_p: Tensor  # [R] float64; 0 is off
     key: Tensor  # [R] randomness
     ban: Tensor  # [R, N] ids; one past the vocabulary where there are fewer
     ban_until: Tensor  # [R, N] the position from which an id may be said
@@ -48,8 +49,8 @@ class Sampler(NamedTuple):
             sampled = self.temperature > 0  # [R]
             scaled = logits / self.temperature.where(sampled, 1.0).to(logits.dtype)[:, None, None]
             if draw.cuts:
-                top_k, top_p = (column[:, None].expand_as(positions) for column in (self.top_k, self.top_p))
-                scaled = cut(scaled, top_k, top_p)
+                limits = (self.top_k, self.top_p, self.min_p)
+                scaled = cut(scaled, *(column[:, None].expand_as(positions) for column in limits))
             tokens = torch.where(sampled[:, None], (scaled.double() + noise).argmax(-1), tokens)
         if self.forced.shape[1]:
             at = positions.clamp(max=self.forced.shape[1] - 1)
@@ -72,11 +73,12 @@ class Sampler(NamedTuple):
         return (tokens[..., None] == self.eos[:, None]).any(-1)
 
 
-def cut(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Top-k, then top-p: logits [..., V] already divided by the temperature, top_k and top_p [...] -> the
-    logits with -inf for what is cut, the same as `logits.warp` gives.
+def cut(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Min-p, top-k, then top-p: logits [..., V] already divided by the temperature, top_k, top_p and min_p
+    [...] -> the logits with -inf for what is cut, the same as `logits.warp` gives.
 
     One stable sort serves both: what top-k keeps is a prefix of the order."""
+    scaled = scaled.masked_fill(scaled < min_p_floor(scaled, min_p), float("-inf"))
     ordered, index = scaled.sort(dim=-1, descending=True, stable=True)
     at = top_k.clamp(min=1, max=scaled.shape[-1])[..., None] - 1
     floor = ordered.gather(-1, at).masked_fill((top_k <= 0)[..., None], float("-inf"))

@@ -54,15 +54,15 @@ class Widths(NamedTuple):
 
 def bans_of(request: Request) -> dict[int, int]:
     """Ids that may not be said, and from which position of the response on they may."""
-    until = dict.fromkeys(request.eos, request.min_new_tokens) if request.min_new_tokens else {}
+    until = dict.fromkeys(request.eos, least) if (least := request.sampling.min_new_tokens) else {}
     until |= {token: max(1, until.get(token, 0)) for token in request.banned_first}
     return until | dict.fromkeys(request.banned, ALWAYS)
 
 
 def draw_of(rows: Sequence[Row]) -> Draw:
     """What the sampling settings of these rows need."""
-    sampled = [row.request for row in rows if row.request.temperature > 0]
-    return Draw(bool(sampled), any(request.top_k > 0 or request.top_p < 1 for request in sampled))
+    sampled = [s for row in rows if (s := row.request.sampling).temperature > 0]
+    return Draw(bool(sampled), any(s.top_k > 0 or s.top_p < 1 or s.min_p > 0 for s in sampled))
 
 
 class Batch(NamedTuple):
@@ -110,7 +110,7 @@ class DeviceState:
         whole = HEADER + len(caches) + widths.eos + 2 * widths.bans + widths.forced
         self.moving = torch.zeros(rows, 2 + len(caches), dtype=torch.long, device=device)
         self.whole = torch.zeros(rows, whole, dtype=torch.long, device=device)
-        self.real = torch.zeros(rows, 4, dtype=torch.float64, device=device)
+        self.real = torch.zeros(rows, 5, dtype=torch.float64, device=device)
         self.tables = torch.zeros(len(caches), rows, widths.pages, dtype=torch.long, device=device)
         self.history = torch.zeros(rows, widths.pages * PAGE + 1, dtype=torch.long, device=device)
         self._whole, self._real = self.whole.cpu().numpy().copy(), self.real.cpu().numpy().copy()
@@ -119,7 +119,7 @@ class DeviceState:
     def views(self, rows: int) -> Batch:
         """The first `rows` rows."""
         position, limit, *last = self.moving[:rows].unbind(1)
-        alpha_start, alpha_end, temperature, top_p = self.real[:rows].unbind(1)
+        alpha_start, alpha_end, temperature, top_p, min_p = self.real[:rows].unbind(1)
         w, models = self.widths, len(self.caches)
         header, offsets, eos, ban, ban_until, forced = torch.split_with_sizes(
             self.whole[:rows], [HEADER, models, w.eos, w.bans, w.bans, w.forced], 1
@@ -136,7 +136,7 @@ class DeviceState:
             alpha_end,
             alpha_length,
             alpha_linear,
-            Sampler(temperature, top_k, top_p, key, ban, ban_until, eos, forced, forced_count),
+            Sampler(temperature, top_k, top_p, min_p, key, ban, ban_until, eos, forced, forced_count),
         )
 
     def fill(self, rows: Sequence[Row]) -> None:
@@ -176,11 +176,11 @@ class DeviceState:
 
     def _set(self, index: int, request: Request) -> None:
         """The settings of one request."""
-        alpha, bans, w = request.alpha, bans_of(request), self.widths
+        alpha, bans, w, sampling = request.alpha, bans_of(request), self.widths, request.sampling
         offsets = [len(request.contexts[name]) - 1 for name in self.caches]
-        self._real[index] = alpha.start, alpha.end, request.temperature, request.top_p
+        self._real[index] = alpha.start, alpha.end, sampling.temperature, sampling.top_p, sampling.min_p
         self._whole[index] = [
-            *(alpha.length, alpha.kind == "linear", request.top_k, request.key, len(request.forced)),
+            *(alpha.length, alpha.kind == "linear", sampling.top_k, request.key, len(request.forced)),
             *offsets,
             *_padded(request.eos, w.eos, -1),
             *_padded(bans, w.bans, self.size),

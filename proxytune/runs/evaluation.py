@@ -1,5 +1,5 @@
 """Evaluate a role of a system on a task, and generate from prompts: examples -> decoder -> rows -> scores ->
-Run. How one run is started, continued and closed is in run_session.py.
+Run. How one run is started, continued and closed is in session.py.
 """
 
 from __future__ import annotations
@@ -7,73 +7,37 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from proxytune.config import (
-    ROLES,
     SOURCES,
     AlphaSchedule,
-    Mode,
     Role,
     RunSpec,
     Sampling,
     System,
-    TraceKind,
     parse_alpha,
 )
 from proxytune.decoding import Decoder
 from proxytune.errors import UserError
 from proxytune.models import Models
+from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
 from proxytune.records import Completion, Example, Metric, Prompt, Run
-from proxytune.runs.session import Job, Resources, run_job
-from proxytune.speculate import Speculate, speculation
+from proxytune.runs.judging import Dialogue, Judging, judging_of
+from proxytune.runs.session import Job, run_job
+from proxytune.runs.verdicts import open_sandbox
+from proxytune.sandbox import Sandbox
 from proxytune.tasks import Dataset, Task, get_task, read_source
-
-__all__ = [
-    "ORDER",
-    "RESULTS",
-    "Job",
-    "Options",
-    "Resources",
-    "alpha_for",
-    "evaluate",
-    "evaluate_all",
-    "generate",
-    "plan",
-    "planned_folder",
-    "run_job",
-    "score_of",
-]
 
 RESULTS = Path("results")
 """Where runs go unless another folder is named."""
-ORDER = ROLES
-"""The order in which all roles are evaluated: the second large model comes last, when the others can go."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What decides a run's outputs beside the system, the task and the role; None is the system's or the
-    task's own."""
-
-    alpha: AlphaSchedule | float | str | None = None
-    sampling: Sampling | None = None
-    data: str | None = None
-    limit: int | None = None
-    shots: int = 0
-    shots_from: str | None = None
-    trace: TraceKind = "off"
-    seed: int = 0
-    """Of the sampling noise and of the few-shot items; 0 leaves the seed of `sampling`."""
-    forced: str | None = None
-    mode: Mode = "generate"
-    allow_negative_alpha: bool = False
-
-
-def plan(system: System, task: str, as_: str, options: Options) -> Job:
+def plan(system: System, task: str, as_: str, options: RunOptions) -> Job:
     """Check all settings of a run and read its examples; UserError where something does not fit."""
     found, role = get_task(task, options.mode), system.require(as_)
     for named in (*system.data, *system.judges):
@@ -89,14 +53,14 @@ def plan(system: System, task: str, as_: str, options: Options) -> Job:
     return _job(system, role, options, found, data)
 
 
-def planned_folder(system: System, task: str, role: Role, options: Options, root: Path) -> Path:
+def planned_folder(system: System, task: str, role: Role, options: RunOptions, root: Path) -> Path:
     """Where a run from the system's usual data will be kept, without reading the data."""
     source = system.data.get(task, "hub")
     name = source if source in SOURCES else Path(source).name
     return _job(system, role, options, get_task(task, options.mode), Dataset((), name, "")).folder(root)
 
 
-def _job(system: System, role: Role, options: Options, task: Task, data: Dataset) -> Job:
+def _job(system: System, role: Role, options: RunOptions, task: Task, data: Dataset) -> Job:
     """The settings of a run and what they are by default."""
     alpha = alpha_for(system, role, options.alpha, allow_negative=options.allow_negative_alpha)
     usual = system.data.get(task.name, "hub")
@@ -132,83 +96,103 @@ def alpha_for(
     return None
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """A task to be evaluated on a system, as any of its roles. What scores it, a sandbox and a judge, is
+    checked when the first run is about to start."""
+
+    system: System
+    task: str
+    options: RunOptions = field(default_factory=RunOptions)
+    decode: DecodeOptions = field(default_factory=DecodeOptions)
+    judge: JudgeOptions = field(default_factory=JudgeOptions)
+    dialogue: Dialogue = field(default_factory=Dialogue)
+    loaded: Models | None = None
+    """Models that are loaded already, or how they are to be loaded."""
+
+    @cached_property
+    def models(self) -> Models:
+        """The models of the system, each loaded when it is first needed."""
+        return self.loaded or Models(self.system)
+
+    @cached_property
+    def sandbox(self) -> Sandbox | None:
+        """What runs the task's code; None where that was not allowed."""
+        return open_sandbox(get_task(self.task, self.options.mode), self.judge.code)
+
+    @cached_property
+    def judging(self) -> Judging | None:
+        """Who judges the runs; None where nobody has to."""
+        task = get_task(self.task, self.options.mode)
+        return judging_of(self.system, task, self.judge, self.options.mode, self.dialogue)
+
+    def check(self) -> None:
+        """Find out now, and not after hours of decoding, that a judge or a sandbox is missing."""
+        _ = self.judging, self.sandbox
+
+    def run(self, as_: str, out: Path | None = None) -> tuple[Run, Path]:
+        """Evaluate one role; -> its Run and its folder: `out`, or `results/<system>/<task>/<role>/`."""
+        role, judging, sandbox = self.system.require(as_), self.judging, self.sandbox
+        job = plan(self.system, self.task, role, self.options)
+        folder = out or job.folder(RESULTS)
+        made = run_job(job, folder, self.models, self.decode, sandbox)
+        if judging is None:
+            return made, folder
+        self.models.release(keep=[])  # a judge may be a large model as well
+        return judging(folder), folder
+
+    def run_all(self, out: Path | None = None) -> dict[Role, Run]:
+        """Evaluate every role that the system has; each model is loaded once. `out` gets one folder per role.
+
+        alpha is the proxy's. The models of the other roles are released before `tuned` is loaded, and all
+        models before the judge."""
+        judging, sandbox, runs = self.judging, self.sandbox, dict[Role, Run]()
+        jobs = {
+            role: plan(self.system, self.task, role, self._options_of(role)) for role in self.system.roles
+        }
+        folders = {role: out / role if out is not None else job.folder(RESULTS) for role, job in jobs.items()}
+        for role, job in jobs.items():
+            if role == "tuned":
+                agreement = self.options.trace == "agreement"
+                self.models.release(keep=["proxy", role] if agreement else [role])
+            runs[role] = run_job(job, folders[role], self.models, self.decode, sandbox)
+        if judging is None:
+            return runs
+        self.models.release(keep=[])
+        return {role: judging(folder) for role, folder in folders.items()}
+
+    def _options_of(self, role: Role) -> RunOptions:
+        """alpha is of the proxy, and a trace of agreement of proxy and tuned: the others do without."""
+        own: dict[str, Any] = {} if role == "proxy" else {"alpha": None}
+        if self.options.trace == "agreement" and role not in ("proxy", "tuned"):
+            own["trace"] = "tokens"
+        return self.options.model_copy(update=own)
+
+
 def evaluate(
     system: System,
     task: str,
     *,
     as_: str = "proxy",
-    alpha: AlphaSchedule | float | str | None = None,
-    sampling: Sampling | None = None,
-    data: str | None = None,
     limit: int | None = None,
-    shots: int = 0,
-    shots_from: str | None = None,
     out: str | Path | None = None,
-    trace: TraceKind = "off",
-    mode: Mode = "generate",
-    seed: int = 0,
-    max_batch: int | None = None,
-    kv_memory: int | None = None,
-    speculate: Speculate = "auto",
-    models: Models | None = None,
-    progress: bool = True,
+    options: RunOptions | None = None,
+    decode: DecodeOptions | None = None,
+    judge: JudgeOptions | str | None = None,
 ) -> Run:
-    """Evaluate `system` on a task as one role, and return its Run.
+    """Evaluate `system` on a task as one role, and return its Run: what `proxytune eval` does.
 
     Writes to `out`, or to `results/<system>/<task>/<role>/`. An unfinished run with the same settings is
-    continued; a finished one is returned as it is. Raises UserError for bad input and for a folder that holds
-    other settings.
+    continued; a finished one is returned as it is. `limit` takes only the first items, as in `options`.
+    `judge` is who judges (a model, "default" or "none"), or the record that also gives the leave to pay and
+    to run code. Raises UserError for bad input and for a folder that holds other settings.
     """
-    options = Options(
-        alpha=alpha,
-        sampling=sampling,
-        data=data,
-        limit=limit,
-        shots=shots,
-        shots_from=shots_from,
-        trace=trace,
-        mode=mode,
-        seed=seed,
-    )
-    job = plan(system, task, as_, options)
-    folder = Path(out) if out is not None else job.folder(RESULTS)
-    resources = Resources(max_batch, kv_memory, progress, speculation(speculate))
-    return run_job(job, folder, models or Models(system), resources)
-
-
-def evaluate_all(
-    system: System,
-    task: str,
-    options: Options,
-    *,
-    out: str | Path | None = None,
-    resources: Resources | None = None,
-    models: Models | None = None,
-    judge: Callable[[Path], Run] | None = None,
-) -> dict[Role, Run]:
-    """Evaluate every role that the system has; each model is loaded once. `out` gets one folder per role.
-
-    alpha is the proxy's. The models of the other roles are released before `tuned` is loaded. `judge` is
-    given the folder of every finished run at the end and returns the judged run.
-    """
-    jobs: dict[Role, Job] = {}
-    for role in system.roles:
-        own = options if role == "proxy" else dataclasses.replace(options, alpha=None)
-        if options.trace == "agreement" and role not in ("proxy", "tuned"):
-            own = dataclasses.replace(own, trace="tokens")  # it is between these two
-        jobs[role] = plan(system, task, role, own)
-    own_models, runs = models or Models(system), dict[Role, Run]()
-    folders = {
-        role: Path(out) / role if out is not None else job.folder(RESULTS) for role, job in jobs.items()
-    }
-    for role, job in jobs.items():
-        if role == "tuned":
-            own_models.release(keep=["proxy", role] if options.trace == "agreement" else [role])
-        runs[role] = run_job(job, folders[role], own_models, resources or Resources())
-    if judge is None:
-        return runs
-    own_models.release(keep=[])  # a judge may be a large model as well
-    return {role: judge(folder) for role, folder in folders.items()}
+    asked = options or RunOptions()
+    if limit is not None:
+        asked = asked.model_copy(update={"limit": limit})
+    who = JudgeOptions(judge=judge) if isinstance(judge, str) else judge or JudgeOptions()
+    evaluation = Evaluation(system, task, asked, decode or DecodeOptions(), who)
+    return evaluation.run(as_, None if out is None else Path(out))[0]
 
 
 def generate(
@@ -218,28 +202,20 @@ def generate(
     as_: str = "proxy",
     sampling: Sampling | None = None,
     alpha: AlphaSchedule | float | str | None = None,
-    speculate: Speculate = "auto",
     allow_negative_alpha: bool = False,
-    max_batch: int | None = None,
-    kv_memory: int | None = None,
+    decode: DecodeOptions | None = None,
     models: Models | None = None,
 ) -> list[Completion]:
     """Responses to `prompts`, in their order (`sampling.n` in a row for each). A text is the plain prompt of
-    all roles. `kv_memory` is in bytes, for all KV pools together.
-
-    `speculate` never changes the tokens: "auto" lets the expert draft where that measures faster, a number
-    is a fixed draft length, "off" decodes plainly.
+    all roles. `decode` says how they are computed, and changes no token.
     """
-    how = speculation(speculate)
     if isinstance(prompts, str) or not all(isinstance(prompt, str | Prompt) for prompt in prompts):
         raise UserError('prompts must be a list of texts: write generate(system, ["..."])')
     role = system.require(as_)
     schedule = alpha_for(system, role, alpha, allow_negative=allow_negative_alpha)
     examples = named_by_content([Prompt(plain=p, user=p) if isinstance(p, str) else p for p in prompts])
     chosen = Sampling() if sampling is None else sampling
-    decoder = Decoder(
-        models or Models(system), role, max_batch=max_batch, kv_memory=kv_memory, speculation=how
-    )
+    decoder = Decoder(models or Models(system), role, decode)
     for note in decoder.notes():
         warnings.warn(note, stacklevel=2)
     place = {example.id: i for i, example in enumerate(examples)}

@@ -1,7 +1,7 @@
 """Evaluate the proxy under many alphas at once: one process, models loaded once, one engine in which every
 row has its own alpha and the alphas of an example share its prompt.
 
-Every alpha is a run of its own, stored as by `run.py`, and continues after an interruption like any other.
+Every alpha is a run of its own, stored as any other, and continues after an interruption in the same way.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -18,16 +18,15 @@ from pathlib import Path
 import torch
 
 from proxytune import __version__, results
-from proxytune.config import AlphaSchedule, System, parse_alpha
+from proxytune.config import AlphaSchedule, parse_alpha
 from proxytune.decoding import Decoder, DecodeStats
 from proxytune.errors import UserError
-from proxytune.models import Models
 from proxytune.progress import Progress
 from proxytune.provenance import provenance
 from proxytune.records import Completion, Example, RoleMemory, Run
 from proxytune.results import SWEEP, RunFolder
-from proxytune.runs.evaluate import RESULTS, Options, plan
-from proxytune.runs.session import CHECKPOINT_SECONDS, Job, Resources, Session, device_name, now
+from proxytune.runs.evaluation import RESULTS, Evaluation, plan
+from proxytune.runs.session import CHECKPOINT_SECONDS, Job, Session, device_name, now
 from proxytune.runs.verdicts import add_verdicts
 
 MAX_ALPHAS = 100
@@ -66,7 +65,7 @@ def _range(part: str) -> list[AlphaSchedule]:
 
 
 @dataclass
-class Share:
+class CostShare:
     """One alpha's share of what a sweep took: time by the tokens it generated."""
 
     decoder: Decoder
@@ -79,7 +78,7 @@ class Share:
 
 
 @dataclass
-class Part:
+class SweptRun:
     """One alpha of a sweep: its run, and what is missing of it."""
 
     alpha: AlphaSchedule
@@ -95,34 +94,44 @@ class Part:
 
 
 def sweep(
-    system: System,
-    task: str,
-    alphas: Sequence[AlphaSchedule],
-    options: Options,
-    *,
-    out: Path | None = None,
-    resources: Resources | None = None,
-    models: Models | None = None,
-    judge: Callable[[Path], Run] | None = None,
+    evaluation: Evaluation, alphas: Sequence[AlphaSchedule], out: Path | None = None
 ) -> tuple[Path, list[Run]]:
     """Run the proxy under every alpha; -> the sweep's folder and the runs in the order of `alphas`.
 
     The folder is `out`, or `sweep/` in the folder that one run with the other settings has. Finished alphas
-    are not run again. `judge` is given the folder of every finished run and returns the judged run. Raises
-    UserError as `plan` and `RunFolder.open` do, and KeyboardInterrupt with the line that says what is kept.
+    are not run again. Raises UserError as `plan` and `RunFolder.open` do, and KeyboardInterrupt with the line
+    that says what is kept.
     """
-    resources, own_models = resources or Resources(), models or Models(system)
+    system, options = evaluation.system, evaluation.options
     for alpha in alphas:
         alpha.check(allow_negative=options.allow_negative_alpha)
-    job = plan(system, task, "proxy", dataclasses.replace(options, alpha=None))
+    job = plan(system, evaluation.task, "proxy", options.model_copy(update={"alpha": None}))
     folder = out if out is not None else job.folder(RESULTS) / "sweep"
+    judging, sandbox = evaluation.judging, evaluation.sandbox
+    runs = _run(job, alphas, folder, evaluation)
+    done = [runs[alpha] for alpha in alphas]
+    folders = [folder / run_name(alpha) for alpha in alphas]
+    if sandbox is not None and job.task.execute is not None:
+        items = {example.id: example.target for example in job.data.examples}
+        done = [add_verdicts(path, items, sandbox) for path in folders]
+    if judging is not None:
+        evaluation.models.release(keep=[])  # a judge may be a large model as well
+        done = [judging(path) for path in folders]
+    return folder, done
+
+
+def _run(
+    job: Job, alphas: Sequence[AlphaSchedule], folder: Path, evaluation: Evaluation
+) -> dict[AlphaSchedule, Run]:
+    """Decode what is missing of every alpha; -> the finished runs."""
     jobs = {a: dataclasses.replace(job, spec=job.spec.model_copy(update={"alpha": a})) for a in alphas}
+    spec, decode = job.spec, evaluation.decode
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(
-            Progress(f"{system.name} {task} sweep", job.task.headline, resources.progress)
+            Progress(f"{spec.system.name} {spec.task} sweep", job.task.headline, decode.progress)
         )
-        made = provenance(__version__, device_name(), torch.get_num_threads())
-        parts: list[Part] = []
+        made = provenance(__version__, device_name(), decode.threads or torch.get_num_threads())
+        parts: list[SweptRun] = []
         runs: dict[AlphaSchedule, Run] = {}
         for alpha, one in jobs.items():
             new = Run(status="running", spec=one.spec, headline=one.task.headline, started=now(), made=made)
@@ -130,21 +139,14 @@ def sweep(
             if opened.run.status == "done":
                 runs[alpha] = opened.run
             else:
-                parts.append(_part(alpha, one, opened, continued=opened.run is not new))
+                session = Session(one, opened, evaluation.sandbox, continued=opened.run is not new)
+                parts.append(_part(alpha, session))
         _mark(folder, job, 0.0)
         if runs:
             progress.note(f"{len(runs)} of {len(jobs)} alphas in '{folder}' are done already")
         if parts:
-            _decode(parts, job, folder, own_models, resources, progress)
-        runs |= {part.alpha: part.session.finish() for part in parts}
-    done = [runs[alpha] for alpha in alphas]
-    if resources.sandbox is not None and job.task.execute is not None:
-        items = {example.id: example.target for example in job.data.examples}
-        done = [add_verdicts(folder / run_name(alpha), items, resources.sandbox) for alpha in alphas]
-    if judge is not None:
-        own_models.release(keep=[])  # a judge may be a large model as well
-        done = [judge(folder / run_name(alpha)) for alpha in alphas]
-    return folder, done
+            _decode(parts, job, folder, evaluation, progress)
+        return runs | {part.alpha: part.session.finish() for part in parts}
 
 
 def run_name(alpha: AlphaSchedule) -> str:
@@ -152,12 +154,13 @@ def run_name(alpha: AlphaSchedule) -> str:
     return f"alpha={alpha.text.replace(':', '-')}"
 
 
-def _part(alpha: AlphaSchedule, job: Job, folder: RunFolder, *, continued: bool) -> Part:
+def _part(alpha: AlphaSchedule, session: Session) -> SweptRun:
     """One alpha that is not finished."""
-    session = Session(job, folder, continued=continued)
+    folder = session.folder
     folder.save(folder.run.model_copy(update={"cost": session.before}))  # a kill must not undo the count
-    todo = {example.id: example for example in job.data.examples if example.id not in folder.done}
-    return Part(alpha, session, todo)
+    examples = session.job.data.examples
+    todo = {example.id: example for example in examples if example.id not in folder.done}
+    return SweptRun(alpha, session, todo)
 
 
 def _mark(folder: Path, job: Job, seconds: float) -> None:
@@ -174,7 +177,7 @@ def _mark(folder: Path, job: Job, seconds: float) -> None:
 
 
 def _decode(
-    parts: Sequence[Part], job: Job, folder: Path, models: Models, resources: Resources, progress: Progress
+    parts: Sequence[SweptRun], job: Job, folder: Path, evaluation: Evaluation, progress: Progress
 ) -> None:
     """Decode, score and store what is missing of all parts."""
     n = len(job.data.examples) * len(parts)
@@ -183,23 +186,17 @@ def _decode(
         return
     if missing < n:
         progress.note(f"continuing '{folder}': {n - missing} of {n} examples of all alphas are done")
-    decoder = Decoder(
-        models,
-        "proxy",
-        max_batch=resources.max_batch,
-        kv_memory=resources.kv_memory,
-        speculation=resources.speculation,
-        agreement=job.spec.trace == "agreement",
-    )
+    agreement = job.spec.trace == "agreement"
+    decoder = Decoder(evaluation.models, "proxy", evaluation.decode, agreement=agreement)
     for note in (*decoder.notes(), *job.data.notes):
         progress.note(note)
     for part in parts:
-        part.session.meter, part.saved = Share(decoder, part.stats), time.monotonic()
+        part.session.meter, part.saved = CostShare(decoder, part.stats), time.monotonic()
     scores = [score for part in parts for score in part.session.scores_so_far()]
     progress.begin(n, n - missing, scores, lambda: decoder.stats.generated_tokens)
     try:
         for part, example, completions in _finished(_stream(decoder, parts, job), parts):
-            row = part.session.store(example, completions, resources.sandbox)
+            row = part.session.store(example, completions)
             progress.advance(row["scores"].get(job.task.headline))
             if time.monotonic() - part.saved > CHECKPOINT_SECONDS:
                 _settle(parts, decoder)
@@ -219,7 +216,9 @@ def _decode(
                 part.folder.save(part.session.so_far())
 
 
-def _stream(decoder: Decoder, parts: Sequence[Part], job: Job) -> Iterator[tuple[AlphaSchedule, Completion]]:
+def _stream(
+    decoder: Decoder, parts: Sequence[SweptRun], job: Job
+) -> Iterator[tuple[AlphaSchedule, Completion]]:
     """Completions of everything that is missing. Examples that lack the same alphas go together."""
     spec, lacking = job.spec, dict[tuple[AlphaSchedule, ...], list[Example]]()
     for example in job.data.examples:
@@ -236,8 +235,8 @@ def _stream(decoder: Decoder, parts: Sequence[Part], job: Job) -> Iterator[tuple
 
 
 def _finished(
-    stream: Iterator[tuple[AlphaSchedule, Completion]], parts: Sequence[Part]
-) -> Iterator[tuple[Part, Example, list[Completion]]]:
+    stream: Iterator[tuple[AlphaSchedule, Completion]], parts: Sequence[SweptRun]
+) -> Iterator[tuple[SweptRun, Example, list[Completion]]]:
     """Every example of every part, as soon as all of its completions are there."""
     by_alpha = {part.alpha: part for part in parts}
     waiting: dict[tuple[AlphaSchedule, str], list[Completion]] = {}
@@ -252,7 +251,7 @@ def _finished(
             yield part, example, sorted(group, key=lambda c: c.sample)
 
 
-def _settle(parts: Sequence[Part], decoder: Decoder) -> None:
+def _settle(parts: Sequence[SweptRun], decoder: Decoder) -> None:
     """Share out what the decoder took by the tokens that a part generated, and prompt tokens by examples."""
     tokens = sum(part.stats.generated_tokens for part in parts)
     missing = sum(len(part.todo) for part in parts)

@@ -1,0 +1,178 @@
+"""`proxytune report`: the stored runs as tables, as a page, as figures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from proxytune.cli.console import console
+from proxytune.errors import UserError
+from proxytune.records import Run
+from proxytune.results import write_atomically
+
+if TYPE_CHECKING:
+    from proxytune.paper.recipes import Recipe
+
+DEMO_TABLE = re.compile(r"(<!-- demo-table -->\n).*?(<!-- /demo-table -->)", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """How the tables of a report are shown."""
+
+    markdown: bool = False
+    write: bool = False
+    examples: int = 0
+    show_hateful: bool = False
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="A folder of results.")] = Path("results"),
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write one page that needs nothing else: tables, curves, tokens."),
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write every figure as an SVG file into this folder.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead of tables.")] = False,
+    write: Annotated[
+        bool,
+        typer.Option(
+            "--write", help="Write RESULTS/README.md, and the table in README.md where it has a place for it."
+        ),
+    ] = False,
+    examples: Annotated[
+        int, typer.Option(help="Also what each role said to the first N examples of every task.", min=0)
+    ] = 0,
+    show_hateful: Annotated[
+        bool, typer.Option("--show-hateful", help="Show ToxiGen's texts, which are hidden otherwise.")
+    ] = False,
+) -> None:
+    """The stored runs as tables (score, gap closed, memory and time per token of every role, and the paper's
+    tables with our figures beside its own), or as a page with figures and a token-level view.
+
+    Example: proxytune report results --html report.html
+    """
+    shown = Shown(markdown=markdown, write=write, examples=examples, show_hateful=show_hateful)
+    if html is not None or figures is not None:
+        print_page(results, shown, html=html, figures=figures)
+    else:
+        print_tables(results, shown)
+
+
+def print_page(root: Path, asked: Shown, *, html: Path | None, figures: Path | None) -> None:
+    """Write the page and the figures of the runs under `root`; with --markdown, print the tables with the
+    figures under them."""
+    if not root.is_dir():
+        raise UserError(f"no folder '{root}': `proxytune eval` makes it, or name another")
+    if asked.write:
+        raise UserError("--write is for README files: give it without --html and --figures")
+    if html is not None and html.is_dir():
+        raise UserError(
+            f"--html '{html}' is a folder: name the file to write, such as {html / 'report.html'}"
+        )
+
+    from proxytune.report import page
+
+    made = page.Report.read(root)
+    if html is not None:
+        made.write_html(html)
+    paths = [] if figures is None else made.write_figures(figures)
+    if asked.markdown:
+        print_tables(root, asked)
+        for path, figure in zip(paths, made.figures if paths else [], strict=True):
+            print(f"![{figure.title}]({path.as_posix()})\n")
+        return
+    if html is not None:
+        print(f"wrote {html} ({html.stat().st_size / 1e6:.1f} MB)")
+    if figures is not None:
+        print(f"wrote {len(paths)} figures in {figures}")
+
+
+def print_tables(root: Path, asked: Shown) -> None:
+    """The finished runs under `root`: tables on stdout, or README.md files."""
+    from proxytune.paper import published
+    from proxytune.report import paper_tables, tables
+
+    if not root.is_dir():
+        raise UserError(f"no folder '{root}': `proxytune eval` makes it, or name another")
+    if asked.write:
+        runs = [run for _, run in tables.main_runs(_published(root))[0]]
+        write_atomically(
+            root / "README.md", paper_tables.results_readme(published.read_paper(), runs).encode()
+        )
+        print(f"wrote {root / 'README.md'}")
+        _write_demo_table(Path("README.md"), runs)
+        return
+    found, others = tables.main_runs(root)
+    if not found:
+        raise UserError(f"no finished run in '{root}': `proxytune eval` makes one")
+    for task, own in tables.by_task(tables.role_rows([run for _, run in found])).items():
+        if asked.markdown:
+            print(f"### {task}: {own[0].metric}\n\n{tables.markdown_table(own)}")
+        else:
+            console().print(tables.rich_table(own))
+    print_beside_paper([run for _, run in found], as_markdown=asked.markdown)
+    _print_examples(found, asked)
+    if others:
+        print(f"{others} finished runs with other settings are not shown: name their folder to see them")
+
+
+def print_beside_paper(runs: Sequence[Run], *, as_markdown: bool, only: Recipe | None = None) -> None:
+    """The paper's tables that these runs belong to, with their figures beside the paper's."""
+    from proxytune.paper import published
+    from proxytune.report import paper_tables as beside
+
+    paper, by_key = published.read_paper(), beside.by_key(runs)
+    for recipe in beside.compared(paper, by_key) if only is None else [only]:
+        if as_markdown:
+            print(f"### {beside.title(recipe)}\n\n{beside.markdown_side_by_side(recipe, paper, by_key)}")
+        else:
+            console().print(beside.rich_side_by_side(recipe, paper, by_key))
+        if line := beside.gaps(recipe, paper, by_key):
+            print(f"{line}\n")
+
+
+def _print_examples(found: Sequence[tuple[Path, Run]], asked: Shown) -> None:
+    """Responses of every role to the first examples of each task."""
+    if not asked.examples:
+        return
+    from proxytune.report import examples
+
+    for shown in examples.examples(found, asked.examples, show_hateful=asked.show_hateful):
+        if asked.markdown:
+            print(examples.markdown_example(shown))
+        else:
+            console().print(examples.rich_example(shown))
+
+
+def _published(root: Path) -> Path:
+    """Where the runs lie that the README files are about: a folder of their own in the checkout, so that
+    one's own runs never meet them."""
+    own = root / "published"
+    return own if own.is_dir() else root
+
+
+def _write_demo_table(path: Path, found: Sequence[Run]) -> None:
+    """Put the demo's tables between the markers of the README, where there are markers."""
+    from proxytune.report import tables
+
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    named = [run for run in found if run.spec.system.name in ("demo", "demo-mid")]
+    runs = [run for run in named if run.spec.remark is None]
+    if not runs or not DEMO_TABLE.search(text):
+        return
+    parts = [
+        f"**{task}** ({own[0].metric}, %, {own[0].n} questions)\n\n{tables.markdown_table(own)}"
+        for task, own in tables.by_task(tables.role_rows(runs)).items()
+    ]
+    content = "\n".join(parts)
+    filled = DEMO_TABLE.sub(lambda match: match[1] + content + match[2], text)
+    write_atomically(path, filled.encode())
+    print(f"wrote the demo table in {path}")

@@ -1,0 +1,66 @@
+"""`proxytune score`: stored predictions, scored again from their texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from proxytune.cli import console
+from proxytune.cli.options import CODE, Json, TaskName, Tests, grouped
+from proxytune.options import CodeOptions
+
+if TYPE_CHECKING:
+    from proxytune.tasks import Execution
+
+
+@grouped(code=CODE)
+def score(
+    task: TaskName,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Stored predictions (.jsonl, .json, .gz), or their folder.")
+    ],
+    code: CodeOptions,
+    data: Tests = None,
+    json: Json = False,
+) -> None:
+    """Score stored predictions again, from their texts: ours, or the files that the paper's repository
+    published.
+
+    Example: proxytune score gsm results/demo/gsm/proxy/predictions.jsonl
+    """
+    from proxytune.report import tables
+    from proxytune.tasks import Execution, get_task, read_source, score_file
+
+    asked, execution = get_task(task), None
+    if (sandbox := console.sandbox_for(asked, code)) is not None:
+        examples = () if data is None else read_source(asked, data).examples
+        execution = Execution(sandbox, {example.id: example.target for example in examples})
+    found = score_file(asked, file, execution)
+    if asked.execute is not None and found.headline == asked.headline:
+        console.say(f"note: {console.NOT_ALLOWED}")
+    if json:
+        console.print_json(found.model_dump(mode="json"))
+        return
+    print(f"{task}, {found.n} examples of {file}")
+    for name, metric in found.metrics.items():
+        print(f"  {name:22} {tables.percent(metric):28} {metric.value!r}")
+    if execution is not None:
+        _print_account(execution)
+    if found.dropped_duplicates:
+        print(f"  {found.dropped_duplicates} rows were left out: equal to an earlier row of the same id")
+    if found.renumbered_ids:
+        print(
+            f"  {found.renumbered_ids} rows share their id with a different row; they were scored separately"
+        )
+
+
+def _print_account(execution: Execution) -> None:
+    """What running the code came to."""
+    ran = f"{execution.samples} samples run, {execution.passed} passed, {execution.timed_out} timed out"
+    stored = f"{execution.flips} of {execution.compared} stored verdicts flipped"
+    print(f"  {ran}; {stored} ({execution.rerun} run once more, alone)")
+    if execution.broken:
+        why = "samples failed unrun: their problems need other libraries (--code-python)"
+        print(f"  {execution.broken} {why}")

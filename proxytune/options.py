@@ -1,0 +1,173 @@
+"""What a caller says beside the system and the task: what a run asks, how it is computed, who judges it, and
+whether code may be run. One frozen record per idea, the same in Python and on the command line: a field is
+the argument, the option and its help text at once.
+
+Nothing here imports torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator
+
+from proxytune.config import AlphaSchedule, Mode, Record, Sampling, TraceKind, parse_alpha
+
+LONGEST_DRAFT = 15
+"""Drafts and the token before them are one query of the attention, of at most 16 tokens."""
+
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
+
+
+def parse_size(value: object) -> object:
+    """`4GB`, `512 MiB` or a number of bytes -> bytes."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", value.strip().upper())
+    if match is None or match[2] not in _UNITS or not (found := int(float(match[1]) * _UNITS[match[2]])):
+        raise ValueError("no amount of memory: write 4GB, 512MB or a number of bytes")
+    return found
+
+
+def parse_draft_length(value: object) -> object:
+    """`auto`, `off` or a length, which may be written as text."""
+    if value in ("auto", "off"):
+        return value
+    try:
+        length = int(str(value))
+    except ValueError:
+        length = -1
+    if not 0 <= length <= LONGEST_DRAFT:
+        raise ValueError(f"give 'auto', 'off' or a length from 0 to {LONGEST_DRAFT}")
+    return length
+
+
+def parse_price(value: object) -> object:
+    """`2,8` -> US dollars per million tokens, in and out."""
+    if not isinstance(value, str):
+        return value
+    try:
+        numbers = [float(part) for part in value.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 2 or not all(0 <= number < 1e6 for number in numbers):
+        raise ValueError("must be two numbers: USD per million tokens, IN,OUT")
+    return numbers[0], numbers[1]
+
+
+def read_alpha(value: object) -> AlphaSchedule | None:
+    """What `--alpha` takes -> a schedule."""
+    return None if value is None else parse_alpha(value)
+
+
+class Options(Record):
+    """A record whose fields are options: their docstrings are the help texts."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class RunOptions(Options):
+    """What decides a run's outputs beside the system, the task and the role; None is the system's or the
+    task's own."""
+
+    alpha: Annotated[AlphaSchedule | float | str | None, BeforeValidator(read_alpha)] = None
+    """0 to 10, or first:N, warmup:N, linear:FROM:TO:N. Default: the system's."""
+    sampling: Sampling | None = None
+    """How tokens are chosen. Default: the task's."""
+    data: str | None = Field(default=None, json_schema_extra={"metavar": "FILE|hub|generated|plumbing"})
+    """Where the items come from: a file, the hub, the demo world (generated), or smoke data that only checks
+    that the task runs (plumbing). Default: the system's, or hub."""
+    limit: int | None = None
+    """Only the first N items."""
+    shots: int = 0
+    """Few-shot items before each question."""
+    shots_from: str | None = Field(default=None, json_schema_extra={"metavar": "FILE"})
+    """Draw few-shot items from this file."""
+    mode: Mode = "generate"
+    """generate, or likelihood: compare given answers by their log-probabilities."""
+    trace: TraceKind = Field(default="off", json_schema_extra={"metavar": "[agreement]"})
+    """Store every token's probability under each role; agreement: also how far base and proxy are from the
+    tuned model."""
+    seed: int = 0
+    """Of the sampling noise (and of the choice of few-shot items); 0 leaves the seed of the sampling
+    settings."""
+    forced: str | None = None
+    """Text with which every response is made to begin."""
+    allow_negative_alpha: bool = False
+    """Allow alpha below 0: it undoes what the expert was tuned for."""
+
+
+class DecodeOptions(Options):
+    """How decoding is computed. Nothing here changes a token."""
+
+    batch: int | None = Field(default=None, ge=1)
+    """At most this many sequences at a time. Default: what memory allows."""
+    kv_memory: Annotated[int | None, BeforeValidator(parse_size)] = Field(default=None, ge=1)
+    """Memory for the KV caches of all models, e.g. 4GB. Default: a share of what is free."""
+    speculate: Annotated[Literal["auto", "off"] | int, BeforeValidator(parse_draft_length)] = Field(
+        default="auto", json_schema_extra={"metavar": "auto|off|K"}
+    )
+    """Let the expert draft tokens that the others verify together: by measurement, never, or K at a time. The
+    tokens are the same."""
+    drafter: str | None = Field(default=None, json_schema_extra={"metavar": "EXPERT|lookup"})
+    """Which of several experts drafts: expert (default), expert2, ...; lookup: what followed the same words
+    earlier in prompt and response is the draft (prompt lookup)."""
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """CPU threads of torch. Default: torch's own choice, which OMP_NUM_THREADS changes."""
+    progress: bool = True
+    """Show on stderr how far a run is."""
+
+    @property
+    def draft_length(self) -> int | None:
+        """`speculate` as a number: None is by measurement, 0 never."""
+        return {"auto": None, "off": 0}[self.speculate] if isinstance(self.speculate, str) else self.speculate
+
+
+class CodeOptions(Options):
+    """Whether code that a model wrote may be run, and where."""
+
+    allow_code_execution: bool = False
+    """Run model-written code (humaneval, ds1000), in a sandbox."""
+    sandbox: str = "auto"
+    """auto, bubblewrap, namespaces, or weak (a separate process with limits)."""
+    code_python: str | None = Field(default=None, json_schema_extra={"metavar": "PYTHON"})
+    """The interpreter that runs the code. Default: proxytune's own."""
+
+
+class JudgeOptions(Options):
+    """Who judges responses, and what that may cost."""
+
+    judge: str | None = Field(default=None, json_schema_extra={"metavar": "MODEL"})
+    """Who judges the responses: default, none, a folder or hub id (MODEL#LABEL; TRUTH,INFO), or a model of
+    the endpoint in OPENAI_BASE_URL."""
+    yes: bool = False
+    """Agree to what a judge behind an API costs."""
+    max_cost: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Spend at most this many US dollars on the judge."""
+    price: Annotated[tuple[float, float] | None, BeforeValidator(parse_price)] = Field(
+        default=None, json_schema_extra={"metavar": "IN,OUT"}
+    )
+    """The judge's price in USD per million tokens."""
+    seed: int = 0
+    """Of the order in which two outputs are shown."""
+    batch: int | None = Field(default=None, ge=1)
+    """At most this many rows at a time, for a judge that runs here."""
+    code: CodeOptions = CodeOptions()
+    """For tasks that are scored by running code."""
+
+    @field_validator("judge")
+    @classmethod
+    def _named(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("name a model, or none")
+        return value
