@@ -20,6 +20,7 @@ SYSTEM ?=
 ARGS ?=
 QUESTIONS ?= 200
 BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 STAMP := .venv/installed
 REPORT := results/demo-report
 ALPHAS := 0:2:0.2
@@ -29,7 +30,7 @@ export TOKENIZERS_PARALLELISM = false
 .DEFAULT_GOAL := help
 RECIPES := reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5
 ANALYSES := reproduce-table6 reproduce-fig2 reproduce-positions reproduce-equations
-.PHONY: help setup demo demo-report test check check-all fix report bench reproduce-table12 demo-models clean \
+.PHONY: help setup demo demo-report test check unit check-all fix report bench reproduce-table12 demo-models clean \
 	$(RECIPES) $(ANALYSES)
 
 help:  ## list the targets
@@ -71,10 +72,13 @@ check: setup  ## format, lint, types, spelling and the tests that are not slow
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/codespell
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	$(PYTEST)
+
+unit: setup  ## of `check`, the tests only
+	$(PYTEST)
 
 check-all: setup  ## the slow tests: the whole demo, the wheel, kill -9 and resume
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto
+	$(PYTEST) -m slow
 
 fix: setup  ## format the code and mend what the linter can mend
 	$(BIN)/ruff check --fix .

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from proxytune.config import Sampling, System, load_system
     from proxytune.run import evaluate, generate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Sampling", "System", "evaluate", "generate", "load_system"]
 
 _HOMES = {
