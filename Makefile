@@ -5,13 +5,22 @@
 # QUESTIONS    items per task in demo-report
 # TORCH_INDEX  where from, for another build than the one on PyPI:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# CONSTRAINTS  the versions of everything else (constraints-oldest.txt: the lowest that pyproject.toml allows)
+# TRANSFORMERS another version of transformers than the one in CONSTRAINTS: transformers==5.17.0
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+CONSTRAINTS ?= constraints.txt
+TORCH_PIN := $(shell grep '^torch==' $(CONSTRAINTS))
+TORCH ?= $(TORCH_PIN)
 TORCH_INDEX ?=
+TRANSFORMERS ?=
+# torch is there before the rest; another torch needs another triton, another transformers other neighbours
+UNPINNED := torch $(if $(filter-out $(TORCH_PIN),$(TORCH)),triton) \
+	$(if $(TRANSFORMERS),transformers tokenizers huggingface_hub)
 SYSTEM ?=
 ARGS ?=
 QUESTIONS ?= 200
 BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 STAMP := .venv/installed
 REPORT := results/demo-report
 ALPHAS := 0:2:0.2
@@ -21,7 +30,7 @@ export TOKENIZERS_PARALLELISM = false
 .DEFAULT_GOAL := help
 RECIPES := reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5
 ANALYSES := reproduce-table6 reproduce-fig2 reproduce-positions reproduce-equations
-.PHONY: help setup demo demo-report test check check-all fix report bench reproduce-table12 demo-models clean \
+.PHONY: help setup demo demo-report test check unit check-all fix report bench reproduce-table12 demo-models clean \
 	$(RECIPES) $(ANALYSES)
 
 help:  ## list the targets
@@ -35,12 +44,12 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## .venv with torch and proxytune, once
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit("proxytune needs Python 3.11 or newer; say which one with PYTHON=...") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	grep -v '^torch==' constraints.txt > .venv/constraints.txt
-	$(BIN)/python -m pip install --quiet -c .venv/constraints.txt "$(TORCH)" -e '.[dev]'
+	grep -vE $(UNPINNED:%=-e '^%==') $(CONSTRAINTS) > .venv/constraints.txt
+	$(BIN)/python -m pip install --quiet -c .venv/constraints.txt "$(TORCH)" $(TRANSFORMERS) -e '.[dev]'
 	@touch $(STAMP)
 
 demo: setup  ## the main job on the embedded demo system: the table of roles with the gap closed
@@ -58,14 +67,18 @@ demo-report: setup  ## roles, sweeps and analyses of the demo system as one page
 
 test: setup check  ## set up, then everything that `check` does
 
-check: setup  ## format, lint, types and the tests that are not slow
+check: setup  ## format, lint, types, spelling and the tests that are not slow
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	$(BIN)/codespell
+	$(PYTEST)
+
+unit: setup  ## of `check`, the tests only
+	$(PYTEST)
 
 check-all: setup  ## the slow tests: the whole demo, the wheel, kill -9 and resume
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto
+	$(PYTEST) -m slow
 
 fix: setup  ## format the code and mend what the linter can mend
 	$(BIN)/ruff check --fix .

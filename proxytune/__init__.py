@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
     from proxytune.runs import evaluate, generate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "DecodeOptions",
     "JudgeOptions",
