@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports triton: its kernels run on CPU tensors then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from proxytune.config import System, load_system
 from proxytune.errors import UserError
 from proxytune.sandbox.sandbox import Sandbox
@@ -20,9 +23,6 @@ from tests.support.require import REFERENCE, require_or_skip
 
 if TYPE_CHECKING:
     from proxytune.models.loading import Models
-
-if not torch.cuda.is_available():  # before anything imports triton: its kernels run on CPU tensors then
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import string
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -300,7 +301,9 @@ def _welch(rule: str, left: Sequence[float], right: Sequence[float]) -> Equation
     sides = [Side(tokens=len(side), mean=float(np.mean(side)) if side else 0.0) for side in (left, right)]
     t = df = p = None
     if min(len(left), len(right)) > 1 and np.var(left) + np.var(right) > 0:
-        found = stats.ttest_ind(left, right, equal_var=False)
+        with warnings.catch_warnings():  # scipy's, where the values of a side are almost alike
+            warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)
+            found = stats.ttest_ind(left, right, equal_var=False)
         t, df, p = float(found.statistic), float(found.df), float(found.pvalue)
     return EquationRow(rule=rule, left=sides[0], right=sides[1], t=t, df=df, p=p)
 

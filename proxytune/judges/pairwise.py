@@ -103,7 +103,7 @@ class Judgements:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self._open() as database:
+            with closing(self._open()) as database, database:
                 database.execute("CREATE TABLE IF NOT EXISTS judgements (key TEXT PRIMARY KEY, reply TEXT)")
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"cannot use the cache of judgements '{path}': {error}") from None

@@ -312,7 +312,7 @@ def _quantization(spec: ModelSpec) -> Int8Config | BitsAndBytesConfig | None:
         return None
     if spec.quantization == "int8":
         return Int8Config()
-    needs_extra(f"quantization {spec.quantization}", "bitsandbytes", "tune")
+    needs_extra(f"quantization {spec.quantization}", "bitsandbytes", "quantized")
     logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # a warning per layer and forward
     if spec.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)

@@ -63,6 +63,10 @@ class Unfit(Exception):
 
 def examine(model: PreTrainedModel) -> Family:
     """Decide a model's path and switch its attention accordingly. UserError if no path is right."""
+    text = model.config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+        # transformers before 5.21 loads Gemma 2 with sdpa, which drops the soft cap
+        model.set_attn_implementation("eager")
     own = model.config._attn_implementation
     window, rope = context_window(model.config)
     try:

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from typer.testing import CliRunner, Result
 
 from proxytune import hub, results
 from proxytune.cli import app as cli
-from proxytune.cli.commands import evaluate as cli_run
 from proxytune.decoding.decoder import Decoder
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
+from proxytune.options import DecodeOptions
 from proxytune.records import Completion
 from proxytune.sandbox.sandbox import Sandbox
 from tests.support import tiny, tiny_system
@@ -208,8 +209,8 @@ def decoders(monkeypatch: pytest.MonkeyPatch) -> list[Decoder]:
 HOW_FAR = {"off": 0, "3": 3, "auto": None}
 """--speculate -> the draft length that the decoder is given."""
 BAD_DRAFTS = [
-    (("--speculate", "maybe"), "speculate = 'maybe': give 'auto', 'off' or a length from 0 to 15"),
-    (("--speculate", "16"), "speculate = '16'"),
+    (("--speculate", "maybe"), "--speculate 'maybe': give 'auto', 'off' or a length from 0 to 15"),
+    (("--speculate", "16"), "--speculate '16'"),
     (("--drafter", "typo"), "no expert 'typo' to draft: choose expert or lookup"),
 ]
 
@@ -433,7 +434,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("proxytune.cli.app.commands.tasks.tasks", fail)
+    monkeypatch.setattr("proxytune.cli.console.print_table", fail)
     found = proxytune("tasks")
     assert found.exit_code == 1 and isinstance(found.exception, RuntimeError)
 
@@ -443,10 +444,10 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     [("4GB", 4 * 10**9), ("512 MiB", 512 * 2**20), ("1.5g", 1_500_000_000), ("1024", 1024), ("2KiB", 2048)],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert cli_run.parse_size(text) == size
+    assert DecodeOptions(kv_memory=text).kv_memory == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "0", "-1GB", "4XB", "nan"])
 def test_bad_sizes(text: str) -> None:
-    with pytest.raises(UserError):
-        cli_run.parse_size(text)
+    with pytest.raises(ValidationError, match="no amount of memory"):
+        DecodeOptions(kv_memory=text)

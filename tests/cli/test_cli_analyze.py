@@ -132,7 +132,9 @@ def test_trace_with_and_without_its_value(yaml: Path, tmp_path: Path) -> None:
             assert done.exit_code == 0, done.output
             assert results.read_run(out).spec.trace == kind
     refused(
-        proxytune("eval", "gsm", "--system", yaml, "--trace=much"), "--trace 'much'", "tokens or agreement"
+        proxytune("eval", "gsm", "--system", yaml, "--trace=much"),
+        "--trace 'much'",
+        "'tokens' or 'agreement'",
     )
     wrong = proxytune("eval", "gsm", "--system", yaml, "--as", "base", "--trace", "agreement")
     refused(wrong, "--as proxy or --as tuned")

@@ -15,6 +15,7 @@ from proxytune import results
 from proxytune.cli.commands import demo as cli_demo
 from proxytune.config import load_system
 from proxytune.demo import smoke_data as plumbing
+from proxytune.demo import world
 from proxytune.demo.world import OPENERS
 from proxytune.errors import UserError
 from proxytune.sandbox.sandbox import Sandbox
@@ -91,8 +92,8 @@ def test_without_a_sandbox_functions_are_left_out_and_the_rest_runs(
         raise UserError("no sandbox works here")
 
     monkeypatch.setattr(Sandbox, "open", none)
-    monkeypatch.setattr(cli_demo, "TASKS", ("toxigen", "humaneval"))
-    cli_demo.demo(limit=2, out=tmp_path, json_only=True)
+    monkeypatch.setattr(world, "TASKS", ("toxigen", "humaneval"))
+    cli_demo.demo(limit=2, out=tmp_path, json=True)
     said = capsys.readouterr()
     assert list(json.loads(said.out)["tasks"]) == ["toxigen"]
     assert "humaneval is left out: no sandbox works here" in said.err

@@ -49,7 +49,7 @@ def test_alpha_schedules(trio: System, alpha: str) -> None:
 
 
 def test_samples_of_one_prompt_share_it_and_differ(trio: System, layout: str) -> None:
-    d = decoder(trio, max_batch=3)
+    d = decoder(trio, batch=3)
     found = check(d, ragged(4, 5), Sampling(max_new_tokens=8, temperature=1.0, n=5))
     assert len({c.token_ids for c in found if c.example_id == "0"}) > 1
     assert d.stats.prompt_tokens > 0
@@ -57,7 +57,7 @@ def test_samples_of_one_prompt_share_it_and_differ(trio: System, layout: str) ->
 
 def test_prompt_kv_is_computed_once_for_all_samples(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is fed each prompt once, and then one token per step and sample: nothing twice."""
-    d = decoder(trio, max_batch=7, speculation=Speculation(k=0))
+    d = decoder(trio, batch=7, speculation=Speculation(k=0))
     fed: dict[int, int] = {}
     forward = ModelRunner.forward
 
@@ -78,7 +78,7 @@ def test_long_prompts_attend_through_torch_and_decode_through_the_kernel(
 ) -> None:
     """In one forward with short ones."""
     monkeypatch.setattr("proxytune.engine.attention.packed.MOST_TOKENS", 8)
-    check(decoder(trio, max_batch=5), ragged(12, seed=5), Sampling(max_new_tokens=9))
+    check(decoder(trio, batch=5), ragged(12, seed=5), Sampling(max_new_tokens=9))
 
 
 def test_without_a_compiler_a_note_says_so(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_alone_in_any_batch_in_any_order(trio: System, layout: str) -> None:
     want = {e.id: next(iter(decoder(trio).stream([e], s))).token_ids for e in examples}
     for batch in (1, 4, 64):
         for order in (examples, examples[::-1]):
-            got = {c.example_id: c.token_ids for c in decoder(trio, max_batch=batch).stream(order, s)}
+            got = {c.example_id: c.token_ids for c in decoder(trio, batch=batch).stream(order, s)}
             assert got == want
 
 
@@ -235,7 +235,7 @@ def test_lengths_stops_and_pools(
     ]
     s = Sampling(max_new_tokens=limit, temperature=temperature, n=samples, stop=stop)
     roomy = by_id([c for e in examples for c in decoder(trio).stream([e], s)])
-    tight = decoder(trio, max_batch=batch, kv_memory=kv_bytes(decoder(trio), pool))
+    tight = decoder(trio, batch=batch, kv_memory=kv_bytes(decoder(trio), pool))
     found = by_id(list(tight.stream(examples, s)))
     assert found.keys() == roomy.keys()
     for where, c in found.items():

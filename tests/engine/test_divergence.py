@@ -15,8 +15,10 @@ from proxytune.decoding.prompts import context
 from proxytune.engine.divergence import kl_divergence
 from proxytune.errors import UserError
 from proxytune.models.loading import Models
+from proxytune.options import RunOptions
 from proxytune.results import read_traces
-from proxytune.runs import evaluate as run
+from proxytune.runs import evaluation as run
+from tests.support.runs import QUIET, evaluated
 
 SHORT = Sampling(max_new_tokens=8)
 
@@ -46,8 +48,8 @@ def test_recording_agreement_changes_no_token(
     system: System, models: Models, tmp_path: Path, role: str
 ) -> None:
     options = {"sampling": SHORT, "limit": 5, "models": models, "progress": False, "as_": role}
-    run.evaluate(system, "gsm", out=tmp_path / "plain", **options)
-    run.evaluate(system, "gsm", out=tmp_path / "traced", trace="agreement", **options)
+    evaluated(system, "gsm", out=tmp_path / "plain", **options)
+    evaluated(system, "gsm", out=tmp_path / "traced", trace="agreement", **options)
     plain, traced = (tmp_path / name / "predictions.jsonl" for name in ("plain", "traced"))
     assert plain.read_bytes() == traced.read_bytes()
 
@@ -58,8 +60,8 @@ def test_what_is_traced_is_what_the_models_say(
 ) -> None:
     """Every token of three responses against full forwards in float64: probabilities, first choices, KL."""
     options = {"sampling": SHORT, "limit": 3, "models": models, "progress": False, "as_": role}
-    run.evaluate(system, "gsm", out=tmp_path, trace="agreement", **options)
-    job = run.plan(system, "gsm", role, run.Options(limit=3))
+    evaluated(system, "gsm", out=tmp_path, trace="agreement", **options)
+    job = run.plan(system, "gsm", role, RunOptions(limit=3))
     names = ("base", "expert", "antiexpert", "tuned")
     plain = {n: AutoModelForCausalLM.from_pretrained(models.spec(n).model, dtype="float64") for n in names}
     for example, trace in zip(job.data.examples, read_traces(tmp_path), strict=True):
@@ -83,7 +85,7 @@ def test_what_is_traced_is_what_the_models_say(
 
 
 def test_a_plain_trace_holds_no_divergence(system: System, models: Models, tmp_path: Path) -> None:
-    run.evaluate(
+    evaluated(
         system, "gsm", out=tmp_path, sampling=SHORT, limit=1, trace="tokens", models=models, progress=False
     )
     tokens = json.loads((tmp_path / "trace.jsonl").read_text())["tokens"]
@@ -91,7 +93,7 @@ def test_a_plain_trace_holds_no_divergence(system: System, models: Models, tmp_p
 
 
 def test_agreement_needs_both(system: System) -> None:
-    agreement = run.Options(trace="agreement")
+    agreement = RunOptions(trace="agreement")
     with pytest.raises(UserError, match="--as proxy or --as tuned, not of 'base'"):
         run.plan(system, "gsm", "base", agreement)
     alone = system.model_copy(update={"tuned": None})
@@ -100,7 +102,7 @@ def test_agreement_needs_both(system: System) -> None:
 
 
 def test_all_roles_with_agreement(system: System, tmp_path: Path) -> None:
-    options = run.Options(sampling=SHORT, limit=2, trace="agreement")
-    runs = run.evaluate_all(system, "gsm", options, out=tmp_path, resources=run.Resources(progress=False))
+    options = RunOptions(sampling=SHORT, limit=2, trace="agreement")
+    runs = run.Evaluation(system, "gsm", options, QUIET).run_all(tmp_path)
     kinds = {role: made.spec.trace for role, made in runs.items()}
     assert kinds["proxy"] == kinds["tuned"] == "agreement" and kinds["base"] == kinds["expert"] == "tokens"

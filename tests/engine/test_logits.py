@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from proxytune.engine.logits import (
     Choice,
@@ -94,7 +94,9 @@ def test_noise_is_standard_gumbel_and_independent() -> None:
         assert abs(correlation) < 5 / math.sqrt(count)
 
 
-def choice(rows: int, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.0, key: int = 0) -> Choice:
+def choice(
+    rows: int, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.0, min_p: Any = 0.0, key: int = 0
+) -> Choice:
     """A Choice for `rows` rows; rows differ in their keys."""
 
     def column(value: Any, dtype: torch.dtype) -> Tensor:
@@ -106,6 +108,7 @@ def choice(rows: int, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.0, 
         temperature=heat,
         top_k=column(top_k, torch.long),
         top_p=column(top_p, torch.float64),
+        min_p=column(min_p, torch.float64),
         keys=torch.arange(rows) * 1_000_003 + key,
         positions=torch.arange(rows) % 7,
     )
@@ -119,15 +122,20 @@ def among(choice: Choice, sampled: list[int]) -> Choice:
 
 
 @pytest.mark.parametrize(
-    "temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 0, 1.0), (2.0, 4, 1.0), (1.0, 0, 0.7)]
+    "temperature, top_k, top_p, min_p",
+    [(1.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (2.0, 4, 1.0, 0.0), (1.0, 0, 0.7, 0.0), (1.2, 0, 1.0, 0.3)],
 )
-def test_sampled_frequencies_follow_the_distribution(temperature: float, top_k: int, top_p: float) -> None:
+def test_sampled_frequencies_follow_the_distribution(
+    temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
     draws = 20_000
     logits = torch.tensor([2.0, 1.5, 1.0, 0.3, 0.0, -0.5, -2.0])
-    tokens = choose(logits.expand(draws, -1), choice(draws, temperature, top_k, top_p))
+    tokens = choose(logits.expand(draws, -1), choice(draws, temperature, top_k, top_p, min_p))
     seen = torch.bincount(tokens, minlength=len(logits)).double()
-    one = choice(1, temperature, top_k, top_p)
-    want = warp(logits[None], one.temperature, one.top_k, one.top_p).softmax(-1)[0].double() * draws
+    one = choice(1, temperature, top_k, top_p, min_p)
+    want = (
+        warp(logits[None], one.temperature, one.top_k, one.top_p, one.min_p).softmax(-1)[0].double() * draws
+    )
     kept = want > 0
     assert float(seen[~kept].sum()) == 0
     chi = float(((seen - want)[kept] ** 2 / want[kept]).sum())
@@ -226,15 +234,19 @@ def test_log_probability() -> None:
     )
 
 
-def warped(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    one = choice(len(logits), temperature, top_k, top_p)
-    return warp(logits, one.temperature, one.top_k, one.top_p)
+def warped(
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    one = choice(len(logits), temperature, top_k, top_p, min_p)
+    return warp(logits, one.temperature, one.top_k, one.top_p, one.min_p)
 
 
-def theirs(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """transformers, in the order of its own generate."""
+def theirs(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
+    """transformers' own; min-p before the cuts that it does not disturb."""
     ids = torch.zeros(len(logits), 1, dtype=torch.long)
     scores = logits / temperature
+    if min_p:
+        scores = MinPLogitsWarper(min_p)(ids, scores)
     if top_k:
         scores = TopKLogitsWarper(top_k)(ids, scores)
     return TopPLogitsWarper(top_p)(ids, scores) if top_p < 1 else scores
@@ -246,10 +258,14 @@ def theirs(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tens
     temperature=st.sampled_from([0.3, 1.0, 2.5]),
     top_k=st.sampled_from([0, 1, 2, 7, 39, 40, 41, 1000]),
     top_p=st.sampled_from([1e-6, 0.1, 0.5, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.0, 1e-9, 0.05, 0.3, 1.0]),
 )
-def test_warp_is_that_of_transformers(seed: int, temperature: float, top_k: int, top_p: float) -> None:
+def test_warp_is_that_of_transformers(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
-    got, want = warped(logits, temperature, top_k, top_p), theirs(logits, temperature, top_k, top_p)
+    got = warped(logits, temperature, top_k, top_p, min_p)
+    want = theirs(logits, temperature, top_k, top_p, min_p)
     assert torch.equal(got.isinf(), want.isinf())
     assert torch.allclose(got, want)
 
@@ -273,10 +289,11 @@ def test_top_p_at_its_ends() -> None:
 
 def test_warp_settings_are_per_row() -> None:
     logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(3))
-    mixed = choice(4, [0.5, 1.0, 2.0, 1.0], [3, 0, 5, 0], [1.0, 0.4, 0.8, 1.0])
-    got = warp(logits, mixed.temperature, mixed.top_k, mixed.top_p)
-    for row, (t, k, p) in enumerate([(0.5, 3, 1.0), (1.0, 0, 0.4), (2.0, 5, 0.8), (1.0, 0, 1.0)]):
-        assert torch.equal(got[row], warped(logits[row : row + 1], t, k, p)[0])
+    mixed = choice(4, [0.5, 1.0, 2.0, 1.0], [3, 0, 5, 0], [1.0, 0.4, 0.8, 1.0], [0.0, 0.0, 0.2, 0.5])
+    got = warp(logits, mixed.temperature, mixed.top_k, mixed.top_p, mixed.min_p)
+    each = [(0.5, 3, 1.0, 0.0), (1.0, 0, 0.4, 0.0), (2.0, 5, 0.8, 0.2), (1.0, 0, 1.0, 0.5)]
+    for row, (t, k, p, m) in enumerate(each):
+        assert torch.equal(got[row], warped(logits[row : row + 1], t, k, p, m)[0])
 
 
 def test_banned_tokens_are_never_sampled() -> None:
@@ -334,18 +351,26 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    "top_k, top_p", [(1, 1.0), (5, 1.0), (40, 0.8), ([3, 9, 20, 7], [1.0, 0.5, 0.9, 0.2])]
+    "top_k, top_p, min_p",
+    [
+        (1, 1.0, 0.0),
+        (5, 1.0, 0.4),
+        (40, 0.8, 0.0),
+        ([3, 9, 20, 7], [1.0, 0.5, 0.9, 0.2], [0.0, 0.1, 0.9, 0.0]),
+    ],
 )
 @pytest.mark.parametrize("ties", [False, True])
-def test_top_k_first_draws_what_the_whole_vocabulary_draws(ties: bool, top_k: Any, top_p: Any) -> None:
+def test_top_k_first_draws_what_the_whole_vocabulary_draws(
+    ties: bool, top_k: Any, top_p: Any, min_p: Any
+) -> None:
     """Noise for the survivors only, or for all tokens: the same token; also where tokens tie at the k-th
     place."""
     for seed in range(40):
         logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(seed)) * 2
         if ties:
             logits = (logits * 2).round() / 2
-        one = choice(4, 0.9, top_k, top_p, key=seed)
-        warped = warp(logits, one.temperature, one.top_k, one.top_p)
+        one = choice(4, 0.9, top_k, top_p, min_p, key=seed)
+        warped = warp(logits, one.temperature, one.top_k, one.top_p, one.min_p)
         whole = (warped.double() + gumbel(one.keys, one.positions, 300)).argmax(-1)
         assert torch.equal(choose(logits, one), whole)
 

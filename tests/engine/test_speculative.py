@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
 from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
@@ -24,8 +25,9 @@ from proxytune.engine.scheduler import Scheduler
 from proxytune.engine.speculative.draft_length import Pace, Times
 from proxytune.engine.speculative.drafter import LOOKUP, Speculation, same_prefix
 from proxytune.errors import UserError
+from proxytune.models.loading import Models
+from proxytune.options import DecodeOptions
 from proxytune.records import Completion
-from proxytune.speculate import speculation
 from tests.support import tiny
 from tests.support.decoders import by_id, check, decoder, example, kv_bytes, ragged, use_pages
 from tests.support.tiny import spec
@@ -81,7 +83,7 @@ def test_any_drafts_give_the_plain_tokens(p: float, k: int | None, trio: System)
     want = run(plain, ragged(6, 2), s)
     for batch in (1, 5):
         coin = Coin(want, p)
-        d = decoder(trio, max_batch=batch, speculation=Speculation(k=k, pick=coin, lookup=False))
+        d = decoder(trio, batch=batch, speculation=Speculation(k=k, pick=coin, lookup=False))
         found = run(d, ragged(6, 2), s)
         assert said(found) == said(want)
         for where, c in found.items():
@@ -136,7 +138,7 @@ def test_everything_at_once(
     want = run(decoder(trio, speculation=PLAIN), examples, s, **how)
     tight = decoder(
         trio,
-        max_batch=batch,
+        batch=batch,
         kv_memory=kv_bytes(decoder(trio), pool),
         speculation=Speculation(k=k, lookup=lookup, pick=Coin(want, p)),
     )
@@ -225,7 +227,7 @@ def test_speculation_says_what_the_oracle_says(
             patch.setattr(Pace, "looks_up", lambda pace, found, k: any(found) and next(turns))
         how_far = Speculation(k=k, lookup=lookup, drafter=drafter, pick=draft)
         memory = kv_bytes(plain, pool)
-        check(decoder(system, max_batch=batch, kv_memory=memory, speculation=how_far), examples, s, alpha)
+        check(decoder(system, batch=batch, kv_memory=memory, speculation=how_far), examples, s, alpha)
 
 
 def test_preemption_between_drafts_says_what_the_oracle_says(
@@ -408,7 +410,7 @@ def test_passages_take_over_where_the_expert_is_bad_and_text_recurs(
     monkeypatch.setattr(Pace, "looks_up", watched)
     s = Sampling(max_new_tokens=120)
     want = run(decoder(trio, speculation=PLAIN), [example("ab")], s)
-    d = decoder(trio, max_batch=1, speculation=Speculation(pick=Coin(want, 0.0)))
+    d = decoder(trio, batch=1, speculation=Speculation(pick=Coin(want, 0.0)))
     assert said(run(d, [example("ab")], s)) == said(want)
     assert taken.count(True) > 3 and d.stats.row_steps < 100
 
@@ -437,9 +439,13 @@ def test_same_prefix() -> None:
     ]
 
 
-def test_settings_as_users_give_them() -> None:
-    assert speculation("auto").k is None and speculation("off").k == 0
-    assert speculation(3).k == 3 and speculation("5", "expert2") == Speculation(k=5, drafter="expert2")
+def test_settings_as_users_give_them(trio: System) -> None:
+    def speculation(**options: Any) -> Speculation:
+        return Decoder(Models(trio), "base", DecodeOptions(**options)).speculation
+
+    assert speculation().k is None and speculation(speculate="off").k == 0
+    assert speculation(speculate=3).k == 3
+    assert speculation(speculate="5", drafter="lookup") == Speculation(k=5, drafter="lookup")
     for bad in (-1, 16, "fast", "2.5"):
-        with pytest.raises(UserError, match="give 'auto', 'off' or a length from 0 to 15"):
-            speculation(bad)
+        with pytest.raises(ValidationError, match="give 'auto', 'off' or a length from 0 to 15"):
+            DecodeOptions(speculate=bad)

@@ -17,11 +17,11 @@ from proxytune.errors import UserError
 from proxytune.judges.pairwise import Judgements, Pair, PairwiseJudge
 from proxytune.judges.toxicity import ToxicityClassifier
 from proxytune.judges.truth import TruthJudges, judge_prompt
-from proxytune.runs import evaluate as run
 from proxytune.runs import judging as run_judge
 from tests.support import oracle, tiny
 from tests.support.command_line import proxytune
 from tests.support.endpoint import KEY, Endpoint
+from tests.support.runs import evaluated
 
 SHORT = Sampling(max_new_tokens=8)
 
@@ -173,7 +173,7 @@ def tiny_model(folder: Path) -> Any:
 
 
 def test_truthfulqa_runs_are_judged(system: System, truthful: list[Path], tmp_path: Path) -> None:
-    run.evaluate(system, "truthfulqa", limit=6, sampling=SHORT, out=tmp_path / "run", progress=False)
+    evaluated(system, "truthfulqa", limit=6, sampling=SHORT, out=tmp_path / "run", progress=False)
     both = ",".join(map(str, truthful))
     judged = proxytune("judge", "truthfulqa", tmp_path / "run", "--judge", both, "--json")
     assert judged.exit_code == 0, judged.output
@@ -230,7 +230,7 @@ def test_failures_are_retried_and_bounded(endpoint: Endpoint, monkeypatch: pytes
     endpoint.failures = 4
     assert len(PairwiseJudge("m", workers=1).judge(pairs(6))) == 6 and len(endpoint.seen) == 9
     endpoint.seen.clear()
-    monkeypatch.setattr("proxytune.judges.truth.pairwise.RETRIES", 2)
+    monkeypatch.setattr("proxytune.judges.pairwise.RETRIES", 2)
     endpoint.status = 429
     with pytest.raises(UserError, match=r"failed after 2 retries: RateLimitError") as told:
         PairwiseJudge("other", workers=1).judge(pairs(3))
@@ -243,7 +243,7 @@ def test_failures_are_retried_and_bounded(endpoint: Endpoint, monkeypatch: pytes
 def test_what_was_judged_before_a_failure_is_kept(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxytune.judges.truth.pairwise.RETRIES", 0)
+    monkeypatch.setattr("proxytune.judges.pairwise.RETRIES", 0)
     judge = PairwiseJudge("m", workers=2)
     done: list[int] = []
 
@@ -353,7 +353,7 @@ def test_eval_and_judge_end_to_end(
 
 
 def test_judging_is_refused_where_it_makes_no_sense(system: System, tmp_path: Path) -> None:
-    run.evaluate(system, "gsm", limit=2, sampling=SHORT, out=tmp_path / "gsm", progress=False)
+    evaluated(system, "gsm", limit=2, sampling=SHORT, out=tmp_path / "gsm", progress=False)
     for arguments, told in [
         (("gsm", tmp_path / "gsm"), "task 'gsm' needs no judge"),
         (("toxigen", tmp_path / "gsm"), "holds a run of 'gsm', not of 'toxigen'"),
@@ -370,7 +370,7 @@ def test_judging_is_refused_where_it_makes_no_sense(system: System, tmp_path: Pa
         run_judge.judge_run(tmp_path / "gsm", ToxicityClassifier("./none"))
     for option, told in [
         (("--price", "1"), "must be two numbers"),
-        (("--mode", "best"), "must be generate or"),
+        (("--mode", "best"), "--mode 'best': Input should be 'generate' or 'likelihood'"),
     ]:
         refused = proxytune("eval", "alpaca_farm", "--judge", "m", *option)
         assert refused.exit_code == 2 and told in refused.stderr

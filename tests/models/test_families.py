@@ -31,7 +31,7 @@ def family_trio(family: str, folder: Path) -> System:
 @pytest.mark.parametrize("family", tiny.PACKED)
 def test_packed(family: str, tmp_path: Path) -> None:
     """Ragged prompts, prefill in chunks mixed with decoding, four rows at a time: greedy and sampled."""
-    d = decoder(family_trio(family, tmp_path), max_batch=4)
+    d = decoder(family_trio(family, tmp_path), batch=4)
     assert {model.family.path for model in d.loaded.values()} == {"packed"}, d.notes()
     check(d, ragged(7, 1, longest=19), Sampling(max_new_tokens=9))
     check(d, ragged(3, 2, longest=19), Sampling(max_new_tokens=9, temperature=1.0, top_k=50))
@@ -41,7 +41,7 @@ def test_packed(family: str, tmp_path: Path) -> None:
 def test_reference(family: str, tmp_path: Path) -> None:
     """These ignore our attention, hide a window in the mask or keep other state: exact all the same, and
     announced."""
-    d = decoder(family_trio(family, tmp_path), max_batch=3)
+    d = decoder(family_trio(family, tmp_path), batch=3)
     assert {model.family.path for model in d.loaded.values()} == {"reference"}
     assert len(d.notes()) == 3 and "slow exact path" in d.notes()[0]
     check(d, ragged(4, 3, longest=14), Sampling(max_new_tokens=8))
@@ -51,7 +51,7 @@ def test_reference(family: str, tmp_path: Path) -> None:
 def test_prefill_chunks_mix_with_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxytune.decoding.decoder.PREFILL_TOKENS", {"cpu": 5})
     for family in ("llama", "gemma3", "gpt-oss"):
-        d = decoder(family_trio(family, tmp_path / family), max_batch=4)
+        d = decoder(family_trio(family, tmp_path / family), batch=4)
         check(d, ragged(7, 5, longest=19), Sampling(max_new_tokens=9))
 
 

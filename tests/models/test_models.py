@@ -24,7 +24,8 @@ from proxytune.engine.request import Segment, Work
 from proxytune.engine.runners.runner import ModelRunner, forward_all
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
-from proxytune.models.loading import Models, load_module
+from proxytune.models.loading import Models
+from proxytune.options import DecodeOptions, load_module
 from proxytune.records import Completion
 from tests.support import oracle, tiny
 from tests.support.adapters import fresh, on_anti, system
@@ -123,7 +124,7 @@ def test_peft_mixed_batch_is_the_oracle_of_the_shared_forward(folders: dict[str,
 @pytest.mark.parametrize("name", ["lora", "head", "prompt", "mlp"])
 def test_shared_weights_speculate_as_they_decode(name: str, k: int | None, folders: dict[str, Path]) -> None:
     pair, s = system(folders, on_anti(folders, name)), Sampling(max_new_tokens=14, temperature=0.7, n=2)
-    plain = Decoder(Models(pair), "proxy", speculation=Speculation(k=0), max_batch=1)
+    plain = Decoder(Models(pair), "proxy", DecodeOptions(batch=1, speculate="off"))
     assert tokens(Decoder(Models(pair), "proxy", speculation=Speculation(k=k)), s) == tokens(plain, s)
 
 
@@ -221,7 +222,7 @@ def test_an_adapter_that_changes_biases_cannot_share(folders: dict[str, Path]) -
 
 @pytest.mark.parametrize("name", ["prompt", "mlp", "lstm"])
 def test_soft_prompts_generate_what_peft_generates(name: str, folders: dict[str, Path]) -> None:
-    d = Decoder(Models(system(folders, on_anti(folders, name))), "expert", max_batch=3)
+    d = Decoder(Models(system(folders, on_anti(folders, name))), "expert", DecodeOptions(batch=3))
     assert d.loaded["expert"].virtual is not None and d.loaded["expert"].virtual.shape == (5, 32)
     tuned = PeftModel.from_pretrained(fresh(folders["anti"]), str(folders[name])).eval()
     found = by_id(list(d.stream(ragged(6, 3), GREEDY)))

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from proxytune.config import DType, ModelSpec, Sampling, System
 from proxytune.decoding.decoder import Decoder
 from proxytune.models.loading import Models
+from proxytune.options import DecodeOptions
 from proxytune.records import Example
 from tests.support import oracle, tiny
 from tests.support.decoders import ragged
@@ -51,7 +52,7 @@ class Bench:
         self.contexts = {e.id: Decoder(self.models, "proxy").contexts(e.prompt) for e in EXAMPLES}
 
     def tokens(self, batch: int, examples: Sequence[Example] = EXAMPLES) -> dict[str, tuple[int, ...]]:
-        d = Decoder(self.models, "proxy", max_batch=batch)
+        d = Decoder(self.models, "proxy", DecodeOptions(batch=batch))
         return {c.example_id: c.token_ids for c in d.stream(examples, LONG)}
 
     def exact_logits(self, example: str, tokens: Sequence[int]) -> torch.Tensor:

@@ -187,7 +187,7 @@ def test_intersect_generates_what_it_says(temperature: float, tmp_path: Path) ->
     base, own = pieces(["the", "hat", "aei", "xyz"]), tiny.tokenizer(swapped=("A", "B"))
     sizes = (len(base.get_vocab()), 259, 259)
     system = trio_of(tmp_path, sizes, base=base, expert=own).model_copy(update={"vocab": "intersect"})
-    d = decoder(system, max_batch=3)
+    d = decoder(system, batch=3)
     merged = [
         i for t, i in base.get_vocab().items() if t in {"th", "the", "ha", "hat", "ae", "aei", "xy", "xyz"}
     ]
@@ -208,7 +208,7 @@ def test_intersect_generates_what_it_says(temperature: float, tmp_path: Path) ->
 def test_intersect_with_different_experts_never_shifts_what_one_lacks(tmp_path: Path) -> None:
     """A token must be known to expert and antiexpert: Q and Z are not, for one of them."""
     system = trio_of(tmp_path, (259, len(pieces([]).get_vocab()), 259), expert=pieces([]))
-    d = decoder(system.model_copy(update={"vocab": "intersect"}), max_batch=2)
+    d = decoder(system.model_copy(update={"vocab": "intersect"}), batch=2)
     (term,) = d.ensemble.terms
     shared = d.ensemble._shared(term)
     assert shared is not None

@@ -365,7 +365,7 @@ def test_without_the_extra_the_command_says_how_to_install_it(
 
 
 def test_reports_load_no_model() -> None:
-    code = "import sys, proxytune.report.tables.page\nprint({'torch', 'transformers'} & set(sys.modules))"
+    code = "import sys, proxytune.report.page\nprint({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "set()"
 

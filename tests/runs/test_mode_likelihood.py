@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM
 from proxytune import results
 from proxytune.config import load_system
 from proxytune.errors import UserError
-from proxytune.runs import evaluate as run
+from proxytune.options import RunOptions
+from proxytune.runs import evaluation as run
 from proxytune.tasks import get_task, read_source, score_file
 from proxytune.tasks.truthfulqa_mc import PRIMER
 from tests.support import oracle, tiny, tiny_system
 from tests.support.answers import json_list
 from tests.support.command_line import proxytune
+from tests.support.runs import evaluated
 
 TASK = get_task("truthfulqa_mc", "likelihood")
 ITEM = {
@@ -103,7 +105,7 @@ def test_log_probabilities_of_base_and_proxy(tmp_path: Path) -> None:
         out = tmp_path / role / "run"
         strength = {"alpha": alpha} if role == "proxy" else {}
         settings: dict[str, Any] = {"mode": "likelihood", "data": data, "out": out, "progress": False}
-        made = run.evaluate(system, "truthfulqa_mc", as_=role, **settings, **strength)
+        made = evaluated(system, "truthfulqa_mc", as_=role, **settings, **strength)
         assert made.headline == "mc1" and set(made.metrics) == {"mc1", "mc2"}
         for row in results.read_rows(out):
             for text, logprob in row["logprobs"].items():
@@ -121,18 +123,18 @@ def test_log_probabilities_of_base_and_proxy(tmp_path: Path) -> None:
 def test_resume_and_folders(tmp_path: Path) -> None:
     system = load_system(tiny_system.write(tmp_path))
     settings: dict[str, Any] = {"mode": "likelihood", "limit": 8, "out": tmp_path / "run", "progress": False}
-    made = run.evaluate(system, "truthfulqa_mc", **settings)
+    made = evaluated(system, "truthfulqa_mc", **settings)
     assert made.n == 8 and made.spec.data == "generated", "the demo world has the targets too"
     path = tmp_path / "run" / results.PREDICTIONS
     whole = path.read_bytes()
     path.write_bytes(b"".join(whole.splitlines(keepends=True)[:5]))
     stopped = made.model_copy(update={"status": "running"})
     (tmp_path / "run" / results.RUN).write_text(stopped.model_dump_json())
-    assert run.evaluate(system, "truthfulqa_mc", **settings).metrics == made.metrics
+    assert evaluated(system, "truthfulqa_mc", **settings).metrics == made.metrics
     assert path.read_bytes() == whole
     with pytest.raises(UserError, match="mode is likelihood there and generate now"):
-        run.evaluate(system, "truthfulqa_mc", **{**settings, "mode": "generate"})
-    job = run.plan(system, "truthfulqa_mc", "proxy", run.Options(mode="likelihood"))
+        evaluated(system, "truthfulqa_mc", **{**settings, "mode": "generate"})
+    job = run.plan(system, "truthfulqa_mc", "proxy", RunOptions(mode="likelihood"))
     assert job.folder(Path("results")).name.startswith("mode=likelihood-")
 
 

@@ -18,11 +18,13 @@ from proxytune.config import Sampling, System, load_system
 from proxytune.decoding.decoder import Decoder
 from proxytune.errors import UserError
 from proxytune.models.loading import Models
+from proxytune.options import DecodeOptions, RunOptions
 from proxytune.records import Completion, Example, Prompt
-from proxytune.runs import evaluate as run
+from proxytune.runs import evaluation as run
 from proxytune.runs import session as run_session
-from proxytune.speculate import Speculate
+from proxytune.runs.session import run_job
 from tests.support.checkout import environment
+from tests.support.runs import QUIET, evaluated
 
 SHORT = Sampling(max_new_tokens=12)
 
@@ -30,7 +32,7 @@ SHORT = Sampling(max_new_tokens=12)
 def evaluate(system: System, models: Models, out: Path, **options: Any) -> Any:
     """A quiet short evaluation."""
     settings = {"task": "gsm", "sampling": SHORT, "limit": 6, "models": models, "progress": False, **options}
-    return run.evaluate(system, out=out, **settings)
+    return evaluated(system, out=out, **settings)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, count: int, error: BaseException) -> None:
@@ -68,7 +70,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     options = {
         "sampling": SHORT.model_copy(update={"n": 3, "temperature": 1.0}),
         "trace": "tokens",
-        "max_batch": 4,
+        "batch": 4,
     }
     whole = evaluate(system, models, tmp_path / "whole", **options)
     stop_after(monkeypatch, 13, error)
@@ -111,7 +113,7 @@ def test_the_drafts_of_all_sessions_are_counted(
         assert cost["tokens_per_step"] == cost["generated_tokens"] / cost["row_steps"]
 
     # a random model loops, so what it has said makes good drafts
-    options = {"as_": "base", "max_batch": 2, "speculate": 3, "sampling": Sampling(max_new_tokens=80)}
+    options = {"as_": "base", "batch": 2, "speculate": 3, "sampling": Sampling(max_new_tokens=80)}
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 3, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
@@ -173,40 +175,37 @@ def test_other_settings_are_refused(system: System, models: Models, tmp_path: Pa
 
 
 def test_default_settings_and_others_get_their_folders(system: System, tmp_path: Path) -> None:
-    plain = run.plan(system, "gsm", "base", run.Options())
+    plain = run.plan(system, "gsm", "base", RunOptions())
     assert plain.folder(tmp_path) == tmp_path / "tiny" / "gsm" / "base"
     assert plain.spec.model_copy(update={"data_sha256": ""}) == plain.defaults.model_copy(
         update={"data_sha256": ""}
     )
-    other = run.plan(system, "gsm", "proxy", run.Options(alpha=0.4, limit=3))
+    other = run.plan(system, "gsm", "proxy", RunOptions(alpha=0.4, limit=3))
     assert other.folder(tmp_path).parent == tmp_path / "tiny" / "gsm" / "proxy"
     assert other.folder(tmp_path).name.startswith("alpha=0.4,limit=3-")
 
 
 def test_alpha_is_the_proxys(system: System) -> None:
     with pytest.raises(UserError, match="proxy only"):
-        run.plan(system, "gsm", "base", run.Options(alpha=0.5))
+        run.plan(system, "gsm", "base", RunOptions(alpha=0.5))
     with pytest.raises(UserError, match="allow-negative-alpha"):
-        run.plan(system, "gsm", "proxy", run.Options(alpha=-1))
+        run.plan(system, "gsm", "proxy", RunOptions(alpha=-1))
     assert (
-        run.plan(system, "gsm", "proxy", run.Options(alpha=-1, allow_negative_alpha=True)).spec.alpha.end
-        == -1
+        run.plan(system, "gsm", "proxy", RunOptions(alpha=-1, allow_negative_alpha=True)).spec.alpha.end == -1
     )
 
 
 def test_all_roles_in_one_go(system: System, tmp_path: Path) -> None:
-    options = run.Options(sampling=SHORT, limit=3, alpha=0.5)
-    runs = run.evaluate_all(
-        system, "truthfulqa_mc", options, out=tmp_path, resources=run.Resources(progress=False)
-    )
+    options = RunOptions(sampling=SHORT, limit=3, alpha=0.5)
+    runs = run.Evaluation(system, "truthfulqa_mc", options, QUIET).run_all(tmp_path)
     assert list(runs) == ["base", "antiexpert", "expert", "proxy", "tuned"]
     assert {folder.name for folder, _ in results.find_runs(tmp_path)} == set(runs)
     assert runs["proxy"].spec.alpha.text == "0.5" and runs["base"].spec.alpha.text == "1"
 
 
 def test_forced_text_begins_every_response(system: System, models: Models, tmp_path: Path) -> None:
-    job = run.plan(system, "gsm", "base", run.Options(sampling=SHORT, limit=2, forced=" Exactly"))
-    run.run_job(job, tmp_path, models, run.Resources(progress=False))
+    job = run.plan(system, "gsm", "base", RunOptions(sampling=SHORT, limit=2, forced=" Exactly"))
+    run_job(job, tmp_path, models, QUIET)
     assert all(row["responses"][0]["text"].startswith(" Exactly") for row in results.read_rows(tmp_path))
 
 
@@ -275,23 +274,18 @@ def test_a_killed_process_is_continued(
     if how == signal.SIGINT:
         assert "60 examples are kept" in told.splitlines()[-1] and "Traceback" not in told
     assert results.read_run(tmp_path / "killed").status == "running"
-    same = {"limit": 60, "max_batch": 2, "sampling": Sampling(max_new_tokens=40)}
+    same = {"limit": 60, "batch": 2, "sampling": Sampling(max_new_tokens=40)}
     done = {name: evaluate(system, models, tmp_path / name, **same) for name in ("killed", "whole")}
     assert done["killed"].metrics == done["whole"].metrics and done["killed"].cost.sessions == 2
     assert results.read_rows(tmp_path / "killed") == results.read_rows(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("speculate", ["auto", 0, 1, 5])
-def test_speculation_changes_no_token(speculate: Speculate, system: System) -> None:
+def test_speculation_changes_no_token(speculate: str | int, system: System) -> None:
     sampling = Sampling(max_new_tokens=12, temperature=0.8, n=2)
-    plain = run.generate(system, ["ab", "c d"], sampling=sampling, speculate="off")
-    assert run.generate(system, ["ab", "c d"], sampling=sampling, speculate=speculate) == plain
-
-
-@pytest.mark.parametrize("speculate", [-1, 16, "fast"])
-def test_a_draft_length_that_cannot_be(speculate: Speculate, system: System) -> None:
-    with pytest.raises(UserError, match="give 'auto', 'off' or a length from 0 to 15"):
-        run.generate(system, ["ab"], speculate=speculate)
+    off, how = DecodeOptions(speculate="off"), DecodeOptions(speculate=speculate)  # type: ignore[arg-type]
+    plain = run.generate(system, ["ab", "c d"], sampling=sampling, decode=off)
+    assert run.generate(system, ["ab", "c d"], sampling=sampling, decode=how) == plain
 
 
 def test_sampled_text_does_not_depend_on_what_else_is_asked(system: System, models: Models) -> None:
@@ -308,7 +302,7 @@ def test_sampled_text_does_not_depend_on_what_else_is_asked(system: System, mode
 def test_a_mistyped_task_under_data_is_refused(system: System, tmp_path: Path) -> None:
     wrong = system.model_copy(update={"data": {"gms": "generated"}})
     with pytest.raises(UserError, match="Did you mean: gsm"):
-        run.evaluate(wrong, "gsm", out=tmp_path)
+        evaluated(wrong, "gsm", out=tmp_path)
 
 
 def test_invalid_unicode_is_one_line(system: System, models: Models) -> None:

@@ -19,17 +19,18 @@ from proxytune.config import AlphaSchedule, ModelSpec, Sampling, System
 from proxytune.decoding.decoder import Decoder
 from proxytune.engine.request import Work
 from proxytune.engine.runners.runner import ModelRunner
-from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
 from proxytune.models.loading import Models
+from proxytune.options import DecodeOptions, RunOptions
 from proxytune.records import Completion, Run
-from proxytune.runs import evaluate as run
-from proxytune.runs import sweep as run_sweep
-from proxytune.runs.sweep import parse_alphas, run_name
+from proxytune.runs import alpha_sweep as run_sweep
+from proxytune.runs import evaluation as run
+from proxytune.runs.alpha_sweep import parse_alphas, run_name
 from tests.support.checkout import environment
+from tests.support.runs import QUIET, evaluated
 
 SHORT = Sampling(max_new_tokens=12)
-QUIET = run.Resources(progress=False)
+QUIET = QUIET
 ALPHAS = parse_alphas("0:2:0.5,first:4")
 
 
@@ -71,8 +72,8 @@ def swept(system: System, models: Models, out: Path | None, **more: Any) -> tupl
     settings: dict[str, Any] = {"sampling": SHORT, "limit": 6, **more}
     resources = settings.pop("resources", QUIET)
     task = settings.pop("task", "gsm")
-    options = run.Options(**settings)
-    return run_sweep.sweep(system, task, ALPHAS, options, out=out, resources=resources, models=models)
+    asked = run.Evaluation(system, task, RunOptions(**settings), resources, loaded=models)
+    return run_sweep.sweep(asked, ALPHAS, out)
 
 
 @pytest.mark.parametrize("rows", [3, 128])
@@ -82,11 +83,11 @@ def test_a_sweep_says_what_single_runs_say(
 ) -> None:
     """In float64 every alpha's rows are those of a run of its own, whatever shares its engine."""
     sampling = SHORT.model_copy(update={"temperature": 1.0, "n": 2}) if sampled else SHORT
-    resources = run.Resources(progress=False, max_batch=rows)
+    resources = DecodeOptions(progress=False, batch=rows)
     folder, runs = swept(system, models, tmp_path / "sweep", sampling=sampling, resources=resources)
     for alpha, made in zip(ALPHAS, runs, strict=True):
         single = tmp_path / "single" / run_name(alpha)
-        alone = run.evaluate(
+        alone = evaluated(
             system, "gsm", alpha=alpha, sampling=sampling, limit=6, out=single, models=models, progress=False
         )
         assert made.spec == alone.spec and made.metrics == alone.metrics
@@ -101,7 +102,7 @@ def test_prompts_are_computed_once(
     system: System, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fed tokens: every prompt but its last token once, and a token per step of every row."""
-    plainly = run.Resources(progress=False, speculation=Speculation(k=0))
+    plainly = DecodeOptions(progress=False, speculate="off")
     fed = 0
     real = ModelRunner.forward
 
@@ -112,7 +113,7 @@ def test_prompts_are_computed_once(
 
     monkeypatch.setattr(ModelRunner, "forward", forward)
     _, runs = swept(system, models, tmp_path, resources=plainly)
-    job = run.plan(system, "gsm", "proxy", run.Options(limit=6))
+    job = run.plan(system, "gsm", "proxy", RunOptions(limit=6))
     contexts = [Decoder(models, "proxy").contexts(e.prompt) for e in job.data.examples]
     prompts = sum(len(ids) - 1 for by_model in contexts for ids in by_model.values())
     generated = 3 * sum(made.cost.generated_tokens for made in runs)
@@ -146,7 +147,7 @@ def test_likelihoods_of_all_alphas_come_from_one_pass(
     for alpha, made in zip(ALPHAS, runs, strict=True):
         counted.clear()
         single = tmp_path / run_name(alpha)
-        alone = run.evaluate(
+        alone = evaluated(
             system, "truthfulqa_mc", alpha=alpha, out=single, models=models, progress=False, **options
         )
         assert alone.metrics == made.metrics and len(counted) == for_all
@@ -190,21 +191,21 @@ def test_a_sweep_takes_its_place_and_grows(
     monkeypatch.chdir(tmp_path)
     folder, _ = swept(system, models, None)
     assert folder.parent.parent == Path("results/tiny/gsm/proxy") and folder.name == "sweep"
-    assert folder.parent == run.plan(system, "gsm", "proxy", run.Options(sampling=SHORT, limit=6)).folder(
+    assert folder.parent == run.plan(system, "gsm", "proxy", RunOptions(sampling=SHORT, limit=6)).folder(
         run.RESULTS
     )
-    options = run.Options(sampling=SHORT, limit=6)
-    more, _ = run_sweep.sweep(
-        system, "gsm", parse_alphas("1,first:2"), options, resources=QUIET, models=models
-    )
+    options = RunOptions(sampling=SHORT, limit=6)
+    asked = run.Evaluation(system, "gsm", options, QUIET, loaded=models)
+    more, _ = run_sweep.sweep(asked, parse_alphas("1,first:2"))
     assert more == folder and len(curve(folder).points) == len(ALPHAS) + 1
 
 
 def test_bad_alphas_are_refused_before_anything_is_written(system: System, tmp_path: Path) -> None:
+    asked = run.Evaluation(system, "gsm", RunOptions(limit=2))
     with pytest.raises(UserError, match="alpha = 11 is out of range"):
-        run_sweep.sweep(system, "gsm", parse_alphas("0,11"), run.Options(limit=2), out=tmp_path / "x")
+        run_sweep.sweep(asked, parse_alphas("0,11"), tmp_path / "x")
     with pytest.raises(UserError, match="allow-negative-alpha"):
-        run_sweep.sweep(system, "gsm", parse_alphas("-1"), run.Options(limit=2), out=tmp_path / "x")
+        run_sweep.sweep(asked, parse_alphas("-1"), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
@@ -212,10 +213,9 @@ def test_bad_alphas_are_refused_before_anything_is_written(system: System, tmp_p
 def test_kill_9_loses_nothing(yaml: Path, system: System, models: Models, tmp_path: Path) -> None:
     """Killed again and again at any moment, the sweep ends as one that was left alone."""
     sampling = Sampling(max_new_tokens=24)
-    options = run.Options(sampling=sampling, limit=40)
-    whole, _ = run_sweep.sweep(
-        system, "gsm", ALPHAS, options, out=tmp_path / "w", resources=QUIET, models=models
-    )
+    options = RunOptions(sampling=sampling, limit=40)
+    asked = run.Evaluation(system, "gsm", options, QUIET, loaded=models)
+    whole, _ = run_sweep.sweep(asked, ALPHAS, tmp_path / "w")
     command = ["sweep-alpha", "gsm", "--system", str(yaml), "--alphas", "0:2:0.5,first:4", "--limit", "40"]
     command += ["--max-new-tokens", "24", "--batch", "16", "--out", str(tmp_path / "k")]
     code = f"from proxytune.cli.app import app; app({command!r})"

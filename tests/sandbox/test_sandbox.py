@@ -376,7 +376,7 @@ def test_modules_are_loaded_once(box: Sandbox) -> None:
 def test_everything_ends_with_proxytune(box: Sandbox, tmp_path: Path) -> None:
     name, _, value = OURS.partition("=")
     code = f"""
-from proxytune import sandbox
+from proxytune.sandbox import sandbox
 from proxytune.sandbox.sandbox import *
 before = sandbox.environment
 sandbox.environment = lambda *given: {{**before(*given), {name!r}: {value!r}}}
@@ -441,8 +441,8 @@ def test_an_ordinary_user_can_do_it_too(backend: str) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         package = Path(folder) / "proxytune"
         package.mkdir()
-        for path in [ROOT / "proxytune" / "errors.py", *(ROOT / "proxytune").glob("sandbox*.py")]:
-            shutil.copy(path, package)
+        shutil.copy(ROOT / "proxytune" / "errors.py", package)
+        shutil.copytree(ROOT / "proxytune" / "sandbox", package / "sandbox")
         (package / "__init__.py").touch()
         for path in (Path(folder), package):
             path.chmod(0o755)

@@ -15,6 +15,7 @@ from proxytune.decoding.prompts import noise_key
 from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.models.loading import Models
+from proxytune.options import DecodeOptions
 from proxytune.records import Completion, Example, Prompt
 from tests.support import oracle
 
@@ -23,6 +24,7 @@ SAMPLERS = [
     {"temperature": 1.0},
     {"temperature": 0.7, "top_k": 5},
     {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 1.5, "min_p": 0.3},
     {"temperature": 0.9, "top_k": 20, "top_p": 0.6, "min_new_tokens": 4},
 ]
 
@@ -51,7 +53,8 @@ def ragged(count: int, seed: int = 0, longest: int = 30) -> list[Example]:
 def decoder(system: System, role: str = "proxy", **options: Any) -> Decoder:
     """A decoder of a system, whose models are loaded once for all tests."""
     models = loaded_models.setdefault(system.model_dump_json(), Models(system))
-    return Decoder(models, system.require(role), **{"speculation": pace, **options})
+    how = DecodeOptions(**{name: options.pop(name) for name in ("batch", "kv_memory") if name in options})
+    return Decoder(models, system.require(role), how, **{"speculation": pace, **options})
 
 
 def by_id(found: Sequence[Completion]) -> dict[tuple[str, int], Completion]:
@@ -83,6 +86,7 @@ def settings_of(d: Decoder, s: Sampling, e: Example, sample: int = 0, alpha: str
         temperature=s.temperature,
         top_k=s.top_k,
         top_p=s.top_p,
+        min_p=s.min_p,
         key=noise_key(s.seed, "", e.id, sample),
         eos=frozenset([2]),
         banned=saying(d, s.ban),

@@ -38,6 +38,7 @@ class Settings:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     key: int = 0
     eos: frozenset[int] = frozenset()
     banned: frozenset[int] = frozenset()
@@ -64,6 +65,9 @@ def pick(logits: torch.Tensor, s: Settings, position: int) -> int:
     z = z / s.temperature
     values = z.tolist()
     order = sorted(range(len(z)), key=lambda t: -values[t])
+    if s.min_p:
+        probability = z.softmax(-1)
+        z[probability < s.min_p * probability.max()] = -math.inf
     if s.top_k:
         floor = z[order[min(s.top_k, len(order)) - 1]]
         z[z < floor] = -math.inf

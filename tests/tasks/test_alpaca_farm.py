@@ -16,12 +16,12 @@ from proxytune.config import Sampling, load_system
 from proxytune.decoding.prompts import text_for
 from proxytune.errors import UserError
 from proxytune.records import Completion
-from proxytune.runs import evaluate as run
 from proxytune.tasks import get_task, read_source, score_file
 from proxytune.tasks.win_rate import length_controlled_win_rate, wins
 from tests.support import tiny_system
 from tests.support.answers import json_list
 from tests.support.command_line import proxytune
+from tests.support.runs import evaluated
 
 TASK = get_task("alpaca_farm")
 ITEMS = [
@@ -152,7 +152,7 @@ def test_export_for_the_alpaca_eval_tool(tmp_path: Path) -> None:
     system = load_system(tiny_system.write(tmp_path))
     data = json_list(tmp_path / "a.json", ITEMS)
     out = tmp_path / "run"
-    run.evaluate(
+    evaluated(
         system,
         "alpaca_farm",
         data=data,

@@ -13,8 +13,10 @@ import pytest
 
 from proxytune.config import System
 from proxytune.errors import UserError
+from proxytune.options import RunOptions
 from proxytune.records import Completion, Prompt
-from proxytune.runs import evaluate as run
+from proxytune.runs import evaluation as run
+from proxytune.runs.session import run_job
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import get_task, humaneval, read_source, score_file
 from proxytune.tasks.data import Row
@@ -23,6 +25,7 @@ from proxytune.tasks.task import Execution
 from tests.support.answers import jsonl
 from tests.support.command_line import proxytune
 from tests.support.published import HUMANEVAL
+from tests.support.runs import QUIET
 
 TASK = get_task("humaneval")
 ADD = {
@@ -247,13 +250,13 @@ def test_golden_runs_executed_anew(
 def test_a_run_with_and_without_leave_to_execute(box: Sandbox, trio: System, tmp_path: Path) -> None:
     data = jsonl(tmp_path / "t.jsonl", [{**ADD, "task_id": f"HumanEval/{i}"} for i in range(2)])
     sampling = TASK.sampling.model_copy(update={"n": 10, "max_new_tokens": 4, "ban": ()})
-    job = run.plan(trio, "humaneval", "proxy", run.Options(data=str(data), sampling=sampling))
+    job = run.plan(trio, "humaneval", "proxy", RunOptions(data=str(data), sampling=sampling))
     from proxytune.models.loading import Models
 
     models = Models(trio)
-    blind = run.run_job(job, tmp_path / "blind", models, run.Resources(progress=False))
+    blind = run_job(job, tmp_path / "blind", models, QUIET)
     assert blind.headline == "not_run" and blind.metrics["not_run"].value == 1
-    seen = run.run_job(job, tmp_path / "seen", models, run.Resources(progress=False, sandbox=box))
+    seen = run_job(job, tmp_path / "seen", models, QUIET, box)
     assert seen.headline == "pass@10" and seen.metrics["pass@10"].value == 0 and seen.n == 2
 
     path = tmp_path / "blind" / "predictions.jsonl"

@@ -13,10 +13,10 @@ from proxytune.config import load_system
 from proxytune.decoding.prompts import text_for
 from proxytune.errors import UserError
 from proxytune.records import Completion
-from proxytune.runs import evaluate as run
 from proxytune.tasks import get_task, read_source, score_file
 from tests.support import tiny_system
 from tests.support.answers import jsonl
+from tests.support.runs import evaluated
 
 TASK, BY_LIKELIHOOD = get_task("realtimeqa"), get_task("realtimeqa", "likelihood")
 
@@ -129,14 +129,14 @@ def test_both_modes_end_to_end(tmp_path: Path, mode: Any) -> None:
     system = load_system(tiny_system.write(tmp_path))
     data = str(jsonl(tmp_path / "d.jsonl", [item(str(i), FOUR[: 2 + i % 3], [str(i % 2)]) for i in range(8)]))
     settings: dict[str, Any] = {"data": data, "limit": 8, "progress": False, "mode": mode}
-    made = run.evaluate(system, "realtimeqa", out=tmp_path / "run", **settings)
+    made = evaluated(system, "realtimeqa", out=tmp_path / "run", **settings)
     assert made.n == 8 and made.spec.mode == mode and made.headline == "accuracy"
     path = tmp_path / "run" / results.PREDICTIONS
     whole = path.read_bytes()
     path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
     stopped = made.model_copy(update={"status": "running"})
     (tmp_path / "run" / results.RUN).write_text(stopped.model_dump_json())
-    again = run.evaluate(system, "realtimeqa", out=tmp_path / "run", **settings)
+    again = evaluated(system, "realtimeqa", out=tmp_path / "run", **settings)
     assert again.metrics == made.metrics and path.read_bytes() == whole
     report = score_file(get_task("realtimeqa", mode), path)
     assert report.metrics == made.metrics

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from proxytune.config import parse_alpha
+from proxytune.config import Sampling, parse_alpha
 from proxytune.engine.cuda.attention import slots_of
 from proxytune.engine.cuda.sampling import cut
 from proxytune.engine.cuda.state import DeviceState, Widths, bans_of, draw_of
@@ -36,21 +36,34 @@ def random_logits(seed: int, *shape: int) -> Tensor:
 @given(
     seed=st.integers(0, 1000),
     rows=st.lists(
-        st.tuples(st.floats(0.2, 3), st.integers(0, 30), st.sampled_from([0.01, 0.3, 0.7, 0.95, 1.0])),
+        st.tuples(
+            st.floats(0.2, 3),
+            st.integers(0, 30),
+            st.sampled_from([0.01, 0.3, 0.7, 0.95, 1.0]),
+            st.sampled_from([0.0, 0.0, 0.02, 0.3, 1.0]),
+        ),
         min_size=1,
         max_size=5,
     ),
 )
-def test_cut_is_warp(seed: int, rows: list[tuple[float, int, float]]) -> None:
+def test_cut_is_warp(seed: int, rows: list[tuple[float, int, float, float]]) -> None:
     logits = random_logits(seed, len(rows), VOCABULARY)
     logits[0, 3] = float("-inf")
-    temperature, top_k, top_p = (torch.tensor(column) for column in zip(*rows, strict=True))
-    temperature, top_p = temperature.double(), top_p.double()
+    temperature, top_k, top_p, min_p = (torch.tensor(column) for column in zip(*rows, strict=True))
+    temperature, top_p, min_p = temperature.double(), top_p.double(), min_p.double()
     scaled = logits / temperature.to(logits.dtype)[:, None]
-    assert torch.equal(cut(scaled, top_k, top_p), warp(logits, temperature, top_k, top_p))
+    assert torch.equal(cut(scaled, top_k, top_p, min_p), warp(logits, temperature, top_k, top_p, min_p))
 
 
 tokens = st.integers(0, VOCABULARY - 1)
+samplings = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.5, 1.7]),
+    top_k=st.sampled_from([0, 1, 4]),
+    top_p=st.sampled_from([0.4, 0.9, 1.0]),
+    min_p=st.sampled_from([0.0, 0.3]),
+    min_new_tokens=st.integers(0, 4),
+)
 requests = st.builds(
     Request,
     contexts=st.lists(tokens, min_size=1, max_size=40).map(lambda ids: {"base": tuple(ids)}),
@@ -58,10 +71,7 @@ requests = st.builds(
     max_new_tokens=st.integers(1, 50),
     eos=st.frozensets(tokens, max_size=3),
     alpha=st.sampled_from(["0.3", "first:3", "warmup:2:0.7", "linear:0.1:1.7:6"]).map(parse_alpha),
-    temperature=st.sampled_from([0.0, 0.5, 1.7]),
-    top_k=st.sampled_from([0, 1, 4]),
-    top_p=st.sampled_from([0.4, 0.9, 1.0]),
-    min_new_tokens=st.integers(0, 4),
+    sampling=samplings,
     banned=st.frozensets(tokens, max_size=3),
     banned_first=st.frozensets(tokens, max_size=2),
     forced=st.lists(tokens, max_size=3).map(tuple),
@@ -112,7 +122,7 @@ def test_a_filled_state_picks_what_the_host_picks(made: list[tuple[Request, int]
 
 def test_rows_that_stay_keep_their_settings_and_others_get_theirs() -> None:
     def row(temperature: float) -> Row:
-        request = Request({"base": (1, 2)}, 5, 9, temperature=temperature)
+        request = Request({"base": (1, 2)}, 5, 9, Sampling(temperature=temperature))
         return Row(request, 0, 0, {"base": [1, 2]})
 
     one, two, three = row(0.1), row(0.2), row(0.3)
@@ -131,8 +141,8 @@ def test_bans_end_where_they_should() -> None:
         {"a": (1,)},
         0,
         9,
+        Sampling(min_new_tokens=4),
         eos=frozenset([2, 3]),
-        min_new_tokens=4,
         banned=frozenset([5]),
         banned_first=frozenset([2, 5, 6]),
     )

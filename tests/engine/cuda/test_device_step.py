@@ -277,7 +277,7 @@ def test_preemption(trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps,
 
 @pytest.mark.parametrize("k", [0, 3, "lookup", "any"])
 def test_samples_share_their_prompt(trio: System, steps: Steps, k: Ways) -> None:
-    d = decoder(trio, max_batch=3, speculation=drafting(k))
+    d = decoder(trio, batch=3, speculation=drafting(k))
     examples = [example("a prompt that fills a page or more", 0), example("short", 1)]
     check(d, examples, Sampling(max_new_tokens=8, temperature=1.0, n=5))
     assert steps.ahead > 0
@@ -308,7 +308,7 @@ def test_whatever_comes(
 ) -> None:
     examples = [example("abc? " * (n // 5) + "x" * (n % 5), i) for i, n in enumerate(lengths)]
     s = Sampling(max_new_tokens=limit, n=samples, stop=stop, **sampler)
-    tight = decoder(trio, max_batch=batch, kv_memory=kv_bytes(decoder(trio), pool), speculation=drafting(k))
+    tight = decoder(trio, batch=batch, kv_memory=kv_bytes(decoder(trio), pool), speculation=drafting(k))
     ours = everything(list(tight.stream(examples, s)))
     with monkeypatch.context() as patch:
         patch.setattr(device_loop, "DEVICES", set())

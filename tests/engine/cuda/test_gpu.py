@@ -200,7 +200,7 @@ def test_the_engines_own_steps_say_the_same(trio: System, monkeypatch: pytest.Mo
 def test_memory_does_not_grow_with_requests(trio: System) -> None:
     """2,000 requests of all lengths, four times the same 500, after a warm-up of two times those: it makes
     every graph that they need."""
-    d, settings = decoder(trio, max_batch=16, speculation=drafting(2)), Sampling(max_new_tokens=8)
+    d, settings = decoder(trio, batch=16, speculation=drafting(2)), Sampling(max_new_tokens=8)
 
     def serve(examples: Sequence[Example]) -> list[Completion]:
         return list(d.stream(examples, settings))

@@ -174,7 +174,7 @@ def test_making_a_graph_moves_nothing(trio: System) -> None:
 
 
 def test_wider_requests_make_the_graphs_void(trio: System) -> None:
-    d = decoder(trio, speculation=drafting(1), max_batch=2)
+    d = decoder(trio, speculation=drafting(1), batch=2)
     check(d, ragged(2, 1, longest=5), Sampling(max_new_tokens=5))
     made = graphs_of(d)
     state, shapes = made.state, set(made._captured)
