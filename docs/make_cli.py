@@ -65,10 +65,11 @@ def section(full: str, command: Any) -> str:
     context = typer.Context(command, info_name=full)
     paragraphs = [part for part in (command.help or "").strip().split("\n\n") if part.strip()]
     prose = [p for p in paragraphs if not p.lstrip().startswith("Example:")]
-    shown = [p.strip().removeprefix("Example:").strip() for p in paragraphs if p not in prose]
+    examples = [" ".join(p.split()).removeprefix("Example: ") for p in paragraphs if p not in prose]
+    shown = [example.partition(", where ") for example in examples]
     parts = [f"## {full}", *(wrapped(p, 0) for p in prose)]
-    if shown:
-        parts.append("\n".join(["```bash", *(one_line(example) for example in shown), "```"]))
+    for example, _, where in shown:
+        parts += [f"```bash\n{example}\n```", *([wrapped(f"Here {where}.", 0)] if where else [])]
     groups: dict[str, list[str]] = {}
     for param in command.params:
         if param.name == "help" or param.get_help_record(context) is None:
@@ -78,11 +79,6 @@ def section(full: str, command: Any) -> str:
         groups.setdefault(panel, []).append(lines_of(param, context))
     body = "\n\n".join("\n".join([f"{panel}:", *lines]) for panel, lines in groups.items())
     return "\n\n".join([*parts, *([f"```text\n{body}\n```"] if body else [])]) + "\n"
-
-
-def one_line(example: str) -> str:
-    """An example on one line; typer keeps the line breaks of a docstring."""
-    return " ".join(example.split())
 
 
 def page() -> str:

@@ -112,14 +112,14 @@ def picture(folder: Path, wanted: str) -> str:
         "Shade: how far the proxy moved the token's probability, up or down."
     )
     parts.append(text(24, y, told, DIM, size=13))
-    for place, (number, x) in enumerate(zip(changed[:2], (24, 500), strict=False)):
+    for number, x in zip(changed, (24, 500), strict=False):  # the first two
         parts += card(tokens[number], number + 1, x, y + 36)
-        assert place < 2
     height = int(y + 36 + 22 + 4 * 21)
     label = escape(f"{rows['proxy']['question']} The answers of base, expert, proxy and tuned.", quote=True)
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="{label}">\n<rect width="{WIDTH}" height="{height}" rx="10" fill="{PAPER}" stroke="{EDGE}"/>'
+        f'aria-label="{label}">\n'
+        f'<rect width="{WIDTH}" height="{height}" rx="10" fill="{PAPER}" stroke="{EDGE}"/>'
     )
     return "\n".join([head, *parts, "</svg>\n"])
 
