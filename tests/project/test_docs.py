@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -113,6 +114,12 @@ def test_the_demo_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
         for arguments in run:
             done = proxytune(*arguments)
             assert done.exit_code == 0 and done.stdout.strip(), (arguments, done.output, done.exception)
+            assert all((tmp_path / name).exists() for name in written(arguments)), arguments
+
+
+def written(arguments: list[str]) -> list[str]:
+    """The files and folders that a command is told to write."""
+    return [value for name, value in pairwise(arguments) if name in ("--out", "--html", "--figures")]
 
 
 def sandboxed() -> bool:
