@@ -22,7 +22,7 @@ HEAD = """# The command line
 
 Written by `make docs` from the commands themselves; do not edit. `proxytune COMMAND --help` shows the same.
 
-Exit codes: 0 done; 2 a user error, told in one line; 1 a bug, with its traceback; 130 interrupted (what is
+Exit codes: 0 done; 2 a user error, in one line; 1 a bug, with its traceback; 130 interrupted (what is
 finished is kept). `--json` prints one JSON object on stdout and nothing else; progress goes to stderr.
 """
 
