@@ -30,7 +30,7 @@ export TOKENIZERS_PARALLELISM = false
 .DEFAULT_GOAL := help
 RECIPES := reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5
 ANALYSES := reproduce-table6 reproduce-fig2 reproduce-positions reproduce-equations
-.PHONY: help setup demo demo-report test check unit check-all fix report bench reproduce-table12 demo-models clean \
+.PHONY: help setup demo demo-report test check unit check-all fix docs report bench reproduce-table12 demo-models clean \
 	$(RECIPES) $(ANALYSES)
 
 help:  ## list the targets
@@ -83,6 +83,9 @@ check-all: setup  ## the slow tests: the whole demo, the wheel, kill -9 and resu
 fix: setup  ## format the code and mend what the linter can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup  ## write docs/cli.md from the commands
+	$(BIN)/python docs/make_cli.py
 
 report: setup  ## write results/README.md from the stored runs and the published figures
 	$(BIN)/proxytune report --write
