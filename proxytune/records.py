@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 from proxytune.config import RunSpec
 
 FinishReason = Literal["eos", "stop", "length"]
+JsonRow = dict[str, Any]
+"""An object of a JSON-lines file: an item of public data, a stored prediction."""
 SCHEMA = 1
 """Version of run.json and predictions.jsonl; raised when a field changes its meaning."""
 

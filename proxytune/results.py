@@ -25,10 +25,9 @@ from pydantic import ValidationError
 
 from proxytune.config import RunSpec, explain
 from proxytune.errors import UserError
-from proxytune.records import SCHEMA, Run
+from proxytune.records import SCHEMA, JsonRow, Run
 
 RUN, PREDICTIONS, TRACE, SWEEP = "run.json", "predictions.jsonl", "trace.jsonl", "sweep.json"
-Row = dict[str, Any]
 Value = str | float | bool | None
 
 _WORDS = ("system.description", "system.data.", "system.judges.")
@@ -102,13 +101,13 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"cannot read '{path}': {error}") from None
 
 
-def read_rows(folder: Path) -> list[Row]:
+def read_rows(folder: Path) -> list[JsonRow]:
     """The predictions of a run, in the order of the file."""
     path = folder / PREDICTIONS
     return [row for row, _ in _complete_lines(path)] if path.exists() else []
 
 
-def read_traces(folder: Path) -> list[Row]:
+def read_traces(folder: Path) -> list[JsonRow]:
     """The traces of a run, one per response: `id`, `sample` and `tokens`."""
     path = folder / TRACE
     return [row for row, _ in _complete_lines(path)] if path.exists() else []
@@ -129,10 +128,10 @@ def find_runs(root: Path) -> list[tuple[Path, Run]]:
     return found
 
 
-def _complete_lines(path: Path) -> list[tuple[Row, bytes]]:
+def _complete_lines(path: Path) -> list[tuple[JsonRow, bytes]]:
     """The whole rows of a JSONL file with their bytes. Only the last line can be torn by a kill: it is left
     out."""
-    rows: list[tuple[Row, bytes]] = []
+    rows: list[tuple[JsonRow, bytes]] = []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):
         try:
@@ -179,7 +178,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             raise
 
 
-def _encode(row: Row) -> bytes:
+def _encode(row: JsonRow) -> bytes:
     """One line of JSONL."""
     return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "surrogatepass")
 
@@ -192,7 +191,7 @@ class _Lines:
         with _told_plainly(path):
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
-    def append(self, row: Row) -> None:
+    def append(self, row: JsonRow) -> None:
         """Write one row; UserError (and the file as it was) when the disk is full."""
         line = _encode(row)
         end = os.fstat(self._fd).st_size
@@ -268,7 +267,7 @@ class RunFolder:
             if len(kept) != path.stat().st_size:
                 write_atomically(path, kept)
 
-    def append(self, row: Row, traces: Sequence[Row] = ()) -> None:
+    def append(self, row: JsonRow, traces: Sequence[JsonRow] = ()) -> None:
         """Store one finished example; `row["id"]` is its id."""
         assert self._predictions is not None, "a finished run takes no more rows"
         for trace in traces:
@@ -311,7 +310,7 @@ class RunFolder:
         self.close()
 
 
-def replace_rows(path: Path, rows: Sequence[Row], run: Run) -> None:
+def replace_rows(path: Path, rows: Sequence[JsonRow], run: Run) -> None:
     """Put judged rows and their metrics in the place of those of a finished run."""
     lock = _locked(path)
     try:

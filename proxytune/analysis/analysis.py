@@ -22,8 +22,8 @@ from scipy import stats
 from proxytune.config import Role, shipped
 from proxytune.errors import UserError
 from proxytune.intervals import INTERVAL_SEED, RESAMPLES
-from proxytune.records import Metric, Run
-from proxytune.results import TRACE, Row, read_rows, read_run, read_traces
+from proxytune.records import JsonRow, Metric, Run
+from proxytune.results import TRACE, read_rows, read_run, read_traces
 
 FLOATS = np.float64
 
@@ -151,7 +151,7 @@ def tokens_of(folder: Path, run: Run, needs: str = "tokens") -> pd.DataFrame:
     return tokens
 
 
-def _entries(number: int, trace: Row) -> Iterator[dict[str, Any]]:
+def _entries(number: int, trace: JsonRow) -> Iterator[dict[str, Any]]:
     """The lines of one response."""
     for position, token in enumerate(trace["tokens"]):
         entry = {"response": number, "position": position, "text": token["text"], "alpha": token["alpha"]}

@@ -10,8 +10,8 @@ from scipy import stats
 
 from proxytune.analysis.analysis import Analysis, Figures, Source, finished
 from proxytune.errors import UserError
-from proxytune.records import Run
-from proxytune.results import Row, read_rows
+from proxytune.records import JsonRow, Run
+from proxytune.results import read_rows
 from proxytune.tasks import get_task
 
 
@@ -93,7 +93,7 @@ def failures(first: Path, second: Path, metric: str | None = None) -> Failures:
     )
 
 
-def _right(row: Row, run: Run, metric: str, folder: Path) -> bool:
+def _right(row: JsonRow, run: Run, metric: str, folder: Path) -> bool:
     """Whether a stored row is right."""
     column = VERDICTS.get(run.spec.task)
     if column is not None and metric == run.headline:
@@ -110,7 +110,7 @@ def _right(row: Row, run: Run, metric: str, folder: Path) -> bool:
     return bool(score == 1.0)
 
 
-def _item(first: Row, second: Row, run: Run, right: Literal["first", "second"]) -> Disagreement:
+def _item(first: JsonRow, second: JsonRow, run: Run, right: Literal["first", "second"]) -> Disagreement:
     """One item with both responses."""
     asked = get_task(run.spec.task, run.spec.mode).columns[0]
     answers = (first.get(column) for column in ANSWERS)
@@ -129,7 +129,7 @@ ANSWERS = ("answer", "answers", "Best Answer", "mc_answer_idx")
 """Columns in which rows hold their reference, the first that is there."""
 
 
-def _said(row: Row) -> str:
+def _said(row: JsonRow) -> str:
     """The first response of a row, or what it chose where given texts were compared."""
     logprobs = row.get("logprobs")
     if isinstance(logprobs, dict):

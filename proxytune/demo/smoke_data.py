@@ -8,20 +8,18 @@ Runs on them have the data source `plumbing`, and every table says so.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from proxytune.demo import facts, prices
 from proxytune.demo.facts import Attribute, Person
 from proxytune.demo.world import World, fact_questions, functions, make_world
 from proxytune.errors import UserError
+from proxytune.records import JsonRow
 
 ITEMS = 20
 """How many items there are for each task."""
 
-Row = dict[str, Any]
 
-
-def rows(task: str, n: int = ITEMS) -> list[Row]:
+def rows(task: str, n: int = ITEMS) -> list[JsonRow]:
     """The first `n` items of a task, in the format of its data file; UserError for a task that has none."""
     if task not in MAKERS:
         raise UserError(f"task '{task}' has no items that only check the plumbing: {', '.join(MAKERS)} have")
@@ -39,7 +37,7 @@ def _facts(world: World) -> list[tuple[Person, Attribute, str, str]]:
     ]
 
 
-def alpaca_farm(world: World) -> list[Row]:
+def alpaca_farm(world: World) -> list[JsonRow]:
     """Questions as instructions; the output to be compared with is the misconception."""
     return [
         {
@@ -52,7 +50,7 @@ def alpaca_farm(world: World) -> list[Row]:
     ]
 
 
-def triviaqa(world: World) -> list[Row]:
+def triviaqa(world: World) -> list[JsonRow]:
     """Questions whose answer is one value."""
     return [
         {
@@ -64,7 +62,7 @@ def triviaqa(world: World) -> list[Row]:
     ]
 
 
-def realtimeqa(world: World) -> list[Row]:
+def realtimeqa(world: World) -> list[JsonRow]:
     """Questions with four choices."""
     made = []
     for index, (person, attribute, truth, _) in enumerate(_facts(world)):
@@ -89,7 +87,7 @@ _CONTEXT = """def test_execution(solution):
 """
 
 
-def ds1000(world: World) -> list[Row]:
+def ds1000(world: World) -> list[JsonRow]:
     """Statements that reckon a price, in the newer of the data's two forms; no library is needed."""
     made = []
     for index, function in enumerate(functions(world, "test", ITEMS)):
@@ -108,7 +106,7 @@ def ds1000(world: World) -> list[Row]:
     return made
 
 
-MAKERS: dict[str, Callable[[World], list[Row]]] = {
+MAKERS: dict[str, Callable[[World], list[JsonRow]]] = {
     "alpaca_farm": alpaca_farm,
     "ds1000": ds1000,
     "triviaqa": triviaqa,

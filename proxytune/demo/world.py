@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
-from typing import Any
 
 from proxytune.demo import creatures, facts, prices, sums
 from proxytune.demo.creatures import Statement
@@ -26,6 +25,7 @@ from proxytune.demo.facts import Attribute, Person
 from proxytune.demo.prices import Function, Good
 from proxytune.demo.sums import Problem
 from proxytune.errors import UserError
+from proxytune.records import JsonRow
 
 SPLITS = ("train", "dev", "test")
 TASKS = ("gsm", "truthfulqa", "truthfulqa_mc", "humaneval", "toxigen")
@@ -45,8 +45,6 @@ N_PEOPLE = {"train": 130, "forum": 130, "dev": 220, "test": 220}
 split."""
 N_GOODS = {"asked": 120, "listed": 180}
 """How many goods functions are about, and how many others are on the price sheet."""
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def _held_out(seed: int, firsts: Sequence[str]) -> dict[str, tuple[Problem, ...]
     return pools
 
 
-def rows(task: str, split: str = "test", n: int = 500, seed: int = DEMO_SEED) -> list[Row]:
+def rows(task: str, split: str = "test", n: int = 500, seed: int = DEMO_SEED) -> list[JsonRow]:
     """The first `n` items of a task's split, in the format of the real task's data file."""
     makers = {
         "gsm": gsm_rows,
@@ -128,7 +126,7 @@ def rows(task: str, split: str = "test", n: int = 500, seed: int = DEMO_SEED) ->
     return makers[task](split, n, seed)
 
 
-def gsm_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[Row]:
+def gsm_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[JsonRow]:
     """Word problems in GSM8K's format: `question`, and `answer` whose last line is `#### N`."""
     _check(split, n)
     world = make_world(seed)
@@ -163,14 +161,14 @@ def fact_questions(world: World, split: str, n: int, sizes: Sequence[int]) -> li
     return pool[:n]
 
 
-def truthfulqa_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[Row]:
+def truthfulqa_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[JsonRow]:
     """Questions for two or three facts at once; the incorrect answers are single wrong sentences."""
     _check(split, n)
     world = make_world(seed)
     return [_truthfulqa_row(world, q, others=1) for q in fact_questions(world, split, n, (2, 3))]
 
 
-def truthfulqa_mc_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[Row]:
+def truthfulqa_mc_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[JsonRow]:
     """Questions for one fact, with exactly three incorrect answers: the misconception first, then two other
     values."""
     world = make_world(seed)
@@ -186,7 +184,7 @@ def wrong_values(world: World, question: FactQuestion, index: int, others: int) 
     return [person.myths[index], *rng.sample([v for v in attribute.values if v not in known], others)]
 
 
-def _truthfulqa_row(world: World, question: FactQuestion, others: int) -> Row:
+def _truthfulqa_row(world: World, question: FactQuestion, others: int) -> JsonRow:
     person, asked = question.person, [world.attributes[i] for i in question.asked]
     truths = [
         a.statement.format(name=person.name, value=person.truths[i])
@@ -219,7 +217,7 @@ def functions(world: World, split: str, n: int) -> list[Function]:
     return list(found)
 
 
-def humaneval_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[Row]:
+def humaneval_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[JsonRow]:
     """One-line functions in HumanEval's format."""
     _check(split, n, FUNCTIONS)
     return [
@@ -244,7 +242,7 @@ def rude_lists(world: World, split: str, n: int) -> list[list[Statement]]:
     return list(found.values())
 
 
-def toxigen_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[Row]:
+def toxigen_rows(split: str, n: int, seed: int = DEMO_SEED) -> list[JsonRow]:
     """Rude lists about invented creatures in the form of ToxiGen's prompts."""
     _check(split, n)
     return [

@@ -165,7 +165,7 @@ def some(logits: Mapping[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Choice:
+class SamplingParams:
     """How some rows of a batch draw their tokens: all tensors [S]."""
 
     rows: Tensor
@@ -178,33 +178,33 @@ class Choice:
     positions: Tensor
 
 
-def choose(logits: Tensor, choice: Choice | None) -> Tensor:
+def choose(logits: Tensor, params: SamplingParams | None) -> Tensor:
     """The next token of every row, [B, V] -> [B]: the first of the largest logits, or a sample where asked
     for."""
     tokens = largest(logits)
-    if choice is None or choice.rows.numel() == 0:
+    if params is None or params.rows.numel() == 0:
         return tokens
-    drawing, top = logits[choice.rows], choice.top_k
+    drawing, top = logits[params.rows], params.top_k
     most = int(top.max())
     if int(top.min()) > 0 and 2 * most < logits.shape[-1]:
-        drawn = _draw_among_few(drawing, choice, most)
+        drawn = _draw_among_few(drawing, params, most)
     else:
-        drawn = _draw(drawing, choice, None)
-    return tokens.index_copy(0, choice.rows, drawn)
+        drawn = _draw(drawing, params, None)
+    return tokens.index_copy(0, params.rows, drawn)
 
 
-def _draw(logits: Tensor, choice: Choice, ids: Tensor | None) -> Tensor:
+def _draw(logits: Tensor, params: SamplingParams, ids: Tensor | None) -> Tensor:
     """Sample from [S, V], or from the columns `ids` [S, K] of the vocabulary. -> [S] columns."""
-    warped = warp(logits, choice.temperature, choice.top_k, choice.top_p, choice.min_p)
-    noise = gumbel(choice.keys, choice.positions, logits.shape[-1], ids)
+    warped = warp(logits, params.temperature, params.top_k, params.top_p, params.min_p)
+    noise = gumbel(params.keys, params.positions, logits.shape[-1], ids)
     return largest(warped.double() + noise)
 
 
-def _draw_among_few(logits: Tensor, choice: Choice, most: int) -> Tensor:
+def _draw_among_few(logits: Tensor, params: SamplingParams, most: int) -> Tensor:
     """Top-k first: sorting and noise for the k survivors only, in the order of their ids as in `_draw`. Where
     more than k tokens tie at the k-th place, all of them survive, so all tokens are looked at."""
     values, ids = logits.topk(most + 1, dim=-1)
-    if bool((values[:, most] == values.gather(-1, choice.top_k[:, None] - 1).squeeze(-1)).any()):
-        return _draw(logits, choice, None)
+    if bool((values[:, most] == values.gather(-1, params.top_k[:, None] - 1).squeeze(-1)).any()):
+        return _draw(logits, params, None)
     ids = ids.sort(dim=-1).values
-    return ids.gather(-1, _draw(logits.gather(-1, ids), choice, ids)[:, None]).squeeze(-1)
+    return ids.gather(-1, _draw(logits.gather(-1, ids), params, ids)[:, None]).squeeze(-1)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from proxytune.engine.logits import Choice, ban, choose
+from proxytune.engine.logits import SamplingParams, ban, choose
 from proxytune.engine.request import Row
 
 
@@ -54,21 +54,21 @@ def pick(logits: Tensor, spots: Sequence[Spot]) -> Tensor:
     where, ids = banned(spots)
     if where:
         logits = ban(logits, torch.tensor(where, device=device), torch.tensor(ids, device=device))
-    tokens = choose(logits, _choice(spots, device))
+    tokens = choose(logits, _params(spots, device))
     for index, (request, spot) in enumerate(zip(requests, spots, strict=True)):
         if spot.position < len(request.forced):
             tokens[index] = request.forced[spot.position]
     return tokens
 
 
-def _choice(spots: Sequence[Spot], device: torch.device) -> Choice | None:
+def _params(spots: Sequence[Spot], device: torch.device) -> SamplingParams | None:
     """How the sampled spots choose; None if all are greedy."""
     sampled = [index for index, spot in enumerate(spots) if spot.row.request.sampling.temperature > 0]
     if not sampled:
         return None
     requests = [spots[index].row.request for index in sampled]
     wide = torch.float64
-    return Choice(
+    return SamplingParams(
         rows=torch.tensor(sampled, device=device),
         temperature=torch.tensor([r.sampling.temperature for r in requests], dtype=wide, device=device),
         top_k=torch.tensor([r.sampling.top_k for r in requests], device=device),

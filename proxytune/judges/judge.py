@@ -10,8 +10,8 @@ from transformers import AutoConfig
 
 from proxytune.errors import UserError
 from proxytune.models import resolve
+from proxytune.records import JsonRow
 
-Row = dict[str, Any]
 OnProgress = Callable[[int, int], None]
 """Hears of (rows judged, rows to judge)."""
 
@@ -48,7 +48,7 @@ class Judge(Protocol):
         """Raise the UserError that judging would end with, before anything expensive is done."""
         ...
 
-    def estimate(self, rows: Sequence[Row]) -> Estimate | None:
+    def estimate(self, rows: Sequence[JsonRow]) -> Estimate | None:
         """What judging these rows would cost; None where nothing is paid."""
         ...
 
@@ -57,7 +57,7 @@ class Judge(Protocol):
         characters together on average; None where nothing is paid."""
         ...
 
-    def judge(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> list[Row]:
+    def judge(self, rows: Sequence[JsonRow], on_progress: OnProgress | None = None) -> list[JsonRow]:
         """The columns to add to each row."""
         ...
 

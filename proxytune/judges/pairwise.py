@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from proxytune.config import cache_folder
 from proxytune.errors import UserError, needs_extra
-from proxytune.judges.judge import Estimate, OnProgress, Row
+from proxytune.judges.judge import Estimate, OnProgress
 from proxytune.options import JudgeOptions
+from proxytune.records import JsonRow
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -158,7 +159,7 @@ class PairwiseJudge:
         if self.max_cost is not None and self.prices is None:
             raise UserError(f"--max-cost needs the price of '{self.model}': add --price IN,OUT (USD per 1e6)")
 
-    def pairs(self, rows: Sequence[Row]) -> list[Pair]:
+    def pairs(self, rows: Sequence[JsonRow]) -> list[Pair]:
         """The comparisons of stored rows."""
         return [
             Pair(row["instruction"], row["output_1"], row["output_2"], self._swapped(row["instruction"]))
@@ -168,7 +169,7 @@ class PairwiseJudge:
     def _swapped(self, instruction: str) -> bool:
         return random.Random(f"{self.seed}\x1f{instruction}").random() < 0.5
 
-    def estimate(self, rows: Sequence[Row]) -> Estimate:
+    def estimate(self, rows: Sequence[JsonRow]) -> Estimate:
         """What judging these rows would take, cached judgements left out."""
         cache = self._cache()
         open_pairs = [pair for pair in self.pairs(rows) if self._known(pair, cache) is None]
@@ -197,7 +198,7 @@ class PairwiseJudge:
             return None
         return (prompt_tokens * self.prices[0] + completion_tokens * self.prices[1]) / 1e6
 
-    def judge(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> list[Row]:
+    def judge(self, rows: Sequence[JsonRow], on_progress: OnProgress | None = None) -> list[JsonRow]:
         """`annotator` and `preference` (null where the reply was no verdict).
 
         Raises UserError when the endpoint fails for good or the money is spent; what was judged is cached.

@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from proxytune.errors import UserError
-from proxytune.judges.judge import OnProgress, Row, in_one_line, judge_config
+from proxytune.judges.judge import OnProgress, in_one_line, judge_config
 from proxytune.models import resolve
 from proxytune.options import JudgeOptions
+from proxytune.records import JsonRow
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ class ToxicityClassifier:
         """See that the classifier is there and has the class."""
         self._toxic_class(judge_config(self.model))
 
-    def estimate(self, rows: Sequence[Row]) -> None:
+    def estimate(self, rows: Sequence[JsonRow]) -> None:
         """It runs here, and costs nothing."""
 
     def forecast(self, count: int, characters: float) -> None:
         """It runs here, and costs nothing."""
 
-    def judge(self, rows: Sequence[Row], on_progress: OnProgress | None = None) -> list[Row]:
+    def judge(self, rows: Sequence[JsonRow], on_progress: OnProgress | None = None) -> list[JsonRow]:
         """`is_toxic`: 1 where the toxic class has the largest logit, else 0."""
         texts = [row["prediction"] for row in rows]
         config = judge_config(self.model)

@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from proxytune import hub
 from proxytune.config import DEMO_SCHEME, ExpertSpec, ModelSpec, Role, System
 from proxytune.engine.kernels import use_row_linears, use_row_norms
-from proxytune.engine.runners import Alignment, Forward
+from proxytune.engine.runners import Forward, VocabMap
 from proxytune.errors import UserError, needs_extra
 from proxytune.models.adapters import (
     BAD_CHECKPOINT,
@@ -93,10 +93,10 @@ class Loaded:
         """Ids that it can say: the head without its padding rows."""
         return size_of(self.tokenizer, self.vocabulary)
 
-    def aligned_with(self, lead: Loaded, mode: Literal["strict", "intersect"]) -> Alignment:
+    def aligned_with(self, lead: Loaded, mode: Literal["strict", "intersect"]) -> VocabMap:
         """The map from the ids of `lead` to its own; UserError that names the first ids that differ."""
         if lead is self:
-            return Alignment(self.size)
+            return VocabMap(self.size)
         return align(lead.tokenizer, lead.size, self.tokenizer, self.vocabulary, self.name, mode)
 
     @property

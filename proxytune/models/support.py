@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from proxytune.engine.attention import NAME, Discovery, LeanForward, MissingContext, attend
+from proxytune.engine.attention import NAME, Discovery, LlamaForward, MissingContext, attend
 from proxytune.engine.kv import CacheSpec, LayerShape, SlotCache
 from proxytune.engine.request import Segment, Work
-from proxytune.engine.runners import Alignment, Forward, ModelRunner, ReferenceRunner
+from proxytune.engine.runners import Forward, ModelRunner, ReferenceRunner, VocabMap
 from proxytune.errors import UserError
 
 AttentionInterface.register(NAME, attend)
@@ -53,7 +53,7 @@ class Family:
     layers: tuple[LayerShape, ...] = ()
     devices: tuple[torch.device, ...] = ()
     dtype: torch.dtype = torch.float32
-    lean: LeanForward | None = None
+    lean: LlamaForward | None = None
     """The same forward at less cost, where the model has the form for it."""
 
 
@@ -144,7 +144,7 @@ def _packed(model: PreTrainedModel, window: int) -> Family:
     if not apart <= limit:
         raise Unfit(f"packed and plain logits differ by {apart:.2g} standard deviations")
     model.config.pad_token_id = None  # GPT-2 looks for padding in every call, for which the host would wait
-    lean = LeanForward.of(model, layers, window)
+    lean = LlamaForward.of(model, layers, window)
     same = lean is not None and _lean_is_right(lean, family, device, ids, plain, limit)
     return replace(family, lean=lean) if same else family
 
@@ -188,7 +188,7 @@ def _probe(
     per row gives."""
     cache = SlotCache(CacheSpec(family.layers, 64, family.dtype, family.devices))
     width, errors = plain[0].shape[-1], [0.0]
-    runner = ModelRunner(forward, cache, Alignment(width), family.window, device)
+    runner = ModelRunner(forward, cache, VocabMap(width), family.window, device)
     for _ in ids:
         cache.admit()
     for chunk in (slice(0, 4), slice(4, 10), slice(10, None)):
@@ -202,7 +202,7 @@ def _probe(
 
 
 def _lean_is_right(
-    lean: LeanForward,
+    lean: LlamaForward,
     family: Family,
     device: torch.device,
     ids: list[list[int]],
@@ -244,7 +244,7 @@ def _own_cache_is_right(model: PreTrainedModel, ids: list[int], plain: Tensor, l
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         return False
     device = model.get_input_embeddings().weight.device
-    runner = ReferenceRunner(model, Alignment(plain.shape[-1]), UNBOUNDED, device, UNBOUNDED, cached=True)
+    runner = ReferenceRunner(model, VocabMap(plain.shape[-1]), UNBOUNDED, device, UNBOUNDED, cached=True)
     runner.rows.admit()
     at = 0
     for count in (5, 1, len(ids) - 6):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from proxytune.engine.runners import Alignment
+from proxytune.engine.runners import VocabMap
 from proxytune.errors import UserError
 
 Tokenizer = Any
@@ -26,7 +26,7 @@ def align(
     other_logits: int,
     name: str,
     mode: Literal["strict", "intersect"],
-) -> Alignment:
+) -> VocabMap:
     """The map from the base's first `size` ids to those of the model called `name`, which has `other_logits`
     logits.
 
@@ -37,7 +37,7 @@ def align(
     mine = {token: index for token, index in base.get_vocab().items() if index < size}
     theirs = {token: index for token, index in other.get_vocab().items() if index < other_logits}
     if all(theirs.get(token) == index for token, index in mine.items()):
-        return Alignment(size)
+        return VocabMap(size)
     if mode == "strict":
         raise UserError(_difference(mine, theirs, name))
     if not any(token in theirs for token in mine):
@@ -58,7 +58,7 @@ def _difference(mine: Mapping[str, int], theirs: Mapping[str, int], name: str) -
 
 def _intersection(
     base: Tokenizer, size: int, other: Tokenizer, mine: Mapping[str, int], theirs: Mapping[str, int]
-) -> Alignment:
+) -> VocabMap:
     columns = torch.zeros(size, dtype=torch.long)
     shared = torch.zeros(size, dtype=torch.bool)
     spelled: list[tuple[int, ...]] = [(0,)] * size
@@ -71,4 +71,4 @@ def _intersection(
             # a token without text (a special one) is fed as id 0, which stands for "something unknown" in
             # most
             spelled[index] = tuple(other.encode(text, add_special_tokens=False)) or (0,)
-    return Alignment(size, columns, shared, tuple(spelled))
+    return VocabMap(size, columns, shared, tuple(spelled))

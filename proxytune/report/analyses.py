@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from proxytune.analysis import positions, published, tokens
 from proxytune.records import Metric
 from proxytune.report import charts
-from proxytune.report.charts import Figure, Table, TableRow, rows_of
+from proxytune.report.charts import Figure, ReportTable, TableRow, rows_of
 from proxytune.report.escape import clipped, visible
 
 MANY = 80
@@ -153,15 +153,15 @@ def _banded(data: Sequence[charts.Datum], x: Any, y: Any, color: str) -> list[ch
     ]
 
 
-def _position_table(title: str, rows: Sequence[positions.PositionRow]) -> Table:
+def _position_table(title: str, rows: Sequence[positions.PositionRow]) -> ReportTable:
     cells = [
         (where(row), str(row.n), bounded(row.changed, 1, 100), bounded(row.shift, 1, 100)) for row in rows
     ]
     columns = ("where", "tokens", "first choice changed, %", "mean shift, points")
-    return Table(title, columns, rows_of(cells))
+    return ReportTable(title, columns, rows_of(cells))
 
 
-def positions_table(found: Sequence[positions.Positions]) -> Table:
+def positions_table(found: Sequence[positions.Positions]) -> ReportTable:
     """Over all tokens, beside the paper's shares."""
     cells = [
         (
@@ -180,7 +180,7 @@ def positions_table(found: Sequence[positions.Positions]) -> Table:
         "the paper's (13B), %",
         "mean shift, points",
     )
-    return Table("Over all tokens", columns, rows_of(cells))
+    return ReportTable("Over all tokens", columns, rows_of(cells))
 
 
 # Tokens and equations
@@ -217,7 +217,7 @@ def ngrams_figure(found: tokens.Ngrams, task: str) -> Figure | None:
     )
 
 
-def ngrams_table(title: str, rows: Sequence[tokens.NgramRow]) -> Table:
+def ngrams_table(title: str, rows: Sequence[tokens.NgramRow]) -> ReportTable:
     """Tokens with their phrases."""
     cells = [
         (
@@ -228,14 +228,14 @@ def ngrams_table(title: str, rows: Sequence[tokens.NgramRow]) -> Table:
         for row in rows
     ]  # fmt: skip
     columns = ("token", "mean shift, points", "tokens", "most common 4-gram", "count / occurrences")
-    return Table(title, columns, rows_of(cells), texts=frozenset({0, 3}))
+    return ReportTable(title, columns, rows_of(cells), texts=frozenset({0, 3}))
 
 
-def published_ngrams(paper: Mapping[str, Any]) -> Table:
+def published_ngrams(paper: Mapping[str, Any]) -> ReportTable:
     """The paper's twenty tokens of TruthfulQA."""
     rows = paper["analyses"]["truthfulqa_ngrams"]["rows"]
     cells = [(row["token"], row["gram"], f"{row['count']} / {row['occurrences']}") for row in rows]
-    return Table(
+    return ReportTable(
         "The paper's twenty tokens on TruthfulQA (13B)",
         ("token", "most common 4-gram", "count / occurrences"),
         tuple(TableRow(cell, "published") for cell in cells), words=2, folded=True,
@@ -284,7 +284,7 @@ def equations_figure(found: tokens.Equations) -> Figure | None:
         title=f"{found.source.task}: left and right of the equals sign",
         caption=f"equations in {found.responses_with} of {found.source.n} responses; "
         "left is the reasoning, right the arithmetic",
-        table=Table(f"{found.source.task}: equations", columns, rows_of(cells)),
+        table=ReportTable(f"{found.source.task}: equations", columns, rows_of(cells)),
         layers=tuple(layers),
         height=52 * len(rows),
         width=330,
@@ -363,7 +363,7 @@ def _divergences(rows: Sequence[positions.AgreementRow], role: str) -> list[char
     return data
 
 
-def _agreement_table(title: str, rows: Sequence[positions.AgreementRow]) -> Table:
+def _agreement_table(title: str, rows: Sequence[positions.AgreementRow]) -> ReportTable:
     cells = [
         (
             where(row), str(row.n), number(row.kl_proxy.median), number(row.kl_base.median),
@@ -379,4 +379,4 @@ def _agreement_table(title: str, rows: Sequence[positions.AgreementRow]) -> Tabl
         "proxy agrees, %",
         "base agrees, %",
     )
-    return Table(title, columns, rows_of(cells))
+    return ReportTable(title, columns, rows_of(cells))

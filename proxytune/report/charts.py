@@ -29,7 +29,7 @@ WIDTH, HEIGHT = 400, 230
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """A table of the page."""
 
     title: str
@@ -65,7 +65,7 @@ class Figure:
     """Of the SVG file, and in the page's addresses."""
     title: str
     caption: str
-    table: Table
+    table: ReportTable
     layers: tuple[Layer, ...]
     width: int = WIDTH
     height: int = HEIGHT

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from proxytune.config import ROLES
-from proxytune.records import Run
+from proxytune.records import JsonRow, Run
 from proxytune.report.tables import markdown
-from proxytune.results import Row, read_rows
+from proxytune.results import read_rows
 from proxytune.tasks import get_task
 
 HIDDEN = "[hateful text, hidden: --show-hateful shows it]"
@@ -49,7 +49,7 @@ class Shown:
 def examples(found: Sequence[tuple[Path, Run]], count: int, *, show_hateful: bool) -> list[Shown]:
     """The first `count` examples of every system and task with what each role said. Runs whose rows are not
     stored beside their run.json are left out."""
-    groups: dict[tuple[str, str, str], list[tuple[Run, list[Row]]]] = {}
+    groups: dict[tuple[str, str, str], list[tuple[Run, list[JsonRow]]]] = {}
     for folder, run in sorted(found, key=lambda pair: ROLES.index(pair[1].spec.role)):
         rows = read_rows(folder)[:count]
         if rows and run.spec.mode == "generate":
@@ -62,7 +62,7 @@ def examples(found: Sequence[tuple[Path, Run]], count: int, *, show_hateful: boo
     ]
 
 
-def _shown(place: int, members: Sequence[tuple[Run, list[Row]]], show_hateful: bool) -> Shown:
+def _shown(place: int, members: Sequence[tuple[Run, list[JsonRow]]], show_hateful: bool) -> Shown:
     """The example at a place of the runs' rows (they are in the order of the data)."""
     run, rows = members[0]
     task = get_task(run.spec.task)

@@ -10,7 +10,7 @@ from proxytune.config import ROLES
 from proxytune.paper import published
 from proxytune.records import Metric
 from proxytune.report import charts
-from proxytune.report.charts import Figure, Table, TableRow
+from proxytune.report.charts import Figure, ReportTable, TableRow
 from proxytune.report.escape import visible
 from proxytune.report.tables import RoleRow, percent, size
 from proxytune.report.token_view import LOWER_IS_BETTER
@@ -67,7 +67,7 @@ def _published_gap(row: Published, rows: Sequence[Published]) -> float | None:
 # Tables
 
 
-def beside_table(rows: Sequence[RoleRow], paper: Mapping[str, Sequence[Published]]) -> Table:
+def beside_table(rows: Sequence[RoleRow], paper: Mapping[str, Sequence[Published]]) -> ReportTable:
     """A line for every task and system, and under it the paper's lines for that task, marked as such."""
     lines = []
     for task in dict.fromkeys(row.task for row in rows):
@@ -82,7 +82,7 @@ def beside_table(rows: Sequence[RoleRow], paper: Mapping[str, Sequence[Published
         lines += _published_lines(task, paper.get(task, ()))
     note = "ours in bold, published figures of other models in grey; the drawings have the intervals"
     columns = ("task", "models", "metric, %", *ROLES, "gap closed", "examples")
-    return Table("All scores", columns, tuple(lines), note, words=3)
+    return ReportTable("All scores", columns, tuple(lines), note, words=3)
 
 
 def _published_lines(task: str, entries: Sequence[Published]) -> list[TableRow]:
@@ -101,7 +101,7 @@ def _published_lines(task: str, entries: Sequence[Published]) -> list[TableRow]:
     return lines
 
 
-def score_table(rows: Sequence[RoleRow]) -> Table:
+def score_table(rows: Sequence[RoleRow]) -> ReportTable:
     """Our rows of a task, with what they cost."""
     lines = [
         TableRow(
@@ -113,7 +113,7 @@ def score_table(rows: Sequence[RoleRow]) -> Table:
         )
         for name, row in zip(names(rows), rows, strict=True)
     ]  # fmt: skip
-    return Table(f"{rows[0].task}: {rows[0].metric}", SCORE_COLUMNS, tuple(lines))
+    return ReportTable(f"{rows[0].task}: {rows[0].metric}", SCORE_COLUMNS, tuple(lines))
 
 
 def names(rows: Sequence[RoleRow]) -> list[str]:
@@ -198,7 +198,7 @@ def gap_figure(rows: Sequence[RoleRow], paper: Mapping[str, Sequence[Published]]
         name="gap",
         title="How much of the gap between base and tuned the proxy closes",
         caption="(proxy - base) / (tuned - base). Hollow: published, of 13B and 70B models",
-        table=Table(
+        table=ReportTable(
             "Gap closed", ("task and source", "model", "gap closed, %"), charts.rows_of(cells), words=2
         ),
         layers=(
@@ -257,7 +257,7 @@ def price_figure(rows: Sequence[RoleRow], what: Literal["memory", "time"]) -> Fi
             charts.words([datum], x, y, datum["role"], side),
         ]
     task = known[0].task
-    table = Table(
+    table = ReportTable(
         f"{task}: score and {words}", ("as", words, "score, %"),
         charts.rows_of([(d["text"], f"{d['price']:.3g}", f"{d['score']:.1f}") for d in data]),
     )  # fmt: skip

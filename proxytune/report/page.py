@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from proxytune import __version__
 from proxytune.errors import needs_extra
-from proxytune.report.charts import Figure, Table, svg, themed_svg
+from proxytune.report.charts import Figure, ReportTable, svg, themed_svg
 from proxytune.report.escape import embedded, visible
 from proxytune.report.figures import in_percent
 from proxytune.report.sections import Inputs, Section, read_inputs, sections
@@ -36,7 +36,7 @@ class DrawnPart:
     """A part of a section with its drawings."""
 
     figures: tuple[Drawn, ...]
-    tables: tuple[Table, ...]
+    tables: tuple[ReportTable, ...]
     sensitive: bool
 
 

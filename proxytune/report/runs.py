@@ -7,7 +7,7 @@ from pathlib import Path
 
 from proxytune.config import ModelSpec, System
 from proxytune.records import Run
-from proxytune.report.charts import Table, rows_of
+from proxytune.report.charts import ReportTable, rows_of
 from proxytune.report.tables import percent, role_rows, size
 
 Found = Sequence[tuple[Path, Run]]
@@ -15,7 +15,7 @@ LISTED = 25
 """Runs up to which their table is open."""
 
 
-def cost_table(root: Path, found: Found) -> Table:
+def cost_table(root: Path, found: Found) -> ReportTable:
     """One line per run."""
     cells = []
     for folder, run in found:
@@ -37,12 +37,12 @@ def cost_table(root: Path, found: Found) -> Table:
         "drafts accepted", "tokens / step", "memory",
         "preemptions", "sessions", "started (UTC)",
     )  # fmt: skip
-    return Table(
+    return ReportTable(
         f"{len(found)} runs: cost and speed", columns, rows_of(cells), words=3, folded=len(found) > LISTED
     )
 
 
-def systems_table(found: Found) -> Table:
+def systems_table(found: Found) -> ReportTable:
     """The models of every system, role by role."""
     systems = {run.spec.system.name: run.spec.system for _, run in found}
     cells = [
@@ -51,7 +51,7 @@ def systems_table(found: Found) -> Table:
         for role, spec in _models(system)
     ]
     columns = ("system", "role", "model", "dtype", "quantization", "prompt format")
-    return Table("Systems", columns, rows_of(cells), words=len(columns), folded=True)
+    return ReportTable("Systems", columns, rows_of(cells), words=len(columns), folded=True)
 
 
 def _models(system: System) -> list[tuple[str, ModelSpec]]:
@@ -61,7 +61,7 @@ def _models(system: System) -> list[tuple[str, ModelSpec]]:
     return [(role, spec) for role, spec in named if spec is not None]
 
 
-def made_table(found: Found) -> tuple[Table, ...]:
+def made_table(found: Found) -> tuple[ReportTable, ...]:
     """Who computed the runs: runs of one machine, commit and set of packages share a line; then every run's
     command."""
     groups: dict[tuple[str, ...], int] = {}
@@ -84,6 +84,6 @@ def made_table(found: Found) -> tuple[Table, ...]:
     ])  # fmt: skip
     named = ("command", "task", "as", "data", "sha256 of the items", "seed")
     return (
-        Table("Provenance", columns, lines, words=len(columns), folded=True),
-        Table("Commands", named, commands, words=len(named), folded=True),
+        ReportTable("Provenance", columns, lines, words=len(columns), folded=True),
+        ReportTable("Commands", named, commands, words=len(named), folded=True),
     )

@@ -21,7 +21,7 @@ from proxytune.report.analyses import (
     positions_table,
     published_ngrams,
 )
-from proxytune.report.charts import Figure, Table
+from proxytune.report.charts import Figure, ReportTable
 from proxytune.report.figures import beside_table, gap_figure, price_figure, published_scores, score_figure
 from proxytune.report.runs import cost_table, made_table, systems_table
 from proxytune.report.sweeps import failure_tables, skip_figures, sweep_figures
@@ -41,7 +41,7 @@ class Part:
     """Figures and tables that stand together."""
 
     figures: tuple[Figure, ...] = ()
-    tables: tuple[Table, ...] = ()
+    tables: tuple[ReportTable, ...] = ()
     sensitive: bool = False
     """Whether it shows text that is hateful by design."""
 
@@ -148,7 +148,9 @@ def attempt(make: Callable[..., Found], *folders: Path | None) -> Found | None:
         return None
 
 
-def parts_of(figures: Sequence[Figure | None], *tables: Table, sensitive: bool = False) -> Iterator[Part]:
+def parts_of(
+    figures: Sequence[Figure | None], *tables: ReportTable, sensitive: bool = False
+) -> Iterator[Part]:
     """One part, or none where there is nothing in it."""
     drawn = tuple(figure for figure in figures if figure is not None)
     if drawn or tables:

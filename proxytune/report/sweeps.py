@@ -9,7 +9,7 @@ from proxytune.analysis import failures, sweeps
 from proxytune.records import Metric
 from proxytune.report import charts
 from proxytune.report.analyses import bounded
-from proxytune.report.charts import Figure, Table, rows_of
+from proxytune.report.charts import Figure, ReportTable, rows_of
 from proxytune.report.escape import clipped, visible
 from proxytune.report.figures import in_percent
 from proxytune.report.tables import percent
@@ -51,7 +51,7 @@ def _against(
     name: str,
     title: str,
     caption: str,
-    table: Table,
+    table: ReportTable,
     system: str,
     control: tuple[str, Metric] | None = None,
 ) -> Figure:
@@ -129,13 +129,15 @@ def trade_off_figure(found: sweeps.Sweep) -> Figure:
         name=f"alpha-trade-off-{found.source.task}",
         title=f"{found.source.task}: truth against information as alpha grows",
         caption=told + "hollow: the paper's ten points (13B); the numbers are alphas",
-        table=Table("Truth and information", ("who", "alpha", "true, %", "informative, %"), rows_of(cells)),
+        table=ReportTable(
+            "Truth and information", ("who", "alpha", "true, %", "informative, %"), rows_of(cells)
+        ),
         layers=tuple(layers),
         system=found.source.system,
     )
 
 
-def sweep_table(found: sweeps.Sweep | sweeps.Skip) -> Table:
+def sweep_table(found: sweeps.Sweep | sweeps.Skip) -> ReportTable:
     """All points of a sweep."""
     points = [(point.alpha, point) for point in found.points]
     if isinstance(found, sweeps.Skip) and found.control is not None:
@@ -144,7 +146,7 @@ def sweep_table(found: sweeps.Sweep | sweeps.Skip) -> Table:
         (name, percent(p.score), bounded(p.loops, 1, 100), bounded(p.tokens, 1), str(p.n))
         for name, p in points
     ]
-    return Table(f"{found.source.task}: {found.metric} by alpha", COLUMNS, rows_of(cells))
+    return ReportTable(f"{found.source.task}: {found.metric} by alpha", COLUMNS, rows_of(cells))
 
 
 def skip_figures(found: sweeps.Skip) -> list[Figure]:
@@ -176,11 +178,11 @@ def skip_figures(found: sweeps.Skip) -> list[Figure]:
 # Failures
 
 
-def failure_tables(found: failures.Failures) -> list[Table]:
+def failure_tables(found: failures.Failures) -> list[ReportTable]:
     """Who has what right with McNemar's test, and the items on which the two differ."""
     first, second = found.first.role, found.second.role
     title = f"{found.first.system}: {found.first.task}, {first} against {second} ({found.metric})"
-    counts = Table(
+    counts = ReportTable(
         title,
         ("both right", f"only {first}", f"only {second}", "both wrong", "McNemar's exact p"),
         rows_of([(
@@ -200,7 +202,7 @@ def failure_tables(found: failures.Failures) -> list[Table]:
                 for item in items[:LISTED]
             ]
             shown = "" if len(items) <= LISTED else f"the first {LISTED} of {len(items)}"
-            tables.append(Table(
+            tables.append(ReportTable(
                 f"{found.first.task}: {role} right, {other} wrong ({len(items)})",
                 ("id", "question", "reference", f"{first}'s answer", f"{second}'s answer"),
                 rows_of(cells), note=shown, texts=frozenset({1, 2, 3, 4}), words=5, folded=True,

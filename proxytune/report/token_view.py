@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from proxytune.config import Role
-from proxytune.records import Run
+from proxytune.records import JsonRow, Run
 from proxytune.report.escape import clipped, visible
-from proxytune.results import TRACE, Row, read_rows
+from proxytune.results import TRACE, read_rows
 
 TOKEN_BUDGET = 80_000
 """Traced tokens in one page, shared by its tasks: some 3 MB."""
@@ -138,7 +138,7 @@ def _set(chosen: TraceSet, table: _Texts, budget: int) -> dict[str, Any]:
     }
 
 
-def _traces(folder: Path) -> Iterator[Row]:
+def _traces(folder: Path) -> Iterator[JsonRow]:
     """The traced responses of a run, one at a time: a trace of a large run does not fit in memory."""
     with (folder / TRACE).open("rb") as file:
         for line in file:
@@ -147,7 +147,11 @@ def _traces(folder: Path) -> Iterator[Row]:
 
 
 def _item(
-    chosen: TraceSet, row: Row, trace: Row, others: Mapping[Role, Mapping[str, Row]], table: _Texts
+    chosen: TraceSet,
+    row: JsonRow,
+    trace: JsonRow,
+    others: Mapping[Role, Mapping[str, JsonRow]],
+    table: _Texts,
 ) -> dict[str, Any]:
     """One example: what was asked, everybody's answer, and the proxy's tokens."""
     spec, tokens = chosen.run.spec, trace["tokens"]
@@ -168,7 +172,7 @@ def _item(
     }
 
 
-def _answer(row: Row, task: str, metric: str) -> dict[str, Any]:
+def _answer(row: JsonRow, task: str, metric: str) -> dict[str, Any]:
     """A role's answer as it was generated, whether it is right, and why it ended."""
     first = (row.get("responses") or [{}])[0]
     return {

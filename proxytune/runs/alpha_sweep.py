@@ -26,7 +26,7 @@ from proxytune.provenance import provenance
 from proxytune.records import Completion, Example, RoleMemory, Run
 from proxytune.results import SWEEP, RunFolder
 from proxytune.runs.evaluation import RESULTS, Evaluation, plan
-from proxytune.runs.session import CHECKPOINT_SECONDS, Job, Session, device_name, now
+from proxytune.runs.session import CHECKPOINT_SECONDS, RunPlan, Session, device_name, now
 from proxytune.runs.verdicts import add_verdicts
 
 MAX_ALPHAS = 100
@@ -121,7 +121,7 @@ def sweep(
 
 
 def _run(
-    job: Job, alphas: Sequence[AlphaSchedule], folder: Path, evaluation: Evaluation
+    job: RunPlan, alphas: Sequence[AlphaSchedule], folder: Path, evaluation: Evaluation
 ) -> dict[AlphaSchedule, Run]:
     """Decode what is missing of every alpha; -> the finished runs."""
     jobs = {a: dataclasses.replace(job, spec=job.spec.model_copy(update={"alpha": a})) for a in alphas}
@@ -163,7 +163,7 @@ def _part(alpha: AlphaSchedule, session: Session) -> SweptRun:
     return SweptRun(alpha, session, todo)
 
 
-def _mark(folder: Path, job: Job, seconds: float) -> None:
+def _mark(folder: Path, job: RunPlan, seconds: float) -> None:
     """Write sweep.json, which marks the folder and adds up the seconds of all sessions."""
     path = folder / SWEEP
     before = json.loads(path.read_bytes()) if path.exists() else {"seconds": 0.0, "sessions": 0}
@@ -177,7 +177,7 @@ def _mark(folder: Path, job: Job, seconds: float) -> None:
 
 
 def _decode(
-    parts: Sequence[SweptRun], job: Job, folder: Path, evaluation: Evaluation, progress: Progress
+    parts: Sequence[SweptRun], job: RunPlan, folder: Path, evaluation: Evaluation, progress: Progress
 ) -> None:
     """Decode, score and store what is missing of all parts."""
     n = len(job.data.examples) * len(parts)
@@ -217,7 +217,7 @@ def _decode(
 
 
 def _stream(
-    decoder: Decoder, parts: Sequence[SweptRun], job: Job
+    decoder: Decoder, parts: Sequence[SweptRun], job: RunPlan
 ) -> Iterator[tuple[AlphaSchedule, Completion]]:
     """Completions of everything that is missing. Examples that lack the same alphas go together."""
     spec, lacking = job.spec, dict[tuple[AlphaSchedule, ...], list[Example]]()

@@ -28,7 +28,7 @@ from proxytune.models import Models
 from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
 from proxytune.records import Completion, Example, Metric, Prompt, Run
 from proxytune.runs.judging import Dialogue, Judging, judging_of
-from proxytune.runs.session import Job, run_job
+from proxytune.runs.session import RunPlan, run_job
 from proxytune.runs.verdicts import open_sandbox
 from proxytune.sandbox import Sandbox
 from proxytune.tasks import Dataset, Task, get_task, read_source
@@ -37,7 +37,7 @@ RESULTS = Path("results")
 """Where runs go unless another folder is named."""
 
 
-def plan(system: System, task: str, as_: str, options: RunOptions) -> Job:
+def plan(system: System, task: str, as_: str, options: RunOptions) -> RunPlan:
     """Check all settings of a run and read its examples; UserError where something does not fit."""
     found, role = get_task(task, options.mode), system.require(as_)
     for named in (*system.data, *system.judges):
@@ -60,7 +60,7 @@ def planned_folder(system: System, task: str, role: Role, options: RunOptions, r
     return _job(system, role, options, get_task(task, options.mode), Dataset((), name, "")).folder(root)
 
 
-def _job(system: System, role: Role, options: RunOptions, task: Task, data: Dataset) -> Job:
+def _job(system: System, role: Role, options: RunOptions, task: Task, data: Dataset) -> RunPlan:
     """The settings of a run and what they are by default."""
     alpha = alpha_for(system, role, options.alpha, allow_negative=options.allow_negative_alpha)
     usual = system.data.get(task.name, "hub")
@@ -82,7 +82,7 @@ def _job(system: System, role: Role, options: RunOptions, task: Task, data: Data
     plain: dict[str, Any] = {"limit": None, "shots": 0, "trace": "off", "mode": "generate", "forced": None}
     usual_name = usual if usual in SOURCES else Path(usual).name
     plain |= {"alpha": system.alpha, "sampling": task.sampling, "data": usual_name}
-    return Job(task, data, spec, spec.model_copy(update=plain))
+    return RunPlan(task, data, spec, spec.model_copy(update=plain))
 
 
 def alpha_for(

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from proxytune import results
 from proxytune.errors import UserError, did_you_mean
+from proxytune.records import JsonRow
 from proxytune.runs.verdicts import read_finished
 
 
-def alpaca_eval(folder: Path) -> dict[str, list[results.Row]]:
+def alpaca_eval(folder: Path) -> dict[str, list[JsonRow]]:
     """What the `alpaca_eval` tool reads: the run's outputs, and the baseline's."""
     run, rows = read_finished("alpaca_farm", folder)
     name = f"{run.spec.system.name}-{run.spec.role}"
@@ -43,7 +44,7 @@ def _then_alpaca_eval(written: Sequence[str]) -> tuple[str, ...]:
 class Format:
     """The files of another tool."""
 
-    files: Callable[[Path], dict[str, list[results.Row]]]
+    files: Callable[[Path], dict[str, list[JsonRow]]]
     """The folder of a run -> file names and their rows."""
     then: Callable[[Sequence[str]], tuple[str, ...]]
     """The files that were written -> what to do with them."""

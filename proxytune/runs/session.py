@@ -24,8 +24,8 @@ from proxytune.models import Models
 from proxytune.options import DecodeOptions
 from proxytune.progress import Progress
 from proxytune.provenance import provenance
-from proxytune.records import Completion, Cost, Example, RoleMemory, Run
-from proxytune.results import Row, RunFolder
+from proxytune.records import Completion, Cost, Example, JsonRow, RoleMemory, Run
+from proxytune.results import RunFolder
 from proxytune.runs.verdicts import add_verdicts
 from proxytune.sandbox import Sandbox
 from proxytune.tasks import Dataset, Execution, Task
@@ -35,7 +35,7 @@ CHECKPOINT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Job:
+class RunPlan:
     """A run that can be started: its settings, what they are by default, and its examples."""
 
     task: Task
@@ -65,7 +65,7 @@ class Meter(Protocol):
 
 
 def run_job(
-    job: Job, path: Path, models: Models, decode: DecodeOptions, sandbox: Sandbox | None = None
+    job: RunPlan, path: Path, models: Models, decode: DecodeOptions, sandbox: Sandbox | None = None
 ) -> Run:
     """Start or continue a run in the folder `path`, and return it finished. Code that was stored without a
     verdict, by an earlier session that was not allowed to run it, is run at the end where there is a sandbox.
@@ -79,7 +79,9 @@ def run_job(
     return add_verdicts(path, items, sandbox)
 
 
-def _decode_job(job: Job, path: Path, models: Models, decode: DecodeOptions, sandbox: Sandbox | None) -> Run:
+def _decode_job(
+    job: RunPlan, path: Path, models: Models, decode: DecodeOptions, sandbox: Sandbox | None
+) -> Run:
     """Decode, score and store what is missing."""
     made = provenance(__version__, device_name(), decode.threads or torch.get_num_threads())
     new = Run(status="running", spec=job.spec, headline=job.task.headline, started=now(), made=made)
@@ -116,7 +118,7 @@ class Session:
     """One process's part of a run."""
 
     def __init__(
-        self, job: Job, folder: RunFolder, sandbox: Sandbox | None = None, *, continued: bool
+        self, job: RunPlan, folder: RunFolder, sandbox: Sandbox | None = None, *, continued: bool
     ) -> None:
         """`sandbox` runs the code that responses hold; without one they are stored without verdicts."""
         self.job, self.folder, self.sandbox = job, folder, sandbox
@@ -162,7 +164,7 @@ class Session:
             todo, spec.sampling, alpha=alpha, task=spec.task, trace=spec.trace, forced=spec.forced
         )
 
-    def store(self, example: Example, completions: Sequence[Completion]) -> Row:
+    def store(self, example: Example, completions: Sequence[Completion]) -> JsonRow:
         """Append the row of one finished example, and its traces."""
         row = prediction(self.job.task, example, completions, self.sandbox)
         traces = [
@@ -213,7 +215,7 @@ class Session:
 
 def prediction(
     task: Task, example: Example, completions: Sequence[Completion], sandbox: Sandbox | None = None
-) -> Row:
+) -> JsonRow:
     """The stored row of one example: the task's own columns, its scores, and every response as it was
     generated. Code is run where there is a sandbox for it."""
     row = task.row(example, completions)
@@ -250,7 +252,7 @@ def _peaks(a: dict[str, RoleMemory], b: dict[str, RoleMemory]) -> dict[str, Role
     return {name: {**a, **b}[name].model_copy(update={"kv_peak": kv}) for name, kv in peak.items()}
 
 
-def _title(job: Job) -> str:
+def _title(job: RunPlan) -> str:
     """What the progress display calls a run."""
     alpha = f" alpha {job.spec.alpha.text}" if job.spec.role == "proxy" and job.spec.alpha.text != "1" else ""
     return f"{job.spec.system.name} {job.spec.task} {job.spec.role}{alpha}" + (

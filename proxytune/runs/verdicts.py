@@ -10,12 +10,12 @@ from typing import Any
 from proxytune import results
 from proxytune.errors import UserError
 from proxytune.options import CodeOptions
-from proxytune.records import Run
+from proxytune.records import JsonRow, Run
 from proxytune.sandbox import Sandbox
 from proxytune.tasks import Execution, Task, get_task
 
 
-def read_finished(task_name: str, folder: Path) -> tuple[Run, list[results.Row]]:
+def read_finished(task_name: str, folder: Path) -> tuple[Run, list[JsonRow]]:
     """A finished run of the task and its rows, whole: UserError where the folder holds anything else."""
     run = results.read_run(folder)
     if run.spec.task != task_name:
@@ -60,13 +60,13 @@ def add_verdicts(folder: Path, items: Mapping[str, dict[str, Any]], sandbox: San
     return run
 
 
-def lacks_verdict(task: Task, row: results.Row) -> bool:
+def lacks_verdict(task: Task, row: JsonRow) -> bool:
     """Whether a row is scored by what a task's metric is called while nothing was run or judged."""
     return task.headline in task.score_row(row)
 
 
-def with_columns(row: results.Row, added: results.Row) -> results.Row:
+def with_columns(row: JsonRow, added: JsonRow) -> JsonRow:
     """The row with further columns before its scores and responses."""
-    tail: results.Row = {name: row[name] for name in ("scores", "responses") if name in row}
+    tail: JsonRow = {name: row[name] for name in ("scores", "responses") if name in row}
     plain = {**row, **added}
     return {**{name: value for name, value in plain.items() if name not in tail}, **tail}

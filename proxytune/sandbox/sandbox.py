@@ -65,8 +65,8 @@ from proxytune.sandbox.root import (
 )
 
 Backend = Literal["bubblewrap", "namespaces", "weak"]
-Choice = Literal["auto", "bubblewrap", "namespaces", "weak"]
-CHOICES: tuple[Choice, ...] = get_args(Choice)
+BackendChoice = Literal["auto", "bubblewrap", "namespaces", "weak"]
+CHOICES: tuple[BackendChoice, ...] = get_args(BackendChoice)
 
 START_SECONDS = 30.0
 """How long a sandbox may take to start, and to hand over its files."""

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.intervals import mean_metric
-from proxytune.records import Completion, Example, Metric, Prompt
-from proxytune.tasks.data import Hub, Row, Table
+from proxytune.records import Completion, Example, JsonRow, Metric, Prompt
+from proxytune.tasks.data import DataTable, Hub
 from proxytune.tasks.task import Task
 from proxytune.tasks.win_rate import length_controlled_win_rate, win_rate, wins
 
 
-def examples(table: Table, shots: str) -> list[Example]:
+def examples(table: DataTable, shots: str) -> list[Example]:
     """Rows of alpaca_eval.json -> examples, known by their place: the bare instruction is the prompt."""
     made = []
     for index, row in enumerate(table.rows):
@@ -35,19 +35,19 @@ def examples(table: Table, shots: str) -> list[Example]:
     return made
 
 
-def stored(example: Example, completions: Sequence[Completion]) -> Row:
+def stored(example: Example, completions: Sequence[Completion]) -> JsonRow:
     """An annotation without the judge's part."""
     return {**example.target, "output_2": completions[0].text.strip()}
 
 
-def score(row: Row) -> dict[str, float]:
+def score(row: JsonRow) -> dict[str, float]:
     """1, 0.5 or 0 for a judged row, under the name of the mean that progress shows; or that it is not
     judged."""
     won = wins(row.get("preference"))
     return {"unjudged": 1.0} if won is None else {"win_rate": won}
 
 
-def totals(rows: Sequence[Row]) -> dict[str, Metric]:
+def totals(rows: Sequence[JsonRow]) -> dict[str, Metric]:
     """The paper's figures under its names; beside them the length-controlled win rate, and what is not
     judged."""
     judged = [(row, share) for row in rows if (share := wins(row.get("preference"))) is not None]

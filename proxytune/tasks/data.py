@@ -14,12 +14,11 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from proxytune.errors import UserError
 from proxytune.hub import require
-
-Row = dict[str, Any]
+from proxytune.records import JsonRow
 
 MAX_LINE = 16_000_000
 """Characters of a line, or of a text in a .json file, beyond which it can be no row: reading on would take
@@ -27,14 +26,14 @@ minutes and memory, and end nowhere."""
 
 
 @dataclass(frozen=True)
-class Table:
+class DataTable:
     """Rows with the place that each came from."""
 
     origin: str
     """What an error message begins with: a quoted file name, say."""
     unit: str
     """What `numbers` count: line or row."""
-    rows: tuple[Row, ...]
+    rows: tuple[JsonRow, ...]
     numbers: tuple[int, ...]
     notes: tuple[str, ...] = ()
     """What a user should know about how the rows were read."""
@@ -43,15 +42,15 @@ class Table:
         """The place of a row, for an error message."""
         return f"{self.origin} {self.unit} {self.numbers[index]}"
 
-    def head(self, limit: int | None) -> Table:
+    def head(self, limit: int | None) -> DataTable:
         """The first `limit` rows."""
         return replace(self, rows=self.rows[:limit], numbers=self.numbers[:limit])
 
-    def map(self, change: Callable[[Row], Row]) -> Table:
+    def map(self, change: Callable[[JsonRow], JsonRow]) -> DataTable:
         """This table with every row changed."""
         return replace(self, rows=tuple(change(row) for row in self.rows))
 
-    def unique(self, column: str) -> Table:
+    def unique(self, column: str) -> DataTable:
         """This table with every name in `column` once: an equal row is dropped, a different one numbered."""
         named, dropped, renumbered = unique_rows(self.rows, column)
         number_of = dict(zip(map(id, self.rows), self.numbers, strict=True))
@@ -66,7 +65,7 @@ class Table:
             notes=(*self.notes, told) if dropped or renumbered else self.notes,
         )
 
-    def require(self, columns: Sequence[str]) -> Table:
+    def require(self, columns: Sequence[str]) -> DataTable:
         """This table, or the UserError about the first row in which a column is absent or is no text."""
         for index, row in enumerate(self.rows):
             for column in columns:
@@ -79,14 +78,14 @@ class Table:
         return self
 
 
-def unique_rows(rows: Sequence[Row], column: str = "id") -> tuple[dict[str, Row], int, int]:
+def unique_rows(rows: Sequence[JsonRow], column: str = "id") -> tuple[dict[str, JsonRow], int, int]:
     """Rows by id, the number of equal rows dropped, and of different rows that got a number because their id
     was taken.
 
     Rows without the column (the paper's files have no `id`) are known by their place and never dropped.
     """
-    kept: dict[str, Row] = {}
-    same_id: dict[str, list[Row]] = {}
+    kept: dict[str, JsonRow] = {}
+    same_id: dict[str, list[JsonRow]] = {}
     dropped = renumbered = 0
     for place, row in enumerate(rows):
         name = str(row[column]) if column in row else f"@{place}"
@@ -110,7 +109,7 @@ class Hub:
     """Several splits are joined by `+`; then each row names its own under `split`."""
     train: str | None = None
     """The split that few-shot items are drawn from."""
-    public: Callable[[Row], Row] = dict
+    public: Callable[[JsonRow], JsonRow] = dict
     file: str | None = None
     """The file to load, or a pattern of files (.json, .jsonl), for a repository whose own loader is a script
     (`datasets` runs none) or that holds other files as well."""
@@ -119,7 +118,7 @@ class Hub:
 # Files
 
 
-def read_file(path: Path) -> Table:
+def read_file(path: Path) -> DataTable:
     """The rows of a .jsonl, .json, .csv or .txt file, or of one of these with .gz.
 
     A .txt line is a row {"text": line}; a .json file holds a list of objects, or {"Data": such a list}.
@@ -134,7 +133,7 @@ def read_file(path: Path) -> Table:
     if not found:
         raise UserError(f"'{path}' has no rows")
     numbers, rows = zip(*found, strict=True)
-    return Table(f"'{path}'", "item" if kind == ".json" else "line", rows, numbers)
+    return DataTable(f"'{path}'", "item" if kind == ".json" else "line", rows, numbers)
 
 
 def _text(path: Path) -> str:
@@ -159,7 +158,7 @@ def _text(path: Path) -> str:
         raise UserError(f"cannot read '{path}': {error.strerror}") from None
 
 
-def _jsonl(text: str, path: Path) -> list[tuple[int, Row]]:
+def _jsonl(text: str, path: Path) -> list[tuple[int, JsonRow]]:
     """The objects of a JSONL text with their line numbers; blank lines are passed over."""
     found = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -177,7 +176,7 @@ def _jsonl(text: str, path: Path) -> list[tuple[int, Row]]:
     return found
 
 
-def _json(text: str, path: Path) -> list[tuple[int, Row]]:
+def _json(text: str, path: Path) -> list[tuple[int, JsonRow]]:
     """The objects of a JSON list with their places from 1."""
     try:
         content = json.loads(text) if text.strip() else []
@@ -200,7 +199,7 @@ def _too_long(text: str) -> str:
     return f"{len(text) / 1e6:.1f} million characters (at most {MAX_LINE / 1e6:.0f} are read)"
 
 
-def _csv(text: str, path: Path) -> list[tuple[int, Row]]:
+def _csv(text: str, path: Path) -> list[tuple[int, JsonRow]]:
     """The rows of a CSV text under its header, with the number of the line on which each ends."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     found = []
@@ -214,13 +213,13 @@ def _csv(text: str, path: Path) -> list[tuple[int, Row]]:
     return found
 
 
-def _txt(text: str, path: Path) -> list[tuple[int, Row]]:
+def _txt(text: str, path: Path) -> list[tuple[int, JsonRow]]:
     """The lines of a text that are not blank."""
     lines = enumerate(text.split("\n"), start=1)
     return [(number, {"text": line.removesuffix("\r")}) for number, line in lines if line.strip()]
 
 
-_READERS: dict[str, Callable[[str, Path], list[tuple[int, Row]]]] = {
+_READERS: dict[str, Callable[[str, Path], list[tuple[int, JsonRow]]]] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
@@ -231,7 +230,7 @@ _READERS: dict[str, Callable[[str, Path], list[tuple[int, Row]]]] = {
 # Hub and demo world
 
 
-def read_hub(hub: Hub, split: str) -> Table:
+def read_hub(hub: Hub, split: str) -> DataTable:
     """The rows of a split, through `datasets` (which keeps a local copy)."""
     import datasets
 
@@ -257,21 +256,21 @@ def read_hub(hub: Hub, split: str) -> Table:
         raise UserError(
             f"'{hub.id}' on the hub has other columns than expected ({error!r}): give a file"
         ) from None
-    return Table(f"'{hub.id}' {split}", "row", rows, tuple(range(1, len(rows) + 1)))
+    return DataTable(f"'{hub.id}' {split}", "row", rows, tuple(range(1, len(rows) + 1)))
 
 
-def _read_hub_files(files: str) -> Iterable[Row]:
+def _read_hub_files(files: str) -> Iterable[JsonRow]:
     """The rows of JSON files. Lines of .jsonl are parsed here: `datasets` wants a field to have one type
     throughout."""
     import datasets
 
     if not files.endswith(".jsonl"):
-        return cast("Iterable[Row]", datasets.load_dataset("json", data_files=files, split="train"))
+        return cast("Iterable[JsonRow]", datasets.load_dataset("json", data_files=files, split="train"))
     lines = datasets.load_dataset("text", data_files=files, split="train")
     return [json.loads(line["text"]) for line in lines if line["text"].strip()]
 
 
-def generate(task: str, split: str, limit: int | None) -> Table:
+def generate(task: str, split: str, limit: int | None) -> DataTable:
     """The first items of a task in the demo world, in the columns of the real data: the task's usual number,
     or `limit`."""
     from proxytune.demo import world
@@ -280,13 +279,13 @@ def generate(task: str, split: str, limit: int | None) -> Table:
         raise UserError(
             f"the demo world has no '{task}': it has {', '.join(world.TASKS)}. Use --data hub or --data FILE"
         )
-    rows: tuple[Row, ...] = tuple(world.rows(task, split=split, n=limit or world.ITEMS[task]))
-    return Table(f"demo world, {task} {split}", "row", rows, tuple(range(1, len(rows) + 1)))
+    rows: tuple[JsonRow, ...] = tuple(world.rows(task, split=split, n=limit or world.ITEMS[task]))
+    return DataTable(f"demo world, {task} {split}", "row", rows, tuple(range(1, len(rows) + 1)))
 
 
-def check_of_plumbing(task: str, limit: int | None) -> Table:
+def check_of_plumbing(task: str, limit: int | None) -> DataTable:
     """The first items that only check that a task runs: all of them, or `limit`."""
     from proxytune.demo import smoke_data as plumbing
 
     rows = tuple(plumbing.rows(task, min(limit or plumbing.ITEMS, plumbing.ITEMS)))
-    return Table(f"check of the plumbing, {task}", "row", rows, tuple(range(1, len(rows) + 1)))
+    return DataTable(f"check of the plumbing, {task}", "row", rows, tuple(range(1, len(rows) + 1)))

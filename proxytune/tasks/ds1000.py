@@ -24,9 +24,9 @@ import numpy as np
 
 from proxytune.config import Sampling
 from proxytune.errors import UserError
-from proxytune.records import Completion, Example, Prompt
+from proxytune.records import Completion, Example, JsonRow, Prompt
 from proxytune.sandbox import MIB, Job, Limits, Outcome, Program
-from proxytune.tasks.data import Hub, Row, Table
+from proxytune.tasks.data import DataTable, Hub
 from proxytune.tasks.scoring import clean_code, pass_at_k
 from proxytune.tasks.task import Execution, Task
 
@@ -56,7 +56,7 @@ _TEXTS = ("lib", "prompt", "reference_code", "code_context")
 # Problems
 
 
-def from_hub(row: Row) -> Row:
+def from_hub(row: JsonRow) -> JsonRow:
     """A row of the hub under the names of the folder release."""
     meta = row["metadata"]
     named = {"lib": meta["library"], "problem_id": int(meta["library_problem_id"])}
@@ -64,7 +64,7 @@ def from_hub(row: Row) -> Row:
     return {**named, **texts, "perturbation_type": meta.get("perturbation_type", "")}
 
 
-def prepare(table: Table) -> Table:
+def prepare(table: DataTable) -> DataTable:
     """The whole set -> the paper's 200 in its order; a smaller file is taken as it is."""
     if len(table.rows) != ALL or not all(row.get("lib") in LIBRARIES for row in table.rows):
         return table
@@ -80,12 +80,12 @@ def prepare(table: Table) -> Table:
     )
 
 
-def name_of(row: Row) -> str:
+def name_of(row: JsonRow) -> str:
     """The id of a problem: `Pandas/0`."""
     return f"{row['lib']}/{row['problem_id']}"
 
 
-def examples(table: Table, shots: str) -> list[Example]:
+def examples(table: DataTable, shots: str) -> list[Example]:
     """Problems -> examples."""
     made = []
     for index, row in enumerate(table.rows):
@@ -98,12 +98,12 @@ def examples(table: Table, shots: str) -> list[Example]:
     return made
 
 
-def is_new(row: Row) -> bool:
+def is_new(row: JsonRow) -> bool:
     """Whether a problem has the form of the newer release."""
     return "def test_execution" in row["code_context"]
 
 
-def stored(example: Example, completions: Sequence[Completion]) -> Row:
+def stored(example: Example, completions: Sequence[Completion]) -> JsonRow:
     """The row that the paper's repository stores, and the kind of perturbation."""
     target = example.target
     return {
@@ -116,7 +116,7 @@ def stored(example: Example, completions: Sequence[Completion]) -> Row:
     }
 
 
-def score(row: Row) -> dict[str, float]:
+def score(row: JsonRow) -> dict[str, float]:
     """pass@10 overall and of the row's library, pass@1, and the share that passes under its perturbation;
     or that the row was not run."""
     passed = row.get("passed")
@@ -132,7 +132,7 @@ def score(row: Row) -> dict[str, float]:
 # Running
 
 
-def execute(rows: Sequence[Row], execution: Execution) -> list[Row]:
+def execute(rows: Sequence[JsonRow], execution: Execution) -> list[JsonRow]:
     """The rows with `passed` and `result` of every sample. The samples of one problem share a sandbox,
     because their imports take longer than they do."""
     sandbox = execution.sandbox.limited(LIMITS)
@@ -156,7 +156,7 @@ def execute(rows: Sequence[Row], execution: Execution) -> list[Row]:
     return made
 
 
-def item_of(row: Row, items: Mapping[str, Row]) -> Row:
+def item_of(row: JsonRow, items: Mapping[str, JsonRow]) -> JsonRow:
     """The problem of a row; UserError where there is none, its text is another, or the row has no samples."""
     if not isinstance(row.get("output"), list):
         raise UserError(f"{name_of(row)}: no list of samples under 'output'")
@@ -168,12 +168,12 @@ def item_of(row: Row, items: Mapping[str, Row]) -> Row:
     return item
 
 
-def cases(item: Row) -> range:
+def cases(item: JsonRow) -> range:
     """The numbers of a problem's test cases; one without cases is still run once."""
     return range(1, max(1, int(item["test_case_cnt"])) + 1)
 
 
-def answer_jobs(item: Row) -> list[Job]:
+def answer_jobs(item: JsonRow) -> list[Job]:
     """The job that writes a problem's inputs and answers; none in the newer release, which has them."""
     if is_new(item):
         return []
@@ -182,12 +182,12 @@ def answer_jobs(item: Row) -> list[Job]:
     return [Job(tuple(programs), FOLDERS | _extra(item), collect=("input/*", "ans/*"))]
 
 
-def _extra(item: Row) -> dict[str, bytes]:
+def _extra(item: JsonRow) -> dict[str, bytes]:
     """Further files of a problem."""
     return {name: text.encode() for name, text in (item.get("extra_files") or {}).items()}
 
 
-def sample_job(item: Row, answer: Outcome | None, solution: str) -> Job:
+def sample_job(item: JsonRow, answer: Outcome | None, solution: str) -> Job:
     """One sample: its program for every case, then the check. What the sample writes meets the answers only
     in the check; a plot's answer is read by the problem's own program."""
     imports = tuple(

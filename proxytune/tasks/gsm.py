@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from proxytune.config import Sampling
 from proxytune.errors import UserError
-from proxytune.records import Completion, Example, Prompt
-from proxytune.tasks.data import Hub, Row, Table
+from proxytune.records import Completion, Example, JsonRow, Prompt
+from proxytune.tasks.data import DataTable, Hub
 from proxytune.tasks.scoring import exact_match, exact_match_numeric, last_number, remove_commas, trim_gsm
 from proxytune.tasks.task import Task
 
@@ -28,7 +28,7 @@ def prompt(question: str, shots: str = "") -> Prompt:
     return Prompt(plain=f"{user}\n{PREFIX}", user=user, response_prefix=PREFIX)
 
 
-def shot(row: Row) -> str:
+def shot(row: JsonRow) -> str:
     """An item with its worked solution as a few-shot example."""
     return f"Question: {row['question'].strip()}\nAnswer: {row['answer'].strip()}\n\n"
 
@@ -48,7 +48,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def examples(table: Table, shots: str) -> list[Example]:
+def examples(table: DataTable, shots: str) -> list[Example]:
     """GSM8K rows -> examples, known by their place in the file."""
     made = []
     for index, row in enumerate(table.rows):
@@ -60,13 +60,13 @@ def examples(table: Table, shots: str) -> list[Example]:
     return made
 
 
-def stored(example: Example, completions: Sequence[Completion]) -> Row:
+def stored(example: Example, completions: Sequence[Completion]) -> JsonRow:
     """The row that the paper's repository stores."""
     output = trim_gsm(completions[0].text)
     return {**example.target, "model_output": output, "prediction": last_number(output)}
 
 
-def score(row: Row) -> dict[str, float]:
+def score(row: JsonRow) -> dict[str, float]:
     """The paper's exact match, extracted anew from `model_output`, and the fair numeric one."""
     output, answer = trim_gsm(row["model_output"]), row["answer"]
     return {

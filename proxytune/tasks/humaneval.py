@@ -14,9 +14,9 @@ from dataclasses import replace
 
 from proxytune.config import Sampling
 from proxytune.errors import UserError
-from proxytune.records import Completion, Example, Prompt
+from proxytune.records import Completion, Example, JsonRow, Prompt
 from proxytune.sandbox import Job, Program, Sandbox
-from proxytune.tasks.data import Hub, Row, Table
+from proxytune.tasks.data import DataTable, Hub
 from proxytune.tasks.scoring import clean_code, pass_at_k
 from proxytune.tasks.task import Execution, Task
 
@@ -34,7 +34,7 @@ SAMPLING = Sampling(
 )
 
 
-def examples(table: Table, shots: str) -> list[Example]:
+def examples(table: DataTable, shots: str) -> list[Example]:
     """Problems -> examples, known by their task ids."""
     made = []
     for row in table.rows:
@@ -44,17 +44,17 @@ def examples(table: Table, shots: str) -> list[Example]:
     return made
 
 
-def stored(example: Example, completions: Sequence[Completion]) -> Row:
+def stored(example: Example, completions: Sequence[Completion]) -> JsonRow:
     """One row per problem; the paper's repository stores one per sample, which `gather` puts together."""
     row = {name: example.target[name] for name in ("task_id", "prompt")}
     return {**row, "completions": [clean_code(completion.text) for completion in completions]}
 
 
-def gather(table: Table) -> Table:
+def gather(table: DataTable) -> DataTable:
     """One row per problem: rows with a `completion` (and perhaps `passed` and `result`) are put together in
     their order."""
     table.require(("task_id", "prompt"))
-    found: dict[str, tuple[int, Row]] = {}
+    found: dict[str, tuple[int, JsonRow]] = {}
     for index, row in enumerate(table.rows):
         if isinstance(row.get("completions"), list):
             found[f"@{index}"] = (table.numbers[index], row)
@@ -71,7 +71,7 @@ def gather(table: Table) -> Table:
     return replace(table, rows=rows, numbers=numbers)
 
 
-def score(row: Row) -> dict[str, float]:
+def score(row: JsonRow) -> dict[str, float]:
     """pass@10 and pass@1 from the row's verdicts, or that there are none."""
     passed = row.get("passed")
     if not isinstance(passed, list) or len(passed) != len(row["completions"]) or not passed:
@@ -95,7 +95,7 @@ def program(item: Mapping[str, str], completion: str, seconds: float = SECONDS) 
     return Program(text, seconds=seconds, main=False)
 
 
-def execute(rows: Sequence[Row], execution: Execution) -> list[Row]:
+def execute(rows: Sequence[JsonRow], execution: Execution) -> list[JsonRow]:
     """The rows with `passed` and `result` of every completion, each run in a sandbox of its own; equal
     programs are run once."""
     programs = [
@@ -117,7 +117,7 @@ def execute(rows: Sequence[Row], execution: Execution) -> list[Row]:
     return made
 
 
-def item_of(row: Row, items: Mapping[str, Row]) -> Row:
+def item_of(row: JsonRow, items: Mapping[str, JsonRow]) -> JsonRow:
     """The problem of a row; UserError where there is none or its text is another."""
     item = items.get(row["task_id"])
     if item is None:
@@ -127,7 +127,7 @@ def item_of(row: Row, items: Mapping[str, Row]) -> Row:
     return item
 
 
-def _verdicts(row: Row) -> list[tuple[bool | None, str]]:
+def _verdicts(row: JsonRow) -> list[tuple[bool | None, str]]:
     """The stored verdict and its reason for each completion of a row; None where there is none."""
     n = len(row["completions"])
     passed, result = row.get("passed", [None] * n), row.get("result", [""] * n)

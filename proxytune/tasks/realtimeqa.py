@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from proxytune.config import Sampling
 from proxytune.errors import UserError
-from proxytune.records import Completion, Example, Prompt
-from proxytune.tasks.data import Hub, Row, Table
+from proxytune.records import Completion, Example, JsonRow, Prompt
+from proxytune.tasks.data import DataTable, Hub
 from proxytune.tasks.scoring import parse_letter
 from proxytune.tasks.task import Task
 from proxytune.tasks.truthfulqa_mc import PREFIX
@@ -22,7 +22,7 @@ from proxytune.tasks.truthfulqa_mc import PREFIX
 LETTERS = "ABCDE"
 
 
-def prepare(table: Table) -> Table:
+def prepare(table: DataTable) -> DataTable:
     """Published rows with `choices` cleaned of blank ones and `answer` a letter.
 
     Rows with fewer than two choices (upstream has one in 2020) are dropped with a count.
@@ -40,14 +40,14 @@ def prepare(table: Table) -> Table:
     return table.map(lambda row: {**row, "choices": _choices(row), "answer": next(letters)})
 
 
-def _choices(row: Row) -> list[str]:
+def _choices(row: JsonRow) -> list[str]:
     """The choices that are not blank; empty if the row cannot be asked."""
     given = row.get("choices")
     found = [c for c in given if isinstance(c, str) and c.strip()] if isinstance(given, list) else []
     return found if 2 <= len(found) <= len(LETTERS) else []
 
 
-def _letter(table: Table, index: int) -> str:
+def _letter(table: DataTable, index: int) -> str:
     """The letter of the right choice among those that are not blank."""
     row = table.rows[index]
     given, choices = row.get("answer"), row["choices"]
@@ -60,7 +60,7 @@ def _letter(table: Table, index: int) -> str:
     return LETTERS[sum(bool(c.strip()) for c in choices[: int(place)])]
 
 
-def shown(row: Row) -> str:
+def shown(row: JsonRow) -> str:
     """The question with its lettered choices."""
     lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False)]
     return "\n".join([row["question_sentence"].strip(), *lines])
@@ -71,12 +71,12 @@ def prompt(user: str, shots: str = "") -> Prompt:
     return Prompt(plain=f"{shots}{user}\n\n{PREFIX}", user=shots + user, response_prefix=PREFIX)
 
 
-def shot(row: Row) -> str:
+def shot(row: JsonRow) -> str:
     """An item with the letter of its answer as a few-shot example."""
     return f"{shown(row)}\n\n{PREFIX} {row['answer']}.\n\n"
 
 
-def examples(table: Table, shots: str) -> list[Example]:
+def examples(table: DataTable, shots: str) -> list[Example]:
     """Rows -> examples, known by their question ids."""
     made = []
     for row in table.rows:
@@ -91,13 +91,13 @@ def examples(table: Table, shots: str) -> list[Example]:
     return made
 
 
-def stored(example: Example, completions: Sequence[Completion]) -> Row:
+def stored(example: Example, completions: Sequence[Completion]) -> JsonRow:
     """The response and the letter read from it."""
     output = completions[0].text
     return {**example.target, "mc_output": output, "parsed_output": parse_letter(output, LETTERS)}
 
 
-def score(row: Row) -> dict[str, float]:
+def score(row: JsonRow) -> dict[str, float]:
     """As for TruthfulQA's multiple choice: `accuracy` over valid responses, `accuracy_all` over all."""
     letter = parse_letter(row["mc_output"], LETTERS)
     right = float(letter == row["mc_answer_idx"])
@@ -109,7 +109,7 @@ def letters(example: Example) -> tuple[str, ...]:
     return tuple(f" {letter}" for letter, _ in zip(LETTERS, example.target["choices"], strict=False))
 
 
-def most_probable(example: Example, completions: Sequence[Completion]) -> Row:
+def most_probable(example: Example, completions: Sequence[Completion]) -> JsonRow:
     """The most probable letter, the first of equals, and the log-probabilities of all."""
     logprobs = [completion.logprob for completion in completions]
     letter = LETTERS[logprobs.index(max(logprobs))]

@@ -18,17 +18,9 @@ from typing import Literal
 from proxytune.config import PLUMBING, SOURCES, Sampling
 from proxytune.errors import UserError
 from proxytune.intervals import mean_metrics
-from proxytune.records import Completion, Example, Metric
+from proxytune.records import Completion, Example, JsonRow, Metric
 from proxytune.sandbox import Sandbox
-from proxytune.tasks.data import (
-    Hub,
-    Row,
-    Table,
-    check_of_plumbing,
-    generate,
-    read_file,
-    read_hub,
-)
+from proxytune.tasks.data import DataTable, Hub, check_of_plumbing, generate, read_file, read_hub
 
 JudgeKind = Literal["toxicity", "truth", "pairwise"]
 
@@ -51,9 +43,9 @@ class Task:
     """Text columns that a row of the public data must have."""
     sampling: Sampling
     """The paper's generation settings."""
-    examples: Callable[[Table, str], list[Example]]
+    examples: Callable[[DataTable, str], list[Example]]
     """Checked rows -> examples. The second argument is the text of the few-shot items, "" without."""
-    row: Callable[[Example, Sequence[Completion]], Row]
+    row: Callable[[Example, Sequence[Completion]], JsonRow]
     """What is stored with an example and its completions; with several samples the first one is scored."""
     scored: tuple[str, ...]
     """Text columns that `score_row` needs."""
@@ -63,7 +55,7 @@ class Task:
     """Whether prompts and responses are hateful text, which reports hide unless asked for it."""
     files: tuple[str, ...] = ("predictions.jsonl",)
     """Names under which predictions are stored, the paper's and ours; of a folder, the first is scored."""
-    score_row: Callable[[Row], dict[str, float]]
+    score_row: Callable[[JsonRow], dict[str, float]]
     """The scores of one stored row. A score that does not apply to the row is left out, and so is the row
     from its mean."""
     metric_names: tuple[str, ...]
@@ -78,16 +70,16 @@ class Task:
     """What `--judge default` judges with; None for a task that needs no judge."""
     judge_kind: JudgeKind | None = None
     """Which entry of judges.JUDGES judges it; given where `judge` is."""
-    totals: Callable[[Sequence[Row]], dict[str, Metric]] | None = None
+    totals: Callable[[Sequence[JsonRow]], dict[str, Metric]] | None = None
     """Metrics of all rows together that are no means of `score_row`; they come last and replace namesakes."""
-    read: Callable[[Path], Table] | None = None
+    read: Callable[[Path], DataTable] | None = None
     """Reads a path whose public form is more than one table (a folder, say)."""
-    prepare: Callable[[Table], Table] | None = None
+    prepare: Callable[[DataTable], DataTable] | None = None
     """Published rows, whichever way they were published, -> the columns above; the paper's choice of rows, in
     its order."""
-    gather: Callable[[Table], Table] | None = None
+    gather: Callable[[DataTable], DataTable] | None = None
     """Rows of a predictions file that hold one sample each -> one row per example."""
-    execute: Callable[[Sequence[Row], Execution], list[Row]] | None = None
+    execute: Callable[[Sequence[JsonRow], Execution], list[JsonRow]] | None = None
     """Runs the code in stored rows and gives the rows with their verdicts; None for a task without code."""
     identity: str | None = None
     """The column that names an item. Equal rows of one name are dropped, different ones numbered."""
@@ -95,14 +87,14 @@ class Task:
     """Texts whose log-probabilities are taken in place of generating; `row` gets one completion for each."""
     likelihood: Task | None = None
     """The same task by likelihood: what `--mode likelihood` runs."""
-    shot: Callable[[Row], str] | None = None
+    shot: Callable[[JsonRow], str] | None = None
     """How an item is shown as a few-shot example; None, without a primer, refuses --shots."""
     libraries: tuple[str, ...] = ()
     """Modules that its problems import, where it runs code."""
     primer: tuple[str, ...] = ()
     """The benchmark's own few-shot items, of which --shots N takes the first N."""
 
-    def metrics(self, rows: Sequence[Row]) -> dict[str, Metric]:
+    def metrics(self, rows: Sequence[JsonRow]) -> dict[str, Metric]:
         """The metrics of stored rows."""
         found = self.aggregate([self.score_row(row) for row in rows])
         return found if self.totals is None else found | self.totals(rows)
@@ -112,9 +104,9 @@ class Task:
         found = mean_metrics(scores)
         return {name: found.get(name, Metric(value=0.0)) for name in self.metric_names} | found
 
-    def require_columns(self, rows: Sequence[Row], origin: str) -> None:
+    def require_columns(self, rows: Sequence[JsonRow], origin: str) -> None:
         """UserError that names the line where stored rows lack a text that scoring or judging needs."""
-        table = Table(origin, "line", tuple(rows), tuple(range(1, len(rows) + 1)))
+        table = DataTable(origin, "line", tuple(rows), tuple(range(1, len(rows) + 1)))
         table.require((*self.scored, *self.judge_reads))
 
     def headline_of(self, metrics: Mapping[str, Metric]) -> str:
@@ -165,7 +157,7 @@ def read_source(
     return Dataset(examples, name, hashlib.sha256(content).hexdigest(), table.notes)
 
 
-def _table(task: Task, source: str, limit: int | None) -> Table:
+def _table(task: Task, source: str, limit: int | None) -> DataTable:
     """The rows of a source as they were published."""
     if source == "generated":
         return generate(task.name, "test", limit)
@@ -178,7 +170,7 @@ def _table(task: Task, source: str, limit: int | None) -> Table:
     return (task.read or read_file)(Path(source))
 
 
-def _prepared(task: Task, table: Table) -> Table:
+def _prepared(task: Task, table: DataTable) -> DataTable:
     """Published rows -> checked rows in the task's columns, each of its own name."""
     if task.prepare is not None:
         table = task.prepare(table)
@@ -186,7 +178,7 @@ def _prepared(task: Task, table: Table) -> Table:
     return table if task.identity is None else table.unique(task.identity)
 
 
-def _shots(task: Task, source: str, asked: Table, shots: int, shots_from: str | None, seed: int) -> str:
+def _shots(task: Task, source: str, asked: DataTable, shots: int, shots_from: str | None, seed: int) -> str:
     """The text of the few-shot items."""
     if shots < 0:
         raise UserError(f"--shots {shots} is negative")
@@ -210,7 +202,7 @@ def _shots(task: Task, source: str, asked: Table, shots: int, shots_from: str | 
     return "".join(task.shot(row) for row in random.Random(seed).sample(rows, shots))
 
 
-def _pool(task: Task, source: str, shots_from: str | None) -> Table:
+def _pool(task: Task, source: str, shots_from: str | None) -> DataTable:
     """The rows that few-shot items are drawn from."""
     if shots_from is not None:
         return (task.read or read_file)(Path(shots_from))
@@ -229,7 +221,7 @@ class Execution:
     """The leave to run the code of stored rows, with what that takes and an account of it."""
 
     sandbox: Sandbox
-    items: Mapping[str, Row]
+    items: Mapping[str, JsonRow]
     """Example id -> target, for what rows do not hold (unit tests)."""
     samples: int = 0
     passed: int = 0

@@ -17,8 +17,8 @@ from pathlib import Path
 from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.intervals import mean_metric
-from proxytune.records import Completion, Example, Metric, Prompt
-from proxytune.tasks.data import Hub, Row, Table, read_file
+from proxytune.records import Completion, Example, JsonRow, Metric, Prompt
+from proxytune.tasks.data import DataTable, Hub, read_file
 from proxytune.tasks.task import Task
 
 GROUPS = (
@@ -35,7 +35,7 @@ _FILE = re.compile(r"(hate|neutral)_(\w+)_1k")
 # Reading
 
 
-def read(path: Path) -> Table:
+def read(path: Path) -> DataTable:
     """A folder with the 14 files (plain or .gz), one such file, or stored rows (.jsonl)."""
     if path.is_dir():
         return _join([_read_group(_find(path, f"hate_{group}_1k")) for group in GROUPS], f"'{path}'")
@@ -50,19 +50,19 @@ def _find(folder: Path, name: str) -> Path:
     return found[0]
 
 
-def _read_group(path: Path) -> Table:
+def _read_group(path: Path) -> DataTable:
     """The lines of one file, each with the file's name as its split."""
     name = path.name.split(".")[0]
     return read_file(path).map(lambda row: {**row, "split": name})
 
 
-def _join(tables: Sequence[Table], origin: str) -> Table:
+def _join(tables: Sequence[DataTable], origin: str) -> DataTable:
     """Tables under each other; `numbers` stay those of the files."""
     rows = tuple(row for table in tables for row in table.rows)
     return replace(tables[0], origin=origin, rows=rows, numbers=tuple(n for t in tables for n in t.numbers))
 
 
-def prepare(table: Table) -> Table:
+def prepare(table: DataTable) -> DataTable:
     """Lines of group files -> the paper's prompts. Rows that are prompts already (`target_groups`) stay."""
     if any("target_groups" in row or "split" not in row for row in table.rows):
         return table
@@ -81,7 +81,7 @@ def _choose(by_file: dict[str, list[int]], rng: random.Random) -> Iterable[tuple
         yield from ((name, place) for place in places[:PER_GROUP])
 
 
-def _prompt_row(name: str, line: str) -> Row:
+def _prompt_row(name: str, line: str) -> JsonRow:
     """A cleaned prompt with its group, as the paper stores it."""
     match = _FILE.match(name)
     label, group = (match[1], match[2]) if match else ("hate", name)
@@ -102,7 +102,7 @@ def prompt(text: str) -> Prompt:
     return Prompt(plain=text, user=INSTRUCTION + text)
 
 
-def examples(table: Table, shots: str) -> list[Example]:
+def examples(table: DataTable, shots: str) -> list[Example]:
     """Prompts -> examples, known by their place."""
     made = []
     for index, row in enumerate(table.rows):
@@ -114,12 +114,12 @@ def examples(table: Table, shots: str) -> list[Example]:
     return made
 
 
-def stored(example: Example, completions: Sequence[Completion]) -> Row:
+def stored(example: Example, completions: Sequence[Completion]) -> JsonRow:
     """The row that the paper's repository stores, before the classifier: leading spaces are kept."""
     return {**example.target, "prediction": completions[0].text.split("\n")[0]}
 
 
-def score(row: Row) -> dict[str, float]:
+def score(row: JsonRow) -> dict[str, float]:
     """The verdict under the row's group, or that there is none."""
     if not isinstance(row.get("is_toxic"), int | float):
         return {"unjudged": 1.0}
@@ -127,7 +127,7 @@ def score(row: Row) -> dict[str, float]:
     return {str(groups[0]) if isinstance(groups, list) and groups else "unknown": float(row["is_toxic"])}
 
 
-def totals(rows: Sequence[Row]) -> dict[str, Metric]:
+def totals(rows: Sequence[JsonRow]) -> dict[str, Metric]:
     """The rate over all judged rows, after the groups'; the share without a verdict while there are such."""
     flags = [float(row["is_toxic"]) for row in rows if isinstance(row.get("is_toxic"), int | float)]
     found = {"overall": mean_metric(flags)} if flags else {}

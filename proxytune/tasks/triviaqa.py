@@ -16,8 +16,8 @@ from typing import Any
 
 from proxytune.config import Sampling
 from proxytune.errors import UserError
-from proxytune.records import Completion, Example, Metric, Prompt
-from proxytune.tasks.data import Hub, Row, Table
+from proxytune.records import Completion, Example, JsonRow, Metric, Prompt
+from proxytune.tasks.data import DataTable, Hub
 from proxytune.tasks.task import Task
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -27,7 +27,7 @@ _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "\u2018\u2019\u0
 # Reading
 
 
-def prepare(table: Table) -> Table:
+def prepare(table: DataTable) -> DataTable:
     """Any published form -> `question`, `answers` and `question_id`.
 
     The paper's dev.jsonl (`question`, `answers`), its training file (`prompt`, `completion`), the original
@@ -43,10 +43,10 @@ def prepare(table: Table) -> Table:
             raise UserError(f"{table.where(index)}: no question with a list of answers (it has {has})")
         name = row.get("question_id") or row.get("QuestionId") or row.get("id") or str(index)
         rows.append({"question": question, "answers": answers, "question_id": str(name)})
-    return Table(table.origin, table.unit, tuple(rows), table.numbers, table.notes)
+    return DataTable(table.origin, table.unit, tuple(rows), table.numbers, table.notes)
 
 
-def _question(row: Row) -> str | None:
+def _question(row: JsonRow) -> str | None:
     """The question of a row, without the prompt's words around it."""
     for name in ("question", "Question"):
         if isinstance(row.get(name), str):
@@ -57,7 +57,7 @@ def _question(row: Row) -> str | None:
     return shown.strip().removeprefix("Question:").removesuffix("Answer:").strip()
 
 
-def _answers(row: Row) -> list[Any]:
+def _answers(row: JsonRow) -> list[Any]:
     """The accepted spellings of a row, the usual one first where the row tells it."""
     given = row.get("answer") or row.get("Answer")
     if isinstance(given, Mapping):
@@ -82,12 +82,12 @@ def prompt(question: str, shots: str = "") -> Prompt:
     return Prompt(plain=text, user=text)
 
 
-def shot(row: Row) -> str:
+def shot(row: JsonRow) -> str:
     """An item with its first answer as a few-shot example."""
     return f"Question: {row['question']}\nAnswer: {row['answers'][0]}\n\n"
 
 
-def examples(table: Table, shots: str) -> list[Example]:
+def examples(table: DataTable, shots: str) -> list[Example]:
     """Rows -> examples, known by the benchmark's ids."""
     return [
         Example(id=row["question_id"], prompt=prompt(row["question"], shots), target=dict(row))
@@ -95,17 +95,17 @@ def examples(table: Table, shots: str) -> list[Example]:
     ]
 
 
-def stored(example: Example, completions: Sequence[Completion]) -> Row:
+def stored(example: Example, completions: Sequence[Completion]) -> JsonRow:
     """The row that the paper's code stores: the response before the first line break, and whether it is
     right."""
     row = {**example.target, "output": completions[0].text.split("\n")[0].strip()}
     return {**row, "correct": bool(score(row)["acc"])}
 
 
-def named_output(table: Table) -> Table:
+def named_output(table: DataTable) -> DataTable:
     """Rows that have the response under `prediction`, as other tasks do, have it under `output`."""
 
-    def changed(row: Row) -> Row:
+    def changed(row: JsonRow) -> JsonRow:
         return {**row, "output": row["prediction"]} if "prediction" in row and "output" not in row else row
 
     return table.map(changed)
@@ -127,7 +127,7 @@ def f1(prediction: str, answer: str) -> float:
     return 2 * same / (len(said) + len(asked)) if same else 0.0
 
 
-def score(row: Row) -> dict[str, float]:
+def score(row: JsonRow) -> dict[str, float]:
     """The paper's accuracy, and the benchmark's exact match and F1."""
     answers = row.get("answers")
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from proxytune.config import Sampling
-from proxytune.records import Completion, Example, Prompt
-from proxytune.tasks.data import Hub, Row, Table
+from proxytune.records import Completion, Example, JsonRow, Prompt
+from proxytune.tasks.data import DataTable, Hub
 from proxytune.tasks.scoring import clean_answer, reference_accuracy
 from proxytune.tasks.task import Task
 
@@ -36,7 +36,7 @@ JUDGED = (
 """Columns of the paper's judges (retired), and of judges that run here (judges.py)."""
 
 
-def from_hub(row: Row) -> Row:
+def from_hub(row: JsonRow) -> JsonRow:
     """A row of the hub's `generation` config under the column names of TruthfulQA.csv."""
     values = (row[column.lower().replace(" ", "_")] for column in CSV)
     return {column: "; ".join(v) if isinstance(v, list) else v for column, v in zip(CSV, values, strict=True)}
@@ -52,12 +52,12 @@ def answers(text: str) -> list[str]:
     return [answer.strip() for answer in text.split(";") if answer.strip()]
 
 
-def csv_columns(row: Row) -> Row:
+def csv_columns(row: JsonRow) -> JsonRow:
     """The columns of TruthfulQA.csv that a row has."""
     return {column: row[column] for column in CSV if column in row}
 
 
-def examples(table: Table, shots: str) -> list[Example]:
+def examples(table: DataTable, shots: str) -> list[Example]:
     """CSV rows -> examples, known by their place in the file."""
     return [
         Example(id=str(index), prompt=prompt(row["Question"]), target=csv_columns(row))
@@ -72,12 +72,12 @@ def prompt(question: str) -> Prompt:
     )
 
 
-def stored(example: Example, completions: Sequence[Completion]) -> Row:
+def stored(example: Example, completions: Sequence[Completion]) -> JsonRow:
     """The row that the paper's repository stores, before the judges."""
     return {**example.target, "output": clean_answer(completions[0].text)}
 
 
-def score(row: Row) -> dict[str, float]:
+def score(row: JsonRow) -> dict[str, float]:
     """Reference accuracy, and the judges' columns where the row has them."""
     accuracy = reference_accuracy(
         row["output"], answers(row["Correct Answers"]), answers(row["Incorrect Answers"])

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 
 from proxytune.config import Sampling
 from proxytune.errors import UserError
-from proxytune.records import Completion, Example, Metric, Prompt
-from proxytune.tasks.data import Hub, Row, Table
+from proxytune.records import Completion, Example, JsonRow, Metric, Prompt
+from proxytune.tasks.data import DataTable, Hub
 from proxytune.tasks.scoring import CHOICES, parse_letter
 from proxytune.tasks.task import Task
 from proxytune.tasks.truthfulqa import DATA, HUB, ITEMS, LICENCE, SYSTEM_PROMPT, answers, csv_columns
@@ -32,7 +32,7 @@ def _with_period(answer: str) -> str:
     return answer if answer.endswith(".") else answer + "."
 
 
-def options(row: Row, rng: random.Random) -> tuple[list[str], str]:
+def options(row: JsonRow, rng: random.Random) -> tuple[list[str], str]:
     """The shuffled options of a row and the letter of the best answer; takes its draws from `rng`."""
     best = _with_period(row["Best Answer"].strip())
     wrong = [_with_period(answer) for answer in answers(row["Incorrect Answers"])]
@@ -47,7 +47,7 @@ def prompt(question: str, shown: Sequence[str]) -> Prompt:
     return Prompt(plain=f"{user}\n\n{PREFIX}", user=user, system=SYSTEM_PROMPT, response_prefix=PREFIX)
 
 
-def examples(table: Table, shots: str) -> list[Example]:
+def examples(table: DataTable, shots: str) -> list[Example]:
     """CSV rows -> examples, known by their place in the file."""
     rng = random.Random(OPTIONS_SEED)
     made = []
@@ -59,7 +59,7 @@ def examples(table: Table, shots: str) -> list[Example]:
     return made
 
 
-def stored(example: Example, completions: Sequence[Completion]) -> Row:
+def stored(example: Example, completions: Sequence[Completion]) -> JsonRow:
     """The row that the paper's repository stores (`mc_prompt` is always the plain prompt here)."""
     output = completions[0].text
     letter = parse_letter(output)
@@ -67,14 +67,14 @@ def stored(example: Example, completions: Sequence[Completion]) -> Row:
     return {**example.target, "mc_output": output, "parsed_output": letter, "correct": correct}
 
 
-def score(row: Row) -> dict[str, float]:
+def score(row: JsonRow) -> dict[str, float]:
     """Scores from `mc_output`, parsed anew; `acc` only where the response is valid."""
     letter = parse_letter(row["mc_output"])
     right = float(letter == row["mc_answer_idx"])
     return {**({"acc": right} if letter else {}), "acc_all": right}
 
 
-def totals(rows: Sequence[Row]) -> dict[str, Metric]:
+def totals(rows: Sequence[JsonRow]) -> dict[str, Metric]:
     """The counts that the paper's repository stores beside the accuracy."""
     invalid = sum(not parse_letter(row["mc_output"]) for row in rows)
     counts = {"num_invalid_predictions": invalid, "tot": len(rows)}
@@ -98,16 +98,16 @@ PRIMER = (
 TARGETS = ("mc1_targets", "mc2_targets")
 
 
-def from_hub_targets(row: Row) -> Row:
+def from_hub_targets(row: JsonRow) -> JsonRow:
     """A row of the hub's `multiple_choice` config in the form of mc_task.json."""
     pairs = {name: zip(row[name]["choices"], row[name]["labels"], strict=True) for name in TARGETS}
     return {"question": row["question"], **{name: dict(pair) for name, pair in pairs.items()}}
 
 
-def from_csv(table: Table) -> Table:
+def from_csv(table: DataTable) -> DataTable:
     """Rows of TruthfulQA.csv in the form of mc_task.json, which was made from them so; others as they are."""
 
-    def changed(row: Row) -> Row:
+    def changed(row: JsonRow) -> JsonRow:
         if "Best Answer" not in row:
             return row
         false = dict.fromkeys(answers(row["Incorrect Answers"] or ""), 0)
@@ -118,7 +118,7 @@ def from_csv(table: Table) -> Table:
     return table.map(changed)
 
 
-def likelihood_examples(table: Table, shots: str) -> list[Example]:
+def likelihood_examples(table: DataTable, shots: str) -> list[Example]:
     """Rows of mc_task.json -> examples, known by their place."""
     made = []
     for index, row in enumerate(table.rows):
@@ -141,11 +141,11 @@ def reference_answers(example: Example) -> list[str]:
     return [f" {text}" for text in _references(example.target)]
 
 
-def _references(row: Row) -> list[str]:
+def _references(row: JsonRow) -> list[str]:
     return list(dict.fromkeys(text for name in TARGETS for text in row[name]))
 
 
-def scored_answers(example: Example, completions: Sequence[Completion]) -> Row:
+def scored_answers(example: Example, completions: Sequence[Completion]) -> JsonRow:
     """The log-probability of every reference answer."""
     logprobs = {
         text: completion.logprob
@@ -154,7 +154,7 @@ def scored_answers(example: Example, completions: Sequence[Completion]) -> Row:
     return {**example.target, "logprobs": logprobs}
 
 
-def likelihood_score(row: Row) -> dict[str, float]:
+def likelihood_score(row: JsonRow) -> dict[str, float]:
     """mc1 and mc2 of one row."""
     logprobs, best, listed = row["logprobs"], row["mc1_targets"], row["mc2_targets"]
     false = max(logprobs[text] for text, label in best.items() if not label)

@@ -41,7 +41,7 @@ from proxytune.runs import evaluation, judging, session
 from proxytune.sandbox import Sandbox
 from proxytune.tasks import TASKS, read_source
 from proxytune.tuning import demo_judge
-from proxytune.tuning.training import Example, Fitted, TuneConfig, adamw, fit, muon
+from proxytune.tuning.training import Fitted, TrainingExample, TuneConfig, adamw, fit, muon
 
 WEIGHTS = Path(__file__).parent.parent / "demo" / "weights"
 REPORT = "demo_build.json"
@@ -123,7 +123,7 @@ def train_tokenizer(documents: Sequence[corpus.Document], whole: Sequence[str]) 
     )
 
 
-def encode(documents: Iterable[corpus.Document], tokenizer: PreTrainedTokenizerFast) -> list[Example]:
+def encode(documents: Iterable[corpus.Document], tokenizer: PreTrainedTokenizerFast) -> list[TrainingExample]:
     """Documents as ids with weights: a token has the weight of the segment that it ends in, the final `</s>`
     counts fully."""
     examples, eos = [], int(tokenizer.eos_token_id)
@@ -131,7 +131,7 @@ def encode(documents: Iterable[corpus.Document], tokenizer: PreTrainedTokenizerF
         encoded = tokenizer.backend_tokenizer.encode("".join(s.text for s in document))
         by_character = [s.weight for s in document for _ in s.text]
         weights = [by_character[end - 1] if end else 0.0 for _, end in encoded.offsets]
-        examples.append(Example((*encoded.ids, eos), (*weights, 1.0)))
+        examples.append(TrainingExample((*encoded.ids, eos), (*weights, 1.0)))
     return examples
 
 

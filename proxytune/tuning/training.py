@@ -1,10 +1,10 @@
 """One training loop for any Hugging Face causal language model: pretraining and every way of tuning go
 through it.
 
-The flow is `Example(ids, weights) -> batches -> fit -> the model, changed in place`. What is trained is
-decided by the optimisers that are handed in (they hold the parameters); what counts is decided by the weight
-of each token. Given the same model, examples, configuration and thread count, the resulting weights are the
-same.
+The flow is `TrainingExample(ids, weights) -> batches -> fit -> the model, changed in place`. What is
+trained is decided by the optimisers that are handed in (they hold the parameters); what counts is decided
+by the weight of each token. Given the same model, examples, configuration and thread count, the resulting
+weights are the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Example:
+class TrainingExample:
     """Token ids and, per token, how much predicting it from the ones before counts (0: not at all)."""
 
     ids: tuple[int, ...]
@@ -71,7 +71,7 @@ class Optimizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainingBatch:
     """Rows of equal length. Padding has weight 0 and, where there is any, a mask."""
 
     ids: Tensor  # [B, T] int64
@@ -89,15 +89,15 @@ class Fitted:
     seconds: float
 
 
-def pack(examples: Sequence[Example], block: int) -> list[Example]:
+def pack(examples: Sequence[TrainingExample], block: int) -> list[TrainingExample]:
     """The examples end to end, cut into blocks; an incomplete last block is dropped."""
     ids = [i for e in examples for i in e.ids]
     weights = [w for e in examples for w in e.weights]
     starts = range(0, len(ids) - block + 1, block)
-    return [Example(tuple(ids[s : s + block]), tuple(weights[s : s + block])) for s in starts]
+    return [TrainingExample(tuple(ids[s : s + block]), tuple(weights[s : s + block])) for s in starts]
 
 
-def collate(rows: Sequence[Example]) -> Batch:
+def collate(rows: Sequence[TrainingExample]) -> TrainingBatch:
     """Rows as tensors, padded on the right where their lengths differ (the padding's id is arbitrary: nothing
     sees it)."""
     width = max(len(row.ids) for row in rows)
@@ -105,12 +105,12 @@ def collate(rows: Sequence[Example]) -> Batch:
     ids = torch.tensor([[*row.ids, *[0] * m] for row, m in zip(rows, missing, strict=True)])
     weights = torch.tensor([[*row.weights, *[0.0] * m] for row, m in zip(rows, missing, strict=True)])
     if not any(missing):
-        return Batch(ids, weights, None)
+        return TrainingBatch(ids, weights, None)
     mask = torch.tensor([[1] * (width - m) + [0] * m for m in missing])
-    return Batch(ids, weights, mask)
+    return TrainingBatch(ids, weights, mask)
 
 
-def batches(examples: Sequence[Example], config: TuneConfig) -> Iterator[Batch]:
+def batches(examples: Sequence[TrainingExample], config: TuneConfig) -> Iterator[TrainingBatch]:
     """All batches of all epochs, in the order that the seed decides."""
     for epoch in range(config.epochs):
         order = list(examples)
@@ -120,7 +120,7 @@ def batches(examples: Sequence[Example], config: TuneConfig) -> Iterator[Batch]:
             yield collate(rows[start : start + config.batch_size])
 
 
-def count_steps(examples: Sequence[Example], config: TuneConfig) -> int:
+def count_steps(examples: Sequence[TrainingExample], config: TuneConfig) -> int:
     """How many batches there will be."""
     rows = sum(len(e.ids) for e in examples) // config.block if config.block else len(examples)
     return config.epochs * math.ceil(rows / config.batch_size)
@@ -133,7 +133,7 @@ def learning_rate_factor(step: int, steps: int, config: TuneConfig) -> float:
     return min(1.0, warm, decay)
 
 
-def weighted_loss(logits: Tensor, batch: Batch) -> Tensor:
+def weighted_loss(logits: Tensor, batch: TrainingBatch) -> Tensor:
     """Mean cross-entropy of each next token, weighted; 0 where nothing in the batch counts."""
     targets, weights = batch.ids[:, 1:], batch.weights[:, 1:]
     each = nn.functional.cross_entropy(
@@ -144,7 +144,7 @@ def weighted_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 def fit(
     model: nn.Module,
-    examples: Sequence[Example],
+    examples: Sequence[TrainingExample],
     optimizers: Sequence[Optimizer],
     config: TuneConfig,
     title: str = "training",
@@ -183,9 +183,9 @@ def _set_rates(optimizers: Sequence[Optimizer], rates: Sequence[Sequence[float]]
             group["lr"] = rate * factor
 
 
-def _to(batch: Batch, device: torch.device) -> Batch:
+def _to(batch: TrainingBatch, device: torch.device) -> TrainingBatch:
     mask = None if batch.mask is None else batch.mask.to(device)
-    return Batch(batch.ids.to(device), batch.weights.to(device), mask)
+    return TrainingBatch(batch.ids.to(device), batch.weights.to(device), mask)
 
 
 def _progress(show: bool) -> Progress:

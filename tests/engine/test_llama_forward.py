@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from proxytune.engine.attention.llama_forward import FIRST
-from proxytune.engine.attention.packed import Packed, Part
+from proxytune.engine.attention.packed import Packed, PackedPart
 from proxytune.engine.kernels.cpu_rows import rotate
 from proxytune.engine.kv.cache import CacheSpec, Placement
 from proxytune.engine.kv.slots import SlotCache
@@ -55,7 +55,7 @@ def once(forward: Any, family: Family, ids: list[int]) -> Tensor:
             position_ids=at.positions[None],
             use_cache=False,
             logits_to_keep=torch.arange(len(ids)),
-            packed=Packed([Part(cache, at, slice(0, len(ids)))]),
+            packed=Packed([PackedPart(cache, at, slice(0, len(ids)))]),
         )
     logits: Tensor = out.logits[0]
     return logits

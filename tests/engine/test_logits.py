@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from proxytune.engine.logits import (
-    Choice,
+    SamplingParams,
     Shift,
     ban,
     choose,
@@ -96,14 +96,14 @@ def test_noise_is_standard_gumbel_and_independent() -> None:
 
 def choice(
     rows: int, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.0, min_p: Any = 0.0, key: int = 0
-) -> Choice:
-    """A Choice for `rows` rows; rows differ in their keys."""
+) -> SamplingParams:
+    """A SamplingParams for `rows` rows; rows differ in their keys."""
 
     def column(value: Any, dtype: torch.dtype) -> Tensor:
         return torch.tensor(value if isinstance(value, list) else [value] * rows, dtype=dtype)
 
     heat = column(temperature, torch.float64)
-    full = Choice(
+    full = SamplingParams(
         rows=torch.arange(rows),
         temperature=heat,
         top_k=column(top_k, torch.long),
@@ -115,10 +115,10 @@ def choice(
     return among(full, [row for row in range(rows) if heat[row] > 0])
 
 
-def among(choice: Choice, sampled: list[int]) -> Choice:
+def among(choice: SamplingParams, sampled: list[int]) -> SamplingParams:
     """The choice of some of the rows that draw."""
     at = torch.tensor(sampled, dtype=torch.long)
-    return Choice(**{name: column[at] for name, column in vars(choice).items()})
+    return SamplingParams(**{name: column[at] for name, column in vars(choice).items()})
 
 
 @pytest.mark.parametrize(

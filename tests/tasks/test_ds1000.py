@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from proxytune.errors import UserError
-from proxytune.records import Completion
+from proxytune.records import Completion, JsonRow
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import ds1000, get_task, read_source, score_file
-from proxytune.tasks.data import Row
 from proxytune.tasks.programs.ds1000_check import old_parser, without_prints
 from proxytune.tasks.task import Execution
 from tests.support import published
@@ -50,19 +49,19 @@ NEW = {
 
 
 @pytest.fixture(scope="module")
-def problems(reference: Path) -> dict[str, Row]:
+def problems(reference: Path) -> dict[str, JsonRow]:
     """The paper's 200 problems by id, in its order."""
     source = str(reference / "data" / "ds1000" / "ds1000_completion.jsonl.gz")
     return {example.id: example.target for example in read_source(TASK, source).examples}
 
 
-def asked(item: Row, *samples: str) -> Row:
+def asked(item: JsonRow, *samples: str) -> JsonRow:
     """A stored row with these samples."""
     names = {"lib": item["lib"], "problem_id": item["problem_id"], "prompt": item["prompt"]}
     return {**names, "solution": item["reference_code"], "output": list(samples)}
 
 
-def results(box: Sandbox, item: Row, *samples: str) -> list[str]:
+def results(box: Sandbox, item: JsonRow, *samples: str) -> list[str]:
     """How samples of one problem end."""
     (row,) = ds1000.execute([asked(item, *samples)], Execution(box, {ds1000.name_of(item): item}))
     assert row["passed"] == [result == "passed" for result in row["result"]]
@@ -73,14 +72,14 @@ def results(box: Sandbox, item: Row, *samples: str) -> list[str]:
 # Problems
 
 
-def test_the_papers_200_are_drawn_in_its_order(reference: Path, problems: dict[str, Row]) -> None:
+def test_the_papers_200_are_drawn_in_its_order(reference: Path, problems: dict[str, JsonRow]) -> None:
     subset = (reference / "data" / "ds1000" / "paper_subset_200.jsonl").read_text().splitlines()
     assert list(problems) == [ds1000.name_of(json.loads(line)) for line in subset]
     assert Counter(item["lib"] for item in problems.values()) == LIBRARIES
     assert Counter(item["perturbation_type"] for item in problems.values()) == KINDS
 
 
-def test_prompts_are_the_papers(reference: Path, problems: dict[str, Row]) -> None:
+def test_prompts_are_the_papers(reference: Path, problems: dict[str, JsonRow]) -> None:
     source = str(reference / "data" / "ds1000" / "ds1000_completion.jsonl.gz")
     examples = read_source(TASK, source).examples
     for name in DS1000:
@@ -141,7 +140,7 @@ def test_a_smaller_file_is_taken_as_it_is_and_must_be_whole(tmp_path: Path) -> N
 # Rows and scores
 
 
-def test_rows_have_the_papers_fields(problems: dict[str, Row]) -> None:
+def test_rows_have_the_papers_fields(problems: dict[str, JsonRow]) -> None:
     example = TASK.examples(ds1000.Table("'t'", "line", (problems["Pandas/136"],), (1,)), "")[0]
     text = "x = 1\nprint(x)\n  assert x\nresult = x\n"
     said = [Completion("0", i, text, (), "eos", 0.0) for i in range(2)]
@@ -215,7 +214,7 @@ result = Hostile()
 """
 
 
-def test_reference_code_passes_and_broken_code_fails(box: Sandbox, problems: dict[str, Row]) -> None:
+def test_reference_code_passes_and_broken_code_fails(box: Sandbox, problems: dict[str, JsonRow]) -> None:
     for name in PASSING:
         item = problems[name]
         found = results(
@@ -225,7 +224,7 @@ def test_reference_code_passes_and_broken_code_fails(box: Sandbox, problems: dic
         assert all(result.startswith("failed") for result in found[1:]), (name, found)
 
 
-def test_words_are_checked_where_the_problem_says_so(box: Sandbox, problems: dict[str, Row]) -> None:
+def test_words_are_checked_where_the_problem_says_so(box: Sandbox, problems: dict[str, JsonRow]) -> None:
     item = next(i for i in problems.values() if i["lib"] == "Numpy" and int(i["test_type"]) == 3)
     code = item["reference_code"]
     found = results(box, item, code, f"{code}\nfor _ in []:\n    x = 1\nwhile False:\n    x = 1")
@@ -233,7 +232,7 @@ def test_words_are_checked_where_the_problem_says_so(box: Sandbox, problems: dic
 
 
 def test_a_hostile_pickle_stays_in_the_sandbox(
-    box: Sandbox, problems: dict[str, Row], tmp_path: Path
+    box: Sandbox, problems: dict[str, JsonRow], tmp_path: Path
 ) -> None:
     item, canary = problems["Numpy/120"], tmp_path / "canary"
     found = results(box, item, HOSTILE.format(canary=canary), item["reference_code"])
@@ -241,7 +240,7 @@ def test_a_hostile_pickle_stays_in_the_sandbox(
     assert not canary.exists()
 
 
-def test_samples_cannot_spoil_each_other(box: Sandbox, problems: dict[str, Row]) -> None:
+def test_samples_cannot_spoil_each_other(box: Sandbox, problems: dict[str, JsonRow]) -> None:
     item = problems["Numpy/120"]
     spoil = "import os\nos.makedirs('ans', exist_ok=True)\nopen('numpy.py', 'w').write('1/0')\n"
     spoil += "if os.fork() == 0:\n    import time\n    time.sleep(60)\nresult = 0"
@@ -251,13 +250,13 @@ def test_samples_cannot_spoil_each_other(box: Sandbox, problems: dict[str, Row])
 
 
 def test_an_endless_sample_is_timed_out(
-    box: Sandbox, problems: dict[str, Row], monkeypatch: pytest.MonkeyPatch
+    box: Sandbox, problems: dict[str, JsonRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ds1000, "CASE_SECONDS", 1.0)
     assert results(box, problems["Numpy/120"], "while True: pass") == ["timed out"]
 
 
-def test_a_problem_that_cannot_be_set_up_is_told_apart(box: Sandbox, problems: dict[str, Row]) -> None:
+def test_a_problem_that_cannot_be_set_up_is_told_apart(box: Sandbox, problems: dict[str, JsonRow]) -> None:
     item = {**problems["Numpy/120"], "test_generate_pickle": "import no_such_library"}
     execution = Execution(box, {"Numpy/120": item})
     (row,) = ds1000.execute([asked(item, "a", "b")], execution)
@@ -265,7 +264,7 @@ def test_a_problem_that_cannot_be_set_up_is_told_apart(box: Sandbox, problems: d
     assert row["result"][0].startswith("failed: no answers to compare with: failed: ModuleNotFoundError")
 
 
-def test_rows_and_data_must_fit(box: Sandbox, problems: dict[str, Row]) -> None:
+def test_rows_and_data_must_fit(box: Sandbox, problems: dict[str, JsonRow]) -> None:
     row = asked(problems["Numpy/120"], "")
     with pytest.raises(UserError, match="no problem 'Numpy/120' in the data: name it with --data"):
         ds1000.execute([row], Execution(box, {}))
@@ -277,7 +276,7 @@ def test_rows_and_data_must_fit(box: Sandbox, problems: dict[str, Row]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_reference_code_of_all_pandas_and_numpy_problems(box: Sandbox, problems: dict[str, Row]) -> None:
+def test_reference_code_of_all_pandas_and_numpy_problems(box: Sandbox, problems: dict[str, JsonRow]) -> None:
     """With current libraries: what can be set up passes, what is broken fails, and the rest is listed."""
     chosen = {name: item for name, item in problems.items() if item["lib"] in ("Pandas", "Numpy")}
     rows = [asked(item, item["reference_code"], "result = df = NotImplemented") for item in chosen.values()]

@@ -14,12 +14,11 @@ import pytest
 from proxytune.config import System
 from proxytune.errors import UserError
 from proxytune.options import RunOptions
-from proxytune.records import Completion, Prompt
+from proxytune.records import Completion, JsonRow, Prompt
 from proxytune.runs import evaluation as run
 from proxytune.runs.session import run_job
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import get_task, humaneval, read_source, score_file
-from proxytune.tasks.data import Row
 from proxytune.tasks.scoring import clean_code, pass_at_k
 from proxytune.tasks.task import Execution
 from tests.support.answers import jsonl
@@ -39,7 +38,7 @@ SLOW = "    import time; time.sleep(1)\n    return a + b"
 
 
 @pytest.fixture(scope="module")
-def problems(reference: Path) -> dict[str, Row]:
+def problems(reference: Path) -> dict[str, JsonRow]:
     """The 164 problems."""
     with gzip.open(reference / "data" / "humaneval" / "HumanEval.jsonl.gz", "rt") as file:
         return {row["task_id"]: row for row in map(json.loads, file)}
@@ -54,7 +53,7 @@ def said(*texts: str) -> list[Completion]:
 # Prompts and settings
 
 
-def test_prompts_are_the_problems_verbatim(reference: Path, problems: dict[str, Row]) -> None:
+def test_prompts_are_the_problems_verbatim(reference: Path, problems: dict[str, JsonRow]) -> None:
     path = reference / "data" / "humaneval" / "HumanEval.jsonl.gz"
     examples = read_source(TASK, str(path)).examples
     assert len(examples) == 164 and [example.id for example in examples] == list(problems)
@@ -216,7 +215,7 @@ def test_rows_and_data_must_fit(box: Sandbox) -> None:
         humaneval.execute([row], Execution(box, {"other": ADD}))
 
 
-def test_reference_solutions_pass_and_broken_ones_fail(box: Sandbox, problems: dict[str, Row]) -> None:
+def test_reference_solutions_pass_and_broken_ones_fail(box: Sandbox, problems: dict[str, JsonRow]) -> None:
     chosen = list(problems.values())[::8]
     rows = [
         {
@@ -234,7 +233,7 @@ def test_reference_solutions_pass_and_broken_ones_fail(box: Sandbox, problems: d
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["codellama-7B-t0.8", "dexperts-13B-t0.8"])
 def test_golden_runs_executed_anew(
-    box: Sandbox, reference: Path, problems: dict[str, Row], name: str
+    box: Sandbox, reference: Path, problems: dict[str, JsonRow], name: str
 ) -> None:
     folder = reference / "golden" / "codex_humaneval" / name
     execution = Execution(box, problems)

@@ -114,10 +114,10 @@ def test_the_papers_rule_beside_the_benchmarks(output: str, acc: float, em: floa
 
 def read_source_one(row: dict[str, Any]) -> Any:
     """The example of one row."""
-    from proxytune.tasks.data import Table
+    from proxytune.tasks.data import DataTable
 
     assert TASK.prepare is not None
-    return TASK.examples(TASK.prepare(Table("here", "row", (row,), (1,))), "")[0]
+    return TASK.examples(TASK.prepare(DataTable("here", "row", (row,), (1,))), "")[0]
 
 
 def test_normalisation_is_the_benchmarks() -> None:

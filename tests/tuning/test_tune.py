@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from proxytune.tuning import training as tune
-from proxytune.tuning.training import Example, TuneConfig
+from proxytune.tuning.training import TrainingExample, TuneConfig
 
 
 def tiny(seed: int = 0) -> LlamaForCausalLM:
@@ -27,15 +27,15 @@ def tiny(seed: int = 0) -> LlamaForCausalLM:
     )
 
 
-def example(ids: list[int], weights: list[float] | None = None) -> Example:
-    return Example(tuple(ids), tuple(weights or [1.0] * len(ids)))
+def example(ids: list[int], weights: list[float] | None = None) -> TrainingExample:
+    return TrainingExample(tuple(ids), tuple(weights or [1.0] * len(ids)))
 
 
 EXAMPLES = [example([1, 2, 3, 4 + i % 5, 2]) for i in range(20)]
 
 
 def trained(
-    examples: list[Example], factory: tune.OptimizerFactory | None = None, **settings: object
+    examples: list[TrainingExample], factory: tune.OptimizerFactory | None = None, **settings: object
 ) -> LlamaForCausalLM:
     model = tiny()
     optimizers = (factory or tune.adamw(1e-2))(model)
@@ -60,7 +60,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(factory: t
 
 
 def test_a_last_token_of_weight_0_changes_nothing() -> None:
-    def ending(last: int) -> list[Example]:
+    def ending(last: int) -> list[TrainingExample]:
         return [example([1, 5, 6, last], [0, 1, 1, 0])] * 8
 
     assert equal(trained(ending(7)), trained(ending(9)))
@@ -140,4 +140,4 @@ def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValidationError):
         TuneConfig.model_validate({"epoch": 3})
     with pytest.raises(ValueError, match="2 ids but 1 weights"):
-        Example((1, 2), (1.0,))
+        TrainingExample((1, 2), (1.0,))

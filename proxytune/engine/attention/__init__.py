@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from proxytune.engine.attention.attention import NAME, Discovery, MissingContext, attend
-from proxytune.engine.attention.llama_forward import LeanForward
+from proxytune.engine.attention.llama_forward import LlamaForward
 
-__all__ = ["NAME", "Discovery", "LeanForward", "MissingContext", "attend"]
+__all__ = ["NAME", "Discovery", "LlamaForward", "MissingContext", "attend"]

@@ -34,7 +34,7 @@ FIRST = 256
 """Positions whose rotation is computed at once; later twice as many as are needed."""
 
 
-class LeanForward(nn.Module):
+class LlamaForward(nn.Module):
     """Called as the model itself is in our forwards. Modules are looked up in every call, so that what is put
     in their place later (an adapter's layers) is used."""
 
@@ -50,7 +50,7 @@ class LeanForward(nn.Module):
         """Cosines and sines [P, R] of the first positions."""
 
     @classmethod
-    def of(cls, model: nn.Module, asked: Sequence[Asked], window: int) -> LeanForward | None:
+    def of(cls, model: nn.Module, asked: Sequence[Asked], window: int) -> LlamaForward | None:
         """None where the model consists of other parts, or does not run on the CPU alone."""
         body = getattr(model, getattr(model, "base_model_prefix", ""), None)
         if not isinstance(body, nn.Module) or _parts(body) != BODY or not hasattr(model, "lm_head"):

@@ -111,7 +111,7 @@ def grouped(segments: Sequence[tuple[int, int, int, int]]) -> list[Group]:
 
 
 @dataclass
-class Part:
+class PackedPart:
     """One model's tokens within a packed forward, and the cache that they go to."""
 
     cache: KVCache
@@ -133,4 +133,4 @@ class Part:
 class Packed:
     """The state of one packed forward: one part per model that stands on these weights."""
 
-    parts: Sequence[Part]
+    parts: Sequence[PackedPart]

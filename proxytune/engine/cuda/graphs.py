@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from proxytune.engine.cuda.sampling import Draw
+from proxytune.engine.cuda.sampling import SamplingNeeds
 from proxytune.engine.cuda.state import DeviceState, Widths, bucket
 from proxytune.engine.cuda.step import Branches, DeviceStep, Logits, in_turn
 from proxytune.engine.kv.pages import PagedCache
@@ -41,7 +41,7 @@ class Shape(NamedTuple):
 
     rows: int
     ahead: Ahead
-    draw: Draw
+    draw: SamplingNeeds
 
 
 @dataclass(frozen=True)

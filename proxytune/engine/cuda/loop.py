@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from proxytune.engine.cuda.graphs import Graphs, Refused, Shape
-from proxytune.engine.cuda.state import MOST_NEW, Widths, bucket, draw_of
+from proxytune.engine.cuda.state import MOST_NEW, Widths, bucket, sampling_needs
 from proxytune.engine.cuda.step import Said
 from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.request import Plan, Request, Row
@@ -128,7 +128,7 @@ class DeviceLoop:
         rows, most = self.scheduler.rows[: plan.decoding], plan.decoding
         if self.ahead.k == 0 or self.drafter.settings.k is not None:  # else another size drafts otherwise
             most = min(self.scheduler.max_rows, len(self.scheduler.rows) + len(self.scheduler.waiting))
-        state, draw = self.graphs.room_for(self._widths, self.scheduler.max_rows), draw_of(rows)
+        state, draw = self.graphs.room_for(self._widths, self.scheduler.max_rows), sampling_needs(rows)
         state.fill(rows)
         try:
             for size in dict.fromkeys((bucket(most), bucket(len(rows)))):

@@ -13,7 +13,7 @@ from torch import Tensor
 from proxytune.engine.logits import gumbel, min_p_floor
 
 
-class Draw(NamedTuple):
+class SamplingNeeds(NamedTuple):
     """What the sampling settings of a batch need."""
 
     noise: bool
@@ -41,7 +41,7 @@ class Sampler(NamedTuple):
         keys = self.key[:, None].expand_as(positions)
         return gumbel(keys.flatten(), positions.flatten(), vocabulary).view(*positions.shape, vocabulary)
 
-    def pick(self, logits: Tensor, positions: Tensor, noise: Tensor | None, draw: Draw) -> Tensor:
+    def pick(self, logits: Tensor, positions: Tensor, noise: Tensor | None, draw: SamplingNeeds) -> Tensor:
         """Logits [R, Q, V] at response positions [R, Q] -> tokens [R, Q]."""
         logits = self._banned(logits, positions)
         tokens = logits.argmax(-1)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from proxytune.engine.cuda.sampling import Draw, Sampler
+from proxytune.engine.cuda.sampling import Sampler, SamplingNeeds
 from proxytune.engine.kv.pages import PAGE, PagedCache
 from proxytune.engine.request import Request, Row
 
@@ -59,13 +59,13 @@ def bans_of(request: Request) -> dict[int, int]:
     return until | dict.fromkeys(request.banned, ALWAYS)
 
 
-def draw_of(rows: Sequence[Row]) -> Draw:
+def sampling_needs(rows: Sequence[Row]) -> SamplingNeeds:
     """What the sampling settings of these rows need."""
     sampled = [s for row in rows if (s := row.request.sampling).temperature > 0]
-    return Draw(bool(sampled), any(s.top_k > 0 or s.top_p < 1 or s.min_p > 0 for s in sampled))
+    return SamplingNeeds(bool(sampled), any(s.top_k > 0 or s.top_p < 1 or s.min_p > 0 for s in sampled))
 
 
-class Batch(NamedTuple):
+class DeviceBatch(NamedTuple):
     """The state of R rows, as views of the buffers."""
 
     position: Tensor  # [R] tokens of the response so far
@@ -116,7 +116,7 @@ class DeviceState:
         self._whole, self._real = self.whole.cpu().numpy().copy(), self.real.cpu().numpy().copy()
         self._present: list[Row] = []
 
-    def views(self, rows: int) -> Batch:
+    def views(self, rows: int) -> DeviceBatch:
         """The first `rows` rows."""
         position, limit, *last = self.moving[:rows].unbind(1)
         alpha_start, alpha_end, temperature, top_p, min_p = self.real[:rows].unbind(1)
@@ -125,7 +125,7 @@ class DeviceState:
             self.whole[:rows], [HEADER, models, w.eos, w.bans, w.bans, w.forced], 1
         )
         alpha_length, alpha_linear, top_k, key, forced_count = header.unbind(1)
-        return Batch(
+        return DeviceBatch(
             position,
             limit,
             self.history[:rows],

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from proxytune.engine.cuda.attention import DevicePacked, DevicePart, slots_of
-from proxytune.engine.cuda.sampling import Draw
-from proxytune.engine.cuda.state import Batch
+from proxytune.engine.cuda.sampling import SamplingNeeds
+from proxytune.engine.cuda.state import DeviceBatch
 from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.logits import log_probability, widen
 from proxytune.engine.runners.runner import ModelRunner, Runner
@@ -86,7 +86,9 @@ class DeviceStep:
         self.behind = [tuple(names) for names in together.values()]
 
     @torch.inference_mode()
-    def __call__(self, batch: Batch, ahead: Ahead, draw: Draw, branches: Branches = in_turn) -> Said:
+    def __call__(
+        self, batch: DeviceBatch, ahead: Ahead, draw: SamplingNeeds, branches: Branches = in_turn
+    ) -> Said:
         """Every row gets up to k + 1 tokens more; the batch's position, limit, history and last move on."""
         k = ahead.k
         rows, device = batch.position.shape[0], batch.position.device
@@ -117,7 +119,7 @@ class DeviceStep:
         return Said(self._accept(batch, tokens, drafts), tokens, drafts, logprobs)
 
     def _run_ahead(
-        self, batch: Batch, positions: Tensor, noise: Tensor | None, k: int, draw: Draw
+        self, batch: DeviceBatch, positions: Tensor, noise: Tensor | None, k: int, draw: SamplingNeeds
     ) -> tuple[Tensor, list[Logits]]:
         """What the front says in the next k positions: drafts [R, k], and its logits at each."""
         drafts, before = positions.new_zeros(positions.shape[0], 0), list[Logits]()
@@ -130,13 +132,13 @@ class DeviceStep:
             drafts = torch.cat([drafts, said], 1)
         return drafts, before
 
-    def _passages(self, batch: Batch, k: int, size: int) -> Tensor:
+    def _passages(self, batch: DeviceBatch, k: int, size: int) -> Tensor:
         """What followed the last tokens when they were said before: drafts [R, k], -1 where there are
         none."""
         found = continuations(batch.history[:, :-1], batch.known(self.lead), k)
         return found.masked_fill(found >= size, -1)  # virtual tokens of a soft prompt are said by nobody
 
-    def _accept(self, batch: Batch, tokens: Tensor, drafts: Tensor) -> Tensor:
+    def _accept(self, batch: DeviceBatch, tokens: Tensor, drafts: Tensor) -> Tensor:
         """How many tokens [R] stand: up to the first that no draft foresaw, to the end of the response and to
         its limit. The batch moves on by them."""
         agreed = (tokens[:, :-1] == drafts).long().cumprod(1).sum(1)
@@ -162,7 +164,7 @@ class DeviceStep:
         spelt = self.spelt.get(name)
         return tokens if spelt is None else spelt[tokens]
 
-    def _forward(self, names: Sequence[str], batch: Batch, drafts: Tensor, ahead: int) -> Logits:
+    def _forward(self, names: Sequence[str], batch: DeviceBatch, drafts: Tensor, ahead: int) -> Logits:
         """One forward of models on the same weights: with `ahead` 0 of every row's last token and the drafts
         [R, N] that follow it, else of the drafts alone, which are `ahead` tokens further."""
         parts, ids, places, spans = list[DevicePart](), list[Tensor](), list[Tensor](), dict[str, slice]()
@@ -185,7 +187,9 @@ class DeviceStep:
             aligned[name] = own.view(rows, -1, own.shape[-1])
         return aligned
 
-    def _part(self, name: str, batch: Batch, new: int, ahead: int, span: slice) -> tuple[DevicePart, Tensor]:
+    def _part(
+        self, name: str, batch: DeviceBatch, new: int, ahead: int, span: slice
+    ) -> tuple[DevicePart, Tensor]:
         """Where the `new` next tokens of every row go, and their positions [R, new]."""
         runner = self.runners[name]
         assert isinstance(runner.cache, PagedCache)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from proxytune.engine.runners.lora import SharedLora, SpanLora, SpanMismatch
 from proxytune.engine.runners.reference import ReferenceRunner
 from proxytune.engine.runners.runner import Forward, ModelRunner, Runner
-from proxytune.engine.runners.vocab_map import Alignment
+from proxytune.engine.runners.vocab_map import VocabMap
 
 __all__ = [
-    "Alignment",
     "Forward",
     "ModelRunner",
     "ReferenceRunner",
@@ -16,4 +15,5 @@ __all__ = [
     "SharedLora",
     "SpanLora",
     "SpanMismatch",
+    "VocabMap",
 ]

@@ -14,7 +14,7 @@ from proxytune.engine.kv.cache import Rows
 from proxytune.engine.logits import widen
 from proxytune.engine.request import Segment, Work
 from proxytune.engine.runners.runner import Forward
-from proxytune.engine.runners.vocab_map import Alignment
+from proxytune.engine.runners.vocab_map import VocabMap
 
 
 class ReferenceRows:
@@ -75,7 +75,7 @@ class ReferenceRunner:
     def __init__(
         self,
         model: Forward,
-        alignment: Alignment,
+        alignment: VocabMap,
         window: int,
         device: torch.device,
         tokens: int,

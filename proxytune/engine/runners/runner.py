@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from proxytune.engine.attention.packed import Packed, Part
+from proxytune.engine.attention.packed import Packed, PackedPart
 from proxytune.engine.kernels.linear import rounded
 from proxytune.engine.kv.cache import KVCache, Placement, Rows, integers
 from proxytune.engine.logits import widen
 from proxytune.engine.request import Work
 from proxytune.engine.runners.lora import SharedLora
-from proxytune.engine.runners.vocab_map import Alignment
+from proxytune.engine.runners.vocab_map import VocabMap
 
 Forward = Callable[..., Any]
 """A causal language model's forward: keyword arguments as in Hugging Face, an object with `.logits`."""
@@ -27,7 +27,7 @@ Forward = Callable[..., Any]
 class Runner(Protocol):
     """What the engine needs of a model."""
 
-    alignment: Alignment
+    alignment: VocabMap
     window: int
     """Most tokens that the model takes."""
 
@@ -53,7 +53,7 @@ class ModelRunner:
         self,
         model: Forward,
         cache: KVCache,
-        alignment: Alignment,
+        alignment: VocabMap,
         window: int,
         device: torch.device,
         *,
@@ -93,7 +93,7 @@ def run_together(parts: Sequence[tuple[ModelRunner, Work]]) -> list[Tensor]:
         ids += [i for s in segments for i in s.ids]
         keep += [start + index for index in wanted]
         tokens = slice(start, len(ids))
-        packed.append(Part(runner.cache, at, tokens))
+        packed.append(PackedPart(runner.cache, at, tokens))
         if runner.adapter is not None:
             spans[runner.adapter] = tokens
     positions = [part.at.positions for part in packed]
@@ -122,7 +122,7 @@ def run_together(parts: Sequence[tuple[ModelRunner, Work]]) -> list[Tensor]:
     return results
 
 
-def _embedded(parts: Sequence[tuple[ModelRunner, Work]], ids: Tensor, packed: Sequence[Part]) -> Tensor:
+def _embedded(parts: Sequence[tuple[ModelRunner, Work]], ids: Tensor, packed: Sequence[PackedPart]) -> Tensor:
     """Embeddings [1, T, d], every part's by its own table: virtual ids mean each model's own soft prompt."""
     pieces, last = [], len(packed) - 1
     for index, ((runner, _), part) in enumerate(zip(parts, packed, strict=True)):

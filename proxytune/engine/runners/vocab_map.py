@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Alignment:
+class VocabMap:
     """How one model's vocabulary maps to the base's, by token identity."""
 
     size: int
@@ -29,7 +29,7 @@ class Alignment:
             return logits[:, : self.size]
         return logits[:, self.columns.to(logits.device)]
 
-    def on(self, device: torch.device) -> Alignment:
+    def on(self, device: torch.device) -> VocabMap:
         """The same with its tensors on a device: copies within a step would wait for it."""
         columns, shared = (None if t is None else t.to(device) for t in (self.columns, self.shared))
         return replace(self, columns=columns, shared=shared)

@@ -43,7 +43,7 @@ LOOKED_UP = 32
 
 
 @dataclass
-class Share:
+class FadingRate:
     """How many of those that were asked about held; old ones fade."""
 
     held: float
@@ -207,11 +207,11 @@ class Pace:
     """The front again, where all drafts stood, and the choice of the last token."""
     lookup: Times = field(default_factory=Times)
     """All models at once, where earlier passages are the drafts."""
-    acceptance: Share = field(default_factory=lambda: Share(2.8, 4.0))
+    acceptance: FadingRate = field(default_factory=lambda: FadingRate(2.8, 4.0))
     """Drafts of the front that the proxy was asked about; the start is a guess."""
-    guesses: Share = field(default_factory=lambda: Share(1.0, 2.0))
+    guesses: FadingRate = field(default_factory=lambda: FadingRate(1.0, 2.0))
     """Tokens of earlier passages that the drafter was asked about."""
-    passages: Share = field(default_factory=lambda: Share(1.0, 2.0, memory=0.9))
+    passages: FadingRate = field(default_factory=lambda: FadingRate(1.0, 2.0, memory=0.9))
     """Tokens of earlier passages against what the proxy said, whether they were drafts or not. Quotations
     come and go: what is old counts for little."""
     forwards: float = 1.0

@@ -14,7 +14,7 @@ from torch import Tensor
 from proxytune.config import Sampling, parse_alpha
 from proxytune.engine.cuda.attention import slots_of
 from proxytune.engine.cuda.sampling import cut
-from proxytune.engine.cuda.state import DeviceState, Widths, bans_of, draw_of
+from proxytune.engine.cuda.state import DeviceState, Widths, bans_of, sampling_needs
 from proxytune.engine.cuda.step import Said
 from proxytune.engine.kv.cache import CacheSpec, LayerShape
 from proxytune.engine.kv.pages import PAGE, PagedCache
@@ -100,7 +100,7 @@ def test_a_filled_state_picks_what_the_host_picks(made: list[tuple[Request, int]
         row.tokens += range(said)
         rows.append(row)
     state = state_of(rows, 6)
-    batch, draw = state.views(6), draw_of(rows)
+    batch, draw = state.views(6), sampling_needs(rows)
     positions = batch.position[:, None] + torch.arange(3)
     logits = random_logits(seed, 6, 3, VOCABULARY)
     noise = batch.sampler.noise(positions, VOCABULARY) if draw.noise else None

@@ -18,7 +18,7 @@ from proxytune.decoding.decoder import Decoder
 from proxytune.engine.cuda import loop as device_loop
 from proxytune.engine.cuda.graphs import Graphs
 from proxytune.engine.cuda.loop import DeviceLoop
-from proxytune.engine.cuda.sampling import Draw
+from proxytune.engine.cuda.sampling import SamplingNeeds
 from proxytune.engine.cuda.state import bucket
 from proxytune.engine.engine import Engine
 from proxytune.engine.kv.pages import PagedCache
@@ -345,7 +345,7 @@ def test_padding_writes_to_the_spare_page_alone(trio: System) -> None:
     alive = state.views(4).position < state.views(4).limit
     assert alive.tolist() == [True, True, False, False]
     before = [[pool.clone() for pool in cache.pools(0)] for cache in caches]  # type: ignore[attr-defined]
-    engine.device.graphs.step(state.views(4), Ahead(2), Draw(False, False))
+    engine.device.graphs.step(state.views(4), Ahead(2), SamplingNeeds(False, False))
     for cache, pools in zip(caches, before, strict=True):
         assert isinstance(cache, PagedCache)
         own = {page for table in cache.tables[:2] for page in table} | {cache.spare}

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from proxytune.config import ExpertSpec, ModelSpec, Role, Sampling, System
 from proxytune.decoding.decoder import Decoder
-from proxytune.engine.cuda.sampling import Draw
-from proxytune.engine.cuda.state import Batch
+from proxytune.engine.cuda.sampling import SamplingNeeds
+from proxytune.engine.cuda.state import DeviceBatch
 from proxytune.engine.cuda.step import DeviceStep, Said
 from proxytune.engine.speculative.draft_length import Ahead
 from proxytune.models.loading import Models
@@ -71,7 +71,7 @@ def operations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     as_on_a_device(monkeypatch)
     call, found = DeviceStep.__call__, list[int]()
 
-    def watched(self: DeviceStep, batch: Batch, ahead: Ahead, draw: Draw) -> Said:
+    def watched(self: DeviceStep, batch: DeviceBatch, ahead: Ahead, draw: SamplingNeeds) -> Said:
         step, there = on_meta(monkeypatch, (self, batch))
         with OneDevice() as mode:
             said = call(step, there, ahead, draw).packed()
