@@ -1,6 +1,6 @@
 """`python -m proxytune`."""
 
-from proxytune.cli.app import app
+from proxytune.cli import main
 
 if __name__ == "__main__":
-    app(prog_name="proxytune")
+    main()

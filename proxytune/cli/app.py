@@ -97,3 +97,8 @@ for group in (app, analyze):
     for command in group.registered_commands:
         assert command.callback is not None
         command.help = paragraphs(command.callback.__doc__ or "")
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    app(prog_name="proxytune")

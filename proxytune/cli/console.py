@@ -18,7 +18,7 @@ from proxytune.options import CodeOptions
 from proxytune.records import Run
 
 if TYPE_CHECKING:
-    from proxytune.runs.judging import Dialogue
+    from proxytune.runs import judging
     from proxytune.sandbox import Sandbox
     from proxytune.tasks import Task
 
@@ -108,12 +108,12 @@ def asked_on_terminal() -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def dialogue() -> Dialogue:
+def dialogue() -> judging.Dialogue:
     """How judging speaks with the user of a command: on stderr, with a question where there is a terminal."""
-    from proxytune.runs.judging import Dialogue
+    from proxytune.runs import judging
 
     ask = asked_on_terminal if sys.stdin.isatty() else None
-    return Dialogue(note=say, ask=ask, on_progress=judging_progress())
+    return judging.Dialogue(note=say, ask=ask, on_progress=judging_progress())
 
 
 def judging_progress() -> Callable[[int, int], None]:

@@ -20,8 +20,9 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from proxytune import hub
 from proxytune.config import DEMO_SCHEME, ExpertSpec, ModelSpec, Role, System
+from proxytune.engine.attention import Forward
 from proxytune.engine.kernels import use_row_linears, use_row_norms
-from proxytune.engine.runners import Forward, VocabMap
+from proxytune.engine.runners import VocabMap
 from proxytune.errors import UserError, needs_extra
 from proxytune.models.adapters import (
     BAD_CHECKPOINT,

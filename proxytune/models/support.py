@@ -11,17 +11,15 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from proxytune.engine.attention import NAME, Discovery, LlamaForward, MissingContext, attend
+from proxytune.engine.attention import NAME, Discovery, Forward, LlamaForward, MissingContext, attend
 from proxytune.engine.kv import CacheSpec, LayerShape, SlotCache
-from proxytune.engine.request import Segment, Work
-from proxytune.engine.runners import Forward, ModelRunner, ReferenceRunner, VocabMap
+from proxytune.engine.runners import ModelRunner, ReferenceRunner, VocabMap, feed
 from proxytune.errors import UserError
 
 AttentionInterface.register(NAME, attend)
@@ -192,12 +190,10 @@ def _probe(
     for _ in ids:
         cache.admit()
     for chunk in (slice(0, 4), slice(4, 10), slice(10, None)):
-        parts = [Segment(row, tuple(tokens[chunk])) for row, tokens in enumerate(ids) if tokens[chunk]]
+        parts = {row: tokens[chunk] for row, tokens in enumerate(ids) if tokens[chunk]}
         cache.reserve([len(tokens[: chunk.stop]) for tokens in ids])
-        ends = list(accumulate(len(part.ids) for part in parts))
-        logits = runner.forward(Work(parts, [end - 1 for end in ends]))
-        for part, got in zip(parts, logits, strict=True):
-            errors.append(difference(got, plain[part.row][cache.lengths[part.row] - 1]))
+        for row, got in feed(runner, parts).items():
+            errors.append(difference(got, plain[row][cache.lengths[row] - 1]))
     return max(errors, key=lambda error: (math.isnan(error), error))
 
 
@@ -249,7 +245,7 @@ def _own_cache_is_right(model: PreTrainedModel, ids: list[int], plain: Tensor, l
     at = 0
     for count in (5, 1, len(ids) - 6):
         try:
-            logits = runner.forward(Work([Segment(0, tuple(ids[at : at + count]))], [count - 1]))
+            logits = feed(runner, {0: ids[at : at + count]})
         except ANOTHER_MAKE:
             return False  # some caches take one token at a time only
         at += count

@@ -21,7 +21,7 @@ from proxytune.records import Run
 
 if TYPE_CHECKING:
     from proxytune.models import Models
-    from proxytune.report.tables import RoleRow
+    from proxytune.report import tables
     from proxytune.sandbox import Sandbox
 
 CONTROL = "base, opener forced"
@@ -141,7 +141,7 @@ def _run_all(
     return found
 
 
-def _table(rows: list[RoleRow], extras: list[Extra]) -> Table:
+def _table(rows: list[tables.RoleRow], extras: list[Extra]) -> Table:
     """The table of one task, with the extra lines after the roles that they belong to."""
     from proxytune.report import tables
 
@@ -157,7 +157,7 @@ def _table(rows: list[RoleRow], extras: list[Extra]) -> Table:
     return table
 
 
-def _as_json(rows: list[RoleRow], extras: Mapping[str, list[Extra]]) -> dict[str, Any]:
+def _as_json(rows: list[tables.RoleRow], extras: Mapping[str, list[Extra]]) -> dict[str, Any]:
     """The form of the design, with the extra lines, intervals, memory and time beside it."""
     from proxytune.report import tables
     from proxytune.runs import evaluation

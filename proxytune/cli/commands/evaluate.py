@@ -30,7 +30,7 @@ from proxytune.records import Run
 
 if TYPE_CHECKING:
     from proxytune.models import Models
-    from proxytune.runs.evaluation import Evaluation
+    from proxytune.runs import evaluation
 
 
 class EvalCommand(TyperCommand):
@@ -97,7 +97,7 @@ def with_sampling(task: str, run: RunOptions, changes: Changes) -> RunOptions:
 
 def prepared(
     models: Models, task: str, run: RunOptions, decode: DecodeOptions, judge: JudgeOptions
-) -> Evaluation:
+) -> evaluation.Evaluation:
     """What a command evaluates, with its judge and its sandbox checked. Says on stderr what is loaded, what
     judging costs, and whether code is run."""
     from proxytune.runs import evaluation

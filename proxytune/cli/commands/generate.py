@@ -116,9 +116,9 @@ class Speaker:
 
     def alpha_of(self, role: Role, asked: str | None) -> AlphaSchedule | None:
         """The checked alpha of a role."""
-        from proxytune.runs.evaluation import alpha_for
+        from proxytune.runs import evaluation
 
-        return alpha_for(self.system, role, asked, allow_negative=self.allow_negative)
+        return evaluation.alpha_for(self.system, role, asked, allow_negative=self.allow_negative)
 
     def decoder(self, role: Role) -> Decoder:
         """The decoder of a role; says on stderr what a user should know about its models."""

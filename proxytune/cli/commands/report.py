@@ -16,7 +16,7 @@ from proxytune.records import Run
 from proxytune.results import write_atomically
 
 if TYPE_CHECKING:
-    from proxytune.paper.recipes import Recipe
+    from proxytune.paper import recipes
 
 DEMO_TABLE = re.compile(r"(<!-- demo-table -->\n).*?(<!-- /demo-table -->)", re.DOTALL)
 
@@ -124,7 +124,7 @@ def print_tables(root: Path, asked: Shown) -> None:
         print(f"{others} finished runs with other settings are not shown: name their folder to see them")
 
 
-def print_beside_paper(runs: Sequence[Run], *, as_markdown: bool, only: Recipe | None = None) -> None:
+def print_beside_paper(runs: Sequence[Run], *, as_markdown: bool, only: recipes.Recipe | None = None) -> None:
     """The paper's tables that these runs belong to, with their figures beside the paper's."""
     from proxytune.paper import published
     from proxytune.report import paper_tables as beside

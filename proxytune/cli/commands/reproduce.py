@@ -22,8 +22,7 @@ from proxytune.results import read_rows, read_run
 if TYPE_CHECKING:
     from proxytune.cli.commands.reproduce_plan import Planned, RecipePlan
     from proxytune.judges import Judge
-    from proxytune.paper.cost import RecipeChoice, SystemPlan
-    from proxytune.paper.recipes import Recipe
+    from proxytune.paper import cost, recipes
     from proxytune.sandbox import Sandbox
 
 
@@ -84,8 +83,8 @@ def reproduce(
 class Asked:
     """What the options of `reproduce` ask for."""
 
-    recipe: Recipe
-    choice: RecipeChoice
+    recipe: recipes.Recipe
+    choice: cost.RecipeChoice
     judges: Mapping[str, str]
     """Task -> judge, as for --judge."""
     judging: JudgeOptions
@@ -208,7 +207,7 @@ def _agree(plan: RecipePlan, asked: Asked) -> None:
         raise UserError("nothing was done")
 
 
-def _run(one: SystemPlan, runs: Sequence[Planned], asked: Asked, sandbox: Sandbox | None) -> None:
+def _run(one: cost.SystemPlan, runs: Sequence[Planned], asked: Asked, sandbox: Sandbox | None) -> None:
     """All runs of a system; each model is loaded once, the tuned one when the others have gone."""
     from proxytune.models import Models
     from proxytune.runs import evaluation, session

@@ -16,7 +16,7 @@ from proxytune.models import free_memory
 from proxytune.options import JudgeOptions
 from proxytune.paper import cost, recipes
 from proxytune.records import Run
-from proxytune.report.tables import size
+from proxytune.report import tables
 from proxytune.results import RUN, read_rows, read_run
 from proxytune.tasks import TASKS
 
@@ -175,10 +175,10 @@ def lines(plan: RecipePlan) -> Iterator[str]:
     yield from _judge_lines(plan)
     if any(TASKS[p.task].execute for p in plan.runs):
         yield "  code    model-written code is run only with --allow-code-execution, in a sandbox"
-    download = UNKNOWN if plan.download is None else size(int(plan.download)) or "nothing"
+    download = UNKNOWN if plan.download is None else tables.size(int(plan.download)) or "nothing"
     usd = "unknown (give --price IN,OUT)" if plan.usd is None else f"about {plan.usd:.2f} USD"
     usd = usd if plan.estimates else "nothing to pay"
-    yield f"  free    {size(free_memory('auto'))} of memory on this machine's GPUs and CPU"
+    yield f"  free    {tables.size(free_memory('auto'))} of memory on this machine's GPUs and CPU"
     yield f"  in all  {_count(plan.runs)}; models to download: {download}; judges: {usd}"
 
 
@@ -237,4 +237,4 @@ def _count(runs: Sequence[Planned]) -> str:
 
 def _bytes(count: float | None) -> str:
     """Bytes, or that nobody knows."""
-    return UNKNOWN if count is None else size(int(count)) or "nothing"
+    return UNKNOWN if count is None else tables.size(int(count)) or "nothing"

@@ -7,7 +7,9 @@ group is one attention call: decode is one group, every prefill chunk another.""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,8 @@ from proxytune.engine.kernels.cpu_attention import attend_slots, takes
 from proxytune.engine.kv.cache import LayerShape
 from proxytune.engine.kv.slots import SlotCache
 
+Forward = Callable[..., Any]
+"""A causal language model's forward: keyword arguments as in Hugging Face, an object with `.logits`."""
 NAME = "proxytune"
 """Our name in the registry of attention functions."""
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from proxytune.engine.runners.lora import SharedLora, SpanLora, SpanMismatch
 from proxytune.engine.runners.reference import ReferenceRunner
-from proxytune.engine.runners.runner import Forward, ModelRunner, Runner
+from proxytune.engine.runners.runner import ModelRunner, Runner, feed
 from proxytune.engine.runners.vocab_map import VocabMap
 
 __all__ = [
-    "Forward",
     "ModelRunner",
     "ReferenceRunner",
     "Runner",
@@ -16,4 +15,5 @@ __all__ = [
     "SpanLora",
     "SpanMismatch",
     "VocabMap",
+    "feed",
 ]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from proxytune.engine.attention.attention import Forward
 from proxytune.engine.kv.cache import Rows
 from proxytune.engine.logits import widen
 from proxytune.engine.request import Segment, Work
-from proxytune.engine.runners.runner import Forward
 from proxytune.engine.runners.vocab_map import VocabMap
 
 

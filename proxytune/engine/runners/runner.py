@@ -7,21 +7,20 @@ serves the families that do not go through our attention."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from proxytune.engine.attention.attention import Forward
 from proxytune.engine.attention.packed import Packed, PackedPart
 from proxytune.engine.kernels.linear import rounded
 from proxytune.engine.kv.cache import KVCache, Placement, Rows, integers
 from proxytune.engine.logits import widen
-from proxytune.engine.request import Work
+from proxytune.engine.request import Segment, Work
 from proxytune.engine.runners.lora import SharedLora
 from proxytune.engine.runners.vocab_map import VocabMap
-
-Forward = Callable[..., Any]
-"""A causal language model's forward: keyword arguments as in Hugging Face, an object with `.logits`."""
 
 
 class Runner(Protocol):
@@ -130,6 +129,14 @@ def _embedded(parts: Sequence[tuple[ModelRunner, Work]], ids: Tensor, packed: Se
         tokens = part.tokens if index < last else slice(part.tokens.start, None)
         pieces.append(runner.embed(ids[:, tokens]))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def feed(runner: Runner, rows: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+    """Feed these tokens of some rows, in ascending order. -> row: logits [V] after the last of its tokens."""
+    segments = [Segment(row, tuple(ids)) for row, ids in rows.items()]
+    ends = list(accumulate(len(segment.ids) for segment in segments))
+    logits = runner.forward(Work(segments, [end - 1 for end in ends]))
+    return dict(zip(rows, logits, strict=True))
 
 
 def forward_all(runners: Mapping[str, Runner], work: Mapping[str, Work]) -> dict[str, Tensor]:
