@@ -19,6 +19,7 @@ from proxytune.demo import world
 from proxytune.demo.world import OPENERS
 from proxytune.errors import UserError
 from proxytune.sandbox.sandbox import Sandbox
+from tests.support import command_line
 from tests.support.checkout import ROOT, environment
 from tests.support.require import require_demo
 
@@ -57,19 +58,27 @@ def isolates() -> bool:
     return True
 
 
-def test_a_small_demo_has_the_promised_form(tmp_path: Path) -> None:
-    tasks = json.loads(proxytune(tmp_path, "demo", "--limit", "8", "--json").stdout)["tasks"]
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a small demo, in which `kept` holds its runs, and what it printed."""
+    require_demo()
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, proxytune(folder, "demo", "--limit", "4", "--out", "kept").stdout
+
+
+def test_a_small_demo_has_the_promised_form(kept: tuple[Path, str]) -> None:
+    folder, _ = kept
+    tasks = json.loads(proxytune(folder, "demo", "--limit", "4", "--out", "kept", "--json").stdout)["tasks"]
     assert list(tasks) == [name for name in FAMILIES if name != "humaneval" or isolates()]
     for name, task in tasks.items():
-        assert task["n"] == 8 and all(0 <= task[role] <= 1 for role in ROLES) and "gap_closed" in task
+        assert task["n"] == 4 and all(0 <= task[role] <= 1 for role in ROLES) and "gap_closed" in task
         assert task["metric"] == FAMILIES[name]
         assert ("base_opener_forced" in task) == (name in OPENERS) and "tuned_mid" in task
         assert all(row["memory_bytes"] > 0 and row["ms_per_token"] > 0 for row in task["rows"].values())
-    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_small_demo_prints_tables_and_keeps_runs_when_asked(tmp_path: Path) -> None:
-    shown = proxytune(tmp_path, "demo", "--limit", "4", "--out", "kept").stdout
+def test_a_small_demo_prints_tables_and_keeps_runs_when_asked(kept: tuple[Path, str]) -> None:
+    folder, shown = kept
     for text in (
         "gsm: exact_match",
         "base, opener forced",
@@ -78,10 +87,10 @@ def test_a_small_demo_prints_tables_and_keeps_runs_when_asked(tmp_path: Path) ->
         "stored in kept",
     ):
         assert text in shown
-    assert len(list((tmp_path / "kept" / "demo" / "gsm").rglob("run.json"))) == len(ROLES) + 1
-    report = proxytune(tmp_path, "report", "kept", "--markdown").stdout
+    assert len(list((folder / "kept" / "demo" / "gsm").rglob("run.json"))) == len(ROLES) + 1
+    report = proxytune(folder, "report", "kept", "--markdown").stdout
     assert "| demo | proxy |" in report and "| demo | base, opener forced |" in report
-    again = proxytune(tmp_path, "demo", "--limit", "4", "--out", "kept")
+    again = proxytune(folder, "demo", "--limit", "4", "--out", "kept")
     assert again.stdout == shown and "done already" in again.stderr
 
 
@@ -93,20 +102,25 @@ def test_without_a_sandbox_functions_are_left_out_and_the_rest_runs(
 
     monkeypatch.setattr(Sandbox, "open", none)
     monkeypatch.setattr(world, "TASKS", ("toxigen", "humaneval"))
-    cli_demo.demo(limit=2, out=tmp_path, json=True)
+    monkeypatch.chdir(tmp_path)
+    cli_demo.demo(limit=2, out=None, json=True)
+    assert list(tmp_path.iterdir()) == [], "without --out nothing is written"
     said = capsys.readouterr()
     assert list(json.loads(said.out)["tasks"]) == ["toxigen"]
     assert "humaneval is left out: no sandbox works here" in said.err
 
 
 @pytest.mark.parametrize("task", plumbing.MAKERS)
-def test_a_check_of_the_plumbing_says_what_it_is_wherever_it_is_shown(tmp_path: Path, task: str) -> None:
+def test_a_check_of_the_plumbing_says_what_it_is_wherever_it_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     settings = ("--limit", "2", "--max-new-tokens", "8")
-    shown = proxytune(tmp_path, "eval", task, *settings, "--out", "runs/demo/own/proxy").stdout
+    shown = command_line.proxytune("eval", task, *settings, "--out", "runs/demo/own/proxy").stdout
     assert "check of the plumbing" in shown
     stored = results.read_run(tmp_path / "runs" / "demo" / "own" / "proxy")
     assert stored.spec.data == "plumbing" and stored.n == 2
-    report = proxytune(tmp_path, "report", "runs", "--markdown").stdout
+    report = command_line.proxytune("report", "runs", "--markdown").stdout
     assert "proxy (check of the plumbing)" in report
 
 
@@ -116,20 +130,22 @@ def test_every_task_has_items_for_the_demo_system() -> None:
     assert set(load_system("demo").data) == set(TASKS)
 
 
-def test_the_demo_models_take_real_questions(tmp_path: Path, reference: Path) -> None:
+def test_the_demo_models_take_real_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
     data = str(reference / "data" / "gsm8k" / "test.jsonl")
-    done = proxytune(
-        tmp_path, "eval", "gsm", "--data", data, "--limit", "50", "--max-new-tokens", "64", "--json"
-    )
+    settings = ("--limit", "50", "--max-new-tokens", "64", "--json")
+    done = command_line.proxytune("eval", "gsm", "--data", data, *settings)
     assert json.loads(done.stdout)["n"] == 50
 
 
-def test_the_demo_models_take_any_character(tmp_path: Path) -> None:
+def test_the_demo_models_take_any_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     odd = {"question": "Zoë 有 3 🍎\u2028 and\ttwo \x7f. How many?", "answer": "#### 5"}
     (tmp_path / "odd.jsonl").write_text(json.dumps(odd) + "\n")
-    done = proxytune(
-        tmp_path, "eval", "gsm", "--data", "odd.jsonl", "--max-new-tokens", "64", "--as", "all", "--json"
-    )
+    settings = ("--max-new-tokens", "64", "--as", "all", "--json")
+    done = command_line.proxytune("eval", "gsm", "--data", "odd.jsonl", *settings)
     assert json.loads(done.stdout)["n"] == 1
 
 

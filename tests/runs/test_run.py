@@ -274,7 +274,7 @@ def test_a_killed_process_is_continued(
     if how == signal.SIGINT:
         assert "60 examples are kept" in told.splitlines()[-1] and "Traceback" not in told
     assert results.read_run(tmp_path / "killed").status == "running"
-    same = {"limit": 60, "batch": 2, "sampling": Sampling(max_new_tokens=40)}
+    same = {"limit": 60, "batch": 30, "sampling": Sampling(max_new_tokens=40)}  # the batch decides nothing
     done = {name: evaluate(system, models, tmp_path / name, **same) for name in ("killed", "whole")}
     assert done["killed"].metrics == done["whole"].metrics and done["killed"].cost.sessions == 2
     assert results.read_rows(tmp_path / "killed") == results.read_rows(tmp_path / "whole")
