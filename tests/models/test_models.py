@@ -24,8 +24,8 @@ from proxytune.engine.request import Segment, Work
 from proxytune.engine.runners.runner import ModelRunner, forward_all
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
-from proxytune.models.loading import Models
-from proxytune.options import DecodeOptions, load_module
+from proxytune.models.loading import Models, load_module
+from proxytune.options import DecodeOptions
 from proxytune.records import Completion
 from tests.support import oracle, tiny
 from tests.support.adapters import fresh, on_anti, system

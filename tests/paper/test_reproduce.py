@@ -16,6 +16,7 @@ from proxytune import results
 from proxytune.config import ModelSpec, load_system
 from proxytune.errors import UserError
 from proxytune.paper import cost as reproduce
+from proxytune.paper import published
 from proxytune.paper import recipes as paper
 from proxytune.report import paper_tables as report_paper
 from tests.support import nine
@@ -74,7 +75,7 @@ def test_every_recipe_parses_and_names_its_command() -> None:
 
 
 def test_the_lines_of_the_tables_are_runs_of_ours() -> None:
-    lines = {name: paper.published_lines(paper.load_recipe(name), paper.read_paper()) for name in RECIPES}
+    lines = {name: paper.published_lines(paper.load_recipe(name), published.read_paper()) for name in RECIPES}
     first = lines["table2"][0]
     assert (first.size, first.role) == ("7B", "tuned")
     assert first.keys[1] == ("llama2-13b-chat", "gsm", "expert"), (

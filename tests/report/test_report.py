@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from proxytune.paper import recipes as paper
+from proxytune.paper import published as paper
+from proxytune.paper import recipes
 from proxytune.records import Run
 from proxytune.report import examples as report_text
 from proxytune.report import paper_tables as report_paper
@@ -94,8 +95,8 @@ def test_the_papers_headline_comes_out_of_the_stored_metrics() -> None:
 
 def test_printed_and_stored_figures_differ_in_the_four_known_cells() -> None:
     published = paper.read_paper()
-    recipes = [paper.load_recipe(name) for name in ("table2", "table3", "table4", "table5")]
-    tables = [report_paper.markdown_side_by_side(recipe, published, {}) for recipe in recipes]
+    loaded = [recipes.load_recipe(name) for name in ("table2", "table3", "table4", "table5")]
+    tables = [report_paper.markdown_side_by_side(recipe, published, {}) for recipe in loaded]
     assert [table.count("printed") for table in tables] == [2, 0, 1, 1]
 
 

@@ -258,7 +258,7 @@ def wait_for_rows(path: Path, count: int, process: subprocess.Popen[str]) -> Non
 def test_a_killed_process_is_continued(
     yaml: Path, system: System, models: Models, tmp_path: Path, how: signal.Signals
 ) -> None:
-    options = ["--limit", "60", "--batch", "2", "--max-new-tokens", "40", "--out", str(tmp_path / "killed")]
+    options = ["--limit", "60", "--batch", "1", "--max-new-tokens", "40", "--out", str(tmp_path / "killed")]
     process = subprocess.Popen(
         [sys.executable, "-m", "proxytune", "eval", "gsm", "--system", str(yaml), *options],
         cwd=tmp_path,

@@ -7,4 +7,5 @@ import pytest
 
 def leave_free(patch: pytest.MonkeyPatch, count: int) -> None:
     """So many bytes are free, wherever a model goes."""
-    patch.setattr("proxytune.models.memory.free_memory", lambda where=None: count)
+    for place in ("memory", "loading"):
+        patch.setattr(f"proxytune.models.{place}.free_memory", lambda where=None: count)
