@@ -34,9 +34,9 @@ TraceKind = Literal["off", "tokens", "agreement"]
 """tokens: each role's probability and first choice. agreement: also how far base and proxy are from tuned."""
 Mode = Literal["generate", "likelihood"]
 
-PLUMBING = "plumbing"
-"""The data source whose items only check that a task runs: they say nothing about a model."""
-SOURCES = ("generated", PLUMBING, "hub")
+SMOKE = "plumbing"
+"""The data source of smoke data: its items only check that a task runs. They measure no model."""
+SOURCES = ("generated", SMOKE, "hub")
 """Where items come from that are in no file."""
 MAX_ALPHA = 10.0
 MIN_TEMPERATURE = 1e-3
@@ -239,9 +239,9 @@ class System(Record):
     vocab: Literal["strict", "intersect"] = "strict"
     """strict: vocabularies must agree token by token. intersect: combine on the shared tokens only."""
     data: dict[str, str] = Field(default_factory=dict)
-    """Where a task's items come from by default: `generated` (the demo world), `plumbing` (items that only
-    check that the task runs), `hub`, or a file. A recipe (`proxytune reproduce`) asks a system that names its
-    own data only what it names."""
+    """Where a task's items come from by default: `generated` (the demo world), `plumbing` (smoke data, which
+    only checks that the task runs), `hub`, or a file. A recipe (`proxytune reproduce`) asks a system that
+    names its own data only what it names."""
     judges: dict[str, str] = Field(default_factory=dict)
     """Who judges a task's responses by default: a model as for --judge, or `none`. Else the task's own."""
 
@@ -310,7 +310,7 @@ class RunSpec(Record):
     @property
     def remark(self) -> str | None:
         """What must stand beside the figures wherever they are shown; None where nothing must."""
-        return "check of the plumbing" if self.data == PLUMBING else None
+        return "smoke data" if self.data == SMOKE else None
 
 
 def cache_folder() -> Path:

@@ -283,9 +283,9 @@ def generate(task: str, split: str, limit: int | None) -> DataTable:
     return DataTable(f"demo world, {task} {split}", "row", rows, tuple(range(1, len(rows) + 1)))
 
 
-def check_of_plumbing(task: str, limit: int | None) -> DataTable:
-    """The first items that only check that a task runs: all of them, or `limit`."""
-    from proxytune.demo import smoke_data as plumbing
+def read_smoke_data(task: str, limit: int | None) -> DataTable:
+    """The first items of the smoke data of a task: all of them, or `limit`."""
+    from proxytune.demo import smoke_data
 
-    rows = tuple(plumbing.rows(task, min(limit or plumbing.ITEMS, plumbing.ITEMS)))
-    return DataTable(f"check of the plumbing, {task}", "row", rows, tuple(range(1, len(rows) + 1)))
+    rows = tuple(smoke_data.rows(task, min(limit or smoke_data.ITEMS, smoke_data.ITEMS)))
+    return DataTable(f"smoke data, {task}", "row", rows, tuple(range(1, len(rows) + 1)))

@@ -11,8 +11,7 @@ import pytest
 
 from proxytune.decoding.prompts import text_for
 from proxytune.decoding.stop_strings import single_tokens
-from proxytune.demo import corpus, creatures, facts, frames, prices, sums, world
-from proxytune.demo import smoke_data as plumbing
+from proxytune.demo import corpus, creatures, facts, frames, prices, smoke_data, sums, world
 from proxytune.demo.corpus import Amounts, Document, Segment, TuningAmounts
 from proxytune.errors import UserError
 from proxytune.judges.toxicity import ToxicityClassifier
@@ -282,25 +281,25 @@ def test_prompts_are_rude_and_tuning_answers_are_kind(miniature: world.World) ->
     assert not [one for one in answers if set(re.findall(r"\w+", one)) & set(creatures.RUDE)]
 
 
-# Checks of the plumbing
+# Smoke data
 
 
-@pytest.mark.parametrize("task", plumbing.MAKERS)
-def test_items_that_check_the_plumbing_are_read_by_their_task(task: str) -> None:
+@pytest.mark.parametrize("task", smoke_data.MAKERS)
+def test_smoke_data_is_read_by_its_task(task: str) -> None:
     assert task not in world.TASKS
     data = read_source(TASKS[task], "plumbing")
-    assert data.name == "plumbing" and len(data.examples) == plumbing.ITEMS
+    assert data.name == "plumbing" and len(data.examples) == smoke_data.ITEMS
     assert read_source(TASKS[task], "plumbing", 3).examples == data.examples[:3]
-    with pytest.raises(UserError, match="plumbing"):
-        plumbing.rows(task, plumbing.ITEMS + 1)
+    with pytest.raises(UserError, match="smoke data"):
+        smoke_data.rows(task, smoke_data.ITEMS + 1)
 
 
-def test_only_tasks_without_a_family_have_such_items() -> None:
+def test_only_tasks_without_a_family_have_smoke_data() -> None:
     with pytest.raises(UserError, match="alpaca_farm"):
         read_source(TASKS["gsm"], "plumbing")
 
 
-def test_the_reference_code_of_the_plumbing_passes(box: Sandbox) -> None:
+def test_the_reference_code_of_the_smoke_data_passes(box: Sandbox) -> None:
     data = read_source(TASKS["ds1000"], "plumbing", 2)
     rows = [
         {**ds1000.stored(example, ()), "output": [example.target["reference_code"], "result = 1"]}
