@@ -56,8 +56,8 @@ def wrapped(words: str, indent: int, first: str = "") -> str:
 
 def lines_of(param: Any, context: Any) -> str:
     """One option or argument with its help, as `--help` has it."""
-    names, told = param.get_help_record(context)
-    return wrapped(told, 32, f"  {names} ")
+    names, text = param.get_help_record(context)
+    return wrapped(text, 32, f"  {names} ")
 
 
 def section(full: str, command: Any) -> str:

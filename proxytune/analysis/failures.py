@@ -101,11 +101,11 @@ def _right(row: JsonRow, run: Run, metric: str, folder: Path) -> bool:
     else:
         score = row["scores"].get(metric)
     if score not in (0.0, 1.0):
-        told = "no score" if score is None else f"the score {score:g}, which is neither right nor wrong,"
+        scored = "no score" if score is None else f"the score {score:g}, which is neither right nor wrong,"
         named = ", ".join(row["scores"])
         raise UserError(
-            f"item '{row['id']}' of '{folder}' has {told} by '{metric}': choose a --metric of right or wrong "
-            f"(it has {named})"
+            f"item '{row['id']}' of '{folder}' has {scored} by '{metric}': choose a --metric of right or "
+            f"wrong (it has {named})"
         )
     return bool(score == 1.0)
 

@@ -140,7 +140,7 @@ class PairwiseJudge:
 
     @property
     def name(self) -> str:
-        """The model; the endpoint is not told."""
+        """The model; the endpoint is not part of it."""
         return self.model
 
     @property

@@ -35,8 +35,8 @@ def main() -> None:
     for name in request["imports"]:
         try_import(name)
     secret = request["secret"].encode()
-    tell(channel, secret, {"ready": True})
-    for fd in (1, 2):  # until here they told sandbox.py why there was no start
+    send(channel, secret, {"ready": True})
+    for fd in (1, 2):  # until here sandbox.py read from them why there was no start
         os.dup2(null, fd)
     for number, job in enumerate(request["jobs"]):
         if number:
@@ -44,10 +44,10 @@ def main() -> None:
         write_files(job["files"])
         endings = [run(program, request["limits"], null, channel) for program in job["programs"]]
         report = {"results": [said for said, _ in endings], "seconds": [took for _, took in endings]}
-        tell(channel, secret, dict(report, files=collect(job["collect"], request["collect_bytes"])))
+        send(channel, secret, dict(report, files=collect(job["collect"], request["collect_bytes"])))
 
 
-def tell(channel: int, secret: bytes, content: Any) -> None:
+def send(channel: int, secret: bytes, content: Any) -> None:
     """One line of the report."""
     line, sent = b"\n" + secret + json.dumps(content).encode() + b"\n", 0
     while sent < len(line):

@@ -54,7 +54,7 @@ class DataTable:
         """This table with every name in `column` once: an equal row is dropped, a different one numbered."""
         named, dropped, renumbered = unique_rows(self.rows, column)
         number_of = dict(zip(map(id, self.rows), self.numbers, strict=True))
-        told = (
+        note = (
             f"{self.origin}: {dropped} rows dropped (equal to an earlier one of the same {column}), "
             f"{renumbered} numbered (a different row has their {column})"
         )
@@ -62,7 +62,7 @@ class DataTable:
             self,
             rows=tuple({**row, column: name} for name, row in named.items()),
             numbers=tuple(number_of[id(row)] for row in named.values()),
-            notes=(*self.notes, told) if dropped or renumbered else self.notes,
+            notes=(*self.notes, note) if dropped or renumbered else self.notes,
         )
 
     def require(self, columns: Sequence[str]) -> DataTable:

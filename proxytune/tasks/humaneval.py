@@ -23,7 +23,7 @@ from proxytune.tasks.task import Execution, Task
 SECONDS = 3.0
 """The paper's limit."""
 ALONE_SECONDS = 12.0
-"""The limit of a sample that is run once more because only a time-out tells it from its stored verdict."""
+"""The limit of a sample that is run once more: it differs from its stored verdict by a time-out only."""
 SAMPLING = Sampling(
     max_new_tokens=512,
     n=20,

@@ -36,7 +36,7 @@ class Task:
     licence: str
     """The licence of the data."""
     items: int | None
-    """Items that the paper's runs have; None where they are not told."""
+    """Items that the paper's runs have; None where the paper gives no number."""
     hub: Hub | None
     """None where the hub does not have the data."""
     columns: tuple[str, ...]

@@ -98,7 +98,7 @@ def clean(line: str) -> str:
 
 
 def prompt(text: str) -> Prompt:
-    """The raw text; only a chat model that is evaluated as itself is told what to do with it."""
+    """The raw text; only a chat model that is evaluated as itself gets an instruction with it."""
     return Prompt(plain=text, user=INSTRUCTION + text)
 
 

@@ -58,7 +58,7 @@ def _question(row: JsonRow) -> str | None:
 
 
 def _answers(row: JsonRow) -> list[Any]:
-    """The accepted spellings of a row, the usual one first where the row tells it."""
+    """The accepted spellings of a row, the usual one first where the row has it."""
     given = row.get("answer") or row.get("Answer")
     if isinstance(given, Mapping):
         found = given.get("aliases") or given.get("Aliases") or []

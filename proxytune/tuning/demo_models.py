@@ -51,7 +51,7 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 MAX_VOCABULARY = 1664
 CONTEXT = 2048
 TUNING_SEEDS = (0, 1, 2)
-"""The weights of the first are kept; the others tell how much the choice of seed matters."""
+"""The weights of the first are kept; the others show how much the choice of seed matters."""
 
 
 @dataclass(frozen=True)

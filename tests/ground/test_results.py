@@ -167,8 +167,8 @@ def test_a_run_without_rows_gives_way(tmp_path: Path) -> None:
 
 
 def test_what_decides_nothing_may_differ() -> None:
-    told = SYSTEM.model_copy(update={"description": "new words", "data": {"gsm": "hub"}})
-    assert results.differences(spec(), spec(system=told)) == {}
+    described = SYSTEM.model_copy(update={"description": "new words", "data": {"gsm": "hub"}})
+    assert results.differences(spec(), spec(system=described)) == {}
     weaker = SYSTEM.model_copy(update={"alpha": parse_alpha(0.5)})
     assert results.differences(spec(), spec(system=weaker, alpha=parse_alpha(0.5))) == {}
     as_proxy = {"role": "proxy", "system": weaker, "alpha": parse_alpha(0.5)}

@@ -58,8 +58,8 @@ def demo_blocks(page: Path) -> list[Block]:
 
 def commands(block: Block) -> list[list[str]]:
     """The `proxytune` commands of a block as lists of arguments, as bash reads them."""
-    told = r"""proxytune() { printf '%s\0' "$@"; printf '\n\0'; }""" + f"\n{block.body}"
-    done = subprocess.run(["bash", "-eu", "-c", told], capture_output=True, text=True, check=True)
+    script = r"""proxytune() { printf '%s\0' "$@"; printf '\n\0'; }""" + f"\n{block.body}"
+    done = subprocess.run(["bash", "-eu", "-c", script], capture_output=True, text=True, check=True)
     found: list[list[str]] = [[]]
     for argument in done.stdout.split("\0")[:-1]:
         if argument == "\n":
@@ -118,7 +118,7 @@ def test_the_demo_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def written(arguments: list[str]) -> list[str]:
-    """The files and folders that a command is told to write."""
+    """The files and folders that a command writes."""
     return [value for name, value in pairwise(arguments) if name in ("--out", "--html", "--figures")]
 
 

@@ -189,8 +189,8 @@ def test_filters_order_search_and_pages(show: Callable[..., Watched], demo: Path
     shifts = []
     for i in range(5):
         items.nth(i).click()
-        told = page.locator("#tokens-chosen p.small.muted").nth(1).inner_text()
-        shifts.append(float(told.split("mean shift ")[1].split(" points")[0]))
+        summary = page.locator("#tokens-chosen p.small.muted").nth(1).inner_text()
+        shifts.append(float(summary.split("mean shift ")[1].split(" points")[0]))
     assert shifts == sorted(shifts, reverse=True)
     page.select_option("#tokens-set", "1")
     page.fill("#tokens-words", "what does")

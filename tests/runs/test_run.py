@@ -269,10 +269,10 @@ def test_a_killed_process_is_continued(
     )
     wait_for_rows(tmp_path / "killed" / results.PREDICTIONS, 4, process)
     process.send_signal(how)
-    _, told = process.communicate()
+    _, printed = process.communicate()
     assert process.returncode == (-9 if how == signal.SIGKILL else 130)
     if how == signal.SIGINT:
-        assert "60 examples are kept" in told.splitlines()[-1] and "Traceback" not in told
+        assert "60 examples are kept" in printed.splitlines()[-1] and "Traceback" not in printed
     assert results.read_run(tmp_path / "killed").status == "running"
     same = {"limit": 60, "batch": 2, "sampling": Sampling(max_new_tokens=40)}
     done = {name: evaluate(system, models, tmp_path / name, **same) for name in ("killed", "whole")}

@@ -256,7 +256,7 @@ def test_an_endless_sample_is_timed_out(
     assert results(box, problems["Numpy/120"], "while True: pass") == ["timed out"]
 
 
-def test_a_problem_that_cannot_be_set_up_is_told_apart(box: Sandbox, problems: dict[str, JsonRow]) -> None:
+def test_a_problem_that_cannot_be_set_up_is_counted_apart(box: Sandbox, problems: dict[str, JsonRow]) -> None:
     item = {**problems["Numpy/120"], "test_generate_pickle": "import no_such_library"}
     execution = Execution(box, {"Numpy/120": item})
     (row,) = ds1000.execute([asked(item, "a", "b")], execution)

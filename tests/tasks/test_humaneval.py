@@ -282,7 +282,7 @@ def test_score_from_the_command_line(box: Sandbox, tmp_path: Path) -> None:
     seen = proxytune("score", "humaneval", path, "--data", data, "--json", *options)
     content = json.loads(seen.stdout)
     assert content["metrics"]["pass@1"]["value"] == 0.5 and content["execution"]["samples"] == 2
-    told = proxytune("score", "humaneval", path, "--data", data, *options).stdout
-    assert "2 samples run, 1 passed, 0 timed out; 0 of 0 stored verdicts flipped" in told
+    summary = proxytune("score", "humaneval", path, "--data", data, *options).stdout
+    assert "2 samples run, 1 passed, 0 timed out; 0 of 0 stored verdicts flipped" in summary
     none = proxytune("score", "gsm", path, *options)
     assert none.exit_code == 2 and "task 'gsm' runs no code" in none.stderr

@@ -77,13 +77,13 @@ def test_the_demo_world_comes_in_the_public_form(name: str) -> None:
         (b'{"question": "a", "answer": "1"}\n{"question": "\xe9"}', r"line 2 is not UTF-8 text \(byte 47\)"),
     ],
 )
-def test_bad_jsonl_is_told_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
+def test_bad_jsonl_is_an_error_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "t.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_source(GSM, str(tmp_path / "t.jsonl"))
 
 
-def test_bad_files_are_told(tmp_path: Path) -> None:
+def test_bad_files_are_errors(tmp_path: Path) -> None:
     whole = gzip.compress(b'{"question": "a", "answer": "1"}\n' * 50)
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-12])
     (tmp_path / "not.jsonl.gz").write_bytes(b"{}")
@@ -110,7 +110,7 @@ def test_bad_files_are_told(tmp_path: Path) -> None:
         (HEADER, "has no rows"),
     ],
 )
-def test_bad_csv_is_told_with_its_line(tmp_path: Path, content: str, message: str) -> None:
+def test_bad_csv_is_an_error_with_its_line(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "t.csv").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         read_source(get_task("truthfulqa"), str(tmp_path / "t.csv"))

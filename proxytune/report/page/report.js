@@ -28,7 +28,7 @@ const showTip = (text, box) => {
   tip.style.top = `${above > 6 ? above : box.bottom + 10}px`;
 };
 const hideTip = () => { tip.hidden = true; };
-const told = (mark) => mark.getAttribute("aria-label").replaceAll("; ", "\n");
+const tipText = (mark) => mark.getAttribute("aria-label").replaceAll("; ", "\n");
 
 for (const drawing of document.querySelectorAll(".drawing")) {
   const marks = [...drawing.querySelectorAll(MARK)];
@@ -38,7 +38,7 @@ for (const drawing of document.querySelectorAll(".drawing")) {
     lit = mark;
     if (!mark) return hideTip();
     mark.classList.add("lit");
-    showTip(told(mark), mark.getBoundingClientRect());
+    showTip(tipText(mark), mark.getBoundingClientRect());
   };
   drawing.addEventListener("pointermove", (event) => {
     const mark = event.target.closest(MARK) || nearest(marks, event);
@@ -261,12 +261,12 @@ function tokensView(data, root) {
       event.preventDefault();
       response.children[to].focus();
     });
-    const told = `${moved} of ${item.tokens.length} tokens are not what the base would have chosen here; mean shift ${(100 * mean).toFixed(1)} points`;
+    const summary = `${moved} of ${item.tokens.length} tokens are not what the base would have chosen here; mean shift ${(100 * mean).toFixed(1)} points`;
     chosen.replaceChildren(
       make("p", { class: "asked", dir: "auto" }, item.asked),
       item.expected ? make("p", { class: "small muted" }, "Reference: ", make("bdi", {}, item.expected)) : "",
       make("h3", {}, "The proxy's response, token by token"),
-      make("p", { class: "small muted" }, told),
+      make("p", { class: "small muted" }, summary),
       response, key(), inspector,
       make("h3", {}, "The same example, answered by each role"),
       make("div", { class: "answers" }, ...answers.filter((role) => item.answers[role]).map((role) => answer(role, item.answers[role]))),
