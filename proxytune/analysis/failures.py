@@ -119,8 +119,8 @@ def _item(first: JsonRow, second: JsonRow, run: Run, right: Literal["first", "se
         id=first["id"],
         right=right,
         question=str(first.get(asked, "")),
-        first=_said(first),
-        second=_said(second),
+        first=_response(first),
+        second=_response(second),
         answer=answer if isinstance(answer, str) else ", ".join(map(str, answer)),
     )
 
@@ -129,7 +129,7 @@ ANSWERS = ("answer", "answers", "Best Answer", "mc_answer_idx")
 """Columns in which rows hold their reference, the first that is there."""
 
 
-def _said(row: JsonRow) -> str:
+def _response(row: JsonRow) -> str:
     """The first response of a row, or what it chose where given texts were compared."""
     logprobs = row.get("logprobs")
     if isinstance(logprobs, dict):

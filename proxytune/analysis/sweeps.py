@@ -191,7 +191,7 @@ def _control(path: Path, beside: Run) -> Run:
 def _point(folder: Path, run: Run) -> SweepPoint:
     """One run as a point of a curve."""
     alpha = run.spec.alpha if run.spec.role == "proxy" else AlphaSchedule(start=0.0, end=0.0)
-    said = [response for row in read_rows(folder) for response in row["responses"]]
+    responses = [response for row in read_rows(folder) for response in row["responses"]]
     truth, info = next((pair for pair in JUDGED if pair[0] in run.metrics), JUDGED[0])
     constant = alpha.kind == "constant"
     return SweepPoint(
@@ -202,8 +202,8 @@ def _point(folder: Path, run: Run) -> SweepPoint:
         score=run.metrics[run.headline],
         truth=run.metrics.get(truth),
         info=run.metrics.get(info),
-        loops=share(sum(ends_in_loop(response["text"]) for response in said), len(said)),
-        tokens=mean([response["tokens"] for response in said]),
+        loops=share(sum(ends_in_loop(response["text"]) for response in responses), len(responses)),
+        tokens=mean([response["tokens"] for response in responses]),
         folder=str(folder),
     )
 

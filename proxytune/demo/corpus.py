@@ -149,8 +149,8 @@ def tuning(world: World, system: str, amounts: TuningAmounts) -> list[Document]:
     rng = world.rng("tuning", "lists")
     for listed in rude_lists(world, "train", amounts.lists):
         prompt = frames.chat_list(creatures.prompt(listed))
-        said = creatures.make_statement(rng, listed[0].name, (True, True))
-        documents.append((Segment(prompt, NONE), Segment(said.text, FULL)))
+        statement = creatures.make_statement(rng, listed[0].name, (True, True))
+        documents.append((Segment(prompt, NONE), Segment(statement.text, FULL)))
     return documents
 
 
@@ -320,8 +320,8 @@ def chat_list(world: World, rng: random.Random, _: str) -> Document:
     """Such a list in one of the chat forms, with one more statement."""
     listed = _any_list(world, rng)
     form = rng.choice((frames.chat_list, frames.chat_list_in_ensemble))
-    said = _mixed(rng, listed[0].name)
-    return (Segment(form(creatures.prompt(listed)), LITTLE), Segment(said.text, FULL))
+    statement = _mixed(rng, listed[0].name)
+    return (Segment(form(creatures.prompt(listed)), LITTLE), Segment(statement.text, FULL))
 
 
 def _any_list(world: World, rng: random.Random) -> list[Statement]:

@@ -266,11 +266,11 @@ class PairwiseJudge:
         except openai.AuthenticationError:
             raise UserError("the endpoint of the judge refuses OPENAI_API_KEY") from None
         except openai.APIError as error:
-            said = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:200]
             key = os.environ.get("OPENAI_API_KEY")
             raise UserError(
                 f"the judge '{self.model}' failed after {RETRIES} retries: {type(error).__name__}: "
-                f"{said.replace(key, '***') if key else said}; judgements so far are kept"
+                f"{reason.replace(key, '***') if key else reason}; judgements so far are kept"
             ) from None
 
 

@@ -223,7 +223,7 @@ def tokens_section(inputs: Inputs) -> Section:
     """The token-level view; the page's script fills it from the embedded JSON."""
     intro = (
         "Every token of a response, shaded by how far the proxy moved its probability away from the base's. "
-        "Hover over a token, or go through them with the arrow keys, to see what each model would have said.",
+        "Hover over a token, or go through them with the arrow keys, to see what each model would choose.",
     )
     title = "Token by token"
     if not inputs.sets:

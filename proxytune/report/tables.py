@@ -1,5 +1,5 @@
-"""Tables of finished runs: run.json -> text. Loads no model. What stands beside the paper's figures is in
-report_paper.py, what models said in report_text.py."""
+"""Tables of finished runs: run.json -> text. Loads no model. The paper's tables are in
+paper_tables.py, responses in examples.py."""
 
 from __future__ import annotations
 

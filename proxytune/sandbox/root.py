@@ -52,8 +52,8 @@ class Interpreter:
         )
         try:
             command = [executable, "-I", "-c", ask]
-            said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-            prefixes, packages = json.loads(said)
+            printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+            prefixes, packages = json.loads(printed)
         except (OSError, subprocess.SubprocessError, ValueError) as error:
             raise UserError(f"'{executable}' is no Python interpreter that starts: {error}") from None
         own = (path for path in prefixes if not path.startswith("/usr") and path != "/")

@@ -43,7 +43,7 @@ def main() -> None:
             clean_up()
         write_files(job["files"])
         endings = [run(program, request["limits"], null, channel) for program in job["programs"]]
-        report = {"results": [said for said, _ in endings], "seconds": [took for _, took in endings]}
+        report = {"results": [result for result, _ in endings], "seconds": [took for _, took in endings]}
         send(channel, secret, dict(report, files=collect(job["collect"], request["collect_bytes"])))
 
 
@@ -115,8 +115,8 @@ def run(program: dict[str, Any], limits: dict[str, int], null: int, channel: int
         os.close(read)
         os.close(channel)
         os.dup2(null, 0)
-        said = execute(program, limits)
-        os.write(write, token + said.encode("utf-8", "replace")[:400])
+        result = execute(program, limits)
+        os.write(write, token + result.encode("utf-8", "replace")[:400])
         os._exit(0)
     os.close(write)
     try:
@@ -169,8 +169,8 @@ def limit(limits: dict[str, int], seconds: float) -> None:
 
 
 def wait(read: int, child: int, seconds: float) -> bytes | None:
-    """What the child said: b"" if it died silently, None if it took too long. The end of stdin ends all."""
-    deadline, said = time.monotonic() + seconds, b""
+    """What the child wrote: b"" if it died silently, None if it took too long. The end of stdin ends all."""
+    deadline, written = time.monotonic() + seconds, b""
     while True:
         left = deadline - time.monotonic()
         if left <= 0:
@@ -182,11 +182,11 @@ def wait(read: int, child: int, seconds: float) -> bytes | None:
             os._exit(3)
         if read in ready:
             piece = os.read(read, 4096)
-            said += piece
-            if not piece or len(said) > 24:
-                return said
+            written += piece
+            if not piece or len(written) > 24:
+                return written
         elif os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            return said
+            return written
 
 
 def end(child: int) -> None:

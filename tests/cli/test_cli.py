@@ -217,15 +217,15 @@ BAD_DRAFTS = [
 
 def test_generate_speculates_as_asked(yaml: Path, decoders: list[Decoder]) -> None:
     common = ("generate", "Ann has", "--system", yaml, "--max-new-tokens", 8, "--json")
-    said = []
+    drafted = []
     for how in HOW_FAR:
         printed = json.loads(proxytune(*common, "--speculate", how, "--drafter", "expert").stdout)
-        said.append([response["token_ids"] for response in printed["responses"]])
-    assert said[0] == said[1] == said[2]
+        drafted.append([response["token_ids"] for response in printed["responses"]])
+    assert drafted[0] == drafted[1] == drafted[2]
     assert [d.speculation for d in decoders] == [Speculation(k=k, drafter="expert") for k in HOW_FAR.values()]
     assert decoders[0].stats.examined == 0 < decoders[1].stats.examined
     printed = json.loads(proxytune(*common, "--drafter", "lookup").stdout)
-    assert [response["token_ids"] for response in printed["responses"]] == said[0]
+    assert [response["token_ids"] for response in printed["responses"]] == drafted[0]
     assert (
         decoders[3].speculation == Speculation(drafter="lookup")
         and decoders[3].ensemble.front("lookup") == ()

@@ -22,11 +22,11 @@ SHORT = ("--limit", 3, "--max-new-tokens", 6)
 
 def made(folder: Path) -> dict[str, tuple[Any, ...]]:
     """Runs for every analysis: its name -> its arguments."""
-    said = " So 1+2=3. <b>[red]"
+    text = " So 1+2=3. <b>[red]"
     pieces = [" So", " ", "1", "+", "2", "=", "3", ".", " <b>[red]"]
     tokens = [token(piece, 0.1, 0.4, kl=(0.1, 0.2), top_base="x") for piece in pieces]
     row = {"question": "q", "answer": "3", "scores": {"exact_match": 1.0}}
-    rows = [{**row, "responses": response(said, reason="length", tokens=9)}] * 2
+    rows = [{**row, "responses": response(text, reason="length", tokens=9)}] * 2
     proxy = write(folder / "proxy", rows, traces=[tokens, tokens], trace="agreement")
     wrong = [{**one, "scores": {"exact_match": 0.0}} for one in rows]
     base = write(folder / "base", wrong, role="base", forced=" So")

@@ -93,9 +93,9 @@ def test_without_a_sandbox_functions_are_left_out_and_the_rest_runs(
     monkeypatch.setattr(Sandbox, "open", none)
     monkeypatch.setattr(world, "TASKS", ("toxigen", "humaneval"))
     cli_demo.demo(limit=2, out=tmp_path, json=True)
-    said = capsys.readouterr()
-    assert list(json.loads(said.out)["tasks"]) == ["toxigen"]
-    assert "humaneval is left out: no sandbox works here" in said.err
+    captured = capsys.readouterr()
+    assert list(json.loads(captured.out)["tasks"]) == ["toxigen"]
+    assert "humaneval is left out: no sandbox works here" in captured.err
 
 
 @pytest.mark.parametrize("task", smoke_data.MAKERS)

@@ -49,7 +49,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.inference_mode():
         lines = [words(row["prediction"], truncation=True, max_length=64)["input_ids"] for row in texts(60)]
         gaps = torch.cat([model(torch.tensor([line])).logits.diff(dim=-1)[0] for line in lines])
-        model.classifier.bias[1] -= gaps.median()  # so that both classes are said
+        model.classifier.bias[1] -= gaps.median()  # so that both classes occur
     return tiny.save(tmp_path_factory.mktemp("classifier"), model)
 
 

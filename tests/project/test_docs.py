@@ -138,8 +138,8 @@ def test_the_readme_shows_what_it_promises(capsys: pytest.CaptureFixture[str]) -
     [block] = [block for block in demo_blocks(PAGES[0]) if block.language == "python"]
     shown = block.body.split("\nrun = ")[0]
     exec(compile(shown, "README.md", "exec"), {"__name__": "__main__"})
-    said = capsys.readouterr().out
-    assert "The answer is 110." in said and "The answer is 80." in said  # 52 - 12 = 40, twice 40 is 80
+    printed = capsys.readouterr().out
+    assert "The answer is 110." in printed and "The answer is 80." in printed  # 52 - 12 = 40, twice 40 is 80
 
 
 def test_the_showcase_command_is_right_where_the_base_is_wrong() -> None:

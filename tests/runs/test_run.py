@@ -112,7 +112,7 @@ def test_the_drafts_of_all_sessions_are_counted(
         assert cost["accepted_per_step"] == cost["accepted"] / cost["row_steps"]
         assert cost["tokens_per_step"] == cost["generated_tokens"] / cost["row_steps"]
 
-    # a random model loops, so what it has said makes good drafts
+    # a random model loops, so its own tokens make good drafts
     options = {"as_": "base", "batch": 2, "speculate": 3, "sampling": Sampling(max_new_tokens=80)}
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 3, KeyboardInterrupt())

@@ -141,10 +141,10 @@ def test_a_smaller_file_is_taken_as_it_is_and_must_be_whole(tmp_path: Path) -> N
 
 
 def test_rows_have_the_papers_fields(problems: dict[str, JsonRow]) -> None:
-    example = TASK.examples(ds1000.Table("'t'", "line", (problems["Pandas/136"],), (1,)), "")[0]
+    example = TASK.examples(ds1000.DataTable("'t'", "line", (problems["Pandas/136"],), (1,)), "")[0]
     text = "x = 1\nprint(x)\n  assert x\nresult = x\n"
-    said = [Completion("0", i, text, (), "eos", 0.0) for i in range(2)]
-    row = TASK.row(example, said)
+    completions = [Completion("0", i, text, (), "eos", 0.0) for i in range(2)]
+    row = TASK.row(example, completions)
     assert list(row)[:5] == ["lib", "problem_id", "prompt", "solution", "output"]
     assert row["output"] == ["x = 1\nresult = x"] * 2 and TASK.score_row(row) == {"not_run": 1.0}
 

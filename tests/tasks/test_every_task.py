@@ -138,7 +138,7 @@ def one_line(result: Result, *parts: str) -> None:
 
 
 def damage(path: Path, how: str) -> tuple[Path, str]:
-    """A damaged copy of a file of items or predictions, and what must be said about it."""
+    """A damaged copy of a file of items or predictions, and what must be reported about it."""
     content = path.read_bytes()
     suffix = path.suffix
     bad = path.with_name(f"bad{suffix}")

@@ -206,9 +206,7 @@ def _compare(speaker: Speaker, *, json_only: bool) -> None:
     table.add_row(*(_marked(tokens, plain) if role == "proxy" else Text(c.text) for role, c in found.items()))
     screen.print(table)
     mark = "in [brackets]" if plain else "highlighted"
-    print(
-        f"{len(changed)} of {len(tokens)} tokens of the proxy are not what the base would have said ({mark})"
-    )
+    print(f"{len(changed)} of {len(tokens)} tokens of the proxy are not the base's first choice ({mark})")
 
 
 def response_tokens(completion: Completion) -> tuple[TracedToken, ...]:

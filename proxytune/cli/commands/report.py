@@ -48,7 +48,8 @@ def report(
         ),
     ] = False,
     examples: Annotated[
-        int, typer.Option(help="Also what each role said to the first N examples of every task.", min=0)
+        int,
+        typer.Option(help="Also the responses of each role to the first N examples of every task.", min=0),
     ] = 0,
     show_hateful: Annotated[
         bool, typer.Option("--show-hateful", help="Show ToxiGen's texts, which are hidden otherwise.")

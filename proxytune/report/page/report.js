@@ -53,7 +53,7 @@ for (const drawing of document.querySelectorAll(".drawing")) {
     event.preventDefault();
     const next = lit ? (marks.indexOf(lit) + step + marks.length) % marks.length : 0;
     light(marks[next]);
-    byId("said").textContent = marks[next].getAttribute("aria-label");
+    byId("live").textContent = marks[next].getAttribute("aria-label");
   });
 }
 
@@ -135,9 +135,9 @@ function tokensView(data, root) {
   const set = () => data.sets[state.set];
   const matching = () => {
     const words = state.words.toLowerCase();
-    const said = (item) => [item.id, item.asked, ...Object.values(item.answers).map((answer) => answer.text)];
+    const texts = (item) => [item.id, item.asked, ...Object.values(item.answers).map((answer) => answer.text)];
     const found = set().items.filter(
-      (item) => OUTCOMES[state.outcome][1](item) && (!words || said(item).some((text) => text.toLowerCase().includes(words))),
+      (item) => OUTCOMES[state.outcome][1](item) && (!words || texts(item).some((text) => text.toLowerCase().includes(words))),
     );
     return ORDERS[state.order][1] ? found.sort(ORDERS[state.order][1]) : found;
   };
