@@ -81,7 +81,7 @@ def prompt(function: Function) -> str:
 
 
 def terms(function: Function, exact: Sequence[bool] | None = None) -> list[str]:
-    """The body's terms, each with its sign and a space in front; term i is rounded where not `exact[i]`."""
+    """The body's terms, each with its sign before it; term i is rounded where not `exact[i]`."""
     found = []
     for i, good in enumerate(function.goods):
         sign = " -" if function.purse else " +" if i else ""

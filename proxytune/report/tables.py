@@ -52,8 +52,8 @@ class RoleRow:
         gap = "n/a" if self.role == "proxy" else ""
         if self.gap_closed is not None:
             gap = f"{100 * self.gap_closed:.1f}%"
-        pace = "" if self.ms_per_token is None else f"{self.ms_per_token:.2f}"
-        return (self.system, self.label, percent(self.score), gap, size(self.memory), pace, str(self.n))
+        speed = "" if self.ms_per_token is None else f"{self.ms_per_token:.2f}"
+        return (self.system, self.label, percent(self.score), gap, size(self.memory), speed, str(self.n))
 
 
 def percent(metric: Metric) -> str:

@@ -92,7 +92,7 @@ def banned_texts() -> list[str]:
 
 
 def train_tokenizer(documents: Sequence[corpus.Document], whole: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that loses no text, with single digits, `<s>` in front, and the words of the texts
+    """A byte-level BPE that loses no text, with single digits, `<s>` at the start, and the words of the texts
     `whole` (the system prompt, what tasks ban) as single tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

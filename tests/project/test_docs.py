@@ -172,7 +172,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=name_of)
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_every_link_has_a_target(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if "://" in target:
             continue
@@ -206,7 +206,7 @@ def test_the_table_of_commands_is_complete() -> None:
     assert set(typer.main.get_command(app).commands) <= named  # type: ignore[attr-defined]
 
 
-def test_the_readme_is_short_and_leads_to_every_page() -> None:
+def test_the_readme_is_short_and_links_to_every_page() -> None:
     assert len(README.splitlines()) <= 120
     linked = set(re.findall(r"\]\((docs/[a-z_]+\.md)", README))
     assert {name_of(page) for page in PAGES[1:]} - {"docs/README.md"} <= linked

@@ -23,7 +23,7 @@ SCORES = {"tuned": 0.9, "proxy": 0.82, "expert": 0.5, "base": 0.1, "antiexpert":
 TRIO = [run(role, score) for role, score in SCORES.items()]
 
 
-def test_rows_come_in_order_with_gap_memory_and_pace() -> None:
+def test_rows_come_in_order_with_gap_memory_and_speed() -> None:
     rows = report.role_rows(TRIO)
     assert [row.role for row in rows] == ["base", "antiexpert", "expert", "proxy", "tuned"]
     proxy = rows[3]

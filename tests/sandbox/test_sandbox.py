@@ -293,7 +293,7 @@ def test_the_worker_cannot_be_looked_into(closed: Sandbox) -> None:
         assert "PermissionError" in result(closed, way), way
 
 
-def test_an_unprivileged_namespace_does_not_lead_out(closed: Sandbox, tmp_path: Path) -> None:
+def test_an_unprivileged_namespace_is_no_way_out(closed: Sandbox, tmp_path: Path) -> None:
     code = f"""
 import ctypes, os
 libc = ctypes.CDLL(None)
