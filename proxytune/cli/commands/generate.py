@@ -70,8 +70,8 @@ def generate(
 ) -> None:
     """Stream a response.
 
-    Example: proxytune generate $'Answer the following question.\\n\\nQuestion: Mukis has 26 nuts. Mukis buys
-    2 more. How many nuts does Mukis have now?\\nAnswer:' --system demo --compare
+    Example: proxytune generate $'Answer the following question.\\n\\nQuestion: Tugil has 24 nuts. Then the
+    pile grows 4 times. Tugil buys 3 more. How many nuts does Tugil have now?' --system demo --compare
     """
     made, example = console.read_system(system, vocab), read_prompt(prompt)
     if compare:
