@@ -19,6 +19,7 @@ from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion
+from proxytune.report import readme_table
 from proxytune.sandbox.sandbox import Sandbox
 from tests.support import tiny, tiny_system
 from tests.support.command_line import proxytune, python, refused
@@ -160,18 +161,18 @@ def test_eval_all_prints_the_gap(yaml: Path, tmp_path: Path) -> None:
 def test_the_readme_gets_the_demo_table_between_its_markers(yaml: Path, tmp_path: Path) -> None:
     named_demo = yaml.with_name("demo.yaml")
     named_demo.write_text(yaml.read_text())
-    assert short_eval(named_demo, "--as", "proxy").exit_code == 0
-    [folder] = (tmp_path / "results" / "demo" / "gsm" / "proxy").iterdir()
-    for path in folder.iterdir():  # as if these were the task's default settings
-        path.rename(folder.parent / path.name)
-    folder.rmdir()
+    assert short_eval(named_demo, "--as", "all").exit_code == 0
+    for role in (tmp_path / "results" / "demo" / "gsm").iterdir():
+        [folder] = role.iterdir()
+        for path in folder.iterdir():  # as if these were the task's default settings
+            path.rename(role / path.name)
+        folder.rmdir()
     (tmp_path / "README.md").write_text("before\n<!-- demo-table -->\nold\n<!-- /demo-table -->\nafter\n")
     assert proxytune("report", "--write").exit_code == 0
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("before\n<!-- demo-table -->\n**gsm**") and text.endswith(
-        "<!-- /demo-table -->\nafter\n"
-    )
-    assert "old" not in text and "| proxy |" in text
+    made = readme_table.readme_table([found for _, found in results.find_runs(tmp_path / "results")])
+    assert text == f"before\n<!-- demo-table -->\n{made}<!-- /demo-table -->\nafter\n"
+    assert made.splitlines()[2].startswith("| gsm (exact_match, %) |") and made.endswith("| 3 |\n")
 
 
 def test_generate_streams_and_compares(yaml: Path) -> None:
