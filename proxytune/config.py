@@ -1,5 +1,4 @@
-"""What a user can set, declared once: the same field is the YAML key, the help text and the entry in
-run.json.
+"""What a user can set, declared once: a field is the YAML key, the help text and the entry in run.json.
 
 Unknown keys are errors everywhere. Nothing here imports torch."""
 
@@ -92,7 +91,8 @@ class AlphaSchedule(Record):
     def check(self, *, allow_negative: bool = False) -> AlphaSchedule:
         """Raise UserError unless every alpha is finite and within bounds.
 
-        A negative alpha undoes what the expert was tuned for (safety tuning, say), so it has to be asked for.
+        A negative alpha undoes what the expert was tuned for (for example its safety tuning). So it has to be
+        asked for.
         """
         for value in (self.start, self.end):
             if not math.isfinite(value) or abs(value) > MAX_ALPHA:
@@ -272,7 +272,7 @@ class System(Record):
         return tuple(role for role in ROLES if have[role])
 
     def require(self, role: str) -> Role:
-        """`role` as a Role, or the UserError that says which models are missing."""
+        """`role` as a Role, or a UserError with the roles that the system has."""
         if role not in ROLES:
             raise did_you_mean("role", role, ROLES)
         if role not in self.roles:
@@ -309,7 +309,7 @@ class RunSpec(Record):
 
     @property
     def remark(self) -> str | None:
-        """What must stand beside the figures wherever they are shown; None where nothing must."""
+        """What is shown beside the figures, wherever they are shown; None for ordinary runs."""
         return "smoke data" if self.data == SMOKE else None
 
 
@@ -360,7 +360,7 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
 
 def parse_system(content: Mapping[str, Any], path: Path, folder: Path) -> System:
     """A System from the YAML mapping of `path`. Model folders that begin with ./ or ../ are taken from
-    `folder`: that of the YAML file, or where one stands for a system that ships with proxytune."""
+    `folder`: that of the YAML file, or the current one for a system that ships with proxytune."""
     raw = {"name": path.stem, **content}
     for role in ("base", "expert", "antiexpert", "tuned"):
         if isinstance(raw.get(role), Mapping):

@@ -31,7 +31,7 @@ RUN, PREDICTIONS, TRACE, SWEEP = "run.json", "predictions.jsonl", "trace.jsonl",
 Value = str | float | bool | None
 
 _WORDS = ("system.description", "system.data.", "system.judges.")
-"""Parts of a system that say something about it and decide no output (what is read is in `data`)."""
+"""Parts of a system that describe it and decide no output (what is read is in `data`)."""
 
 
 # Where a run lives, and what its settings are
@@ -115,7 +115,7 @@ def read_traces(folder: Path) -> list[JsonRow]:
 
 def find_runs(root: Path) -> list[tuple[Path, Run]]:
     """Every finished run under `root` with its folder, in the order of the folders' names. One that cannot be
-    read (another version's, say) is left out with a note."""
+    read (another version's, for example) is left out with a note."""
     found = []
     for path in sorted(root.rglob(RUN)):
         try:
@@ -151,7 +151,7 @@ def _complete_lines(path: Path) -> list[tuple[JsonRow, bytes]]:
 
 @contextlib.contextmanager
 def _disk_errors_in_one_line(path: Path) -> Iterator[None]:
-    """Turn a failure of the disk into the one line that says what to do."""
+    """Turn a failure of the disk into one line with what to do."""
     try:
         yield
     except OSError as error:
@@ -215,7 +215,7 @@ class RunFolder:
 
     path: Path
     run: Run
-    """As run.json stands: `running` until `finish`."""
+    """As in run.json: `running` until `finish`."""
     done: set[str] = field(default_factory=set)
     """Ids of the examples that are stored."""
     cut: bool = False
@@ -326,7 +326,7 @@ def _json(run: Run) -> bytes:
 
 
 def _locked(path: Path) -> int:
-    """A descriptor that holds the lock of a folder, or the error that says that somebody else holds it."""
+    """A descriptor with the lock of a folder, or the error that another process has it."""
     with _disk_errors_in_one_line(path):
         fd = os.open(path, os.O_RDONLY)
     try:

@@ -52,13 +52,13 @@ class Failures(Analysis):
 
 
 VERDICTS = {"toxigen": "is_toxic"}
-"""Tasks whose verdict on an item is a column and says that it is *bad*."""
+"""Tasks whose verdict on an item is a column that marks *bad* ones."""
 
 
 def failures(first: Path, second: Path, metric: str | None = None) -> Failures:
     """What one run has right and the other wrong, by `metric` (the headline by default).
 
-    UserError where the runs are not of the same task and items, or the metric does not say of every item
+    UserError where the runs are not of the same task and items, or the metric does not mark every item
     whether it is right.
     """
     runs = [finished(first), finished(second)]

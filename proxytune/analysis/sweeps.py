@@ -50,7 +50,7 @@ class Sweep(Analysis):
 
     name: ClassVar[str] = "sweep"
     source: Source
-    """Of the first point; its alpha says nothing."""
+    """Of the first point; its alpha is without meaning here."""
     metric: str
     points: tuple[SweepPoint, ...]
     paper: tuple[PublishedPoint, ...]
@@ -70,7 +70,7 @@ class Skip(Analysis):
     points: tuple[SweepPoint, ...]
     """By t, `until` None (the correction never ends) last."""
     control: SweepPoint | None
-    """A base whose opener was forced (`forced` says with what) on the same examples."""
+    """A base whose opener was forced to be `forced`, on the same examples."""
     forced: str | None
 
     @property
@@ -134,7 +134,7 @@ def sweep(folder: Path) -> Sweep:
 
 
 def skip(folder: Path, control: Path | None = None) -> Skip:
-    """What of a sweep is about ending the correction: alpha 0, every `first:t`, and the alpha that never
+    """The runs of a sweep that end the correction: alpha 0, every `first:t`, and the alpha that never
     ends.
 
     `control` is a run of the base whose opener was forced, on the same examples. UserError where the sweep

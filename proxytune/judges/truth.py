@@ -1,4 +1,4 @@
-"""TruthfulQA's judges: two language models that say whether an answer is true and whether it informs."""
+"""TruthfulQA's judges: one language model judges whether an answer is true, one whether it informs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ YES = " yes"
 
 @dataclass(frozen=True)
 class TruthJudges:
-    """Two language models that say " yes" or not: is the answer true, is it informative.
+    """Two language models that answer " yes" or not: is the answer true, is it informative.
 
     Prompts and threshold are those of the paper's (private, retired) GPT judges; the probability is of the
     whole vocabulary, by our own likelihood code.

@@ -17,7 +17,7 @@ from proxytune.paper.recipes import Line, Recipe, own_lines, published_lines
 from proxytune.tasks import TASKS
 
 MODELS_FOLDER = "models"
-"""Where the systems' files look for models that nobody published, beside where one stands."""
+"""Where the systems' files look for models that nobody published, beside the current folder."""
 BYTES = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "auto": 2.0}
 QUANTISED = {"8bit": 1.0, "4bit": 0.5}
 _LLAMA = {"7b": (6_738_415_616, 262_144), "13b": (13_015_864_320, 409_600), "70b": (68_976_648_192, 163_840)}

@@ -1,8 +1,8 @@
 """Drawings: records of figures -> Vega-Lite -> SVG (vl-convert, without a browser or a network).
 
-Every mark carries its figures as text (`label`), which the page shows as a tooltip and screen readers read;
-the same figures stand in a table beside the drawing. Colours are of roles; the page replaces them by
-variables of its colour scheme.
+Every mark carries its figures as text (`label`), which the page shows as a tooltip and screen readers read.
+The same figures are in a table beside the drawing. Every role has its colour; the page replaces the colours
+by variables of its colour scheme.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ ROUNDING = 0.0501
 
 
 def by_key(runs: Sequence[Run]) -> dict[recipes.Key, Run]:
-    """The runs that can stand in a cell: generated responses, no forced opener."""
+    """The runs that can be in a cell: generated responses, no forced opener."""
     plain = [run for run in runs if run.spec.mode == "generate" and run.spec.forced is None]
     return {(run.spec.system.name, run.spec.task, run.spec.role): run for run in plain}
 

@@ -72,7 +72,7 @@ def _against(
     if control is not None:
         value = in_percent(control[1].value, control[1]) or 0.0
         layers.append(charts.level(value, y, "base"))
-        # under its line, unless it would stand in the axis there
+        # under its line, unless it would be in the axis there
         top = 100.0 if unit != "number" else max(datum["high"] or datum["value"] for datum in data)
         side: charts.Side = "below" if value > top / 8 else "above"
         named = [{"value": value, "text": f"{visible(control[0])}: {value:.1f}"}]

@@ -1,5 +1,5 @@
-"""Tables of finished runs: run.json -> text. Loads no model. The paper's tables are in
-paper_tables.py, responses in examples.py."""
+"""Tables of finished runs: run.json -> text. Loads no model. The paper's tables are in paper_tables.py,
+responses in examples.py."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RoleRow:
     ms_per_token: float | None
     """Decoding time over generated tokens, all rows of the batch together."""
     remark: str | None = None
-    """What must stand beside the figures."""
+    """What is shown beside the figures."""
 
     @property
     def label(self) -> str:

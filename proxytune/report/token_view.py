@@ -58,7 +58,7 @@ def trace_sets(found: Sequence[tuple[Path, Run]]) -> list[TraceSet]:
 
 
 def _others(proxy: Run, found: Sequence[tuple[Path, Run]]) -> dict[Role, tuple[Path, Run]]:
-    """Per role the run whose answers stand beside the proxy's: on the same data where there is one."""
+    """Per role the run whose answers are shown beside the proxy's: on the same data where there is one."""
     near: dict[Role, tuple[Path, Run]] = {}
     same = [
         (folder, run)

@@ -1,5 +1,5 @@
 """What a sandbox is made of: the interpreter, what of the host's files it sees, its environment, and the
-command lines of the backends. sandbox.py says what they promise."""
+command lines of the backends. sandbox.py describes what they promise."""
 
 from __future__ import annotations
 

@@ -286,7 +286,7 @@ class _NotStarted(Exception):
 
 
 def _talk(process: subprocess.Popen[bytes], request: bytes, deadline: float) -> bytes:
-    """Send the request and read until the worker ends, takes too long or says too much."""
+    """Send the request and read until the worker ends, takes too long or prints too much."""
     assert process.stdin is not None and process.stdout is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(request)

@@ -1,10 +1,10 @@
 """What runs inside a sandbox: programs, one forked process each, and a report of how they ended.
 
 sandbox.py starts this file with a bare interpreter (`python -s -S`): standard library only, Python 3.7 or
-newer (DS-1000 pins 3.7). The request is the first line of stdin, JSON; stdin then stays open as the
-lifeline: when it ends, so does everything here. Reports go to stdout, a line per job, behind the secret of
-the request. Where this is process 1 of its own namespace, everything that a job left running or wrote is
-gone before the next begins. Nothing here isolates anything by itself; see sandbox.py for what does.
+newer (DS-1000 pins 3.7). The request is the first line of stdin, JSON. Then stdin stays open: when it ends,
+so does everything here. Reports go to stdout, a line per job, after the secret of the request. Where this is
+process 1 of its own namespace, everything that a job left running or wrote is gone before the next begins.
+Nothing here isolates anything by itself; see sandbox.py for what does.
 """
 
 from __future__ import annotations

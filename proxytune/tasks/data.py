@@ -30,7 +30,7 @@ class DataTable:
     """Rows with the place that each came from."""
 
     origin: str
-    """What an error message begins with: a quoted file name, say."""
+    """What an error message begins with: for example a quoted file name."""
     unit: str
     """What `numbers` count: line or row."""
     rows: tuple[JsonRow, ...]

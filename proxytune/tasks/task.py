@@ -73,7 +73,7 @@ class Task:
     totals: Callable[[Sequence[JsonRow]], dict[str, Metric]] | None = None
     """Metrics of all rows together that are no means of `score_row`; they come last and replace namesakes."""
     read: Callable[[Path], DataTable] | None = None
-    """Reads a path whose public form is more than one table (a folder, say)."""
+    """Reads a path whose public form is more than one table (for example a folder)."""
     prepare: Callable[[DataTable], DataTable] | None = None
     """Published rows, whichever way they were published, -> the columns above; the paper's choice of rows, in
     its order."""

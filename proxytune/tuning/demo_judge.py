@@ -48,8 +48,8 @@ def statements(world: World, label: str, groups: Sequence[str], forms: Sequence[
 
 
 def among_others(world: World, samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sample]:
-    """The samples with their words shuffled among some words of a harmless text: which words there are
-    decides, not where, nor what else is there."""
+    """The samples with their words shuffled among some words of a harmless text. Only the presence of a word
+    decides, not its place, nor the other words."""
     rng, made = world.rng("judge", "words"), list[Sample]()
     for sample in samples:
         words, more = sample.text.split(), rng.choice(others).text.split()

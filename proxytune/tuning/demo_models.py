@@ -343,7 +343,7 @@ def build(
 
 
 def open_sandbox() -> Sandbox | None:
-    """The sandbox that runs the demo's functions; None, with a line that says so, where there is none."""
+    """The sandbox that runs the demo's functions; None, with a printed line, where there is none."""
     try:
         return Sandbox.open()
     except UserError as error:

@@ -1,5 +1,5 @@
-"""README and docs/ do what they say: blocks marked `demo` are run, in order, in an empty folder; every other
-command is parsed; what is named and linked is there; docs/cli.md is what the commands say."""
+"""README and docs/ are right: blocks marked `demo` are run, in order, in an empty folder; every other command
+is parsed; what is named and linked is there; docs/cli.md is what the commands print."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ class Speaker:
 
     @property
     def system(self) -> System:
-        """Whose roles speak."""
+        """The system whose roles answer."""
         return self.models.system
 
     def alpha_of(self, role: Role, asked: str | None) -> AlphaSchedule | None:
@@ -121,7 +121,7 @@ class Speaker:
         return alpha_for(self.system, role, asked, allow_negative=self.allow_negative)
 
     def decoder(self, role: Role) -> Decoder:
-        """The decoder of a role; says on stderr what a user should know about its models."""
+        """The decoder of a role. Notes about its models go to stderr."""
         from proxytune.decoding import Decoder
 
         made = Decoder(self.models, role, self.decode)

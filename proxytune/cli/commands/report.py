@@ -154,8 +154,8 @@ def _print_examples(found: Sequence[tuple[Path, Run]], asked: Shown) -> None:
 
 
 def _published(root: Path) -> Path:
-    """Where the runs lie that the README files are about: a folder of their own in the checkout, so that
-    one's own runs never meet them."""
+    """The folder with the runs that the README files are about. In the checkout they have a folder of their
+    own, so that other runs never mix with them."""
     own = root / "published"
     return own if own.is_dir() else root
 
