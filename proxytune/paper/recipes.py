@@ -25,12 +25,6 @@ Key = tuple[str, str, Role]
 """What a cell shows: the name of a system, a task, a role."""
 
 
-# The published figures
-
-
-# Recipes
-
-
 class Column(Record):
     """A column of a table: what of ours is shown beside the paper's figures."""
 

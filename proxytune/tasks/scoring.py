@@ -1,4 +1,4 @@
-"""Scoring rules and their uncertainty: pure functions of text and numbers (no model, no file).
+"""Scoring rules: pure functions of text and numbers (no model, no file).
 
 Rules of the paper are kept with their quirks, because the published figures depend on them. Where a quirk is
 unfair, a fair rule is beside it under another name. Not here: running generated code (proxytune/sandbox),
@@ -158,9 +158,6 @@ def parse_letter(text: str, letters: str = CHOICES) -> str:
         text = text.replace(deleted, "")
     first = text.lstrip()[:1]
     return first if first and first in letters else ""
-
-
-# Uncertainty
 
 
 # Generated code (paper section 4.3; Chen et al. 2021, "Evaluating Large Language Models Trained on Code")
