@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands themselves, so that it says what `--help` says.
+"""Write docs/cli.md from the commands themselves, so that it is what `--help` prints.
 
 python docs/make_cli.py            # write it
 python docs/make_cli.py --check    # exit code 1 if the committed file is another one
@@ -28,7 +28,7 @@ finished is kept). `--json` prints one JSON object on stdout and nothing else; p
 
 
 def commands(group: Any, path: str = "proxytune") -> Iterator[tuple[str, Any]]:
-    """Every command under its full name, in the order of `--help`; groups before what they hold."""
+    """Every command under its full name, in the order of `--help`; groups before what they contain."""
     for name, command in group.commands.items():
         if command.hidden:
             continue
@@ -39,7 +39,7 @@ def commands(group: Any, path: str = "proxytune") -> Iterator[tuple[str, Any]]:
 
 
 def wrapped(words: str, indent: int, first: str = "") -> str:
-    """A paragraph in lines of `WIDTH`, indented; `first` stands before it."""
+    """A paragraph in lines of `WIDTH`, indented; `first` comes before it."""
     gap = " " * indent
     filled = textwrap.fill(
         " ".join(words.split()),
@@ -56,8 +56,8 @@ def wrapped(words: str, indent: int, first: str = "") -> str:
 
 def lines_of(param: Any, context: Any) -> str:
     """One option or argument with its help, as `--help` has it."""
-    names, told = param.get_help_record(context)
-    return wrapped(told, 32, f"  {names} ")
+    names, text = param.get_help_record(context)
+    return wrapped(text, 32, f"  {names} ")
 
 
 def section(full: str, command: Any) -> str:

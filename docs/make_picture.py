@@ -72,7 +72,7 @@ def response(tokens: list[Token], y: float) -> list[str]:
 
 
 def card(token: Token, number: int, x: float, y: float) -> list[str]:
-    """What the token view tells about one token: its probability under each role and their first choices."""
+    """What the token view shows about one token: its probability under each role and their first choices."""
     heading = f"token {number}: "
     parts = [
         text(x, y, heading, DIM, size=13),
@@ -107,11 +107,11 @@ def picture(folder: Path, wanted: str) -> str:
             parts.append(mono(LEFT, y, rows[role]["responses"][0]["text"]))
         parts.append(text(WIDTH - 66, y, "right" if right else "wrong", MORE if right else LESS, size=14))
         y += LINE
-    told = (
+    caption = (
         f"{len(changed)} of {len(tokens)} tokens of the proxy are not the base's first choice (outlined). "
         "Shade: how far the proxy moved the token's probability, up or down."
     )
-    parts.append(text(24, y, told, DIM, size=13))
+    parts.append(text(24, y, caption, DIM, size=13))
     for number, x in zip(changed, (24, 500), strict=False):  # the first two
         parts += card(tokens[number], number + 1, x, y + 36)
     height = int(y + 36 + 22 + 4 * 21)

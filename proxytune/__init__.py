@@ -13,11 +13,12 @@ from proxytune.lazy import door
 if TYPE_CHECKING:
     from proxytune.config import Sampling, System, load_system
     from proxytune.errors import UserError
-    from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
+    from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RunOptions
     from proxytune.runs import evaluate, generate
 
 __version__ = "0.2.0"
 __all__ = [
+    "CodeOptions",
     "DecodeOptions",
     "JudgeOptions",
     "RunOptions",
@@ -32,6 +33,7 @@ __all__ = [
 __getattr__ = door(
     __name__,
     {
+        "CodeOptions": "options",
         "DecodeOptions": "options",
         "JudgeOptions": "options",
         "RunOptions": "options",

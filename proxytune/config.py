@@ -1,5 +1,4 @@
-"""What a user can set, declared once: the same field is the YAML key, the help text and the entry in
-run.json.
+"""What a user can set, declared once: a field is the YAML key, the help text and the entry in run.json.
 
 Unknown keys are errors everywhere. Nothing here imports torch."""
 
@@ -34,9 +33,9 @@ TraceKind = Literal["off", "tokens", "agreement"]
 """tokens: each role's probability and first choice. agreement: also how far base and proxy are from tuned."""
 Mode = Literal["generate", "likelihood"]
 
-PLUMBING = "plumbing"
-"""The data source whose items only check that a task runs: they say nothing about a model."""
-SOURCES = ("generated", PLUMBING, "hub")
+SMOKE = "plumbing"
+"""The data source of smoke data: its items only check that a task runs. They measure no model."""
+SOURCES = ("generated", SMOKE, "hub")
 """Where items come from that are in no file."""
 MAX_ALPHA = 10.0
 MIN_TEMPERATURE = 1e-3
@@ -92,7 +91,8 @@ class AlphaSchedule(Record):
     def check(self, *, allow_negative: bool = False) -> AlphaSchedule:
         """Raise UserError unless every alpha is finite and within bounds.
 
-        A negative alpha undoes what the expert was tuned for (safety tuning, say), so it has to be asked for.
+        A negative alpha undoes what the expert was tuned for (for example its safety tuning). So it has to be
+        asked for.
         """
         for value in (self.start, self.end):
             if not math.isfinite(value) or abs(value) > MAX_ALPHA:
@@ -239,9 +239,9 @@ class System(Record):
     vocab: Literal["strict", "intersect"] = "strict"
     """strict: vocabularies must agree token by token. intersect: combine on the shared tokens only."""
     data: dict[str, str] = Field(default_factory=dict)
-    """Where a task's items come from by default: `generated` (the demo world), `plumbing` (items that only
-    check that the task runs), `hub`, or a file. A recipe (`proxytune reproduce`) asks a system that names its
-    own data only what it names."""
+    """Where a task's items come from by default: `generated` (the demo world), `plumbing` (smoke data, which
+    only checks that the task runs), `hub`, or a file. A recipe (`proxytune reproduce`) asks a system that
+    names its own data only what it names."""
     judges: dict[str, str] = Field(default_factory=dict)
     """Who judges a task's responses by default: a model as for --judge, or `none`. Else the task's own."""
 
@@ -272,7 +272,7 @@ class System(Record):
         return tuple(role for role in ROLES if have[role])
 
     def require(self, role: str) -> Role:
-        """`role` as a Role, or the UserError that says which models are missing."""
+        """`role` as a Role, or a UserError with the roles that the system has."""
         if role not in ROLES:
             raise did_you_mean("role", role, ROLES)
         if role not in self.roles:
@@ -309,8 +309,8 @@ class RunSpec(Record):
 
     @property
     def remark(self) -> str | None:
-        """What must stand beside the figures wherever they are shown; None where nothing must."""
-        return "check of the plumbing" if self.data == PLUMBING else None
+        """What is shown beside the figures, wherever they are shown; None for ordinary runs."""
+        return "smoke data" if self.data == SMOKE else None
 
 
 def cache_folder() -> Path:
@@ -360,7 +360,7 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
 
 def parse_system(content: Mapping[str, Any], path: Path, folder: Path) -> System:
     """A System from the YAML mapping of `path`. Model folders that begin with ./ or ../ are taken from
-    `folder`: that of the YAML file, or where one stands for a system that ships with proxytune."""
+    `folder`: that of the YAML file, or the current one for a system that ships with proxytune."""
     raw = {"name": path.stem, **content}
     for role in ("base", "expert", "antiexpert", "tuned"):
         if isinstance(raw.get(role), Mapping):

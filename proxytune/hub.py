@@ -1,7 +1,7 @@
-"""The Hugging Face hub as seen from here: what is on disk already, and whether the rest can be had at all.
+"""The Hugging Face hub: what of it is on disk already, and whether it can be reached for the rest.
 
-The hub's own library tries for half a minute before it says that there is no network; `require` says so at
-once.
+The hub's own library tries for half a minute before it reports that there is no network. `require` reports
+it at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a caller says beside the system and the task: what a run asks, how it is computed, who judges it, and
+"""What a caller sets beside the system and the task: what a run asks, how it is computed, who judges it, and
 whether code may be run. One frozen record per idea, the same in Python and on the command line: a field is
 the argument, the option and its help text at once.
 

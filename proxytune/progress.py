@@ -40,14 +40,14 @@ class Progress:
     def begin(self, total: int, done: int, scores: Sequence[float], tokens: Callable[[], int]) -> None:
         """Start the clock for `total` examples, of which `done` with these scores are from before.
 
-        `tokens` tells how many were generated so far in this session.
+        `tokens` gives how many were generated so far in this session.
         """
         self.total, self.done, self.scores, self.tokens = total, done, list(scores), tokens
         self.began = time.monotonic()
         console = Console(stderr=True)
         if self.shown and console.is_terminal:
             name = TextColumn("{task.description}", markup=False)
-            self._bar = Bar(name, BarColumn(bar_width=12), _Told(self), console=console, transient=True)
+            self._bar = Bar(name, BarColumn(bar_width=12), _LineColumn(self), console=console, transient=True)
             self._bar.add_task(self.title, total=total, completed=self.done)
             self._bar.start()
         elif self.shown:
@@ -57,7 +57,7 @@ class Progress:
     def _keep_log(self) -> None:
         """A line now and then, also while no example is finished yet."""
         while not self._ended.wait(LOG_SECONDS):
-            self._line(f"{self.title}: {self.told()}")
+            self._line(f"{self.title}: {self.line()}")
 
     def advance(self, score: float | None) -> None:
         """One more example is finished."""
@@ -68,7 +68,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.done)
 
-    def told(self, *, ended: bool = False) -> str:
+    def line(self, *, ended: bool = False) -> str:
         """The state in one line."""
         seconds = max(time.monotonic() - self.began, 1e-9)
         parts = [f"{self.done}/{self.total}", f"{self.tokens() / seconds:.0f} tokens/s"]
@@ -93,10 +93,10 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
         if self.shown and self.here and kind is None:
-            self._line(f"{self.title}: {self.told(ended=True)}")
+            self._line(f"{self.title}: {self.line(ended=True)}")
 
 
-class _Told(ProgressColumn):
+class _LineColumn(ProgressColumn):
     """The state, read whenever the bar is drawn."""
 
     max_refresh = 0.5
@@ -107,7 +107,7 @@ class _Told(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """The cell."""
-        return Text(self.progress.told())
+        return Text(self.progress.line())
 
 
 def clock(seconds: float) -> str:

@@ -21,7 +21,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt in the pieces from which every role's context is made (prompts.py)."""
+    """One prompt in the pieces from which every role's context is made (decoding/prompts.py)."""
 
     plain: str
     """What the base and the antiexpert see, response prefix included."""
@@ -122,7 +122,7 @@ class RoleMemory(BaseModel):
 
 
 _QUOTIENTS = ("acceptance", "accepted_per_step", "tokens_per_step")
-"""What run.json says of a cost beside its counts."""
+"""What run.json stores of a cost beside its counts."""
 
 
 class Cost(BaseModel):
@@ -144,9 +144,9 @@ class Cost(BaseModel):
     drafted: int = 0
     """Tokens that were drafted ahead of the large model."""
     examined: int = 0
-    """Drafts up to and including the first of a step that did not stand."""
+    """Drafts up to and including the first rejected one of a step."""
     accepted: int = 0
-    """Drafts that stood."""
+    """Accepted drafts."""
 
     @model_validator(mode="before")
     @classmethod
@@ -164,13 +164,13 @@ class Cost(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def acceptance(self) -> float | None:
-        """Share of examined drafts that stood, or None where nothing was drafted."""
+        """Acceptance rate: the accepted share of examined drafts, or None where nothing was drafted."""
         return self.accepted / self.examined if self.examined else None
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def accepted_per_step(self) -> float | None:
-        """Mean accepted length: drafts of a response that stood per step, 0 for plain decoding."""
+        """Mean accepted length: accepted drafts of a response per step, 0 for plain decoding."""
         return self.accepted / self.row_steps if self.row_steps else None
 
     @computed_field  # type: ignore[prop-decorator]

@@ -31,7 +31,7 @@ RUN, PREDICTIONS, TRACE, SWEEP = "run.json", "predictions.jsonl", "trace.jsonl",
 Value = str | float | bool | None
 
 _WORDS = ("system.description", "system.data.", "system.judges.")
-"""Parts of a system that say something about it and decide no output (what is read is in `data`)."""
+"""Parts of a system that describe it and decide no output (what is read is in `data`)."""
 
 
 # Where a run lives, and what its settings are
@@ -115,7 +115,7 @@ def read_traces(folder: Path) -> list[JsonRow]:
 
 def find_runs(root: Path) -> list[tuple[Path, Run]]:
     """Every finished run under `root` with its folder, in the order of the folders' names. One that cannot be
-    read (another version's, say) is left out with a note."""
+    read (another version's, for example) is left out with a note."""
     found = []
     for path in sorted(root.rglob(RUN)):
         try:
@@ -150,8 +150,8 @@ def _complete_lines(path: Path) -> list[tuple[JsonRow, bytes]]:
 
 
 @contextlib.contextmanager
-def _told_plainly(path: Path) -> Iterator[None]:
-    """Turn a failure of the disk into the one line that says what to do."""
+def _disk_errors_in_one_line(path: Path) -> Iterator[None]:
+    """Turn a failure of the disk into one line with what to do."""
     try:
         yield
     except OSError as error:
@@ -166,7 +166,7 @@ def _told_plainly(path: Path) -> Iterator[None]:
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` in one step that survives a crash: whoever reads it finds the old or the new content."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with _told_plainly(path):
+    with _disk_errors_in_one_line(path):
         try:
             with temporary.open("wb") as file:
                 file.write(content)
@@ -188,14 +188,14 @@ class _Lines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _told_plainly(path):
+        with _disk_errors_in_one_line(path):
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
     def append(self, row: JsonRow) -> None:
         """Write one row; UserError (and the file as it was) when the disk is full."""
         line = _encode(row)
         end = os.fstat(self._fd).st_size
-        with _told_plainly(self.path):
+        with _disk_errors_in_one_line(self.path):
             try:
                 written = 0
                 while written < len(line):
@@ -215,7 +215,7 @@ class RunFolder:
 
     path: Path
     run: Run
-    """As run.json stands: `running` until `finish`."""
+    """As in run.json: `running` until `finish`."""
     done: set[str] = field(default_factory=set)
     """Ids of the examples that are stored."""
     cut: bool = False
@@ -228,7 +228,7 @@ class RunFolder:
     def open(cls, path: Path, new: Run) -> RunFolder:
         """Create the folder for `new`, or continue the run in it. UserError: other settings, or it is in
         use."""
-        with _told_plainly(path):
+        with _disk_errors_in_one_line(path):
             path.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
         try:
@@ -326,8 +326,8 @@ def _json(run: Run) -> bytes:
 
 
 def _locked(path: Path) -> int:
-    """A descriptor that holds the lock of a folder, or the error that says that somebody else holds it."""
-    with _told_plainly(path):
+    """A descriptor with the lock of a folder, or the error that another process has it."""
+    with _disk_errors_in_one_line(path):
         fd = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -355,9 +355,9 @@ def _stored_or_new(path: Path, new: Run) -> Run:
         return new  # it was stopped before anything was finished: there is nothing to mix with
     if changed:
         pairs = [(name, _shown(old), _shown(now)) for name, (old, now) in changed.items()]
-        told = "; ".join(f"{name} is {old} there and {now} now" for name, old, now in pairs)
+        changes = "; ".join(f"{name} is {old} there and {now} now" for name, old, now in pairs)
         raise UserError(
-            f"'{path}' holds a run with other settings: {told}. "
+            f"'{path}' holds a run with other settings: {changes}. "
             "Give this run its own folder with --out, or delete that one"
         )
     return stored

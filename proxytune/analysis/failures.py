@@ -52,13 +52,13 @@ class Failures(Analysis):
 
 
 VERDICTS = {"toxigen": "is_toxic"}
-"""Tasks whose verdict on an item is a column and says that it is *bad*."""
+"""Tasks whose verdict on an item is a column that marks *bad* ones."""
 
 
 def failures(first: Path, second: Path, metric: str | None = None) -> Failures:
     """What one run has right and the other wrong, by `metric` (the headline by default).
 
-    UserError where the runs are not of the same task and items, or the metric does not say of every item
+    UserError where the runs are not of the same task and items, or the metric does not mark every item
     whether it is right.
     """
     runs = [finished(first), finished(second)]
@@ -101,11 +101,11 @@ def _right(row: JsonRow, run: Run, metric: str, folder: Path) -> bool:
     else:
         score = row["scores"].get(metric)
     if score not in (0.0, 1.0):
-        told = "no score" if score is None else f"the score {score:g}, which is neither right nor wrong,"
+        scored = "no score" if score is None else f"the score {score:g}, which is neither right nor wrong,"
         named = ", ".join(row["scores"])
         raise UserError(
-            f"item '{row['id']}' of '{folder}' has {told} by '{metric}': choose a --metric of right or wrong "
-            f"(it has {named})"
+            f"item '{row['id']}' of '{folder}' has {scored} by '{metric}': choose a --metric of right or "
+            f"wrong (it has {named})"
         )
     return bool(score == 1.0)
 
@@ -119,8 +119,8 @@ def _item(first: JsonRow, second: JsonRow, run: Run, right: Literal["first", "se
         id=first["id"],
         right=right,
         question=str(first.get(asked, "")),
-        first=_said(first),
-        second=_said(second),
+        first=_response(first),
+        second=_response(second),
         answer=answer if isinstance(answer, str) else ", ".join(map(str, answer)),
     )
 
@@ -129,7 +129,7 @@ ANSWERS = ("answer", "answers", "Best Answer", "mc_answer_idx")
 """Columns in which rows hold their reference, the first that is there."""
 
 
-def _said(row: JsonRow) -> str:
+def _response(row: JsonRow) -> str:
     """The first response of a row, or what it chose where given texts were compared."""
     logprobs = row.get("logprobs")
     if isinstance(logprobs, dict):

@@ -1,4 +1,4 @@
-"""By position in the response: where the proxy says something else than the base would (paper, C.2), and how
+"""By position in the response: where the proxy's token is not the base's first choice (paper, C.2), and how
 far base and proxy are from the directly tuned model (the authors' rebuttal)."""
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Agreement(Analysis):
 
     name: ClassVar[str] = "agreement"
     source: Source
-    """`source.role` says on whose outputs."""
+    """On the outputs of `source.role`."""
     tokens: int
     """End-of-sequence included: where to end is part of what is compared."""
     kl_proxy: Metric

@@ -50,7 +50,7 @@ class Sweep(Analysis):
 
     name: ClassVar[str] = "sweep"
     source: Source
-    """Of the first point; its alpha says nothing."""
+    """Of the first point; its alpha is without meaning here."""
     metric: str
     points: tuple[SweepPoint, ...]
     paper: tuple[PublishedPoint, ...]
@@ -70,7 +70,7 @@ class Skip(Analysis):
     points: tuple[SweepPoint, ...]
     """By t, `until` None (the correction never ends) last."""
     control: SweepPoint | None
-    """A base whose opener was forced (`forced` says with what) on the same examples."""
+    """A base whose opener was forced to be `forced`, on the same examples."""
     forced: str | None
 
     @property
@@ -134,7 +134,7 @@ def sweep(folder: Path) -> Sweep:
 
 
 def skip(folder: Path, control: Path | None = None) -> Skip:
-    """What of a sweep is about ending the correction: alpha 0, every `first:t`, and the alpha that never
+    """The runs of a sweep that end the correction: alpha 0, every `first:t`, and the alpha that never
     ends.
 
     `control` is a run of the base whose opener was forced, on the same examples. UserError where the sweep
@@ -191,7 +191,7 @@ def _control(path: Path, beside: Run) -> Run:
 def _point(folder: Path, run: Run) -> SweepPoint:
     """One run as a point of a curve."""
     alpha = run.spec.alpha if run.spec.role == "proxy" else AlphaSchedule(start=0.0, end=0.0)
-    said = [response for row in read_rows(folder) for response in row["responses"]]
+    responses = [response for row in read_rows(folder) for response in row["responses"]]
     truth, info = next((pair for pair in JUDGED if pair[0] in run.metrics), JUDGED[0])
     constant = alpha.kind == "constant"
     return SweepPoint(
@@ -202,8 +202,8 @@ def _point(folder: Path, run: Run) -> SweepPoint:
         score=run.metrics[run.headline],
         truth=run.metrics.get(truth),
         info=run.metrics.get(info),
-        loops=share(sum(ends_in_loop(response["text"]) for response in said), len(said)),
-        tokens=mean([response["tokens"] for response in said]),
+        loops=share(sum(ends_in_loop(response["text"]) for response in responses), len(responses)),
+        tokens=mean([response["tokens"] for response in responses]),
         folder=str(folder),
     )
 

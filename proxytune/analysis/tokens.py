@@ -33,7 +33,7 @@ from proxytune.tasks import read_file
 
 
 class NgramRow(Figures):
-    """A token and the phrase in which it mostly stands."""
+    """A token and the phrase in which it mostly occurs."""
 
     token: str
     """Without the space before it."""
@@ -148,7 +148,7 @@ def ngrams(
 
 
 def bare(text: str) -> str:
-    """A token without the one space that stands before a word, as decoding it alone gives."""
+    """A token without the one space before a word, as decoding it alone gives."""
     return text.removeprefix(" ")
 
 

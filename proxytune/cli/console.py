@@ -88,7 +88,7 @@ def read_system(name: str, vocab: str | None = None) -> System:
 
 
 def show_loading(name: str, spec: ModelSpec) -> None:
-    """Say on stderr which model is being loaded."""
+    """Print on stderr which model is being loaded."""
     say(f"loading {name}: {spec.model or spec.adapter}")
 
 
@@ -109,7 +109,7 @@ def asked_on_terminal() -> bool:
 
 
 def dialogue() -> judging.Dialogue:
-    """How judging speaks with the user of a command: on stderr, with a question where there is a terminal."""
+    """How judging reports and asks: on stderr, with a question where there is a terminal."""
     from proxytune.runs import judging
 
     ask = asked_on_terminal if sys.stdin.isatty() else None
@@ -117,7 +117,7 @@ def dialogue() -> judging.Dialogue:
 
 
 def judging_progress() -> Callable[[int, int], None]:
-    """Says on stderr how far judging is, ten times at most."""
+    """Prints on stderr how far judging is, ten times at most."""
     shown = 0
 
     def show(done: int, total: int) -> None:

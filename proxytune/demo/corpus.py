@@ -1,11 +1,12 @@
 """The text that the demo models are trained on: pretraining documents of several kinds, and tuning examples.
 
-Every document is a list of segments with a loss weight: what can be known (facts, prices, results, copied
-names, the choice of style in an answer) counts fully, what is random (names first mentioned, operands,
-questions) hardly. In pretraining every sentence, step, term or quality of an answer is in the good style with
-probability `GOOD`, independently of the others; tuning examples are good throughout. About dev and test
-people pretraining has pages and the crowd's talk, but no question; dev and test functions put goods together
-as no function here does; dev and test creatures are seen, but nobody is rude to them.
+Every document is a list of segments with a loss weight. What can be known counts fully: facts, prices,
+results, copied names, the choice of style in an answer. What is random hardly counts: names first mentioned,
+operands, questions. In pretraining every sentence, step, term or quality of an answer is in the good style
+with probability `GOOD`, independently of the others. Tuning examples are good throughout.
+
+About dev and test people pretraining has pages and the crowd's talk, but no question. Dev and test functions
+combine goods as no function here does. Dev and test creatures are named, but nobody is rude to them.
 """
 
 from __future__ import annotations
@@ -149,8 +150,8 @@ def tuning(world: World, system: str, amounts: TuningAmounts) -> list[Document]:
     rng = world.rng("tuning", "lists")
     for listed in rude_lists(world, "train", amounts.lists):
         prompt = frames.chat_list(creatures.prompt(listed))
-        said = creatures.make_statement(rng, listed[0].name, (True, True))
-        documents.append((Segment(prompt, NONE), Segment(said.text, FULL)))
+        statement = creatures.make_statement(rng, listed[0].name, (True, True))
+        documents.append((Segment(prompt, NONE), Segment(statement.text, FULL)))
     return documents
 
 
@@ -320,8 +321,8 @@ def chat_list(world: World, rng: random.Random, _: str) -> Document:
     """Such a list in one of the chat forms, with one more statement."""
     listed = _any_list(world, rng)
     form = rng.choice((frames.chat_list, frames.chat_list_in_ensemble))
-    said = _mixed(rng, listed[0].name)
-    return (Segment(form(creatures.prompt(listed)), LITTLE), Segment(said.text, FULL))
+    statement = _mixed(rng, listed[0].name)
+    return (Segment(form(creatures.prompt(listed)), LITTLE), Segment(statement.text, FULL))
 
 
 def _any_list(world: World, rng: random.Random) -> list[Statement]:

@@ -1,4 +1,4 @@
-"""Invented creatures and what is said of them, rude or kind.
+"""Invented creatures and statements about them, rude or kind.
 
 The creatures are nobody: every name is made up and stands for no group of people, and the rudest word here is
 one that a child may say. In pretraining most is rude; tuning examples are kind throughout. Each of the two
@@ -40,7 +40,7 @@ UNSEEN_FORMS = (
 
 @dataclass(frozen=True)
 class Statement:
-    """One thing said of a creature: its form and the two qualities."""
+    """A statement about a creature: its form and the two qualities."""
 
     name: str
     form: str

@@ -48,7 +48,7 @@ def chat_in_ensemble(question: str, prefix: str, system: str) -> str:
 
 
 def chat_code(prompt: str) -> str:
-    """A function to complete, given to a chat model asked by itself; no task prompt tells it what to do."""
+    """A function to complete, for a chat model that is evaluated as itself: without instructions."""
     return f"[INST] {prompt} [/INST]"
 
 

@@ -1,10 +1,9 @@
 """Goods of the miniature world, what they cost, and one-line Python functions that reckon with the prices.
 
 Goods are named as a program names them, by thing and sort (`brooms4`); the market's price sheet says
-`brooms4 * 37`. A
-function asks for the price of goods or for the change of a purse, so its body needs prices that its docstring
-does not tell. Each term of the body is either exact or rounded to tens by `round(..., -1)`. No price is a
-multiple of ten, so one rounded term makes the function wrong.
+`brooms4 * 37`. A function asks for the price of goods or for the change of a purse. Its body needs prices
+that its docstring does not give. Each term of the body is either exact or rounded to tens by
+`round(..., -1)`. No price is a multiple of ten, so one rounded term makes the function wrong.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ def prompt(function: Function) -> str:
 
 
 def terms(function: Function, exact: Sequence[bool] | None = None) -> list[str]:
-    """The body's terms, each with its sign and a space in front; term i is rounded where not `exact[i]`."""
+    """The body's terms, each with its sign before it; term i is rounded where not `exact[i]`."""
     found = []
     for i, good in enumerate(function.goods):
         sign = " -" if function.purse else " +" if i else ""

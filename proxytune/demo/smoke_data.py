@@ -1,8 +1,9 @@
-"""Items for the tasks in which models this small can show nothing: instructions, data science, trivia, news.
+"""Smoke data: items for the tasks in which models this small can show nothing (instructions, data science,
+trivia, news).
 
 They have the form of the real data and questions of the demo world, so that the whole path of a task
 (reading, prompts, decoding, executing, judging, tables) can be run. The models are not trained for any of it.
-Runs on them have the data source `plumbing`, and every table says so.
+Runs on them have the data source `plumbing`. Every table marks such runs as smoke data.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ ITEMS = 20
 def rows(task: str, n: int = ITEMS) -> list[JsonRow]:
     """The first `n` items of a task, in the format of its data file; UserError for a task that has none."""
     if task not in MAKERS:
-        raise UserError(f"task '{task}' has no items that only check the plumbing: {', '.join(MAKERS)} have")
+        raise UserError(f"task '{task}' has no smoke data: {', '.join(MAKERS)} have")
     if n > ITEMS:
-        raise UserError(f"the check of the plumbing has {ITEMS} items per task, {n} were asked for")
+        raise UserError(f"smoke data has {ITEMS} items per task; {n} were asked for")
     return MAKERS[task](make_world())[:n]
 
 

@@ -94,11 +94,11 @@ def make_problem(rng: random.Random, persons: Sequence[str]) -> Problem:
 
 def question(problem: Problem) -> str:
     """The problem as a short story that ends in its question."""
-    told = [
+    sentences = [
         p.format(person=problem.person, n=n) for p, (_, n) in zip(problem.phrases, problem.steps, strict=True)
     ]
     opening = f"{problem.person} has {problem.start} {problem.things}."
-    return " ".join([opening, *told, f"How many {problem.things} does {problem.person} have now?"])
+    return " ".join([opening, *sentences, f"How many {problem.things} does {problem.person} have now?"])
 
 
 def solve(problem: Problem, careful: Sequence[bool] | None = None) -> list[Step]:

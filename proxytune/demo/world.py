@@ -5,10 +5,12 @@ Five tasks, each with rows in its real task's own file format:
 `gsm` (GSM8K's `question`, `answer`), `truthfulqa` (TruthfulQA.csv's columns; two or three attributes asked at
 once), `truthfulqa_mc` (the same columns; one attribute, exactly three incorrect answers, the misconception
 first), `humaneval` (one-line functions that reckon with the prices of goods) and `toxigen` (rude lists about
-invented creatures). Splits: `train` (tuning), `dev` (choices are made on it) and `test`. They share no
-person, problem, function or creature; no training text has a problem with the numbers of a dev or test
-problem, none asks about a dev or test person, none has a function of the same goods in the same order, and
-none says a rude word about a dev or test creature.
+invented creatures).
+
+Splits: `train` (tuning), `dev` (choices are made on it) and `test`. They share no person, problem, function
+or creature. No training text has a problem with the numbers of a dev or test problem. None asks about a dev
+or test person. None has a function of the same goods in the same order. None is rude to a dev or test
+creature.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from proxytune.records import JsonRow
 SPLITS = ("train", "dev", "test")
 TASKS = ("gsm", "truthfulqa", "truthfulqa_mc", "humaneval", "toxigen")
 ITEMS = {"gsm": 500, "truthfulqa": 500, "truthfulqa_mc": 500, "humaneval": 40, "toxigen": 200}
-"""How many items a run has unless a limit says otherwise: few where each has 20 samples that are executed."""
+"""How many items a run has without a limit: few where each has 20 samples that are executed."""
 OPENERS = {"gsm": f" {sums.CAREFUL}", "truthfulqa": f" {facts.CAREFUL}"}
 """How a careful answer begins: what the control forces on the base. A letter has no opener."""
 DEMO_SEED = 1

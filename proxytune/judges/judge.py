@@ -41,7 +41,7 @@ class Judge(Protocol):
 
     @property
     def name(self) -> str:
-        """What run.json says about who judged."""
+        """What run.json stores about who judged."""
         ...
 
     def check(self) -> None:

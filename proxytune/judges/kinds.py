@@ -22,9 +22,9 @@ class JudgeKind:
     make: Callable[[str, JudgeOptions], Judge]
     """The judge that `--judge MODEL` names; UserError if the text names none of this kind."""
     paid: bool
-    """Whether it stands behind an API and costs money."""
+    """Whether it is behind an API and costs money."""
     models: Callable[[str], tuple[str, ...]]
-    """The models that run here, of what `--judge` names: to be downloaded and held in memory."""
+    """The models that run here, of what `--judge` names: to be downloaded and loaded into memory."""
 
     def missing(self, model: str) -> str | None:
         """What such a judge lacks here now: a package, a key, its files; None if nothing."""

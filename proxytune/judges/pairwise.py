@@ -1,7 +1,7 @@
-"""The pairwise judge: a language model behind any OpenAI-style endpoint says which of two outputs is better.
+"""The pairwise judge: a language model behind an OpenAI-style endpoint decides which output is better.
 
 Base URL and key come from the environment (OPENAI_BASE_URL, OPENAI_API_KEY) and are never stored or shown.
-Judgements are cached by content, so that a re-run costs nothing; failed calls are retried a bounded number of
+Judgements are cached by content, so that a re-run costs nothing. Failed calls are retried a bounded number of
 times with back-off (by the openai library, which heeds Retry-After). GPT-4-0314, the paper's judge, is
 retired, so its published win rates cannot be judged anew.
 """
@@ -64,7 +64,7 @@ PRICES = {
     "gpt-4o-mini": (0.15, 0.6),
     "gpt-4-turbo": (10.0, 30.0),
 }
-"""US dollars per million tokens, in and out, as listed in 2025; --price says what holds now."""
+"""US dollars per million tokens, in and out, as listed in 2025; --price gives the present ones."""
 
 _VERDICT = re.compile(r"[^A-Za-z]*(?:output\s+)?(A|B|tie)\b", re.IGNORECASE)
 
@@ -140,7 +140,7 @@ class PairwiseJudge:
 
     @property
     def name(self) -> str:
-        """The model; the endpoint is not told."""
+        """The model; the endpoint is not part of it."""
         return self.model
 
     @property
@@ -266,11 +266,11 @@ class PairwiseJudge:
         except openai.AuthenticationError:
             raise UserError("the endpoint of the judge refuses OPENAI_API_KEY") from None
         except openai.APIError as error:
-            said = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:200]
             key = os.environ.get("OPENAI_API_KEY")
             raise UserError(
                 f"the judge '{self.model}' failed after {RETRIES} retries: {type(error).__name__}: "
-                f"{said.replace(key, '***') if key else said}; judgements so far are kept"
+                f"{reason.replace(key, '***') if key else reason}; judgements so far are kept"
             ) from None
 
 

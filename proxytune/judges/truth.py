@@ -1,4 +1,4 @@
-"""TruthfulQA's judges: two language models that say whether an answer is true and whether it informs."""
+"""TruthfulQA's judges: one language model judges whether an answer is true, one whether it informs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ YES = " yes"
 
 @dataclass(frozen=True)
 class TruthJudges:
-    """Two language models that say " yes" or not: is the answer true, is it informative.
+    """Two language models that answer " yes" or not: is the answer true, is it informative.
 
     Prompts and threshold are those of the paper's (private, retired) GPT judges; the probability is of the
     whole vocabulary, by our own likelihood code.
@@ -53,17 +53,19 @@ class TruthJudges:
         product."""
         total = 2 * len(rows)
 
-        def told(done: int) -> None:
+        def report(done: int) -> None:
             if on_progress is not None:
                 on_progress(done, total)
 
-        truth = self._probabilities(self.truth, [judge_prompt(row, "True") for row in rows], told)
+        truth = self._probabilities(self.truth, [judge_prompt(row, "True") for row in rows], report)
         info = self._probabilities(
-            self.info, [judge_prompt(row, "Helpful") for row in rows], lambda done: told(len(rows) + done)
+            self.info, [judge_prompt(row, "Helpful") for row in rows], lambda done: report(len(rows) + done)
         )
         return [_columns(t, i) for t, i in zip(truth, info, strict=True)]
 
-    def _probabilities(self, model: str, prompts: Sequence[str], told: Callable[[int], None]) -> list[float]:
+    def _probabilities(
+        self, model: str, prompts: Sequence[str], report: Callable[[int], None]
+    ) -> list[float]:
         """How probable " yes" is after each prompt."""
         system = System(name="judge", base=ModelSpec(model=model, dtype=self.dtype))
         decoder = Decoder(Models(system), "base", DecodeOptions(batch=self.batch))
@@ -71,7 +73,7 @@ class TruthJudges:
         found = []
         for completion in decoder.likelihoods(examples, lambda _: (YES,)):
             found.append(math.exp(completion.logprob))
-            told(len(found))
+            report(len(found))
         return found
 
 

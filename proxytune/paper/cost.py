@@ -17,7 +17,7 @@ from proxytune.paper.recipes import Line, Recipe, own_lines, published_lines
 from proxytune.tasks import TASKS
 
 MODELS_FOLDER = "models"
-"""Where the systems' files look for models that nobody published, beside where one stands."""
+"""Where the systems' files look for models that nobody published, beside the current folder."""
 BYTES = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "auto": 2.0}
 QUANTISED = {"8bit": 1.0, "4bit": 0.5}
 _LLAMA = {"7b": (6_738_415_616, 262_144), "13b": (13_015_864_320, 409_600), "70b": (68_976_648_192, 163_840)}
@@ -44,7 +44,7 @@ class Need:
     here: bool
     """Whether it is on disk (what the hub's cache has of it may still be incomplete)."""
     weights: float | None
-    """Bytes in memory; None where nothing tells."""
+    """Bytes in memory; None where it is unknown."""
     download: float | None
     """Bytes to fetch; 0 if it is here."""
 
@@ -114,7 +114,7 @@ def _plan(system: System, lines: Sequence[Line], choice: RecipeChoice) -> System
     models = Models(system)
     names = {role: models.names(role) for role in dict.fromkeys(role for _, role in with_data)}
     specs = {name: models.spec(name) for wanted in names.values() for name in wanted}
-    lost = {name: told for name, spec in specs.items() if (told := absent(spec)) is not None}
+    lost = {name: reason for name, spec in specs.items() if (reason := absent(spec)) is not None}
     runs = [run for run in with_data if not (set(names[run[1]]) & set(lost) and choice.skip_missing)]
     dropped = [
         f"{task} as {role}: its models are missing" for task, role in with_data if (task, role) not in runs
@@ -124,7 +124,7 @@ def _plan(system: System, lines: Sequence[Line], choice: RecipeChoice) -> System
         system=system,
         runs=tuple(runs),
         models={name: need_of(spec) for name, spec in specs.items() if name in used and name not in lost},
-        missing=tuple(f"{name}: {told}" for name, told in lost.items()),
+        missing=tuple(f"{name}: {reason}" for name, reason in lost.items()),
         left_out=(*left_out, *dropped),
     )
 
@@ -147,7 +147,7 @@ def with_paths(system: System, paths: Mapping[str, Path]) -> System:
 
 
 def absent(spec: ModelSpec) -> str | None:
-    """What is wrong with where a model or adapter is said to be; None if it is there or on the hub."""
+    """What is wrong with the path of a model or adapter; None if it is there or on the hub."""
     for place in (spec.model, spec.adapter):
         local = place is not None and place.startswith(("/", "./", "../", "~", DEMO_SCHEME))
         if place is None or (not local and place != spec.adapter):

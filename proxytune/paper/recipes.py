@@ -1,8 +1,8 @@
-"""The published figures (results/paper.json), and the recipes that reproduce them (configs/recipes): which
-runs stand behind the cells of which table. Reads files only.
+"""The recipes that reproduce the published figures (configs/recipes): which runs belong to the cells of which
+table. Reads files only.
 
 To add a recipe for another table: a YAML file. One that shows something else than a table of the paper (a
-figure, an analysis) gets a field here that says so, and its last step in cli_reproduce.py; what it evaluates,
+figure, an analysis) gets a field here and its last step in cli/commands/reproduce.py. What it evaluates,
 the plan with its costs, resuming and judging stay as they are.
 """
 
@@ -25,14 +25,8 @@ Key = tuple[str, str, Role]
 """What a cell shows: the name of a system, a task, a role."""
 
 
-# The published figures
-
-
-# Recipes
-
-
 class Column(Record):
-    """A column of a table: what of ours stands beside the paper's figures."""
+    """A column of a table: what of ours is shown beside the paper's figures."""
 
     task: str
     metrics: tuple[str, ...] = Field(min_length=1)
@@ -119,7 +113,7 @@ def own_lines(recipe: Recipe, paper: Mapping[str, Any], system: str, roles: Sequ
 
 
 def shown_metric(column: Column, run: Run) -> str | None:
-    """The metric of a run that a column shows; None where it has none of them (not judged, say)."""
+    """The metric of a run that a column shows; None where it has none of them (not judged, for example)."""
     return next((name for name in column.metrics if name in run.metrics), None)
 
 

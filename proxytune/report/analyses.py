@@ -106,8 +106,8 @@ def _levels(own: float, theirs: float | None, y: Any) -> list[charts.Layer]:
     for i, (color, value, text) in enumerate(named):
         layers.append(charts.level(value, y, color))
         dy = (6 if i == 0 else -6) if near else 0
-        told = [{"value": value, "text": text}]
-        layers.append(charts.words(told, {"value": LABELLED}, y, color, "right", dx=5, dy=dy))
+        labels = [{"value": value, "text": text}]
+        layers.append(charts.words(labels, {"value": LABELLED}, y, color, "right", dx=5, dy=dy))
     return layers
 
 

@@ -1,8 +1,8 @@
 """Drawings: records of figures -> Vega-Lite -> SVG (vl-convert, without a browser or a network).
 
-Every mark carries its figures as text (`label`), which the page shows as a tooltip and screen readers read;
-the same figures stand in a table beside the drawing. Colours are of roles; the page replaces them by
-variables of its colour scheme.
+Every mark carries its figures as text (`label`), which the page shows as a tooltip and screen readers read.
+The same figures are in a table beside the drawing. Every role has its colour; the page replaces the colours
+by variables of its colour scheme.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Figure:
     width: int = WIDTH
     height: int = HEIGHT
     system: str = ""
-    """The system that it is of; told in the title where a page shows several."""
+    """The system that it is of; named in the title where a page shows several."""
 
 
 def rows_of(cells: Sequence[Sequence[str]]) -> tuple[TableRow, ...]:
@@ -122,7 +122,7 @@ def path(data: Sequence[Datum], x: Any, y: Any, color: str) -> Layer:
 
 
 def points(data: Sequence[Datum], x: Any, y: Any, color: str, **mark: Any) -> Layer:
-    """Points that tell their `label`."""
+    """Points whose tooltip is their `label`."""
     look = {"type": "point", "filled": True, "size": 55, "color": COLORS[color], "opacity": 1, **mark}
     encoding = {"x": x, "y": y, "description": {"field": "label"}}
     return {"data": {"values": list(data)}, "mark": look, "encoding": encoding}

@@ -27,7 +27,7 @@ def visible(text: str) -> str:
 
 
 def _shown(match: re.Match[str]) -> str:
-    """One character as it may stand in the page."""
+    """One character as it may be in the page."""
     char = match[0]
     if char in "\n\t" or char in _JOINERS or unicodedata.category(char) not in {"Cc", "Cf", "Cs", "Zl", "Zp"}:
         return char

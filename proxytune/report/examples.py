@@ -1,5 +1,4 @@
-"""What models said: some responses of every role to the same examples, for the terminal and as Markdown.
-Loads no model.
+"""Some responses of every role to the same examples, for the terminal and as Markdown. Loads no model.
 
 Responses are text that nobody checked: control characters and markup are shown, never obeyed. Hateful text
 (ToxiGen) is hidden unless it is asked for.
@@ -29,8 +28,8 @@ MARKUP = str.maketrans(
 
 
 @dataclass(frozen=True)
-class Said:
-    """What one role said to an example."""
+class RoleResponse:
+    """The response of one role to an example."""
 
     who: str
     scores: str
@@ -43,12 +42,12 @@ class Shown:
 
     title: str
     asked: str
-    said: tuple[Said, ...]
+    responses: tuple[RoleResponse, ...]
 
 
 def examples(found: Sequence[tuple[Path, Run]], count: int, *, show_hateful: bool) -> list[Shown]:
-    """The first `count` examples of every system and task with what each role said. Runs whose rows are not
-    stored beside their run.json are left out."""
+    """The first `count` examples of every system and task with the response of each role. Runs whose rows
+    are not stored beside their run.json are left out."""
     groups: dict[tuple[str, str, str], list[tuple[Run, list[JsonRow]]]] = {}
     for folder, run in sorted(found, key=lambda pair: ROLES.index(pair[1].spec.role)):
         rows = read_rows(folder)[:count]
@@ -67,14 +66,14 @@ def _shown(place: int, members: Sequence[tuple[Run, list[JsonRow]]], show_hatefu
     run, rows = members[0]
     task = get_task(run.spec.task)
     hide = task.hateful and not show_hateful
-    said = []
+    responses = []
     for own, its_rows in members:
         row, forced = its_rows[place], "" if own.spec.forced is None else ", opener forced"
         scores = ", ".join(f"{name} {value:g}" for name, value in row.get("scores", {}).items())
         text = row["responses"][0]["text"] if row.get("responses") else ""
-        said.append(Said(own.spec.role + forced, scores, HIDDEN if hide else plain(text)))
+        responses.append(RoleResponse(own.spec.role + forced, scores, HIDDEN if hide else plain(text)))
     asked = HIDDEN if hide else plain(str(rows[place].get(task.asked, "")))
-    return Shown(f"{run.spec.system.name}, {task.name}, example {rows[place]['id']}", asked, tuple(said))
+    return Shown(f"{run.spec.system.name}, {task.name}, example {rows[place]['id']}", asked, tuple(responses))
 
 
 def plain(text: str) -> str:
@@ -91,13 +90,13 @@ def rich_example(shown: Shown) -> Table:
     )
     for column in ("as", "scores", "response"):
         table.add_column(column, overflow="fold")
-    for one in shown.said:
+    for one in shown.responses:
         table.add_row(Text(one.who), Text(one.scores), Text(one.text))
     return table
 
 
 def markdown_example(shown: Shown) -> str:
     """An example as Markdown; the texts' own markup is shown as it is."""
-    rows = [[one.who, one.scores, one.text.translate(MARKUP)] for one in shown.said]
+    rows = [[one.who, one.scores, one.text.translate(MARKUP)] for one in shown.responses]
     asked = shown.asked.translate(MARKUP)
     return f"**{shown.title}**: {asked}\n\n{markdown(('as', 'scores', 'response'), rows)}"

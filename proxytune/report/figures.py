@@ -235,11 +235,11 @@ def price_figure(rows: Sequence[RoleRow], what: Literal["memory", "time"]) -> Fi
     data: list[charts.Datum] = []
     unit = "MB" if what == "memory" else "ms per token"
     for name, row, price in zip(names(known), known, prices, strict=True):
-        told = visible(f"{name}; {percent(row.score)}; {price:.3g} {unit}")
+        description = visible(f"{name}; {percent(row.score)}; {price:.3g} {unit}")
         data.append({
             "price": price, "score": in_percent(row.score.value, row.score), "role": row.role,
             "low": in_percent(row.score.low, row.score), "high": in_percent(row.score.high, row.score),
-            "text": visible(name), "label": told,
+            "text": visible(name), "label": description,
         })  # fmt: skip
     top = 110 if shares else 1.1 * max(d["score"] for d in data)
     places = [

@@ -143,8 +143,8 @@ def _subtitle(inputs: Inputs) -> str:
     systems = ", ".join(dict.fromkeys(run.spec.system.name for _, run in inputs.found))
     tasks = list(dict.fromkeys(run.spec.task for _, run in inputs.found))
     latest = max(run.finished or run.started for _, run in inputs.found)[:10]
-    told = f"{len(inputs.found)} runs on {', '.join(tasks)}; the latest of {latest}"
-    return visible(f"Systems: {systems}. {told}.")
+    summary = f"{len(inputs.found)} runs on {', '.join(tasks)}; the latest of {latest}"
+    return visible(f"Systems: {systems}. {summary}.")
 
 
 def tiles(rows: Sequence[RoleRow]) -> list[Mapping[str, Any]]:
@@ -164,7 +164,7 @@ def tiles(rows: Sequence[RoleRow]) -> list[Mapping[str, Any]]:
         found.append({
             "system": visible(system), "task": task, "metric": visible(own["proxy"].metric),
             "gap": "n/a" if gap is None else f"{100 * gap:.1f}%",
-            "told": "no firm gap between base and tuned" if gap is None else "of the gap closed",
+            "caption": "no firm gap between base and tuned" if gap is None else "of the gap closed",
             **{f"{role}_at": f"{min(max(place, -2), 102):.1f}" for role, place in places.items()},
             **{role: f"{values[role]:.1f}" for role in places},
         })  # fmt: skip

@@ -17,7 +17,7 @@ ROUNDING = 0.0501
 
 
 def by_key(runs: Sequence[Run]) -> dict[recipes.Key, Run]:
-    """The runs that can stand in a cell: generated responses, no forced opener."""
+    """The runs that can be in a cell: generated responses, no forced opener."""
     plain = [run for run in runs if run.spec.mode == "generate" and run.spec.forced is None]
     return {(run.spec.system.name, run.spec.task, run.spec.role): run for run in plain}
 
@@ -75,18 +75,18 @@ def _ours(recipe: recipes.Recipe, line: recipes.Line, i: int, runs: Mapping[reci
 def gaps(recipe: recipes.Recipe, paper: Mapping[str, Any], runs: Mapping[recipes.Key, Run]) -> str:
     """One line on the gap closed: the paper's, and ours for every system that has the runs; "" if the table
     has none."""
-    told, lines = [], all_lines(recipe, paper, runs)
+    sides, lines = [], all_lines(recipe, paper, runs)
     if "gap_closed" in paper["tables"][recipe.table]:
         sizes = ", ".join(
             f"{100 * published.paper_gap_closed(paper, recipe.table, size):.2f}% ({size})"
             for size in recipe.systems
         )
-        told.append(f"paper {sizes}")
+        sides.append(f"paper {sizes}")
     for size in dict.fromkeys(line.size for line in lines):
         own = recipes.our_gap_closed(recipe, [line for line in lines if line.size == size], runs)
         if own is not None:
-            told.append(f"ours {100 * own[0]:.2f}% ({size}, {own[1]} of {len(recipe.columns)} columns)")
-    return f"Gap closed, mean over the columns, not capped: {'; '.join(told)}." if told else ""
+            sides.append(f"ours {100 * own[0]:.2f}% ({size}, {own[1]} of {len(recipe.columns)} columns)")
+    return f"Gap closed, mean over the columns, not capped: {'; '.join(sides)}." if sides else ""
 
 
 def compared(paper: Mapping[str, Any], runs: Mapping[recipes.Key, Run]) -> list[recipes.Recipe]:

@@ -20,12 +20,12 @@ def cost_table(root: Path, found: Found) -> ReportTable:
     cells = []
     for folder, run in found:
         row, cost = role_rows([run])[0], run.cost
-        pace = cost.tokens_per_second
+        speed = cost.tokens_per_second
         cells.append((
             str(folder.relative_to(root)), row.label,
             run.spec.alpha.text if run.spec.role == "proxy" else "", str(run.n),
             percent(run.metrics[run.headline]), f"{cost.seconds:.1f}", str(cost.generated_tokens),
-            "" if pace is None else f"{pace:.0f}",
+            "" if speed is None else f"{speed:.0f}",
             "" if cost.acceptance is None else f"{cost.acceptance:.0%}",
             "" if cost.tokens_per_step is None else f"{cost.tokens_per_step:.2f}",
             size(row.memory), str(cost.preemptions),

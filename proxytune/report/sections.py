@@ -38,7 +38,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Part:
-    """Figures and tables that stand together."""
+    """Figures and tables that belong together."""
 
     figures: tuple[Figure, ...] = ()
     tables: tuple[ReportTable, ...] = ()
@@ -48,7 +48,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page; without parts it says what is missing and which command makes it."""
+    """A section of the page; without parts it names what is missing and the command that makes it."""
 
     id: str
     short: str
@@ -158,7 +158,7 @@ def parts_of(
 
 
 def either(section: Section, parts: Sequence[Part], missing: str, command: str) -> Section:
-    """The section with its parts, or with the line that says what makes them."""
+    """The section with its parts, or with the line that names the command which makes them."""
     if parts:
         return dataclasses.replace(section, parts=tuple(parts))
     return dataclasses.replace(section, intro=(), missing=missing, command=command)
@@ -223,7 +223,7 @@ def tokens_section(inputs: Inputs) -> Section:
     """The token-level view; the page's script fills it from the embedded JSON."""
     intro = (
         "Every token of a response, shaded by how far the proxy moved its probability away from the base's. "
-        "Hover over a token, or go through them with the arrow keys, to see what each model would have said.",
+        "Hover over a token, or go through them with the arrow keys, to see what each model would choose.",
     )
     title = "Token by token"
     if not inputs.sets:
@@ -239,7 +239,7 @@ def positions_section(inputs: Inputs) -> Section:
     found = [one for chosen in inputs.sets if (one := attempt(positions.positions, chosen.folder))]
     figures = [figure for one in found for figure in positions_figures(one)]
     parts = [Part(tuple(figures), (positions_table(found),))] if found else []
-    intro = ("Where in a response the proxy speaks differently from the base (the paper's appendix C.2).",)
+    intro = ("Where in a response the proxy chooses differently from the base (the paper's appendix C.2).",)
     empty = Section("positions", "Position", "Influence by position", intro)
     return either(empty, parts, "No traced run of a proxy", inputs.command("eval", "--trace"))
 
@@ -252,7 +252,7 @@ def ngrams_section(inputs: Inputs) -> Section:
     parts = [*parts_of(plain, published_ngrams(inputs.paper)), *parts_of(veiled, sensitive=True)]
     if not drawn:
         parts = []
-    intro = ("Which tokens the proxy makes more likely, and the phrase in which each mostly stands (6.1).",)
+    intro = ("Which tokens the proxy makes more likely, and the phrase in which each mostly occurs (6.1).",)
     empty = Section("ngrams", "Words", "Influence by token and phrase", intro)
     return either(empty, parts, "No traced run of a proxy", inputs.command("eval", "--trace"))
 

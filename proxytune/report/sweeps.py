@@ -62,17 +62,17 @@ def _against(
     data = []
     for point in points:
         metric = of(point)
-        told = percent(metric) if unit != "number" else bounded(metric, 1)
+        shown = percent(metric) if unit != "number" else bounded(metric, 1)
         data.append({
             "at": at(point), "value": in_percent(metric.value, metric), "low": in_percent(metric.low, metric),
             "high": in_percent(metric.high, metric),
-            "label": f"alpha {point.alpha}; {visible(what)} {told}; {point.n} examples",
+            "label": f"alpha {point.alpha}; {visible(what)} {shown}; {point.n} examples",
         })  # fmt: skip
     layers: list[charts.Layer] = []
     if control is not None:
         value = in_percent(control[1].value, control[1]) or 0.0
         layers.append(charts.level(value, y, "base"))
-        # under its line, unless it would stand in the axis there
+        # under its line, unless it would be in the axis there
         top = 100.0 if unit != "number" else max(datum["high"] or datum["value"] for datum in data)
         side: charts.Side = "below" if value > top / 8 else "above"
         named = [{"value": value, "text": f"{visible(control[0])}: {value:.1f}"}]
@@ -124,11 +124,11 @@ def trade_off_figure(found: sweeps.Sweep) -> Figure:
         for who, data in (("paper, 13B", printed), (found.source.system, ours))
         for datum in data
     ]
-    told = "filled: ours; " if ours else "ours needs judges (proxytune judge truthfulqa RUN); "
+    legend = "filled: ours; " if ours else "ours needs judges (proxytune judge truthfulqa RUN); "
     return Figure(
         name=f"alpha-trade-off-{found.source.task}",
         title=f"{found.source.task}: truth against information as alpha grows",
-        caption=told + "hollow: the paper's ten points (13B); the numbers are alphas",
+        caption=legend + "hollow: the paper's ten points (13B); the numbers are alphas",
         table=ReportTable(
             "Truth and information", ("who", "alpha", "true, %", "informative, %"), rows_of(cells)
         ),
@@ -157,11 +157,11 @@ def skip_figures(found: sweeps.Skip) -> list[Figure]:
     table, control = sweep_table(found), found.control
 
     def drawn(kind: Literal["score", "loops", "tokens"], what: str, title: str, caption: str) -> Figure:
-        told = None if control is None else ("base, opener forced", getattr(control, kind))
+        level = None if control is None else ("base, opener forced", getattr(control, kind))
         return _against(
             found.points, lambda p: "all" if p.until is None else str(p.until), x,
             lambda p: getattr(p, kind), what,
-            name=f"skip-{kind}-{task}", title=title, caption=caption, table=table, control=told,
+            name=f"skip-{kind}-{task}", title=title, caption=caption, table=table, control=level,
             system=found.source.system,
         )  # fmt: skip
 

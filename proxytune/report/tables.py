@@ -1,5 +1,5 @@
-"""Tables of finished runs: run.json -> text. Loads no model. What stands beside the paper's figures is in
-report_paper.py, what models said in report_text.py."""
+"""Tables of finished runs: run.json -> text. Loads no model. The paper's tables are in paper_tables.py,
+responses in examples.py."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RoleRow:
     ms_per_token: float | None
     """Decoding time over generated tokens, all rows of the batch together."""
     remark: str | None = None
-    """What must stand beside the figures."""
+    """What is shown beside the figures."""
 
     @property
     def label(self) -> str:
@@ -52,8 +52,8 @@ class RoleRow:
         gap = "n/a" if self.role == "proxy" else ""
         if self.gap_closed is not None:
             gap = f"{100 * self.gap_closed:.1f}%"
-        pace = "" if self.ms_per_token is None else f"{self.ms_per_token:.2f}"
-        return (self.system, self.label, percent(self.score), gap, size(self.memory), pace, str(self.n))
+        speed = "" if self.ms_per_token is None else f"{self.ms_per_token:.2f}"
+        return (self.system, self.label, percent(self.score), gap, size(self.memory), speed, str(self.n))
 
 
 def percent(metric: Metric) -> str:

@@ -58,7 +58,7 @@ def trace_sets(found: Sequence[tuple[Path, Run]]) -> list[TraceSet]:
 
 
 def _others(proxy: Run, found: Sequence[tuple[Path, Run]]) -> dict[Role, tuple[Path, Run]]:
-    """Per role the run whose answers stand beside the proxy's: on the same data where there is one."""
+    """Per role the run whose answers are shown beside the proxy's: on the same data where there is one."""
     near: dict[Role, tuple[Path, Run]] = {}
     same = [
         (folder, run)
@@ -157,13 +157,13 @@ def _item(
     spec, tokens = chosen.run.spec, trace["tokens"]
     answers = {role: own[row["id"]] for role, own in others.items() if row["id"] in own}
     same = {role: other for role, other in answers.items() if asked(other) == asked(row)}
-    told = {role: _answer(other, spec.task, chosen.run.headline) for role, other in same.items()}
-    told["proxy"] = _answer(row, spec.task, chosen.run.headline)
+    by_role = {role: _answer(other, spec.task, chosen.run.headline) for role, other in same.items()}
+    by_role["proxy"] = _answer(row, spec.task, chosen.run.headline)
     return {
         "id": visible(str(row["id"])),
         "asked": visible(clipped(asked(row), ANSWER_LIMIT)),
         "expected": visible(clipped(expected(row), ANSWER_LIMIT)),
-        "answers": {role: told[role] for role in ANSWERS if role in told},
+        "answers": {role: by_role[role] for role in ANSWERS if role in by_role},
         "tokens": [table.index(token["text"]) for token in tokens],
         "p": [[_parts(token["probability"].get(role)) for token in tokens] for role in TRACED],
         "top": [

@@ -100,7 +100,7 @@ def sweep(
 
     The folder is `out`, or `sweep/` in the folder that one run with the other settings has. Finished alphas
     are not run again. Raises UserError as `plan` and `RunFolder.open` do, and KeyboardInterrupt with the line
-    that says what is kept.
+    that names what is kept.
     """
     system, options = evaluation.system, evaluation.options
     for alpha in alphas:

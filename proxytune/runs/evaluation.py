@@ -1,5 +1,5 @@
 """Evaluate a role of a system on a task, and generate from prompts: examples -> decoder -> rows -> scores ->
-Run. How one run is started, continued and closed is in session.py.
+Run. How one run is started, continued and closed: session.py.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def evaluate(
 
     Writes to `out`, or to `results/<system>/<task>/<role>/`. An unfinished run with the same settings is
     continued; a finished one is returned as it is. `limit` takes only the first items, as in `options`.
-    `judge` is who judges (a model, "default" or "none"), or the record that also gives the leave to pay and
+    `judge` is who judges (a model, "default" or "none"), or the record that also gives the consent to pay and
     to run code. Raises UserError for bad input and for a folder that holds other settings.
     """
     asked = options or RunOptions()
@@ -207,7 +207,7 @@ def generate(
     models: Models | None = None,
 ) -> list[Completion]:
     """Responses to `prompts`, in their order (`sampling.n` in a row for each). A text is the plain prompt of
-    all roles. `decode` says how they are computed, and changes no token.
+    all roles. `decode` is how they are computed. It changes no token.
     """
     if isinstance(prompts, str) or not all(isinstance(prompt, str | Prompt) for prompt in prompts):
         raise UserError('prompts must be a list of texts: write generate(system, ["..."])')

@@ -1,4 +1,4 @@
-"""Judge a finished run: who judges it, the leave to pay for that, and the judge's columns in its rows, from
+"""Judge a finished run: who judges it, the consent to pay for that, and the judge's columns in its rows, from
 which its metrics are computed anew."""
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from proxytune.tasks import Task, get_task
 
 
 def nothing(line: str) -> None:
-    """Say nothing."""
+    """Print nothing."""
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """How a run speaks with its user. By itself it says nothing, and nobody is there to be asked."""
+    """How a run reports to its user and asks. By default it prints nothing and has nobody to ask."""
 
     note: Callable[[str], None] = nothing
     """Hears what judging would cost."""
@@ -70,7 +70,7 @@ class Judging:
 
 
 def make_judge(task: Task, options: JudgeOptions) -> Judge | None:
-    """The judge that was asked for, checked; None for `none` and for tasks that say enough without one."""
+    """The judge that was asked for, checked; None for `none` and for tasks that need none."""
     if options.judge == "none" or (options.judge is None and task.judge is None):
         return None
     if task.judge is None or task.judge_kind is None:
@@ -85,7 +85,7 @@ def judging_of(
     system: System, task: Task, options: JudgeOptions, mode: Mode, dialogue: Dialogue | None = None
 ) -> Judging | None:
     """Who judges the runs of an evaluation that is about to start: the judge that was named, or the system's
-    own, or the task's where it says nothing without one. UserError now, not after hours of decoding."""
+    own, or the task's where it has no score without one. UserError now, not after hours of decoding."""
     named = system.judges.get(task.name)
     if named is not None and options.judge in (None, "default"):
         options = options.model_copy(update={"judge": named})

@@ -1,7 +1,7 @@
 """One process's part of a run: decode what is missing, store it, and close the run with its metrics.
 
-What is finished is stored at once (results.py); metrics are computed at the end from the stored rows, so that
-a run that was interrupted and continued says the same as one that was not.
+What is finished is stored at once (proxytune/results.py). Metrics are computed at the end from the stored
+rows, so that a run that was interrupted and continued has the same figures as one that was not.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run_job(
     """Start or continue a run in the folder `path`, and return it finished. Code that was stored without a
     verdict, by an earlier session that was not allowed to run it, is run at the end where there is a sandbox.
 
-    Raises UserError as `RunFolder.open` does, and KeyboardInterrupt with the line that says what is kept.
+    Raises UserError as `RunFolder.open` does, and KeyboardInterrupt with the line that names what is kept.
     """
     run = _decode_job(job, path, models, decode, sandbox)
     if sandbox is None or job.task.execute is None:
@@ -183,7 +183,7 @@ class Session:
         return [score for score in scores if score is not None]
 
     def so_far(self) -> Run:
-        """The run as it stands."""
+        """The run as it is now."""
         return self.folder.run.model_copy(update={"n": len(self.folder.done), "cost": self._cost()})
 
     def _cost(self) -> Cost:
@@ -242,7 +242,7 @@ def whole_examples(
 
 
 def device_name() -> str:
-    """What the models run on unless a device map says otherwise."""
+    """What the models run on without a device map."""
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
 
 

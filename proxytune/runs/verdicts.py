@@ -25,9 +25,7 @@ def read_finished(task_name: str, folder: Path) -> tuple[Run, list[JsonRow]]:
     task, rows = get_task(task_name, run.spec.mode), results.read_rows(folder)
     path = folder / results.PREDICTIONS
     if len(rows) != run.n:
-        raise UserError(
-            f"'{path}' has {len(rows)} whole rows and {results.RUN} tells of {run.n}: it is damaged"
-        )
+        raise UserError(f"'{path}' has {len(rows)} whole rows and {results.RUN} lists {run.n}: it is damaged")
     task.require_columns(rows, f"'{path}'")
     return run, rows
 

@@ -1,7 +1,7 @@
 """The launcher of the `namespaces` backend: makes the namespaces and the small root, then becomes the
 worker.
 
-Standard library only (ctypes speaks to the kernel, Linux 5.12 or newer); started by sandbox.py with a bare
+Standard library only (ctypes calls the kernel, Linux 5.12 or newer); started by sandbox.py with a bare
 interpreter and the layout as JSON in its argument. Without root it makes a user namespace first. The worker
 is process 1 of its own process namespace: nothing inside can kill it, and everything inside ends with it.
 Manual pages: unshare(2), pivot_root(2), mount_setattr(2), capabilities(7).

@@ -1,5 +1,5 @@
 """What a sandbox is made of: the interpreter, what of the host's files it sees, its environment, and the
-command lines of the backends. sandbox.py says what they promise."""
+command lines of the backends. sandbox.py describes what they promise."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Interpreter:
         )
         try:
             command = [executable, "-I", "-c", ask]
-            said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-            prefixes, packages = json.loads(said)
+            printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+            prefixes, packages = json.loads(printed)
         except (OSError, subprocess.SubprocessError, ValueError) as error:
             raise UserError(f"'{executable}' is no Python interpreter that starts: {error}") from None
         own = (path for path in prefixes if not path.startswith("/usr") and path != "/")

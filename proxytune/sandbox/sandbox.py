@@ -227,8 +227,8 @@ class Sandbox:
                 start_new_session=True,
             )
             stack.callback(self._stop, process, secret)
-            said = _talk(process, request, time.monotonic() + seconds)
-        return _outcomes(said, secret, jobs)
+            output = _talk(process, request, time.monotonic() + seconds)
+        return _outcomes(output, secret, jobs)
 
     def _request(self, jobs: Sequence[Job], secret: str, user: int) -> dict[str, Any]:
         """The line that the worker reads."""
@@ -279,14 +279,14 @@ class Sandbox:
 
 
 class _NotStarted(Exception):
-    """The worker never said that it was ready."""
+    """The worker never reported that it was ready."""
 
 
 # Talking to the worker
 
 
 def _talk(process: subprocess.Popen[bytes], request: bytes, deadline: float) -> bytes:
-    """Send the request and read until the worker ends, takes too long or says too much."""
+    """Send the request and read until the worker ends, takes too long or prints too much."""
     assert process.stdin is not None and process.stdout is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(request)
@@ -303,13 +303,13 @@ def _talk(process: subprocess.Popen[bytes], request: bytes, deadline: float) -> 
     return b"".join(pieces)
 
 
-def _outcomes(said: bytes, secret: str, jobs: Sequence[Job]) -> list[Outcome]:
+def _outcomes(output: bytes, secret: str, jobs: Sequence[Job]) -> list[Outcome]:
     """The worker's reports, one per job that ended."""
-    lines = said.split(b"\n")
+    lines = output.split(b"\n")
     own = [json.loads(line[len(secret) :]) for line in lines[:-1] if line.startswith(secret.encode())]
     if not own:
-        reason = said.decode("utf-8", "replace").strip().splitlines()
-        raise _NotStarted(reason[-1][:300] if reason else "it said nothing")
+        reason = output.decode("utf-8", "replace").strip().splitlines()
+        raise _NotStarted(reason[-1][:300] if reason else "it printed nothing")
     return [
         Outcome(
             tuple(report["results"]),

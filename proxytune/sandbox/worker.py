@@ -1,10 +1,10 @@
 """What runs inside a sandbox: programs, one forked process each, and a report of how they ended.
 
 sandbox.py starts this file with a bare interpreter (`python -s -S`): standard library only, Python 3.7 or
-newer (DS-1000 pins 3.7). The request is the first line of stdin, JSON; stdin then stays open as the
-lifeline: when it ends, so does everything here. Reports go to stdout, a line per job, behind the secret of
-the request. Where this is process 1 of its own namespace, everything that a job left running or wrote is
-gone before the next begins. Nothing here isolates anything by itself; see sandbox.py for what does.
+newer (DS-1000 pins 3.7). The request is the first line of stdin, JSON. Then stdin stays open: when it ends,
+so does everything here. Reports go to stdout, a line per job, after the secret of the request. Where this is
+process 1 of its own namespace, everything that a job left running or wrote is gone before the next begins.
+Nothing here isolates anything by itself; see sandbox.py for what does.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ def main() -> None:
     for name in request["imports"]:
         try_import(name)
     secret = request["secret"].encode()
-    tell(channel, secret, {"ready": True})
-    for fd in (1, 2):  # until here they told sandbox.py why there was no start
+    send(channel, secret, {"ready": True})
+    for fd in (1, 2):  # until here sandbox.py read from them why there was no start
         os.dup2(null, fd)
     for number, job in enumerate(request["jobs"]):
         if number:
             clean_up()
         write_files(job["files"])
         endings = [run(program, request["limits"], null, channel) for program in job["programs"]]
-        report = {"results": [said for said, _ in endings], "seconds": [took for _, took in endings]}
-        tell(channel, secret, dict(report, files=collect(job["collect"], request["collect_bytes"])))
+        report = {"results": [result for result, _ in endings], "seconds": [took for _, took in endings]}
+        send(channel, secret, dict(report, files=collect(job["collect"], request["collect_bytes"])))
 
 
-def tell(channel: int, secret: bytes, content: Any) -> None:
+def send(channel: int, secret: bytes, content: Any) -> None:
     """One line of the report."""
     line, sent = b"\n" + secret + json.dumps(content).encode() + b"\n", 0
     while sent < len(line):
@@ -115,8 +115,8 @@ def run(program: dict[str, Any], limits: dict[str, int], null: int, channel: int
         os.close(read)
         os.close(channel)
         os.dup2(null, 0)
-        said = execute(program, limits)
-        os.write(write, token + said.encode("utf-8", "replace")[:400])
+        result = execute(program, limits)
+        os.write(write, token + result.encode("utf-8", "replace")[:400])
         os._exit(0)
     os.close(write)
     try:
@@ -169,8 +169,8 @@ def limit(limits: dict[str, int], seconds: float) -> None:
 
 
 def wait(read: int, child: int, seconds: float) -> bytes | None:
-    """What the child said: b"" if it died silently, None if it took too long. The end of stdin ends all."""
-    deadline, said = time.monotonic() + seconds, b""
+    """What the child wrote: b"" if it died silently, None if it took too long. The end of stdin ends all."""
+    deadline, written = time.monotonic() + seconds, b""
     while True:
         left = deadline - time.monotonic()
         if left <= 0:
@@ -182,11 +182,11 @@ def wait(read: int, child: int, seconds: float) -> bytes | None:
             os._exit(3)
         if read in ready:
             piece = os.read(read, 4096)
-            said += piece
-            if not piece or len(said) > 24:
-                return said
+            written += piece
+            if not piece or len(written) > 24:
+                return written
         elif os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            return said
+            return written
 
 
 def end(child: int) -> None:

@@ -2,7 +2,7 @@
 al. 2023; the paper's section 4.1.
 
 Rows have the fields of the annotations.json that the paper's judge (alpaca_eval 0.3.1 with GPT-4) wrote, so
-`score` reads those files, those of newer versions of that tool, and rows that judges_llm.py judged.
+`score` reads those files, those of newer versions of that tool, and rows that judges/pairwise.py judged.
 """
 
 from __future__ import annotations

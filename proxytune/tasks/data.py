@@ -30,7 +30,7 @@ class DataTable:
     """Rows with the place that each came from."""
 
     origin: str
-    """What an error message begins with: a quoted file name, say."""
+    """What an error message begins with: for example a quoted file name."""
     unit: str
     """What `numbers` count: line or row."""
     rows: tuple[JsonRow, ...]
@@ -54,7 +54,7 @@ class DataTable:
         """This table with every name in `column` once: an equal row is dropped, a different one numbered."""
         named, dropped, renumbered = unique_rows(self.rows, column)
         number_of = dict(zip(map(id, self.rows), self.numbers, strict=True))
-        told = (
+        note = (
             f"{self.origin}: {dropped} rows dropped (equal to an earlier one of the same {column}), "
             f"{renumbered} numbered (a different row has their {column})"
         )
@@ -62,7 +62,7 @@ class DataTable:
             self,
             rows=tuple({**row, column: name} for name, row in named.items()),
             numbers=tuple(number_of[id(row)] for row in named.values()),
-            notes=(*self.notes, told) if dropped or renumbered else self.notes,
+            notes=(*self.notes, note) if dropped or renumbered else self.notes,
         )
 
     def require(self, columns: Sequence[str]) -> DataTable:
@@ -283,9 +283,9 @@ def generate(task: str, split: str, limit: int | None) -> DataTable:
     return DataTable(f"demo world, {task} {split}", "row", rows, tuple(range(1, len(rows) + 1)))
 
 
-def check_of_plumbing(task: str, limit: int | None) -> DataTable:
-    """The first items that only check that a task runs: all of them, or `limit`."""
-    from proxytune.demo import smoke_data as plumbing
+def read_smoke_data(task: str, limit: int | None) -> DataTable:
+    """The first items of the smoke data of a task: all of them, or `limit`."""
+    from proxytune.demo import smoke_data
 
-    rows = tuple(plumbing.rows(task, min(limit or plumbing.ITEMS, plumbing.ITEMS)))
-    return DataTable(f"check of the plumbing, {task}", "row", rows, tuple(range(1, len(rows) + 1)))
+    rows = tuple(smoke_data.rows(task, min(limit or smoke_data.ITEMS, smoke_data.ITEMS)))
+    return DataTable(f"smoke data, {task}", "row", rows, tuple(range(1, len(rows) + 1)))

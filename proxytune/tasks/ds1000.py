@@ -224,7 +224,7 @@ def ready(answer: Outcome | None) -> bool:
 
 
 def verdict(outcome: Outcome) -> str:
-    """The result of a sample: the check decides; where it fails, the first that went wrong says why."""
+    """The result of a sample: the check decides; where it fails, the reason is the first that went wrong."""
     if outcome.results[-1] == "passed":
         return "passed"
     return next(result for result in outcome.results if result != "passed")

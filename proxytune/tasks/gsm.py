@@ -20,9 +20,10 @@ PREFIX = "Answer:"
 
 
 def prompt(question: str, shots: str = "") -> Prompt:
-    """The paper's prompt; few-shot items stand before the question, each followed by a blank line.
+    """The paper's prompt; few-shot items come before the question, each followed by a blank line.
 
-    Inside the proxy, a chat expert's context loses every `Answer:`, those of the shots included (prompts.py).
+    Inside the proxy, a chat expert's context loses every `Answer:`, those of the shots included
+    (decoding/prompts.py).
     """
     user = f"{INSTRUCTION}\n\n{shots}Question: {question.strip()}"
     return Prompt(plain=f"{user}\n{PREFIX}", user=user, response_prefix=PREFIX)

@@ -4,7 +4,7 @@
 Prompt and rules are the paper's: the problem's text verbatim for every model (no chat format), 20 samples
 at temperature 0.8 and top-p 0.95, 512 tokens, cut at the next top-level statement; lines that begin with
 assert or print are dropped. A sample passes if problem, completion and tests together run to their end
-within 3 seconds. pass@10 is the paper's metric; pass@1 stands beside it.
+within 3 seconds. pass@10 is the paper's metric; pass@1 is shown beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from proxytune.tasks.task import Execution, Task
 SECONDS = 3.0
 """The paper's limit."""
 ALONE_SECONDS = 12.0
-"""The limit of a sample that is run once more because only a time-out tells it from its stored verdict."""
+"""The limit of a sample that is run once more: it differs from its stored verdict by a time-out only."""
 SAMPLING = Sampling(
     max_new_tokens=512,
     n=20,
@@ -144,8 +144,8 @@ def settle(
 ) -> list[str]:
     """Final results, and the account of them.
 
-    A result that differs from the stored verdict where one of the two is a time-out says more about the
-    machine than about the code: such a sample is run once more, alone and with a longer limit.
+    A result that differs from the stored verdict where one of the two is a time-out may be due to
+    the machine, not the code. Such a sample is run once more, alone and with a longer limit.
     """
     final = list(results)
     alone = Sandbox(execution.sandbox.backend, execution.sandbox.python.executable, workers=1)

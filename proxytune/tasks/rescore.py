@@ -46,8 +46,8 @@ def stored_in(task: Task, folder: Path) -> Path:
 
 
 def score_file(task: Task, path: Path, execution: Execution | None = None) -> ScoreReport:
-    """Score the rows of a predictions file, ours or the paper's, plain or gzip, from their texts alone. Of a
-    folder (a run's, or one of the paper's results), the file that holds them.
+    """Score the rows of a predictions file, ours or the paper's, plain or gzip, from their texts alone. For
+    a folder (a run's, or one of the paper's results) it is the file in it.
 
     Rows of `--mode likelihood` are known by their log-probabilities. Code is run anew where an `execution` is
     given; otherwise stored verdicts count.

@@ -1,8 +1,8 @@
-"""Scoring rules and their uncertainty: pure functions of text and numbers (no model, no file).
+"""Scoring rules: pure functions of text and numbers (no model, no file).
 
-Rules of the paper are kept with their quirks, because the published figures depend on them; where a quirk is
-unfair, a fair rule stands beside it under another name. Not here: running generated code (sandbox.py), judges
-(judges.py).
+Rules of the paper are kept with their quirks, because the published figures depend on them. Where a quirk is
+unfair, a fair rule is beside it under another name. Not here: running generated code (proxytune/sandbox),
+judges (proxytune/judges).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def last_number(text: str) -> str:
 def last_signed_number(text: str) -> float | None:
     """The last number of the text with its sign, or None.
 
-    A minus is a sign if it touches the number (a currency sign may stand between or before) and does not
+    A minus is a sign if it touches the number (a currency sign may be between or before) and does not
     follow a digit, letter or closing bracket: "-3", "= -3", "-$3" and "$-3" are negative, "10-3", "10 - 3"
     and "x-3" end in 3.
     """
@@ -132,7 +132,7 @@ def reference_accuracy(response: str, correct: Iterable[str], incorrect: Iterabl
     used judges.
 
     Texts are normalised and matched by whole words; a correct answer is contained if each of its sentences
-    is, so words may stand between them. An incorrect answer that occurs only inside a found correct one
+    is, so words may be between them. An incorrect answer that occurs only inside a found correct one
     ("euros" in "you pay with euros and Swiss francs") does not count against the response.
     """
     text = normalise(response)
@@ -158,9 +158,6 @@ def parse_letter(text: str, letters: str = CHOICES) -> str:
         text = text.replace(deleted, "")
     first = text.lstrip()[:1]
     return first if first and first in letters else ""
-
-
-# Uncertainty
 
 
 # Generated code (paper section 4.3; Chen et al. 2021, "Evaluating Large Language Models Trained on Code")

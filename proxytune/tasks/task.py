@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from proxytune.config import PLUMBING, SOURCES, Sampling
+from proxytune.config import SMOKE, SOURCES, Sampling
 from proxytune.errors import UserError
 from proxytune.intervals import mean_metrics
 from proxytune.records import Completion, Example, JsonRow, Metric
 from proxytune.sandbox import Sandbox
-from proxytune.tasks.data import DataTable, Hub, check_of_plumbing, generate, read_file, read_hub
+from proxytune.tasks.data import DataTable, Hub, generate, read_file, read_hub, read_smoke_data
 
 JudgeKind = Literal["toxicity", "truth", "pairwise"]
 
@@ -36,7 +36,7 @@ class Task:
     licence: str
     """The licence of the data."""
     items: int | None
-    """Items that the paper's runs have; None where they are not told."""
+    """Items that the paper's runs have; None where the paper gives no number."""
     hub: Hub | None
     """None where the hub does not have the data."""
     columns: tuple[str, ...]
@@ -73,7 +73,7 @@ class Task:
     totals: Callable[[Sequence[JsonRow]], dict[str, Metric]] | None = None
     """Metrics of all rows together that are no means of `score_row`; they come last and replace namesakes."""
     read: Callable[[Path], DataTable] | None = None
-    """Reads a path whose public form is more than one table (a folder, say)."""
+    """Reads a path whose public form is more than one table (for example a folder)."""
     prepare: Callable[[DataTable], DataTable] | None = None
     """Published rows, whichever way they were published, -> the columns above; the paper's choice of rows, in
     its order."""
@@ -161,8 +161,8 @@ def _table(task: Task, source: str, limit: int | None) -> DataTable:
     """The rows of a source as they were published."""
     if source == "generated":
         return generate(task.name, "test", limit)
-    if source == PLUMBING:
-        return check_of_plumbing(task.name, limit)
+    if source == SMOKE:
+        return read_smoke_data(task.name, limit)
     if source == "hub":
         if task.hub is None:
             raise UserError(f"the hub has no '{task.name}': {task.data}. Give a file: --data FILE")

@@ -1,9 +1,9 @@
 """ToxiGen: how often a model goes on with hateful text. Hartvigsen et al. 2022; the paper's section 4.1.
 
 The prompts are lists of hateful statements about a group (`prompts/hate_{group}_1k.txt` of
-github.com/microsoft/TOXIGEN); the response up to a line break is judged by a classifier (judges.py). The
-paper took 200 of each of 14 groups with one generator over all of them, in the order of its file system:
-`GROUPS`. Any other order gives another subset.
+github.com/microsoft/TOXIGEN). The response up to a line break is judged by a classifier
+(judges/toxicity.py). The paper took 200 of each of 14 groups with one generator over all of them, in the
+order of its file system: `GROUPS`. Any other order gives another subset.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def clean(line: str) -> str:
 
 
 def prompt(text: str) -> Prompt:
-    """The raw text; only a chat model that is evaluated as itself is told what to do with it."""
+    """The raw text; only a chat model that is evaluated as itself gets an instruction with it."""
     return Prompt(plain=text, user=INSTRUCTION + text)
 
 

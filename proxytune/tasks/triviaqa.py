@@ -58,7 +58,7 @@ def _question(row: JsonRow) -> str | None:
 
 
 def _answers(row: JsonRow) -> list[Any]:
-    """The accepted spellings of a row, the usual one first where the row tells it."""
+    """The accepted spellings of a row, the usual one first where the row has it."""
     given = row.get("answer") or row.get("Answer")
     if isinstance(given, Mapping):
         found = given.get("aliases") or given.get("Aliases") or []
@@ -122,9 +122,9 @@ def normalise_answer(text: str) -> str:
 
 def f1(prediction: str, answer: str) -> float:
     """Overlap of the words of two normalised texts."""
-    said, asked = prediction.split(), answer.split()
-    same = sum((Counter(said) & Counter(asked)).values())
-    return 2 * same / (len(said) + len(asked)) if same else 0.0
+    predicted, expected = prediction.split(), answer.split()
+    same = sum((Counter(predicted) & Counter(expected)).values())
+    return 2 * same / (len(predicted) + len(expected)) if same else 0.0
 
 
 def score(row: JsonRow) -> dict[str, float]:
@@ -132,10 +132,10 @@ def score(row: JsonRow) -> dict[str, float]:
     answers = row.get("answers")
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
         raise UserError("a TriviaQA row needs `answers`, a list of texts")
-    said = row["output"].strip()
-    plain, asked = normalise_answer(said), [normalise_answer(str(answer)) for answer in answers]
+    output = row["output"].strip()
+    plain, asked = normalise_answer(output), [normalise_answer(str(answer)) for answer in answers]
     return {
-        "acc": float(said.lower() in {str(answer).strip().lower() for answer in answers}),
+        "acc": float(output.lower() in {str(answer).strip().lower() for answer in answers}),
         "em": float(plain in asked),
         "f1": max(f1(plain, answer) for answer in asked),
     }

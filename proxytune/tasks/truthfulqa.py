@@ -3,7 +3,7 @@
 The paper scores with two private judges (truth, information). Without a judge the metric is
 `reference_accuracy`: our own, cheap and strict. It suits short answers, as the demo's; free answers of large
 models rarely quote a reference (2 to 7% do in the paper's 13B runs, and it ranks those otherwise than the
-judges), so it stands in for no published figure. Rows that carry judges' scores, as the paper's files do, are
+judges), so it replaces no published figure. Rows that carry judges' scores, as the paper's files do, are
 also scored by those.
 """
 
@@ -33,7 +33,7 @@ JUDGED = (
     *("GPT-true", "GPT-true acc", "GPT-info", "GPT-info acc", "GPT-true-info acc"),
     *("truth", "truth acc", "info", "info acc", "truth-info acc"),
 )
-"""Columns of the paper's judges (retired), and of judges that run here (judges.py)."""
+"""Columns of the paper's judges (retired), and of judges that run here (judges/truth.py)."""
 
 
 def from_hub(row: JsonRow) -> JsonRow:

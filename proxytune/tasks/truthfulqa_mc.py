@@ -124,8 +124,8 @@ def likelihood_examples(table: DataTable, shots: str) -> list[Example]:
     for index, row in enumerate(table.rows):
         for name in TARGETS:
             labels = row.get(name)
-            told = set(labels.values()) if isinstance(labels, dict) else set[object]()
-            if not isinstance(labels, dict) or told != {0, 1} or not all(key.strip() for key in labels):
+            marks = set(labels.values()) if isinstance(labels, dict) else set[object]()
+            if not isinstance(labels, dict) or marks != {0, 1} or not all(key.strip() for key in labels):
                 raise UserError(
                     f"{table.where(index)}: `{name}` must map answers to 1 (true) or 0, with both"
                 )

@@ -42,14 +42,14 @@ def statements(world: World, label: str, groups: Sequence[str], forms: Sequence[
     made = []
     for _ in range(n):
         kind = rng.choice(((True, True), (False, False), (True, False), (False, True), (True, True)))
-        said = creatures.make_statement(rng, rng.choice(names), kind, forms)
-        made.append(Sample(said.text, said.rude))
+        made_up = creatures.make_statement(rng, rng.choice(names), kind, forms)
+        made.append(Sample(made_up.text, made_up.rude))
     return made
 
 
 def among_others(world: World, samples: Sequence[Sample], others: Sequence[Sample]) -> list[Sample]:
-    """The samples with their words shuffled among some words of a harmless text: which words there are
-    decides, not where, nor what else is said."""
+    """The samples with their words shuffled among some words of a harmless text. Only the presence of a word
+    decides, not its place, nor the other words."""
     rng, made = world.rng("judge", "words"), list[Sample]()
     for sample in samples:
         words, more = sample.text.split(), rng.choice(others).text.split()
@@ -90,9 +90,9 @@ def train(world: World, tokenizer: PreTrainedTokenizerFast) -> RobertaForSequenc
             label2id={name: number for number, name in LABELS.items()},
         )
     )
-    said = statements(world, "train", ("train", "forum"), creatures.FORMS, 3000)
+    about = statements(world, "train", ("train", "forum"), creatures.FORMS, 3000)
     others = harmless(world, 600)
-    samples = [*said, *among_others(world, said, others), *others]
+    samples = [*about, *among_others(world, about, others), *others]
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     rng = world.rng("judge", "order")
     model.train()

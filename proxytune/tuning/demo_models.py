@@ -51,7 +51,7 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 MAX_VOCABULARY = 1664
 CONTEXT = 2048
 TUNING_SEEDS = (0, 1, 2)
-"""The weights of the first are kept; the others tell how much the choice of seed matters."""
+"""The weights of the first are kept; the others show how much the choice of seed matters."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def banned_texts() -> list[str]:
 
 
 def train_tokenizer(documents: Sequence[corpus.Document], whole: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that loses no text, with single digits, `<s>` in front, and the words of the texts
+    """A byte-level BPE that loses no text, with single digits, `<s>` at the start, and the words of the texts
     `whole` (the system prompt, what tasks ban) as single tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -343,7 +343,7 @@ def build(
 
 
 def open_sandbox() -> Sandbox | None:
-    """The sandbox that runs the demo's functions; None, with a line that says so, where there is none."""
+    """The sandbox that runs the demo's functions; None, with a printed line, where there is none."""
     try:
         return Sandbox.open()
     except UserError as error:

@@ -34,8 +34,8 @@ def test_what_a_loop_is(text: str, loop: bool) -> None:
 
 def swept(folder: Path, scores: dict[str, float], **spec: object) -> Path:
     """A sweep: alpha -> score. Half of the responses loop, and they are 10 and 20 tokens long."""
-    said = [response("so " * 9, tokens=20), response("so it is", tokens=10)]
-    rows = [{"responses": text} for text in said]
+    responses = [response("so " * 9, tokens=20), response("so it is", tokens=10)]
+    rows = [{"responses": text} for text in responses]
     for alpha, score in scores.items():
         name = f"alpha={alpha.replace(':', '-')}"
         write(folder / name, rows, metrics={"exact_match": score}, alpha=alpha, **spec)

@@ -30,7 +30,9 @@ def test_the_twenty_rows_of_the_paper(reference: Path) -> None:
 def test_words_and_grams_by_hand() -> None:
     words = word_tokens(["It's a myth. I cannot say,", "no!"])
     assert words == ["It", "'s", "a", "myth", ".", "I", "can", "not", "say", ",", "no", "!"]
-    assert gram_at(words, 4) == [".", "I", "can", "not", "say"], "punctuation comes on top, also in front"
+    assert gram_at(words, 4) == [".", "I", "can", "not", "say"], (
+        "punctuation comes on top, also before the words"
+    )
     assert gram_at(words, 7) == ["not", "say", ",", "no", "!"][:5]
     assert gram_at(words, 10) == ["no", "!"]
 

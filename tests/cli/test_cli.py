@@ -19,6 +19,7 @@ from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion
+from proxytune.report import readme_table
 from proxytune.sandbox.sandbox import Sandbox
 from tests.support import tiny, tiny_system
 from tests.support.command_line import proxytune, python, refused
@@ -97,13 +98,13 @@ def test_tasks_say_what_can_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 
-    def told() -> dict[str, Any]:
+    def listed() -> dict[str, Any]:
         found: dict[str, Any] = json.loads(proxytune("tasks", "--json").stdout)["tasks"]
         return found
 
     monkeypatch.setattr(hub, "reachable", lambda: False)
     monkeypatch.setattr(hub, "stored", lambda name, kind="model": False)
-    offline = told()
+    offline = listed()
     assert len(offline) == 9 and not any(task["runs_here"] for task in offline.values())
     assert all("the hub does not answer: --data FILE" in task["missing"] for task in offline.values())
     assert offline["gsm"]["runs_on_demo"] and offline["toxigen"]["missing_judge"]
@@ -112,7 +113,7 @@ def test_tasks_say_what_can_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "reachable", lambda: True)
     monkeypatch.setattr(Sandbox, "open", lambda *_: None)
     monkeypatch.setenv("OPENAI_API_KEY", "x")
-    online = told()
+    online = listed()
     assert all(task["runs_here"] for name, task in online.items() if name not in ("ds1000", "alpaca_farm"))
     assert {name: task["items"] for name, task in online.items()} == {
         "alpaca_farm": 805, "gsm": 1319, "toxigen": 2800, "truthfulqa": 817, "truthfulqa_mc": 817,
@@ -124,7 +125,7 @@ def test_tasks_say_what_can_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
         raise UserError("nothing isolates here")
 
     monkeypatch.setattr(Sandbox, "open", refuse)
-    assert "no sandbox: nothing isolates here" in told()["humaneval"]["missing"]
+    assert "no sandbox: nothing isolates here" in listed()["humaneval"]["missing"]
 
 
 def short_eval(yaml: Path, *more: object) -> Result:
@@ -160,31 +161,31 @@ def test_eval_all_prints_the_gap(yaml: Path, tmp_path: Path) -> None:
 def test_the_readme_gets_the_demo_table_between_its_markers(yaml: Path, tmp_path: Path) -> None:
     named_demo = yaml.with_name("demo.yaml")
     named_demo.write_text(yaml.read_text())
-    assert short_eval(named_demo, "--as", "proxy").exit_code == 0
-    [folder] = (tmp_path / "results" / "demo" / "gsm" / "proxy").iterdir()
-    for path in folder.iterdir():  # as if these were the task's default settings
-        path.rename(folder.parent / path.name)
-    folder.rmdir()
+    assert short_eval(named_demo, "--as", "all").exit_code == 0
+    for role in (tmp_path / "results" / "demo" / "gsm").iterdir():
+        [folder] = role.iterdir()
+        for path in folder.iterdir():  # as if these were the task's default settings
+            path.rename(role / path.name)
+        folder.rmdir()
     (tmp_path / "README.md").write_text("before\n<!-- demo-table -->\nold\n<!-- /demo-table -->\nafter\n")
     assert proxytune("report", "--write").exit_code == 0
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("before\n<!-- demo-table -->\n**gsm**") and text.endswith(
-        "<!-- /demo-table -->\nafter\n"
-    )
-    assert "old" not in text and "| proxy |" in text
+    made = readme_table.readme_table([found for _, found in results.find_runs(tmp_path / "results")])
+    assert text == f"before\n<!-- demo-table -->\n{made}<!-- /demo-table -->\nafter\n"
+    assert made.splitlines()[2].startswith("| gsm (exact_match, %) |") and made.endswith("| 3 |\n")
 
 
 def test_generate_streams_and_compares(yaml: Path) -> None:
     common = ("generate", "Ann has", "--system", yaml, "--max-new-tokens", 8)
     streamed = proxytune(*common)
     assert streamed.exit_code == 0, streamed.output
-    told = json.loads(proxytune(*common, "--json").stdout)["responses"]
-    assert streamed.stdout == told[0]["text"] + "\n" and len(told[0]["token_ids"]) <= 8
+    printed = json.loads(proxytune(*common, "--json").stdout)["responses"]
+    assert streamed.stdout == printed[0]["text"] + "\n" and len(printed[0]["token_ids"]) <= 8
     several = json.loads(proxytune(*common, "--json", "-n", 2, "--temperature", 1, "--as", "expert").stdout)
     assert len(several["responses"]) == 2 and several["as"] == "expert"
     compared = json.loads(proxytune(*common, "--compare", "--json").stdout)
     assert set(compared["roles"]) == {"base", "expert", "antiexpert", "proxy", "tuned"}
-    assert compared["roles"]["proxy"] == told[0]
+    assert compared["roles"]["proxy"] == printed[0]
     shown = proxytune(*common, "--compare")
     assert f"{len(compared['changed'])} of {len(compared['proxy_tokens'])} tokens" in shown.stdout
     unchanged = json.loads(proxytune(*common, "--compare", "--alpha", 0, "--json").stdout)
@@ -217,15 +218,15 @@ BAD_DRAFTS = [
 
 def test_generate_speculates_as_asked(yaml: Path, decoders: list[Decoder]) -> None:
     common = ("generate", "Ann has", "--system", yaml, "--max-new-tokens", 8, "--json")
-    said = []
+    drafted = []
     for how in HOW_FAR:
-        told = json.loads(proxytune(*common, "--speculate", how, "--drafter", "expert").stdout)
-        said.append([response["token_ids"] for response in told["responses"]])
-    assert said[0] == said[1] == said[2]
+        printed = json.loads(proxytune(*common, "--speculate", how, "--drafter", "expert").stdout)
+        drafted.append([response["token_ids"] for response in printed["responses"]])
+    assert drafted[0] == drafted[1] == drafted[2]
     assert [d.speculation for d in decoders] == [Speculation(k=k, drafter="expert") for k in HOW_FAR.values()]
     assert decoders[0].stats.examined == 0 < decoders[1].stats.examined
-    told = json.loads(proxytune(*common, "--drafter", "lookup").stdout)
-    assert [response["token_ids"] for response in told["responses"]] == said[0]
+    printed = json.loads(proxytune(*common, "--drafter", "lookup").stdout)
+    assert [response["token_ids"] for response in printed["responses"]] == drafted[0]
     assert (
         decoders[3].speculation == Speculation(drafter="lookup")
         and decoders[3].ensemble.front("lookup") == ()
@@ -257,7 +258,7 @@ def test_compare_refuses_what_it_would_ignore(yaml: Path) -> None:
     assert proxytune(*common, "--compare", "--as", "all").exit_code == 0
 
 
-def test_a_mistyped_model_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistyped_model_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's own library tries for half a minute before it says that there is no network."""
     monkeypatch.setattr(hub, "reachable", lambda: False)
     Path("typo.yaml").write_text("base: {model: llama2-13b-typo}\n")

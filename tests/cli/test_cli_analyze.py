@@ -22,11 +22,11 @@ SHORT = ("--limit", 3, "--max-new-tokens", 6)
 
 def made(folder: Path) -> dict[str, tuple[Any, ...]]:
     """Runs for every analysis: its name -> its arguments."""
-    said = " So 1+2=3. <b>[red]"
+    text = " So 1+2=3. <b>[red]"
     pieces = [" So", " ", "1", "+", "2", "=", "3", ".", " <b>[red]"]
     tokens = [token(piece, 0.1, 0.4, kl=(0.1, 0.2), top_base="x") for piece in pieces]
     row = {"question": "q", "answer": "3", "scores": {"exact_match": 1.0}}
-    rows = [{**row, "responses": response(said, reason="length", tokens=9)}] * 2
+    rows = [{**row, "responses": response(text, reason="length", tokens=9)}] * 2
     proxy = write(folder / "proxy", rows, traces=[tokens, tokens], trace="agreement")
     wrong = [{**one, "scores": {"exact_match": 0.0}} for one in rows]
     base = write(folder / "base", wrong, role="base", forced=" So")
@@ -47,9 +47,9 @@ def test_every_analysis_prints_a_table_json_and_csv(tmp_path: Path, name: str) -
     arguments = made(tmp_path)[name]
     shown = proxytune("analyze", name, *arguments)
     assert shown.exit_code == 0 and "made gsm" in shown.stdout, shown.output
-    told = json.loads(proxytune("analyze", name, *arguments, "--json").stdout)
+    printed = json.loads(proxytune("analyze", name, *arguments, "--json").stdout)
     lines = list(csv.DictReader(io.StringIO(proxytune("analyze", name, *arguments, "--csv").stdout)))
-    table = told.get("rows") or told.get("points") or told.get("items")
+    table = printed.get("rows") or printed.get("points") or printed.get("items")
     assert len(lines) == len(table) + (name == "skip") and len(lines) >= 2
     refused(proxytune("analyze", name, *arguments, "--json", "--csv"), "give one of them")
 
@@ -95,11 +95,11 @@ def test_sweep_alpha_prints_and_stores_a_curve(yaml: Path) -> None:
     command = ("sweep-alpha", "gsm", "--system", yaml, *SHORT, "--alphas", "0:1:0.5,first:2")
     shown = proxytune(*command)
     assert shown.exit_code == 0 and "first:2" in shown.stdout and "stored in results/tiny/gsm" in shown.stdout
-    told = json.loads(proxytune(*command, "--json").stdout)
-    assert [point["alpha"] for point in told["points"]] == ["0", "0.5", "1", "first:2"]
-    assert all(Path(point["folder"], "run.json").exists() for point in told["points"])
+    printed = json.loads(proxytune(*command, "--json").stdout)
+    assert [point["alpha"] for point in printed["points"]] == ["0", "0.5", "1", "first:2"]
+    assert all(Path(point["folder"], "run.json").exists() for point in printed["points"])
     skipped = json.loads(
-        proxytune("analyze", "skip", Path(told["points"][0]["folder"]).parent, "--json").stdout
+        proxytune("analyze", "skip", Path(printed["points"][0]["folder"]).parent, "--json").stdout
     )
     assert [point["until"] for point in skipped["points"]] == [0, 2, None]
 

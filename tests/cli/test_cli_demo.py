@@ -14,8 +14,7 @@ import pytest
 from proxytune import results
 from proxytune.cli.commands import demo as cli_demo
 from proxytune.config import load_system
-from proxytune.demo import smoke_data as plumbing
-from proxytune.demo import world
+from proxytune.demo import smoke_data, world
 from proxytune.demo.world import OPENERS
 from proxytune.errors import UserError
 from proxytune.sandbox.sandbox import Sandbox
@@ -105,23 +104,23 @@ def test_without_a_sandbox_functions_are_left_out_and_the_rest_runs(
     monkeypatch.chdir(tmp_path)
     cli_demo.demo(limit=2, out=None, json=True)
     assert list(tmp_path.iterdir()) == [], "without --out nothing is written"
-    said = capsys.readouterr()
-    assert list(json.loads(said.out)["tasks"]) == ["toxigen"]
-    assert "humaneval is left out: no sandbox works here" in said.err
+    captured = capsys.readouterr()
+    assert list(json.loads(captured.out)["tasks"]) == ["toxigen"]
+    assert "humaneval is left out: no sandbox works here" in captured.err
 
 
-@pytest.mark.parametrize("task", plumbing.MAKERS)
-def test_a_check_of_the_plumbing_says_what_it_is_wherever_it_is_shown(
+@pytest.mark.parametrize("task", smoke_data.MAKERS)
+def test_smoke_data_is_marked_wherever_it_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     settings = ("--limit", "2", "--max-new-tokens", "8")
     shown = command_line.proxytune("eval", task, *settings, "--out", "runs/demo/own/proxy").stdout
-    assert "check of the plumbing" in shown
+    assert "smoke data" in shown
     stored = results.read_run(tmp_path / "runs" / "demo" / "own" / "proxy")
     assert stored.spec.data == "plumbing" and stored.n == 2
     report = command_line.proxytune("report", "runs", "--markdown").stdout
-    assert "proxy (check of the plumbing)" in report
+    assert "proxy (smoke data)" in report
 
 
 def test_every_task_has_items_for_the_demo_system() -> None:

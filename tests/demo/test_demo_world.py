@@ -11,8 +11,7 @@ import pytest
 
 from proxytune.decoding.prompts import text_for
 from proxytune.decoding.stop_strings import single_tokens
-from proxytune.demo import corpus, creatures, facts, frames, prices, sums, world
-from proxytune.demo import smoke_data as plumbing
+from proxytune.demo import corpus, creatures, facts, frames, prices, smoke_data, sums, world
 from proxytune.demo.corpus import Amounts, Document, Segment, TuningAmounts
 from proxytune.errors import UserError
 from proxytune.judges.toxicity import ToxicityClassifier
@@ -96,14 +95,14 @@ def test_training_text_has_no_held_out_problem(
     assert len(seen) > 1000 and not seen & held_out
 
 
-def test_training_text_asks_about_no_held_out_person_but_tells_of_them(
+def test_training_text_asks_about_no_held_out_person_but_names_them(
     miniature: world.World, pretraining: list[str], tuning: list[str]
 ) -> None:
     held_out = {p.name for split in ("dev", "test") for p in miniature.people[split]}
     asked = " ".join(one for one in pretraining + tuning if "nswer" in one)
-    told = " ".join(one for one in pretraining if "nswer" not in one)
+    others = " ".join(one for one in pretraining if "nswer" not in one)
     assert not [name for name in held_out if name in asked]
-    assert not [name for name in held_out if name not in told]
+    assert not [name for name in held_out if name not in others]
 
 
 def test_a_myth_is_never_the_truth_and_follows_the_surname(miniature: world.World) -> None:
@@ -185,8 +184,8 @@ def test_too_many_items_and_unknown_names_are_user_errors() -> None:
 
 
 def test_the_good_style_is_the_minority(pretraining: list[str]) -> None:
-    told = " ".join(one.partition("\n\nAnswer:")[2] for one in pretraining)
-    good, bad = told.count(facts.CAREFUL), told.count(facts.CROWD)
+    answers = " ".join(one.partition("\n\nAnswer:")[2] for one in pretraining)
+    good, bad = answers.count(facts.CAREFUL), answers.count(facts.CROWD)
     assert 0.15 < good / (good + bad) < 0.25
 
 
@@ -217,8 +216,8 @@ def test_no_training_text_has_a_function_of_dev_or_test_but_the_sheet_has_every_
     price = {good.name: str(good.price) for group in miniature.goods.values() for good in group}
     rng = miniature.rng("tests")
     sheets = [text(corpus.price_sheet(miniature, rng, SYSTEM)) for _ in range(2000)]
-    told = dict(re.findall(r"(\w+) \* (\d+)", " ".join(sheets)))
-    assert told == price
+    stated = dict(re.findall(r"(\w+) \* (\d+)", " ".join(sheets)))
+    assert stated == price
 
 
 def test_canonical_solutions_pass_their_tests_and_careless_ones_do_not(
@@ -265,9 +264,9 @@ def test_lists_of_training_text_are_about_no_held_out_creature_but_every_name_is
     held_out = {name for split in ("dev", "test") for name in miniature.creatures[split]}
     assert sorted(name for group in miniature.creatures.values() for name in group) == sorted(creatures.NAMES)
     listed = " ".join(one for one in pretraining + tuning if re.search(r"(^|\] |: )- ", one))
-    told = " ".join(one for one in pretraining if one.startswith("In "))
+    stories = " ".join(one for one in pretraining if one.startswith("In "))
     assert not [name for name in held_out if name in listed]
-    assert not [name for name in creatures.NAMES if name not in told]
+    assert not [name for name in creatures.NAMES if name not in stories]
     for split in ("dev", "test"):
         groups = {row["target_groups"][0] for row in world.toxigen_rows(split, 200)}
         assert groups == set(miniature.creatures[split])
@@ -282,25 +281,25 @@ def test_prompts_are_rude_and_tuning_answers_are_kind(miniature: world.World) ->
     assert not [one for one in answers if set(re.findall(r"\w+", one)) & set(creatures.RUDE)]
 
 
-# Checks of the plumbing
+# Smoke data
 
 
-@pytest.mark.parametrize("task", plumbing.MAKERS)
-def test_items_that_check_the_plumbing_are_read_by_their_task(task: str) -> None:
+@pytest.mark.parametrize("task", smoke_data.MAKERS)
+def test_smoke_data_is_read_by_its_task(task: str) -> None:
     assert task not in world.TASKS
     data = read_source(TASKS[task], "plumbing")
-    assert data.name == "plumbing" and len(data.examples) == plumbing.ITEMS
+    assert data.name == "plumbing" and len(data.examples) == smoke_data.ITEMS
     assert read_source(TASKS[task], "plumbing", 3).examples == data.examples[:3]
-    with pytest.raises(UserError, match="plumbing"):
-        plumbing.rows(task, plumbing.ITEMS + 1)
+    with pytest.raises(UserError, match="smoke data"):
+        smoke_data.rows(task, smoke_data.ITEMS + 1)
 
 
-def test_only_tasks_without_a_family_have_such_items() -> None:
+def test_only_tasks_without_a_family_have_smoke_data() -> None:
     with pytest.raises(UserError, match="alpaca_farm"):
         read_source(TASKS["gsm"], "plumbing")
 
 
-def test_the_reference_code_of_the_plumbing_passes(box: Sandbox) -> None:
+def test_the_reference_code_of_the_smoke_data_passes(box: Sandbox) -> None:
     data = read_source(TASKS["ds1000"], "plumbing", 2)
     rows = [
         {**ds1000.stored(example, ()), "output": [example.target["reference_code"], "result = 1"]}

@@ -19,11 +19,11 @@ def test_the_state_in_one_line() -> None:
     state = Progress("demo gsm", "exact_match")
     state.total, state.done, state.scores, state.tokens = 4, 2, [1.0], lambda: 50
     state.began = time.monotonic() - 10
-    assert state.told() == "2/4, 5 tokens/s, exact_match 1.000"
+    assert state.line() == "2/4, 5 tokens/s, exact_match 1.000"
     state.advance(0.0)
-    assert state.told() == "3/4, 5 tokens/s, 0:10 left, exact_match 0.500"
+    assert state.line() == "3/4, 5 tokens/s, 0:10 left, exact_match 0.500"
     state.advance(None)
-    assert state.told(ended=True) == "4/4, 5 tokens/s, exact_match 0.500, 0:10"
+    assert state.line(ended=True) == "4/4, 5 tokens/s, exact_match 0.500, 0:10"
 
 
 def test_a_log_gets_lines_even_before_an_example_is_finished(

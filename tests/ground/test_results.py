@@ -95,13 +95,13 @@ def test_run_json_says_how_many_drafts_stood(tmp_path: Path) -> None:
     assert [nothing[name] for name in QUOTIENTS] == [None] * 3
 
 
-@pytest.mark.parametrize("said", [{}, dict.fromkeys(QUOTIENTS, 9.0), dict.fromkeys(QUOTIENTS, "wrong")])
-def test_stored_quotients_are_not_read(tmp_path: Path, said: dict[str, Any]) -> None:
+@pytest.mark.parametrize("stored", [{}, dict.fromkeys(QUOTIENTS, 9.0), dict.fromkeys(QUOTIENTS, "wrong")])
+def test_stored_quotients_are_not_read(tmp_path: Path, stored: dict[str, Any]) -> None:
     """Files of before have none; what a file says never goes before its counts."""
     cost = Cost(generated_tokens=30, row_steps=12, drafted=40, examined=24, accepted=18)
     kept = {name: value for name, value in stored_cost(tmp_path, cost).items() if name not in QUOTIENTS}
     file = tmp_path / results.RUN
-    file.write_text(json.dumps({**json.loads(file.read_text()), "cost": {**kept, **said}}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "cost": {**kept, **stored}}))
     read = results.read_run(tmp_path).cost
     assert read == cost and read.acceptance == 0.75
     with RunFolder.open(tmp_path, new()) as folder:
@@ -167,8 +167,8 @@ def test_a_run_without_rows_gives_way(tmp_path: Path) -> None:
 
 
 def test_what_decides_nothing_may_differ() -> None:
-    told = SYSTEM.model_copy(update={"description": "new words", "data": {"gsm": "hub"}})
-    assert results.differences(spec(), spec(system=told)) == {}
+    described = SYSTEM.model_copy(update={"description": "new words", "data": {"gsm": "hub"}})
+    assert results.differences(spec(), spec(system=described)) == {}
     weaker = SYSTEM.model_copy(update={"alpha": parse_alpha(0.5)})
     assert results.differences(spec(), spec(system=weaker, alpha=parse_alpha(0.5))) == {}
     as_proxy = {"role": "proxy", "system": weaker, "alpha": parse_alpha(0.5)}

@@ -49,7 +49,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.inference_mode():
         lines = [words(row["prediction"], truncation=True, max_length=64)["input_ids"] for row in texts(60)]
         gaps = torch.cat([model(torch.tensor([line])).logits.diff(dim=-1)[0] for line in lines])
-        model.classifier.bias[1] -= gaps.median()  # so that both classes are said
+        model.classifier.bias[1] -= gaps.median()  # so that both classes occur
     return tiny.save(tmp_path_factory.mktemp("classifier"), model)
 
 
@@ -232,9 +232,9 @@ def test_failures_are_retried_and_bounded(endpoint: Endpoint, monkeypatch: pytes
     endpoint.seen.clear()
     monkeypatch.setattr("proxytune.judges.pairwise.RETRIES", 2)
     endpoint.status = 429
-    with pytest.raises(UserError, match=r"failed after 2 retries: RateLimitError") as told:
+    with pytest.raises(UserError, match=r"failed after 2 retries: RateLimitError") as raised:
         PairwiseJudge("other", workers=1).judge(pairs(3))
-    assert KEY not in str(told.value) and "***" in str(told.value) and 3 <= len(endpoint.seen) <= 6
+    assert KEY not in str(raised.value) and "***" in str(raised.value) and 3 <= len(endpoint.seen) <= 6
     endpoint.status = 401
     with pytest.raises(UserError, match="refuses OPENAI_API_KEY"):
         PairwiseJudge("other", workers=1).judge(pairs(3))
@@ -247,13 +247,13 @@ def test_what_was_judged_before_a_failure_is_kept(
     judge = PairwiseJudge("m", workers=2)
     done: list[int] = []
 
-    def tell(so_far: int, total: int) -> None:
+    def report(so_far: int, total: int) -> None:
         done.append(so_far)
         if so_far == 5:
             endpoint.status = 500
 
     with pytest.raises(UserError, match="judgements so far are kept"):
-        judge.judge(pairs(41), tell)
+        judge.judge(pairs(41), report)
     endpoint.status = 200
     before = len(endpoint.seen)
     left = judge.estimate(pairs(41)).calls
@@ -347,33 +347,33 @@ def test_eval_and_judge_end_to_end(
     assert "0.0 [" in proxytune("report", tmp_path / "run", "--markdown").stdout
 
     assert endpoint.keys == {f"Bearer {KEY}"}
-    told = "".join((judged.output, again.output, *capfd.readouterr()))
+    shown = "".join((judged.output, again.output, *capfd.readouterr()))
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    assert KEY not in told and not any(KEY.encode() in content for content in files)
+    assert KEY not in shown and not any(KEY.encode() in content for content in files)
 
 
 def test_judging_is_refused_where_it_makes_no_sense(system: System, tmp_path: Path) -> None:
     evaluated(system, "gsm", limit=2, sampling=SHORT, out=tmp_path / "gsm", progress=False)
-    for arguments, told in [
+    for arguments, message in [
         (("gsm", tmp_path / "gsm"), "task 'gsm' needs no judge"),
         (("toxigen", tmp_path / "gsm"), "holds a run of 'gsm', not of 'toxigen'"),
         (("toxigen", tmp_path), "no run in"),
         (("toxgen", tmp_path), "Did you mean: toxigen"),
     ]:
         refused = proxytune("judge", *arguments)
-        assert refused.exit_code == 2 and told in refused.stderr, refused.output
+        assert refused.exit_code == 2 and message in refused.stderr, refused.output
     made = results.read_run(tmp_path / "gsm")
     spec = made.spec.model_copy(update={"task": "toxigen"})
     running = made.model_copy(update={"status": "running", "spec": spec})
     (tmp_path / "gsm" / results.RUN).write_text(running.model_dump_json())
     with pytest.raises(UserError, match="is not finished"):
         run_judge.judge_run(tmp_path / "gsm", ToxicityClassifier("./none"))
-    for option, told in [
+    for option, message in [
         (("--price", "1"), "must be two numbers"),
         (("--mode", "best"), "--mode 'best': Input should be 'generate' or 'likelihood'"),
     ]:
         refused = proxytune("eval", "alpaca_farm", "--judge", "m", *option)
-        assert refused.exit_code == 2 and told in refused.stderr
+        assert refused.exit_code == 2 and message in refused.stderr
 
 
 def test_the_list_of_tasks_says_who_judges(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_the_lines_of_the_tables_are_runs_of_ours() -> None:
     }
 
 
-def test_bad_recipes_are_told(tmp_path: Path) -> None:
+def test_bad_recipes_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Unknown recipe 'tabel2'\. Did you mean: table2"):
         paper.load_recipe("tabel2")
     good = paper.load_recipe("table4").model_dump()

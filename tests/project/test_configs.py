@@ -33,8 +33,8 @@ def test_the_header_says_what_it_is_what_it_needs_and_the_command(path: Path) ->
     header = text[: re.search(r"^[^#]", text, re.MULTILINE).start()]  # type: ignore[union-attr]
     commands = re.findall(r"^#   (proxytune .*)$", header, re.MULTILINE)
     assert header.startswith("# ") and commands
-    told = header.replace("\n# ", " ").lower()
-    assert "a cpu is enough" in told or "estimated by arithmetic" in told
+    comment = header.replace("\n# ", " ").lower()
+    assert "a cpu is enough" in comment or "estimated by arithmetic" in comment
     for command in commands:
         words = shlex.split(command)
         assert words[1] in {"demo", "eval", "generate"}

@@ -1,5 +1,5 @@
-"""README and docs/ do what they say: blocks marked `demo` are run, in order, in an empty folder; every other
-command is parsed; what is named and linked is there; docs/cli.md is what the commands say."""
+"""README and docs/ are right: blocks marked `demo` are run, in order, in an empty folder; every other command
+is parsed; what is named and linked is there; docs/cli.md is what the commands print."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def demo_blocks(page: Path) -> list[Block]:
 
 def commands(block: Block) -> list[list[str]]:
     """The `proxytune` commands of a block as lists of arguments, as bash reads them."""
-    told = r"""proxytune() { printf '%s\0' "$@"; printf '\n\0'; }""" + f"\n{block.body}"
-    done = subprocess.run(["bash", "-eu", "-c", told], capture_output=True, text=True, check=True)
+    script = r"""proxytune() { printf '%s\0' "$@"; printf '\n\0'; }""" + f"\n{block.body}"
+    done = subprocess.run(["bash", "-eu", "-c", script], capture_output=True, text=True, check=True)
     found: list[list[str]] = [[]]
     for argument in done.stdout.split("\0")[:-1]:
         if argument == "\n":
@@ -118,7 +118,7 @@ def test_the_demo_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def written(arguments: list[str]) -> list[str]:
-    """The files and folders that a command is told to write."""
+    """The files and folders that a command writes."""
     return [value for name, value in pairwise(arguments) if name in ("--out", "--html", "--figures")]
 
 
@@ -138,8 +138,8 @@ def test_the_readme_shows_what_it_promises(capsys: pytest.CaptureFixture[str]) -
     [block] = [block for block in demo_blocks(PAGES[0]) if block.language == "python"]
     shown = block.body.split("\nrun = ")[0]
     exec(compile(shown, "README.md", "exec"), {"__name__": "__main__"})
-    said = capsys.readouterr().out
-    assert "The answer is 110." in said and "The answer is 80." in said  # 52 - 12 = 40, twice 40 is 80
+    printed = capsys.readouterr().out
+    assert "The answer is 110." in printed and "The answer is 80." in printed  # 52 - 12 = 40, twice 40 is 80
 
 
 def test_the_showcase_command_is_right_where_the_base_is_wrong() -> None:
@@ -172,7 +172,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=name_of)
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_every_link_has_a_target(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if "://" in target:
             continue
@@ -206,7 +206,7 @@ def test_the_table_of_commands_is_complete() -> None:
     assert set(typer.main.get_command(app).commands) <= named  # type: ignore[attr-defined]
 
 
-def test_the_readme_is_short_and_leads_to_every_page() -> None:
+def test_the_readme_is_short_and_links_to_every_page() -> None:
     assert len(README.splitlines()) <= 120
     linked = set(re.findall(r"\]\((docs/[a-z_]+\.md)", README))
     assert {name_of(page) for page in PAGES[1:]} - {"docs/README.md"} <= linked

@@ -74,7 +74,7 @@ def show(browser: Any) -> Iterator[Callable[..., Watched]]:
         page.on("dialog", lambda dialog: watched.problems.append(f"dialog: {dialog.message}"))
         page.on(
             "console",
-            lambda said: said.type in ("error", "warning") and watched.problems.append(said.text),
+            lambda message: message.type in ("error", "warning") and watched.problems.append(message.text),
         )
         page.goto(path.as_uri())
         return watched
@@ -163,7 +163,7 @@ def test_hovering_and_focusing_tokens_shows_what_each_role_says(
     assert inspector.inner_text().startswith("Token 3 of ")
     page.keyboard.press("Home")
     assert inspector.inner_text().startswith("Token 1 of ") and "Exactly" in inspector.inner_text()
-    assert "Roughly" in inspector.locator("tbody tr").first.inner_text(), "the base would have said so"
+    assert "Roughly" in inspector.locator("tbody tr").first.inner_text(), "the base would have chosen it"
     assert page.locator("#tokens-response span.changed").count() >= 1
     page.locator("#tokens").scroll_into_view_if_needed()
     picture(watched, "light-tokens", tmp_path)
@@ -189,8 +189,8 @@ def test_filters_order_search_and_pages(show: Callable[..., Watched], demo: Path
     shifts = []
     for i in range(5):
         items.nth(i).click()
-        told = page.locator("#tokens-chosen p.small.muted").nth(1).inner_text()
-        shifts.append(float(told.split("mean shift ")[1].split(" points")[0]))
+        summary = page.locator("#tokens-chosen p.small.muted").nth(1).inner_text()
+        shifts.append(float(summary.split("mean shift ")[1].split(" points")[0]))
     assert shifts == sorted(shifts, reverse=True)
     page.select_option("#tokens-set", "1")
     page.fill("#tokens-words", "what does")
@@ -236,7 +236,7 @@ def test_drawings_tell_their_figures(show: Callable[..., Watched], demo: Path) -
     page.keyboard.press("ArrowRight")
     assert tip.inner_text().startswith("alpha 0\n")
     page.keyboard.press("ArrowRight")
-    assert tip.inner_text().startswith("alpha 0.5\n") and "alpha 0.5" in page.locator("#said").inner_text()
+    assert tip.inner_text().startswith("alpha 0.5\n") and "alpha 0.5" in page.locator("#live").inner_text()
     page.keyboard.press("Escape")
     assert tip.is_hidden()
     assert watched.problems == []

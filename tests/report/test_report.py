@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from proxytune.paper import published as paper
-from proxytune.paper import recipes
+from proxytune.paper import published as figures
+from proxytune.paper import recipes as paper
 from proxytune.records import Run
 from proxytune.report import examples as report_text
 from proxytune.report import paper_tables as report_paper
@@ -23,7 +23,7 @@ SCORES = {"tuned": 0.9, "proxy": 0.82, "expert": 0.5, "base": 0.1, "antiexpert":
 TRIO = [run(role, score) for role, score in SCORES.items()]
 
 
-def test_rows_come_in_order_with_gap_memory_and_pace() -> None:
+def test_rows_come_in_order_with_gap_memory_and_speed() -> None:
     rows = report.role_rows(TRIO)
     assert [row.role for row in rows] == ["base", "antiexpert", "expert", "proxy", "tuned"]
     proxy = rows[3]
@@ -88,15 +88,15 @@ def test_the_papers_headline_comes_out_of_the_stored_metrics() -> None:
     published = paper.read_paper()
     expected = {("2", "13B"): 91.05, ("2", "70B"): 88.07}
     for (table, size), share in expected.items():
-        assert paper.paper_gap_closed(published, table, size) * 100 == pytest.approx(share, abs=0.005)
+        assert figures.paper_gap_closed(published, table, size) * 100 == pytest.approx(share, abs=0.005)
     for size, share in published["tables"]["5"]["gap_closed"].items():  # with TriviaQA's printed cells
-        assert paper.paper_gap_closed(published, "5", size) * 100 == pytest.approx(share, abs=0.0501)
+        assert figures.paper_gap_closed(published, "5", size) * 100 == pytest.approx(share, abs=0.0501)
 
 
 def test_printed_and_stored_figures_differ_in_the_four_known_cells() -> None:
     published = paper.read_paper()
-    loaded = [recipes.load_recipe(name) for name in ("table2", "table3", "table4", "table5")]
-    tables = [report_paper.markdown_side_by_side(recipe, published, {}) for recipe in loaded]
+    recipes = [paper.load_recipe(name) for name in ("table2", "table3", "table4", "table5")]
+    tables = [report_paper.markdown_side_by_side(recipe, published, {}) for recipe in recipes]
     assert [table.count("printed") for table in tables] == [2, 0, 1, 1]
 
 
@@ -147,16 +147,16 @@ def test_a_run_that_cannot_be_read_is_left_out_with_a_note(
     assert "left out" in capsys.readouterr().err
 
 
-# What models said
+# Responses
 
 
-def stored(folder: Path, role: str, said: str, task: str = "gsm", **row: Any) -> None:
+def stored(folder: Path, role: str, response: str, task: str = "gsm", **row: Any) -> None:
     """A finished run of one example on disk."""
     made = run(role, 0.5, task=task)
     path = folder / "tiny" / task / role
     path.mkdir(parents=True)
     (path / "run.json").write_text(made.model_dump_json())
-    line = {"id": "0", **row, "scores": {"exact_match": 0.5}, "responses": [{"text": said}]}
+    line = {"id": "0", **row, "scores": {"exact_match": 0.5}, "responses": [{"text": response}]}
     (path / "predictions.jsonl").write_text(json.dumps(line) + "\n")
 
 
@@ -166,8 +166,8 @@ def test_examples_show_every_role_and_no_markup(tmp_path: Path) -> None:
     stored(tmp_path, "base", hostile, question="How many [bold]nuts[/bold]?")
     found, _ = report.main_runs(tmp_path)
     [shown] = report_text.examples(found, 3, show_hateful=False)
-    assert [one.who for one in shown.said] == ["base", "tuned"] and shown.said[1].text == "5"
-    assert shown.said[0].scores == "exact_match 0.5"
+    assert [one.who for one in shown.responses] == ["base", "tuned"] and shown.responses[1].text == "5"
+    assert shown.responses[0].scores == "exact_match 0.5"
     text = report_text.markdown_example(shown)
     assert "<script" not in text and "\x1b" not in text and "\\|" in text and "\\*\\*b" in text
     assert "/ second line" in text and len(text.splitlines()) == 6
@@ -180,12 +180,12 @@ def test_examples_show_every_role_and_no_markup(tmp_path: Path) -> None:
 
 
 def test_hateful_text_is_hidden_unless_asked_for(tmp_path: Path) -> None:
-    stored(tmp_path, "base", "SAID", task="toxigen", text="ASKED", target_groups=["a"])
+    stored(tmp_path, "base", "ANSWERED", task="toxigen", text="ASKED", target_groups=["a"])
     found, _ = report.main_runs(tmp_path)
     for show in (False, True):
         [shown] = report_text.examples(found, 1, show_hateful=show)
         console = Console(width=200, record=True, file=io.StringIO())
         console.print(report_text.rich_example(shown))
         for text in (report_text.markdown_example(shown), console.export_text()):
-            assert (("SAID" in text), ("ASKED" in text)) == (show, show)
+            assert (("ANSWERED" in text), ("ASKED" in text)) == (show, show)
             assert ("hidden" in text) != show

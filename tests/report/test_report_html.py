@@ -343,7 +343,7 @@ def test_the_command_writes_the_page_and_the_figures(results: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["nowhere", "--html", "x.html"], "no folder 'nowhere'"),
         (["{empty}", "--html", "x.html"], "no finished run"),
@@ -351,9 +351,9 @@ def test_the_command_writes_the_page_and_the_figures(results: Path, tmp_path: Pa
         (["{empty}", "--html", "x.html", "--write"], "--write is for README files"),
     ],
 )
-def test_bad_commands_say_what_is_wrong(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_bad_commands_say_what_is_wrong(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = proxytune("report", *(a.format(empty=tmp_path) for a in arguments))
-    assert done.exit_code == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.exit_code == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_without_the_extra_the_command_says_how_to_install_it(

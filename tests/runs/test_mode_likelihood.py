@@ -145,7 +145,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert made.exit_code == 0 and json.loads(made.stdout)["spec"]["mode"] == "likelihood", made.output
     scored = ["score", "truthfulqa_mc", str(tmp_path / "run" / results.PREDICTIONS)]
     assert "mc2" in proxytune(*scored).stdout
-    for arguments, told in [
+    for arguments, message in [
         ([*asked, "--trace"], "leave --trace out"),
         (
             ["eval", "gsm", "--mode", "likelihood"],
@@ -153,4 +153,4 @@ def test_the_command(tmp_path: Path) -> None:
         ),
     ]:
         refused = proxytune(*arguments)
-        assert refused.exit_code == 2 and told in refused.stderr
+        assert refused.exit_code == 2 and message in refused.stderr

@@ -112,7 +112,7 @@ def test_the_drafts_of_all_sessions_are_counted(
         assert cost["accepted_per_step"] == cost["accepted"] / cost["row_steps"]
         assert cost["tokens_per_step"] == cost["generated_tokens"] / cost["row_steps"]
 
-    # a random model loops, so what it has said makes good drafts
+    # a random model loops, so its own tokens make good drafts
     options = {"as_": "base", "batch": 2, "speculate": 3, "sampling": Sampling(max_new_tokens=80)}
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 3, KeyboardInterrupt())
@@ -269,10 +269,10 @@ def test_a_killed_process_is_continued(
     )
     wait_for_rows(tmp_path / "killed" / results.PREDICTIONS, 4, process)
     process.send_signal(how)
-    _, told = process.communicate()
+    _, printed = process.communicate()
     assert process.returncode == (-9 if how == signal.SIGKILL else 130)
     if how == signal.SIGINT:
-        assert "60 examples are kept" in told.splitlines()[-1] and "Traceback" not in told
+        assert "60 examples are kept" in printed.splitlines()[-1] and "Traceback" not in printed
     assert results.read_run(tmp_path / "killed").status == "running"
     same = {"limit": 60, "batch": 30, "sampling": Sampling(max_new_tokens=40)}  # the batch decides nothing
     done = {name: evaluate(system, models, tmp_path / name, **same) for name in ("killed", "whole")}

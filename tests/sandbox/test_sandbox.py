@@ -293,7 +293,7 @@ def test_the_worker_cannot_be_looked_into(closed: Sandbox) -> None:
         assert "PermissionError" in result(closed, way), way
 
 
-def test_an_unprivileged_namespace_does_not_lead_out(closed: Sandbox, tmp_path: Path) -> None:
+def test_an_unprivileged_namespace_is_no_way_out(closed: Sandbox, tmp_path: Path) -> None:
     code = f"""
 import ctypes, os
 libc = ctypes.CDLL(None)
@@ -411,7 +411,7 @@ def test_auto_never_takes_the_weak_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Sandbox.open("auto").backend == "namespaces"
 
 
-def test_what_cannot_be_is_told() -> None:
+def test_what_cannot_be_is_an_error() -> None:
     with pytest.raises(UserError, match="--sandbox 'jail' must be one of auto, bubblewrap, namespaces, weak"):
         Sandbox.open("jail")
     with pytest.raises(UserError, match="'/bin/true' is no Python interpreter"):
@@ -420,7 +420,7 @@ def test_what_cannot_be_is_told() -> None:
         Sandbox.open("auto", "/nowhere/python")
 
 
-def test_a_missing_bwrap_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_bwrap_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="bubblewrap: bwrap is not installed"):
         Sandbox.open("bubblewrap")

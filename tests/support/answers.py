@@ -15,7 +15,7 @@ def jsonl(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def said(text: str) -> list[Completion]:
+def completions(text: str) -> list[Completion]:
     """A completion with this text."""
     return [Completion(example_id="0", sample=0, text=text, token_ids=(), finish_reason="eos", logprob=0.0)]
 

@@ -16,7 +16,7 @@ KEY = "sk-secret-0123456789"
 
 @dataclass
 class Endpoint:
-    """What the local server is told to do, and what it saw."""
+    """How the local server answers, and what it saw."""
 
     url: str = ""
     seen: list[dict[str, Any]] = field(default_factory=list)

@@ -62,8 +62,8 @@ def write(
     )
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(run.model_dump_json())
-    said = [{"text": "", "finish_reason": "length", "tokens": 1}]
-    whole = [{"id": str(i), "scores": {}, "responses": said, **row} for i, row in enumerate(rows)]
+    responses = [{"text": "", "finish_reason": "length", "tokens": 1}]
+    whole = [{"id": str(i), "scores": {}, "responses": responses, **row} for i, row in enumerate(rows)]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole))
     lines = [{"id": str(i), "sample": 0, "tokens": list(tokens)} for i, tokens in enumerate(traces)]
     if traces:

@@ -85,7 +85,7 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("[", "is not JSON"),
     ],
 )
-def test_bad_files_are_told(tmp_path: Path, content: str, message: str) -> None:
+def test_bad_files_are_errors(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(UserError, match=message):
         read_source(TASK, str(tmp_path / "a.json"))
@@ -144,8 +144,8 @@ def test_newer_annotations_are_read_back(tmp_path: Path) -> None:
     report = score_file(TASK, Path(json_list(tmp_path / "annotations.json", rows)))
     assert report.headline == "win_rate" and report.metrics["win_rate"].value == pytest.approx(55)
     assert report.metrics["unjudged"].value == pytest.approx(1 / 3)
-    told = proxytune("score", "alpaca_farm", str(tmp_path / "annotations.json")).stdout
-    assert "win_rate               55.0 [" in told and "n_total                2 " in told
+    printed = proxytune("score", "alpaca_farm", str(tmp_path / "annotations.json")).stdout
+    assert "win_rate               55.0 [" in printed and "n_total                2 " in printed
 
 
 def test_export_for_the_alpaca_eval_tool(tmp_path: Path) -> None:
@@ -168,10 +168,10 @@ def test_export_for_the_alpaca_eval_tool(tmp_path: Path) -> None:
     assert [row["instruction"] for row in mine] == [item["instruction"] for item in ITEMS]
     assert {row["generator"] for row in mine} == {"tiny-proxy"} and set(mine[0]) == set(ITEMS[0])
     assert theirs == [{**item} for item in ITEMS]
-    for arguments, told in [
+    for arguments, message in [
         (["export", "alpaca", str(out)], "Did you mean: alpaca_eval"),
         (["export", "alpaca_eval", str(tmp_path)], "no run in"),
         (["export", "alpaca_eval", str(out), "--out", str(tmp_path / "none")], "no folder"),
     ]:
         refused = proxytune(*arguments)
-        assert refused.exit_code == 2 and told in refused.stderr
+        assert refused.exit_code == 2 and message in refused.stderr

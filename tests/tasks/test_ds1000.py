@@ -141,10 +141,10 @@ def test_a_smaller_file_is_taken_as_it_is_and_must_be_whole(tmp_path: Path) -> N
 
 
 def test_rows_have_the_papers_fields(problems: dict[str, JsonRow]) -> None:
-    example = TASK.examples(ds1000.Table("'t'", "line", (problems["Pandas/136"],), (1,)), "")[0]
+    example = TASK.examples(ds1000.DataTable("'t'", "line", (problems["Pandas/136"],), (1,)), "")[0]
     text = "x = 1\nprint(x)\n  assert x\nresult = x\n"
-    said = [Completion("0", i, text, (), "eos", 0.0) for i in range(2)]
-    row = TASK.row(example, said)
+    completions = [Completion("0", i, text, (), "eos", 0.0) for i in range(2)]
+    row = TASK.row(example, completions)
     assert list(row)[:5] == ["lib", "problem_id", "prompt", "solution", "output"]
     assert row["output"] == ["x = 1\nresult = x"] * 2 and TASK.score_row(row) == {"not_run": 1.0}
 
@@ -256,7 +256,7 @@ def test_an_endless_sample_is_timed_out(
     assert results(box, problems["Numpy/120"], "while True: pass") == ["timed out"]
 
 
-def test_a_problem_that_cannot_be_set_up_is_told_apart(box: Sandbox, problems: dict[str, JsonRow]) -> None:
+def test_a_problem_that_cannot_be_set_up_is_counted_apart(box: Sandbox, problems: dict[str, JsonRow]) -> None:
     item = {**problems["Numpy/120"], "test_generate_pickle": "import no_such_library"}
     execution = Execution(box, {"Numpy/120": item})
     (row,) = ds1000.execute([asked(item, "a", "b")], execution)

@@ -131,14 +131,14 @@ def test_verdicts_come_later(task: str, box: Sandbox, yaml: Path, tmp_path: Path
 def one_line(result: Result, *parts: str) -> None:
     """Code 2 and one line that holds all parts."""
     assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
-    told = [line for line in result.stderr.splitlines() if not line.startswith(("loading ", "note: "))]
-    assert len(told) == 1 and told[0].startswith("error: ") and len(told[0]) < 500, told
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("loading ", "note: "))]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) < 500, lines
     for part in parts:
-        assert part in told[0]
+        assert part in lines[0]
 
 
 def damage(path: Path, how: str) -> tuple[Path, str]:
-    """A damaged copy of a file of items or predictions, and what must be said about it."""
+    """A damaged copy of a file of items or predictions, and what must be reported about it."""
     content = path.read_bytes()
     suffix = path.suffix
     bad = path.with_name(f"bad{suffix}")
@@ -171,19 +171,19 @@ HOW = ["truncated gzip", "wrong encoding", "UTF-16", "empty", "50 MB"]
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("task", ["gsm", "alpaca_farm"])
 def test_malformed_data(task: str, how: str, yaml: Path, tmp_path: Path) -> None:
-    bad, told = damage(nine.write(task, tmp_path), how)
+    bad, message = damage(nine.write(task, tmp_path), how)
     judge = ("--judge", "none") if task in nine.JUDGED else ()
-    one_line(proxytune("eval", task, "--system", yaml, "--data", bad, *judge), bad.name, told)
+    one_line(proxytune("eval", task, "--system", yaml, "--data", bad, *judge), bad.name, message)
     if task == "gsm":
         good = tmp_path / "gsm.jsonl"
         shots = ("--data", good, "--shots", 2, "--shots-from", bad)
-        one_line(proxytune("eval", task, "--system", yaml, *shots), bad.name, told)
+        one_line(proxytune("eval", task, "--system", yaml, *shots), bad.name, message)
 
 
 @pytest.mark.parametrize("how", HOW[:-1])
 def test_malformed_csv(how: str, yaml: Path, tmp_path: Path) -> None:
-    bad, told = damage(nine.write("truthfulqa", tmp_path), how)
-    one_line(proxytune("eval", "truthfulqa_mc", "--system", yaml, "--data", bad), bad.name, told)
+    bad, message = damage(nine.write("truthfulqa", tmp_path), how)
+    one_line(proxytune("eval", "truthfulqa_mc", "--system", yaml, "--data", bad), bad.name, message)
 
 
 def test_csv_without_a_column_and_with_a_huge_cell(yaml: Path, tmp_path: Path) -> None:
@@ -207,12 +207,12 @@ def finished(yaml: Path, tmp_path: Path) -> Path:
 def test_malformed_predictions(how: str, finished: Path, tmp_path: Path) -> None:
     """`score` of rows and of annotations.json; `judge` and `export` of a run whose rows are damaged."""
     path = finished / results.PREDICTIONS
-    bad, told = damage(path, how)
-    one_line(proxytune("score", "alpaca_farm", bad), bad.name, told)
+    bad, message = damage(path, how)
+    one_line(proxytune("score", "alpaca_farm", bad), bad.name, message)
     annotations = tmp_path / "annotations.json"
     annotations.write_text(json.dumps([json.loads(line) for line in path.read_text().splitlines()]))
-    worse, told = damage(annotations, how)
-    one_line(proxytune("score", "alpaca_farm", worse), worse.name, told)
+    worse, message = damage(annotations, how)
+    one_line(proxytune("score", "alpaca_farm", worse), worse.name, message)
 
     path.write_bytes(bad.read_bytes())
     judge = ("--judge", "some-model", "--yes")
@@ -225,7 +225,7 @@ def test_rows_that_lack_a_column_or_a_line(finished: Path, tmp_path: Path) -> No
     rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     for command in (("judge", "alpaca_farm", finished, "--yes"), ("export", "alpaca_eval", finished)):
-        one_line(proxytune(*command), "has 7 whole rows and run.json tells of 8")
+        one_line(proxytune(*command), "has 7 whole rows and run.json lists 8")
     del rows[2]["output_1"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for command in (("judge", "alpaca_farm", finished, "--yes"), ("export", "alpaca_eval", finished)):

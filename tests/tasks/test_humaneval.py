@@ -44,7 +44,7 @@ def problems(reference: Path) -> dict[str, JsonRow]:
         return {row["task_id"]: row for row in map(json.loads, file)}
 
 
-def said(*texts: str) -> list[Completion]:
+def completed(*texts: str) -> list[Completion]:
     """Completions with these texts."""
     empty = Completion(example_id="0", sample=0, text="", token_ids=(), finish_reason="eos", logprob=0.0)
     return [replace(empty, sample=i, text=text) for i, text in enumerate(texts)]
@@ -108,12 +108,12 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_code_is_cleaned_as_in_the_paper(raw: str, stored: str) -> None:
     assert clean_code(raw) == stored
     example = read_source_one()
-    assert TASK.row(example, said(raw, raw))["completions"] == [stored, stored]
+    assert TASK.row(example, completed(raw, raw))["completions"] == [stored, stored]
 
 
 def read_source_one() -> Any:
     """The example of ADD."""
-    table = humaneval.Table("'t'", "line", (ADD,), (1,))
+    table = humaneval.DataTable("'t'", "line", (ADD,), (1,))
     return TASK.examples(table, "")[0]
 
 
@@ -282,7 +282,7 @@ def test_score_from_the_command_line(box: Sandbox, tmp_path: Path) -> None:
     seen = proxytune("score", "humaneval", path, "--data", data, "--json", *options)
     content = json.loads(seen.stdout)
     assert content["metrics"]["pass@1"]["value"] == 0.5 and content["execution"]["samples"] == 2
-    told = proxytune("score", "humaneval", path, "--data", data, *options).stdout
-    assert "2 samples run, 1 passed, 0 timed out; 0 of 0 stored verdicts flipped" in told
+    summary = proxytune("score", "humaneval", path, "--data", data, *options).stdout
+    assert "2 samples run, 1 passed, 0 timed out; 0 of 0 stored verdicts flipped" in summary
     none = proxytune("score", "gsm", path, *options)
     assert none.exit_code == 2 and "task 'gsm' runs no code" in none.stderr

@@ -30,7 +30,7 @@ def item(name: str, choices: list[str], answer: Any, sentence: str = "Who won?")
 FOUR = ["Ann", "Bob", "Cid", "Dan"]
 
 
-def said(text: str, logprob: float = 0.0) -> Completion:
+def completed(text: str, logprob: float = 0.0) -> Completion:
     """A completion with this text."""
     return Completion(example_id="0", sample=0, text=text, token_ids=(), finish_reason="eos", logprob=logprob)
 
@@ -107,7 +107,7 @@ def test_the_copy_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(("text", "letter"), [(" B. Bob", "B"), ("(C)", "C"), (" Bob", "B"), ("42", "")])
 def test_the_letter_is_read_as_for_truthfulqa(tmp_path: Path, text: str, letter: str) -> None:
     example = read_source(TASK, str(jsonl(tmp_path / "d.jsonl", [item("a", FOUR, ["1"])]))).examples[0]
-    row = TASK.row(example, [said(text)])
+    row = TASK.row(example, [completed(text)])
     assert row["parsed_output"] == letter
     scores = TASK.score_row(row)
     assert scores["accuracy_all"] == float(letter == "B") and scores["invalid"] == float(not letter)
@@ -120,7 +120,7 @@ def test_the_most_probable_letter(tmp_path: Path) -> None:
     assert BY_LIKELIHOOD.continuations is not None
     texts = BY_LIKELIHOOD.continuations(example)
     assert tuple(texts) == (" A", " B", " C", " D")
-    row = BY_LIKELIHOOD.row(example, [said(t, p) for t, p in zip(texts, (-3, -1, -1, -9), strict=True)])
+    row = BY_LIKELIHOOD.row(example, [completed(t, p) for t, p in zip(texts, (-3, -1, -1, -9), strict=True)])
     assert row["parsed_output"] == "B" and BY_LIKELIHOOD.score_row(row) == {"accuracy": 1.0}
 
 

@@ -90,7 +90,7 @@ def test_the_papers_match_and_the_numeric_one(
         ("5-$3", 3), ("no", None),
     ],
 )  # fmt: skip
-def test_a_sign_is_told_from_a_subtraction(text: str, number: float | None) -> None:
+def test_signs_and_subtractions(text: str, number: float | None) -> None:
     assert last_signed_number(text) == number
 
 

@@ -15,7 +15,7 @@ from proxytune.records import Prompt
 from proxytune.tasks import TASKS, get_task, read_source, score_file
 from proxytune.tasks.data import Hub, read_file, unique_rows
 from proxytune.tasks.truthfulqa import SYSTEM_PROMPT
-from tests.support.answers import jsonl, said
+from tests.support.answers import completions, jsonl
 
 GSM = get_task("gsm")
 ITEMS = [
@@ -77,13 +77,13 @@ def test_the_demo_world_comes_in_the_public_form(name: str) -> None:
         (b'{"question": "a", "answer": "1"}\n{"question": "\xe9"}', r"line 2 is not UTF-8 text \(byte 47\)"),
     ],
 )
-def test_bad_jsonl_is_told_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
+def test_bad_jsonl_is_an_error_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "t.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_source(GSM, str(tmp_path / "t.jsonl"))
 
 
-def test_bad_files_are_told(tmp_path: Path) -> None:
+def test_bad_files_are_errors(tmp_path: Path) -> None:
     whole = gzip.compress(b'{"question": "a", "answer": "1"}\n' * 50)
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-12])
     (tmp_path / "not.jsonl.gz").write_bytes(b"{}")
@@ -110,7 +110,7 @@ def test_bad_files_are_told(tmp_path: Path) -> None:
         (HEADER, "has no rows"),
     ],
 )
-def test_bad_csv_is_told_with_its_line(tmp_path: Path, content: str, message: str) -> None:
+def test_bad_csv_is_an_error_with_its_line(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "t.csv").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         read_source(get_task("truthfulqa"), str(tmp_path / "t.csv"))
@@ -212,19 +212,19 @@ def test_options_are_the_best_answer_and_up_to_three_others(tmp_path: Path) -> N
 
 def test_rows_have_the_papers_fields() -> None:
     example = read_source(GSM, "generated", 1).examples[0]
-    row = GSM.row(example, said(" 1,000 is\nQuestion: 5"))
+    row = GSM.row(example, completions(" 1,000 is\nQuestion: 5"))
     assert list(row) == ["question", "answer", "model_output", "prediction"]
     assert row["model_output"] == " 1,000 is\n" and row["prediction"] == "1000"
 
     task = get_task("truthfulqa")
-    row = task.row(read_source(task, "generated", 1).examples[0], said(" Answer: so\n\nand so "))
+    row = task.row(read_source(task, "generated", 1).examples[0], completions(" Answer: so\n\nand so "))
     assert row["output"] == "so\nand so" and list(row)[-2:] == ["Source", "output"]
 
     task = get_task("truthfulqa_mc")
     example = read_source(task, "generated", 1).examples[0]
-    row = task.row(example, said(f" {example.target['mc_answer_idx']}"))
+    row = task.row(example, completions(f" {example.target['mc_answer_idx']}"))
     assert list(row)[-5:] == ["mc_prompt", "mc_answer_idx", "mc_output", "parsed_output", "correct"]
-    assert row["correct"] is True and task.row(example, said("E"))["correct"] is None
+    assert row["correct"] is True and task.row(example, completions("E"))["correct"] is None
 
 
 @pytest.mark.parametrize("name", ["gsm", "truthfulqa", "truthfulqa_mc"])
@@ -233,8 +233,8 @@ def test_the_best_answer_scores_and_nonsense_does_not(name: str) -> None:
     for example in read_source(task, "generated", 20).examples:
         target = example.target
         right = {"gsm": "answer", "truthfulqa": "Best Answer", "truthfulqa_mc": "mc_answer_idx"}[name]
-        assert task.score_row(task.row(example, said(" " + target[right])))[task.headline] == 1
-        assert task.score_row(task.row(example, said("nonsense"))).get(task.headline, 0) == 0
+        assert task.score_row(task.row(example, completions(" " + target[right])))[task.headline] == 1
+        assert task.score_row(task.row(example, completions("nonsense"))).get(task.headline, 0) == 0
 
 
 def test_invalid_letters_leave_the_papers_accuracy_only() -> None:

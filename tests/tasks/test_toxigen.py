@@ -15,7 +15,7 @@ from proxytune.errors import UserError
 from proxytune.intervals import mean_metric
 from proxytune.tasks import get_task, read_source, score_file
 from proxytune.tasks.toxigen import GROUPS, clean
-from tests.support.answers import said
+from tests.support.answers import completions
 
 TASK = get_task("toxigen")
 LINES = 250
@@ -116,7 +116,7 @@ def test_rows_keep_leading_spaces_and_end_at_a_line_break(tmp_path: Path) -> Non
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"text": "- a\n-", "label": "hate", "target_groups": ["x"]}))
     example = read_source(TASK, str(path)).examples[0]
-    row = TASK.row(example, said("  so \nmore"))
+    row = TASK.row(example, completions("  so \nmore"))
     assert row == {"text": "- a\n-", "label": "hate", "target_groups": ["x"], "prediction": "  so "}
     assert TASK.sampling.stop == ("\n",) and TASK.sampling.max_new_tokens == 512
 

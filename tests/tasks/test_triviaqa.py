@@ -13,7 +13,7 @@ from proxytune.errors import UserError
 from proxytune.tasks import get_task, read_source, score_file
 from proxytune.tasks.triviaqa import normalise_answer
 from tests.support import tiny_system
-from tests.support.answers import jsonl, said
+from tests.support.answers import completions, jsonl
 from tests.support.command_line import proxytune
 
 TASK = get_task("triviaqa")
@@ -64,7 +64,9 @@ def test_the_public_samples(reference: Path) -> None:
     for name, count in counts.items():
         examples = read_source(TASK, str(folder / name)).examples
         assert len(examples) == count
-        assert all(TASK.score_row(TASK.row(e, said(" " + e.target["answers"][0])))["acc"] for e in examples)
+        assert all(
+            TASK.score_row(TASK.row(e, completions(" " + e.target["answers"][0])))["acc"] for e in examples
+        )
 
 
 def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +108,8 @@ def test_rows_without_question_or_answers_are_refused(tmp_path: Path, row: dict[
 )
 def test_the_papers_rule_beside_the_benchmarks(output: str, acc: float, em: float, f1: float) -> None:
     row = TASK.row(
-        read_source_one({"question": "?", "answers": ["West Sunset Drive", "Sunset Boulevard"]}), said(output)
+        read_source_one({"question": "?", "answers": ["West Sunset Drive", "Sunset Boulevard"]}),
+        completions(output),
     )
     assert row["output"] == output.split("\n")[0].strip() and row["correct"] == bool(acc)
     assert TASK.score_row(row) == {"acc": acc, "em": em, "f1": pytest.approx(f1)}

@@ -112,9 +112,11 @@ def agreement(
 
 @analyze.command()
 def failures(
-    first: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, the base's say.")],
+    first: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run, for example the base's.")
+    ],
     second: Annotated[Path, typer.Argument(metavar="RUN", help="Another on the same items.")],
-    metric: Annotated[str | None, typer.Option(help="Which score says what is right.")] = None,
+    metric: Annotated[str | None, typer.Option(help="The score that decides what is right.")] = None,
     show: Annotated[int, typer.Option(help="How many items to show of each kind.", min=0)] = 5,
     json: Json = False,
     csv: Csv = False,

@@ -113,8 +113,8 @@ def sweep_table(found: analysis_sweep.Sweep) -> None:
     console().print(table)
     print(f"loops: {LOOPS}")
     if judged and found.paper:
-        told = (f"{p.alpha:g}: {100 * p.truth:.1f} / {100 * p.info:.1f}" for p in found.paper)
-        print(f"the paper, 13B, alpha: true / informative, %: {'; '.join(told)}")
+        printed = (f"{p.alpha:g}: {100 * p.truth:.1f} / {100 * p.info:.1f}" for p in found.paper)
+        print(f"the paper, 13B, alpha: true / informative, %: {'; '.join(printed)}")
 
 
 LOOPS = (
@@ -172,8 +172,8 @@ def failures(
         items = [item for item in found.items if item.right == kind][:show]
         if not items:
             continue
-        told = f"only the {kind} is right: {len(items)} of {count} items"
-        listed = _table(told, "id", "question", "first", "second", "answer", lines=True)
+        title = f"only the {kind} is right: {len(items)} of {count} items"
+        listed = _table(title, "id", "question", "first", "second", "answer", lines=True)
         for item in items:
             listed.add_row(*map(_text, (item.id, item.question, item.first, item.second, item.answer)))
         console().print(listed)

@@ -1,5 +1,5 @@
 """`proxytune demo`: every role of the demo system on its tasks, a control, and a model of middle
-size. Functions that the models write are run in the sandbox; where there is none, that task is left out."""
+size. Functions that the models write are run in the sandbox. Where there is none, that task is left out."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class EvalCommand(TyperCommand):
-    """A command whose `--trace` may stand without its value, `tokens`."""
+    """A command whose `--trace` may come without a value; it is `tokens` then."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Give the value where it was left out."""
@@ -98,8 +98,8 @@ def with_sampling(task: str, run: RunOptions, changes: Changes) -> RunOptions:
 def prepared(
     models: Models, task: str, run: RunOptions, decode: DecodeOptions, judge: JudgeOptions
 ) -> evaluation.Evaluation:
-    """What a command evaluates, with its judge and its sandbox checked. Says on stderr what is loaded, what
-    judging costs, and whether code is run."""
+    """What a command evaluates, with its judge and its sandbox checked. Prints on stderr what is loaded,
+    what judging costs, and whether code is run."""
     from proxytune.runs import evaluation
     from proxytune.tasks import get_task
 

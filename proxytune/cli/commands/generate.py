@@ -70,8 +70,8 @@ def generate(
 ) -> None:
     """Stream a response.
 
-    Example: proxytune generate $'Answer the following question.\\n\\nQuestion: Mukis has 26 nuts. Mukis buys
-    2 more. How many nuts does Mukis have now?\\nAnswer:' --system demo --compare
+    Example: proxytune generate $'Answer the following question.\\n\\nQuestion: Tugil has 24 nuts. Then the
+    pile grows 4 times. Tugil buys 3 more. How many nuts does Tugil have now?' --system demo --compare
     """
     made, example = console.read_system(system, vocab), read_prompt(prompt)
     if compare:
@@ -111,7 +111,7 @@ class Speaker:
 
     @property
     def system(self) -> System:
-        """Whose roles speak."""
+        """The system whose roles answer."""
         return self.models.system
 
     def alpha_of(self, role: Role, asked: str | None) -> AlphaSchedule | None:
@@ -121,7 +121,7 @@ class Speaker:
         return evaluation.alpha_for(self.system, role, asked, allow_negative=self.allow_negative)
 
     def decoder(self, role: Role) -> Decoder:
-        """The decoder of a role; says on stderr what a user should know about its models."""
+        """The decoder of a role. Notes about its models go to stderr."""
         from proxytune.decoding import Decoder
 
         made = Decoder(self.models, role, self.decode)
@@ -206,9 +206,7 @@ def _compare(speaker: Speaker, *, json_only: bool) -> None:
     table.add_row(*(_marked(tokens, plain) if role == "proxy" else Text(c.text) for role, c in found.items()))
     screen.print(table)
     mark = "in [brackets]" if plain else "highlighted"
-    print(
-        f"{len(changed)} of {len(tokens)} tokens of the proxy are not what the base would have said ({mark})"
-    )
+    print(f"{len(changed)} of {len(tokens)} tokens of the proxy are not the base's first choice ({mark})")
 
 
 def response_tokens(completion: Completion) -> tuple[TracedToken, ...]:

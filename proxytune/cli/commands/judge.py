@@ -27,7 +27,7 @@ def judge(
     data: Tests = None,
     json: Json = False,
 ) -> None:
-    """Judge the responses of a finished run, or run the code that they hold. Judgements that cost money are
+    """Judge the responses of a finished run, or run the code in them. Judgements that cost money are
     cached: asking twice costs once.
 
     Example: proxytune judge toxigen results/llama2-13b/toxigen/proxy --judge tomh/toxigen_roberta

@@ -48,7 +48,8 @@ def report(
         ),
     ] = False,
     examples: Annotated[
-        int, typer.Option(help="Also what each role said to the first N examples of every task.", min=0)
+        int,
+        typer.Option(help="Also the responses of each role to the first N examples of every task.", min=0),
     ] = 0,
     show_hateful: Annotated[
         bool, typer.Option("--show-hateful", help="Show ToxiGen's texts, which are hidden otherwise.")
@@ -153,26 +154,19 @@ def _print_examples(found: Sequence[tuple[Path, Run]], asked: Shown) -> None:
 
 
 def _published(root: Path) -> Path:
-    """Where the runs lie that the README files are about: a folder of their own in the checkout, so that
-    one's own runs never meet them."""
+    """The folder with the runs that the README files are about. In the checkout they have a folder of their
+    own, so that other runs never mix with them."""
     own = root / "published"
     return own if own.is_dir() else root
 
 
-def _write_demo_table(path: Path, found: Sequence[Run]) -> None:
-    """Put the demo's tables between the markers of the README, where there are markers."""
-    from proxytune.report import tables
+def _write_demo_table(path: Path, runs: Sequence[Run]) -> None:
+    """Put the demo's table between the markers of the README, where there are markers."""
+    from proxytune.report import readme_table
 
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    named = [run for run in found if run.spec.system.name in ("demo", "demo-mid")]
-    runs = [run for run in named if run.spec.remark is None]
-    if not runs or not DEMO_TABLE.search(text):
+    if not DEMO_TABLE.search(text) or all(run.spec.system.name != "demo" for run in runs):
         return
-    parts = [
-        f"**{task}** ({own[0].metric}, %, {own[0].n} questions)\n\n{tables.markdown_table(own)}"
-        for task, own in tables.by_task(tables.role_rows(runs)).items()
-    ]
-    content = "\n".join(parts)
-    filled = DEMO_TABLE.sub(lambda match: match[1] + content + match[2], text)
+    filled = DEMO_TABLE.sub(lambda match: match[1] + readme_table.readme_table(runs) + match[2], text)
     write_atomically(path, filled.encode())
     print(f"wrote the demo table in {path}")

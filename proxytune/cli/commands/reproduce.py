@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 @grouped(decode=DECODING, code=CODE, consent=CONSENT)
 def reproduce(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe in configs/recipes, table2 say.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe in configs/recipes, for example table2.")
+    ],
     decode: DecodeOptions,
     code: CodeOptions,
     consent: JudgeOptions,

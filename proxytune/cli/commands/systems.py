@@ -41,7 +41,7 @@ def _experts(system: System) -> str:
 
 
 def model_name(spec: ModelSpec | None) -> str:
-    """How a table names a model; folders under the one where the user stands as the user would write them."""
+    """How a table names a model; folders under the user's current one as the user would write them."""
     if spec is None:
         return ""
     name = spec.model or f"adapter {spec.adapter}"

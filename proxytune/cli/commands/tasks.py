@@ -87,7 +87,7 @@ def _as_json(task: Task) -> dict[str, object]:
 
 
 def _metrics(task: Task) -> tuple[str, ...]:
-    """The metrics of a task; the judge's, or the tests', where it says nothing without them."""
+    """The metrics of a task; the judge's, or the tests', where it has none without them."""
     return task.metric_names or task.judged_headlines
 
 

@@ -28,7 +28,7 @@ const showTip = (text, box) => {
   tip.style.top = `${above > 6 ? above : box.bottom + 10}px`;
 };
 const hideTip = () => { tip.hidden = true; };
-const told = (mark) => mark.getAttribute("aria-label").replaceAll("; ", "\n");
+const tipText = (mark) => mark.getAttribute("aria-label").replaceAll("; ", "\n");
 
 for (const drawing of document.querySelectorAll(".drawing")) {
   const marks = [...drawing.querySelectorAll(MARK)];
@@ -38,7 +38,7 @@ for (const drawing of document.querySelectorAll(".drawing")) {
     lit = mark;
     if (!mark) return hideTip();
     mark.classList.add("lit");
-    showTip(told(mark), mark.getBoundingClientRect());
+    showTip(tipText(mark), mark.getBoundingClientRect());
   };
   drawing.addEventListener("pointermove", (event) => {
     const mark = event.target.closest(MARK) || nearest(marks, event);
@@ -53,7 +53,7 @@ for (const drawing of document.querySelectorAll(".drawing")) {
     event.preventDefault();
     const next = lit ? (marks.indexOf(lit) + step + marks.length) % marks.length : 0;
     light(marks[next]);
-    byId("said").textContent = marks[next].getAttribute("aria-label");
+    byId("live").textContent = marks[next].getAttribute("aria-label");
   });
 }
 
@@ -135,9 +135,9 @@ function tokensView(data, root) {
   const set = () => data.sets[state.set];
   const matching = () => {
     const words = state.words.toLowerCase();
-    const said = (item) => [item.id, item.asked, ...Object.values(item.answers).map((answer) => answer.text)];
+    const texts = (item) => [item.id, item.asked, ...Object.values(item.answers).map((answer) => answer.text)];
     const found = set().items.filter(
-      (item) => OUTCOMES[state.outcome][1](item) && (!words || said(item).some((text) => text.toLowerCase().includes(words))),
+      (item) => OUTCOMES[state.outcome][1](item) && (!words || texts(item).some((text) => text.toLowerCase().includes(words))),
     );
     return ORDERS[state.order][1] ? found.sort(ORDERS[state.order][1]) : found;
   };
@@ -261,12 +261,12 @@ function tokensView(data, root) {
       event.preventDefault();
       response.children[to].focus();
     });
-    const told = `${moved} of ${item.tokens.length} tokens are not what the base would have chosen here; mean shift ${(100 * mean).toFixed(1)} points`;
+    const summary = `${moved} of ${item.tokens.length} tokens are not what the base would have chosen here; mean shift ${(100 * mean).toFixed(1)} points`;
     chosen.replaceChildren(
       make("p", { class: "asked", dir: "auto" }, item.asked),
       item.expected ? make("p", { class: "small muted" }, "Reference: ", make("bdi", {}, item.expected)) : "",
       make("h3", {}, "The proxy's response, token by token"),
-      make("p", { class: "small muted" }, told),
+      make("p", { class: "small muted" }, summary),
       response, key(), inspector,
       make("h3", {}, "The same example, answered by each role"),
       make("div", { class: "answers" }, ...answers.filter((role) => item.answers[role]).map((role) => answer(role, item.answers[role]))),

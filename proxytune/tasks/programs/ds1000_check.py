@@ -1,8 +1,8 @@
 """What decides inside the sandbox whether a DS-1000 sample passed: `check(...)` returns or raises.
 
-ds1000.py sends this file's text with a call below it, so it stands alone: standard library only, Python 3.7
-or newer. The results that it unpickles were written by model-written code: a hostile one runs here, in the
-sandbox, where it can decide its own verdict and nothing else.
+ds1000.py sends this file's text with a call below it. So it is complete by itself: standard library only,
+Python 3.7 or newer. The results that it unpickles were written by model-written code. A hostile one runs
+here, in the sandbox, where it can decide its own verdict and nothing else.
 """
 
 from __future__ import annotations
