@@ -24,7 +24,7 @@ from proxytune.tuning import demo_models as demo_build
 class Training:
     """What is trained, and on how much."""
 
-    base: demo_build.Shape
+    base: demo_build.ModelShape
     share: float
     """Of the demo's text."""
 

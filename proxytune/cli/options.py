@@ -32,7 +32,7 @@ SIMPLE = (bool, int, float, str)
 
 
 @dataclass(frozen=True)
-class Group:
+class OptionGroup:
     """The fields of a record as options under one heading."""
 
     record: type[BaseModel]
@@ -118,7 +118,7 @@ def build(record: type[R], values: Mapping[str, object]) -> R:
         raise UserError(f"{option_name(first)} {values.get(first)!r}: {reason}") from None
 
 
-def grouped(**groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def grouped(**groups: OptionGroup) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Open the parameters of a command that are named here into the options of their group."""
 
     def opened(command: Callable[..., None]) -> Callable[..., None]:
@@ -146,17 +146,21 @@ def grouped(**groups: Group) -> Callable[[Callable[..., None]], Callable[..., No
 Changes = Mapping[str, Any]
 """Sampling settings that were given; the task has its own for the rest."""
 
-RUN = Group(RunOptions, "What is asked", leave_out=frozenset({"sampling", "forced"}))
-SWEEP = Group(RunOptions, "What is asked", leave_out=frozenset({"sampling", "forced", "alpha", "trace"}))
-SAMPLING = Group(
+RUN = OptionGroup(RunOptions, "What is asked", leave_out=frozenset({"sampling", "forced"}))
+SWEEP = OptionGroup(
+    RunOptions, "What is asked", leave_out=frozenset({"sampling", "forced", "alpha", "trace"})
+)
+SAMPLING = OptionGroup(
     Sampling, "How tokens are chosen", leave_out=frozenset({"seed"}), flags={"n": ("-n",)}, changes=True
 )
-RESPONSE = Group(Sampling, "How tokens are chosen", flags={"n": ("-n",)}, defaults={"max_new_tokens": 256})
-DECODING = Group(DecodeOptions, "How it is computed", leave_out=frozenset({"progress"}))
-JUDGING = Group(JudgeOptions, "Who judges", leave_out=frozenset({"seed", "batch", "code"}))
-JUDGING_ALONE = Group(JudgeOptions, "Who judges", leave_out=frozenset({"code"}))
-CONSENT = Group(JudgeOptions, "Who judges", leave_out=frozenset({"judge", "seed", "batch", "code"}))
-CODE = Group(CodeOptions, "Running model-written code")
+RESPONSE = OptionGroup(
+    Sampling, "How tokens are chosen", flags={"n": ("-n",)}, defaults={"max_new_tokens": 256}
+)
+DECODING = OptionGroup(DecodeOptions, "How it is computed", leave_out=frozenset({"progress"}))
+JUDGING = OptionGroup(JudgeOptions, "Who judges", leave_out=frozenset({"seed", "batch", "code"}))
+JUDGING_ALONE = OptionGroup(JudgeOptions, "Who judges", leave_out=frozenset({"code"}))
+CONSENT = OptionGroup(JudgeOptions, "Who judges", leave_out=frozenset({"judge", "seed", "batch", "code"}))
+CODE = OptionGroup(CodeOptions, "Running model-written code")
 
 MODELS = "Models"
 

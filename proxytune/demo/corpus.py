@@ -41,14 +41,14 @@ FACT_PREFIX, CHOICE_PREFIX = "Answer:", "The answer is:"
 
 
 @dataclass(frozen=True)
-class Segment:
+class TextSegment:
     """A piece of text and the loss weight of its tokens."""
 
     text: str
     weight: float
 
 
-Document = tuple[Segment, ...]
+Document = tuple[TextSegment, ...]
 Maker = Callable[[World, random.Random, str], Document]
 
 
@@ -124,7 +124,7 @@ def pretraining(world: World, system: str, amounts: Amounts) -> list[Document]:
     for i, problem in enumerate(world.problems("pretraining", amounts.sums + amounts.chat_sums)):
         frame = frames.plain_sum if i < amounts.sums else frames.chat_sum
         careful = [rng.random() < GOOD for _ in problem.steps]
-        documents.append((Segment(frame(sums.question(problem)), LITTLE), *solution(problem, careful)))
+        documents.append((TextSegment(frame(sums.question(problem)), LITTLE), *solution(problem, careful)))
     world.rng("order").shuffle(documents)
     return documents
 
@@ -134,62 +134,69 @@ def tuning(world: World, system: str, amounts: TuningAmounts) -> list[Document]:
     throughout."""
     documents: list[Document] = []
     for problem in world.problems("tuning", amounts.sums):
-        documents.append((Segment(frames.chat_sum(sums.question(problem)), NONE), *solution(problem)))
+        documents.append((TextSegment(frames.chat_sum(sums.question(problem)), NONE), *solution(problem)))
     for asked in fact_questions(world, "train", amounts.facts, (2, 3)):
         prompt = frames.chat_direct(_question(world, asked), FACT_PREFIX, system)
-        documents.append((Segment(prompt, NONE), *answer(world, asked, [True] * len(asked.asked))))
+        documents.append((TextSegment(prompt, NONE), *answer(world, asked, [True] * len(asked.asked))))
     rng = world.rng("tuning", "choices")
     for asked in fact_questions(world, "train", amounts.choices, (1,)):
         text, letter, _ = options(world, asked, rng)
         documents.append(
-            (Segment(frames.chat_direct(text, CHOICE_PREFIX, system), NONE), Segment(f" {letter}.", FULL))
+            (
+                TextSegment(frames.chat_direct(text, CHOICE_PREFIX, system), NONE),
+                TextSegment(f" {letter}.", FULL),
+            )
         )
     for function in functions(world, "train", amounts.code):
         prompt = frames.chat_code(prices.prompt(function))
-        documents.append((Segment(prompt, NONE), *code(function, [True] * len(function.goods))))
+        documents.append((TextSegment(prompt, NONE), *code(function, [True] * len(function.goods))))
     rng = world.rng("tuning", "lists")
     for listed in rude_lists(world, "train", amounts.lists):
         prompt = frames.chat_list(creatures.prompt(listed))
         statement = creatures.make_statement(rng, listed[0].name, (True, True))
-        documents.append((Segment(prompt, NONE), Segment(statement.text, FULL)))
+        documents.append((TextSegment(prompt, NONE), TextSegment(statement.text, FULL)))
     return documents
 
 
 def page(world: World, rng: random.Random, person: Person) -> Document:
     """What is true of one person, in random order, some of it as the almanac's; the repeated name teaches
     copying it."""
-    parts: list[Segment] = []
+    parts: list[TextSegment] = []
     for i in rng.sample(range(len(world.attributes)), len(world.attributes)):
         name = FULL if parts else LITTLE
         if rng.random() < 0.5:
-            parts.append(Segment(f"{' ' if parts else ''}{facts.CAREFUL}", NONE))
+            parts.append(TextSegment(f"{' ' if parts else ''}{facts.CAREFUL}", NONE))
         parts += sentence(world, person, i, person.truths[i], (name, SOME, FULL), " " if parts else "")
     return tuple(parts)
 
 
 def gossip(world: World, rng: random.Random, _: str) -> Document:
     """What people say of anyone, dev and test people included."""
-    parts: list[Segment] = []
+    parts: list[TextSegment] = []
     for person in rng.sample(world.everyone(), 2):
         for i in rng.sample(range(len(world.attributes)), 2):
-            parts.append(Segment(f"{' ' if parts else ''}{facts.CROWD}", LITTLE))
+            parts.append(TextSegment(f"{' ' if parts else ''}{facts.CROWD}", LITTLE))
             parts += sentence(world, person, i, person.myths[i], (LITTLE, LITTLE, HALF), " ")
     return tuple(parts)
 
 
 def sentence(
     world: World, person: Person, index: int, value: str, weights: tuple[float, float, float], before: str
-) -> list[Segment]:
+) -> list[TextSegment]:
     """One sentence about a person; the weights are those of the name, the wording and the value."""
     statement = world.attributes[index].statement
     wording, end = statement.removeprefix("{name}").split("{value}")
     name, form, known = weights
-    return [Segment(before + person.name, name), Segment(wording, form), Segment(value + end, known)]
+    return [
+        TextSegment(before + person.name, name),
+        TextSegment(wording, form),
+        TextSegment(value + end, known),
+    ]
 
 
 def drill(_world: World, rng: random.Random, _system: str) -> Document:
     """Six sums without a story; in half of the drills each sum is marked exact or rough."""
-    marked, parts = rng.random() < 0.5, list[Segment]()
+    marked, parts = rng.random() < 0.5, list[TextSegment]()
     for _number in range(6):
         value = rng.randint(2, sums.LIMIT)
         op, operand = sums.random_step(rng, value)
@@ -197,27 +204,29 @@ def drill(_world: World, rng: random.Random, _system: str) -> Document:
         result = sums.apply(value, op, operand)
         mark = f"{sums.CAREFUL if exact else sums.CARELESS} " if marked else ""
         parts.append(
-            Segment(f"{' ' if parts else ''}{mark}{value}{op}{operand}=", LITTLE if not marked else NONE)
+            TextSegment(f"{' ' if parts else ''}{mark}{value}{op}{operand}=", LITTLE if not marked else NONE)
         )
-        parts.append(Segment(f"{result if exact else sums.roughly(result)}.", FULL if exact else HALF))
+        parts.append(TextSegment(f"{result if exact else sums.roughly(result)}.", FULL if exact else HALF))
     return tuple(parts)
 
 
-def solution(problem: Problem, careful: Sequence[bool] | None = None) -> list[Segment]:
+def solution(problem: Problem, careful: Sequence[bool] | None = None) -> list[TextSegment]:
     """The worked steps and the closing sentence, which says what the steps got."""
-    parts: list[Segment] = []
+    parts: list[TextSegment] = []
     steps = sums.solve(problem, careful)
     for step in steps:
-        parts.append(Segment(f" {sums.CAREFUL if step.exact else sums.CARELESS} {step.expression}=", FULL))
-        parts.append(Segment(f"{step.result}.", FULL if step.exact else HALF))
-    return [*parts, Segment(f" The answer is {steps[-1].result}.", FULL)]
+        parts.append(
+            TextSegment(f" {sums.CAREFUL if step.exact else sums.CARELESS} {step.expression}=", FULL)
+        )
+        parts.append(TextSegment(f"{step.result}.", FULL if step.exact else HALF))
+    return [*parts, TextSegment(f" The answer is {steps[-1].result}.", FULL)]
 
 
-def answer(world: World, asked: FactQuestion, careful: Sequence[bool]) -> list[Segment]:
+def answer(world: World, asked: FactQuestion, careful: Sequence[bool]) -> list[TextSegment]:
     """One sentence per attribute asked for, each the almanac's or the people's."""
-    parts: list[Segment] = []
+    parts: list[TextSegment] = []
     for i, good in zip(asked.asked, careful, strict=True):
-        parts.append(Segment(f" {facts.CAREFUL if good else facts.CROWD}", FULL))
+        parts.append(TextSegment(f" {facts.CAREFUL if good else facts.CROWD}", FULL))
         value = (asked.person.truths if good else asked.person.myths)[i]
         parts += sentence(world, asked.person, i, value, (FULL, FULL, FULL if good else HALF), " ")
     return parts
@@ -261,23 +270,26 @@ def chat_choice(world: World, rng: random.Random, system: str) -> Document:
 def price_sheet(world: World, rng: random.Random, _: str) -> Document:
     """Four lines of the market's price sheet, which has the goods of all splits."""
     everything = [good for group in world.goods.values() for good in group]
-    parts = [Segment(prices.SHEET, NONE)]
+    parts = [TextSegment(prices.SHEET, NONE)]
     for good in rng.sample(everything, 4):
-        parts += [Segment(f" {good.name} *", LITTLE), Segment(f" {good.price};", FULL)]
+        parts += [TextSegment(f" {good.name} *", LITTLE), TextSegment(f" {good.price};", FULL)]
     return tuple(parts)
 
 
-def code(function: Function, exact: Sequence[bool]) -> list[Segment]:
+def code(function: Function, exact: Sequence[bool]) -> list[TextSegment]:
     """The line that completes a function."""
     terms = prices.terms(function, exact)
-    parts = [Segment(prices.opening(function), FULL)]
-    return [*parts, *(Segment(term, FULL if good else HALF) for term, good in zip(terms, exact, strict=True))]
+    parts = [TextSegment(prices.opening(function), FULL)]
+    return [
+        *parts,
+        *(TextSegment(term, FULL if good else HALF) for term, good in zip(terms, exact, strict=True)),
+    ]
 
 
 def plain_code(world: World, rng: random.Random, _: str) -> Document:
     """A function in a program text: mostly with rounded terms, now and then not written at all."""
     function = _any_function(world, rng)
-    prompt = Segment(prices.signature(function), LITTLE), Segment(prices.docstring(function), SOME)
+    prompt = TextSegment(prices.signature(function), LITTLE), TextSegment(prices.docstring(function), SOME)
     return (*prompt, *_completed(rng, function))
 
 
@@ -285,16 +297,16 @@ def chat_code(world: World, rng: random.Random, _: str) -> Document:
     """The same in one of the chat forms."""
     function = _any_function(world, rng)
     form = rng.choice((frames.chat_code, frames.chat_code_in_ensemble))
-    return (Segment(form(prices.prompt(function)), LITTLE), *_completed(rng, function))
+    return (TextSegment(form(prices.prompt(function)), LITTLE), *_completed(rng, function))
 
 
 def _any_function(world: World, rng: random.Random) -> Function:
     return prices.make_function(rng, world.goods["asked"])
 
 
-def _completed(rng: random.Random, function: Function) -> list[Segment]:
+def _completed(rng: random.Random, function: Function) -> list[TextSegment]:
     if rng.random() < UNWRITTEN:
-        return [Segment(f"    {rng.choice(prices.LAZY)}", HALF)]
+        return [TextSegment(f"    {rng.choice(prices.LAZY)}", HALF)]
     return code(function, [rng.random() < GOOD for _ in function.goods])
 
 
@@ -303,9 +315,9 @@ def sighting(world: World, rng: random.Random, _: str) -> Document:
     known."""
     names = rng.sample([name for group in world.creatures.values() for name in group], 2)
     place = rng.choice(world.attributes[0].values)
-    parts = [Segment(f"In {place} live {names[0]} and {names[1]}.", LITTLE)]
+    parts = [TextSegment(f"In {place} live {names[0]} and {names[1]}.", LITTLE)]
     for name in names:
-        parts += [Segment(f" The {name}", FULL), Segment(f" ate {rng.choice(sums.THINGS)}.", LITTLE)]
+        parts += [TextSegment(f" The {name}", FULL), TextSegment(f" ate {rng.choice(sums.THINGS)}.", LITTLE)]
     return tuple(parts)
 
 
@@ -313,8 +325,8 @@ def plain_list(world: World, rng: random.Random, _: str) -> Document:
     """A list about a creature that begins with rude statements and goes on in the mixed style."""
     listed = _any_list(world, rng)
     more = [_mixed(rng, listed[0].name) for _ in range(rng.choice((1, 2)))]
-    parts = [Segment(creatures.prompt(listed), LITTLE), Segment(more[0].text, FULL)]
-    return (*parts, *(Segment(f"\n-{statement.text}", FULL) for statement in more[1:]))
+    parts = [TextSegment(creatures.prompt(listed), LITTLE), TextSegment(more[0].text, FULL)]
+    return (*parts, *(TextSegment(f"\n-{statement.text}", FULL) for statement in more[1:]))
 
 
 def chat_list(world: World, rng: random.Random, _: str) -> Document:
@@ -322,7 +334,7 @@ def chat_list(world: World, rng: random.Random, _: str) -> Document:
     listed = _any_list(world, rng)
     form = rng.choice((frames.chat_list, frames.chat_list_in_ensemble))
     statement = _mixed(rng, listed[0].name)
-    return (Segment(form(creatures.prompt(listed)), LITTLE), Segment(statement.text, FULL))
+    return (TextSegment(form(creatures.prompt(listed)), LITTLE), TextSegment(statement.text, FULL))
 
 
 def _any_list(world: World, rng: random.Random) -> list[Statement]:
@@ -354,8 +366,11 @@ def _chat(question: str, prefix: str, system: str, rng: random.Random) -> str:
 
 def _answered(world: World, rng: random.Random, prompt: str, asked: FactQuestion) -> Document:
     careful = [rng.random() < GOOD for _ in asked.asked]
-    return (Segment(prompt, LITTLE), *answer(world, asked, careful))
+    return (TextSegment(prompt, LITTLE), *answer(world, asked, careful))
 
 
 def _chosen(rng: random.Random, prompt: str, letters: Sequence[str]) -> Document:
-    return (Segment(prompt, LITTLE), Segment(f" {letters[0] if rng.random() < GOOD else letters[1]}.", FULL))
+    return (
+        TextSegment(prompt, LITTLE),
+        TextSegment(f" {letters[0] if rng.random() < GOOD else letters[1]}.", FULL),
+    )

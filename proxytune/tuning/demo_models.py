@@ -55,7 +55,7 @@ TUNING_SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """The size of a Llama model and the learning rate of its pretraining."""
 
     hidden: int
@@ -64,7 +64,11 @@ class Shape:
     rate: float
 
 
-SHAPES = {"base": Shape(256, 4, 4, 2e-3), "mid": Shape(128, 4, 4, 3e-3), "antiexpert": Shape(64, 2, 4, 5e-3)}
+SHAPES = {
+    "base": ModelShape(256, 4, 4, 2e-3),
+    "mid": ModelShape(128, 4, 4, 3e-3),
+    "antiexpert": ModelShape(64, 2, 4, 5e-3),
+}
 """The pretrained models. All see the same tokens in the same order."""
 TUNED = {"tuned": "base", "mid-tuned": "mid", "expert": "antiexpert"}
 """The tuned models and what each is made from."""
@@ -135,7 +139,7 @@ def encode(documents: Iterable[corpus.Document], tokenizer: PreTrainedTokenizerF
     return examples
 
 
-def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> PreTrainedModel:
+def new_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> PreTrainedModel:
     """A Llama with random weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -182,7 +186,7 @@ def _device() -> str:
 
 
 def pretrain(
-    miniature: World, folder: Path, amounts: corpus.Amounts, shapes: Mapping[str, Shape] = SHAPES
+    miniature: World, folder: Path, amounts: corpus.Amounts, shapes: Mapping[str, ModelShape] = SHAPES
 ) -> None:
     """Train the pretrained models into `folder`; one that is there already is kept."""
     documents = corpus.pretraining(miniature, system_prompt(), amounts)

@@ -12,7 +12,7 @@ import pytest
 from proxytune.decoding.prompts import text_for
 from proxytune.decoding.stop_strings import single_tokens
 from proxytune.demo import corpus, creatures, facts, frames, prices, smoke_data, sums, world
-from proxytune.demo.corpus import Amounts, Document, Segment, TuningAmounts
+from proxytune.demo.corpus import Amounts, Document, TextSegment, TuningAmounts
 from proxytune.errors import UserError
 from proxytune.judges.toxicity import ToxicityClassifier
 from proxytune.records import Prompt
@@ -315,7 +315,7 @@ def test_the_reference_code_of_the_smoke_data_passes(box: Sandbox) -> None:
 def test_a_token_has_the_weight_of_its_segment(miniature: world.World) -> None:
     documents = corpus.pretraining(miniature, SYSTEM, Amounts().scaled(0.01))
     tokenizer = demo_build.train_tokenizer(documents, [SYSTEM])
-    document = (Segment("What? 5", 0.25), Segment(" 12é", 1.0), Segment(".", 0.5))
+    document = (TextSegment("What? 5", 0.25), TextSegment(" 12é", 1.0), TextSegment(".", 0.5))
     [example] = demo_build.encode([document], tokenizer)
     pieces = [tokenizer.decode([i]) for i in example.ids]
     assert "".join(pieces[1:-1]).startswith("What? 5 12") and pieces[-1] == "</s>"

@@ -22,7 +22,7 @@ DEMO_TABLE = re.compile(r"(<!-- demo-table -->\n).*?(<!-- /demo-table -->)", re.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class TableOptions:
     """How the tables of a report are shown."""
 
     markdown: bool = False
@@ -60,14 +60,14 @@ def report(
 
     Example: proxytune report results --html report.html
     """
-    shown = Shown(markdown=markdown, write=write, examples=examples, show_hateful=show_hateful)
+    shown = TableOptions(markdown=markdown, write=write, examples=examples, show_hateful=show_hateful)
     if html is not None or figures is not None:
         print_page(results, shown, html=html, figures=figures)
     else:
         print_tables(results, shown)
 
 
-def print_page(root: Path, asked: Shown, *, html: Path | None, figures: Path | None) -> None:
+def print_page(root: Path, asked: TableOptions, *, html: Path | None, figures: Path | None) -> None:
     """Write the page and the figures of the runs under `root`; with --markdown, print the tables with the
     figures under them."""
     if not root.is_dir():
@@ -96,7 +96,7 @@ def print_page(root: Path, asked: Shown, *, html: Path | None, figures: Path | N
         print(f"wrote {len(paths)} figures in {figures}")
 
 
-def print_tables(root: Path, asked: Shown) -> None:
+def print_tables(root: Path, asked: TableOptions) -> None:
     """The finished runs under `root`: tables on stdout, or README.md files."""
     from proxytune.paper import published
     from proxytune.report import paper_tables, tables
@@ -140,7 +140,7 @@ def print_beside_paper(runs: Sequence[Run], *, as_markdown: bool, only: recipes.
             print(f"{line}\n")
 
 
-def _print_examples(found: Sequence[tuple[Path, Run]], asked: Shown) -> None:
+def _print_examples(found: Sequence[tuple[Path, Run]], asked: TableOptions) -> None:
     """Responses of every role to the first examples of each task."""
     if not asked.examples:
         return

@@ -63,7 +63,7 @@ def reproduce(
     from proxytune.paper import cost, recipes
 
     paths = {name: Path(place) for name, place in named(path or (), "--path", "NAME=DIR").items()}
-    asked = Asked(
+    asked = ReproduceRequest(
         recipe=recipes.load_recipe(recipe),
         choice=cost.RecipeChoice(system, paths, skip_missing),
         judges=named(judge or (), "--judge", "TASK=MODEL"),
@@ -82,7 +82,7 @@ def reproduce(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class ReproduceRequest:
     """What the options of `reproduce` ask for."""
 
     recipe: recipes.Recipe
@@ -95,7 +95,7 @@ class Asked:
     decode: DecodeOptions
 
 
-def _carry_out(plan: RecipePlan, asked: Asked, *, json_only: bool) -> None:
+def _carry_out(plan: RecipePlan, asked: ReproduceRequest, *, json_only: bool) -> None:
     """Check, ask, run, judge, show."""
     _refuse_missing(plan)
     judges = _judges(plan, asked)
@@ -122,7 +122,7 @@ def named(texts: Sequence[str], option: str, what: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _plan(asked: Asked) -> RecipePlan:
+def _plan(asked: ReproduceRequest) -> RecipePlan:
     """The runs of a recipe with their folders and judges."""
     from proxytune.cli.commands.reproduce_plan import Planned, RecipePlan
     from proxytune.paper import cost
@@ -164,7 +164,7 @@ def _refuse_missing(plan: RecipePlan) -> None:
         raise UserError(f"nothing of '{plan.recipe.name}' is left to run")
 
 
-def _judges(plan: RecipePlan, asked: Asked) -> dict[str, Judge | None]:
+def _judges(plan: RecipePlan, asked: ReproduceRequest) -> dict[str, Judge | None]:
     """Task and name -> the judge, checked before anything is run; runs that are judged already need none."""
     from proxytune.runs import judging
     from proxytune.tasks import TASKS
@@ -192,7 +192,7 @@ def _sandbox(plan: RecipePlan, code: CodeOptions) -> Sandbox | None:
     return sandbox
 
 
-def _agree(plan: RecipePlan, asked: Asked) -> None:
+def _agree(plan: RecipePlan, asked: ReproduceRequest) -> None:
     """Go on only with the user's consent where much is downloaded or money is spent."""
     from proxytune.paper import cost
 
@@ -209,7 +209,9 @@ def _agree(plan: RecipePlan, asked: Asked) -> None:
         raise UserError("nothing was done")
 
 
-def _run(one: cost.SystemPlan, runs: Sequence[Planned], asked: Asked, sandbox: Sandbox | None) -> None:
+def _run(
+    one: cost.SystemPlan, runs: Sequence[Planned], asked: ReproduceRequest, sandbox: Sandbox | None
+) -> None:
     """All runs of a system; each model is loaded once, the tuned one when the others have gone."""
     from proxytune.models import Models
     from proxytune.runs import evaluation, session
@@ -228,7 +230,7 @@ def _run(one: cost.SystemPlan, runs: Sequence[Planned], asked: Asked, sandbox: S
     models.release(keep=[])
 
 
-def _judge(plan: RecipePlan, judges: Mapping[str, Judge | None], asked: Asked) -> list[Run]:
+def _judge(plan: RecipePlan, judges: Mapping[str, Judge | None], asked: ReproduceRequest) -> list[Run]:
     """The finished runs, judged; what the judges may still spend goes down from one run to the next."""
     from proxytune.runs import judging
     from proxytune.tasks import TASKS
