@@ -27,7 +27,7 @@ from proxytune.engine.speculative.drafter import Speculation
 
 PLAIN = Speculation(k=0, lookup=False)
 DEFAULT = Speculation()
-"""What `--speculate auto` does: k from measured times and acceptance, earlier passages as drafts."""
+"""What `--speculate auto` does: k from measured times and acceptance, and prompt lookup."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,8 +188,8 @@ class Ours:
         return Request(contexts=contexts, key=item.tag, max_new_tokens=item.new_tokens, tag=item.tag)
 
     def dialled(self, acceptance: float, truth: Mapping[int, Sequence[int]], k: int | None = None) -> Ours:
-        """The same with drafts whose acceptance is made up (see Dial). Earlier passages are no drafts: the
-        dial alone decides."""
+        """The same with drafts whose acceptance is made up (see Dial). Prompt lookup is off: the dial
+        alone decides."""
         vocabulary = int(self.bench.plain["base"].config.vocab_size)
         dial = Dial.at(acceptance, truth, vocabulary, self.bench.device)
         return self.speculating(Speculation(k=k, lookup=False, pick=dial, propose=dial.on_device))

@@ -62,7 +62,7 @@ class Ensemble:
 
     def front(self, drafter: str | None = None) -> tuple[str, ...]:
         """The expert that drafts (the first unless named) and the models on its weights; empty without
-        experts, and where earlier passages are all the drafts."""
+        experts, and where prompt lookup alone drafts."""
         experts = [term.expert for term in self.terms]
         if not experts or drafter == LOOKUP:
             return ()

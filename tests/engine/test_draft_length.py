@@ -139,51 +139,51 @@ def measured(close: float, verify: Cost, rows: int = 1) -> Pace:
     return pace
 
 
-def test_passages_for_all_models_where_they_win() -> None:
+def test_prompt_lookup_for_all_models_where_it_wins() -> None:
     """Before they were ever a draft: from what was seen of them, and from what wider forwards cost."""
     pace = measured(3.0, flat)
     for _ in range(30):
         pace.acceptance.add(0, 1)
-    assert not pace.looks_up([0], 0), "no passage"
+    assert not pace.prefers_lookup([0], 0), "nothing found"
     for _ in range(30):
-        pace.passages.add(0, 1)
-    assert not pace.looks_up([6], 0)
+        pace.lookup_acceptance.add(0, 1)
+    assert not pace.prefers_lookup([6], 0)
     for _ in range(30):
-        pace.passages.add(6, 6)
-    assert pace.looks_up([6], 0) and not pace.looks_up([], 0)
+        pace.lookup_acceptance.add(6, 6)
+    assert pace.prefers_lookup([6], 0) and not pace.prefers_lookup([], 0)
     wide, better = measured(10.0, bound), measured(1.0, flat)
-    wide.passages = better.passages = pace.passages
+    wide.lookup_acceptance = better.lookup_acceptance = pace.lookup_acceptance
     for _ in range(100):
         better.acceptance.add(8, 8)
-    assert not wide.looks_up([6], 0), "reading it takes as long as saying it"
-    assert not better.looks_up([2], 8), "the expert goes further"
+    assert not wide.prefers_lookup([6], 0), "reading it takes as long as saying it"
+    assert not better.prefers_lookup([2], 8), "the expert goes further"
 
 
-def test_what_passages_cost_is_measured() -> None:
+def test_what_prompt_lookup_costs_is_measured() -> None:
     pace = measured(3.0, flat)
-    pace.passages.held = pace.passages.asked = 100.0
-    assert pace.looks_up([6], 0)
+    pace.lookup_acceptance.held = pace.lookup_acceptance.asked = 100.0
+    assert pace.prefers_lookup([6], 0)
     for _ in range(3):
         pace.lookup.add(7, 200.0)
-    assert sum(pace.looks_up([6], 0) for _ in range(320)) == 10, "it may have been a slow minute"
+    assert sum(pace.prefers_lookup([6], 0) for _ in range(320)) == 10, "it may have been a slow minute"
 
 
-def test_passages_without_an_expert() -> None:
-    """Eight rows, one of them quoting: it reads its passage beside the last tokens of the others."""
+def test_prompt_lookup_without_an_expert() -> None:
+    """Eight rows, one of them quoting: it reads its drafts beside the last tokens of the others."""
     pace = Pace()
     for _ in range(3):
         pace.verify.add(8, 10.0)
-    pace.passages.held = pace.passages.asked = 100.0
+    pace.lookup_acceptance.held = pace.lookup_acceptance.asked = 100.0
     taken = 0
     for _ in range(100):
         found = [6, 0, 0, 0, 0, 0, 0, 0]
-        looked_up = pace.looks_up(found, 0)
+        looked_up = pace.prefers_lookup(found, 0)
         taken += looked_up
         (pace.lookup if looked_up else pace.verify).add(14 if looked_up else 8, 11.0 if looked_up else 10.0)
     assert taken == 100
 
 
-def test_the_drafter_reads_passages_where_that_saves_forwards() -> None:
+def test_the_drafter_reads_prompt_lookup_where_that_saves_forwards() -> None:
     def reads(wide: float, share: float) -> int:
         pace = Pace()
         for _ in range(3):

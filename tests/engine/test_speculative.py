@@ -204,7 +204,7 @@ def test_speculation_says_what_the_oracle_says(
     stop: int | None,
 ) -> None:
     """Bans and stops are of what would be said without them; `p` None is the expert's own drafts, `straight`
-    lets all models read every other passage at once."""
+    lets all models read every other draft of prompt lookup at once."""
     system, drafter = {"trio": trio, "pair": pair}[experts[0]], experts[1]
     examples, how = ragged(3, limit, longest=10), {"alpha": parse_alpha(alpha)}
     s = Sampling(max_new_tokens=limit, min_new_tokens=min(minimum, limit), n=samples, **sampler)
@@ -224,7 +224,7 @@ def test_speculation_says_what_the_oracle_says(
         draft = pick if p is None else Coin(truth, p)
         if straight:
             k, turns = None, cycle([True, False])
-            patch.setattr(Pace, "looks_up", lambda pace, found, k: any(found) and next(turns))
+            patch.setattr(Pace, "prefers_lookup", lambda pace, found, k: any(found) and next(turns))
         how_far = Speculation(k=k, lookup=lookup, drafter=drafter, pick=draft)
         memory = kv_bytes(plain, pool)
         check(decoder(system, batch=batch, kv_memory=memory, speculation=how_far), examples, s, alpha)
@@ -324,7 +324,7 @@ def flat(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("k", [2, 5, None])
 def test_a_model_alone_drafts_from_what_was_said(k: int | None, trio: System, flat: None) -> None:
-    """Random models loop, so earlier passages are good drafts."""
+    """Random models loop, so prompt lookup drafts well."""
     s = Sampling(max_new_tokens=80)
     plain = decoder(trio, "base", speculation=PLAIN)
     want = run(plain, ragged(4), s)
@@ -334,7 +334,7 @@ def test_a_model_alone_drafts_from_what_was_said(k: int | None, trio: System, fl
     assert d.stats.accepted > 0 and d.stats.row_steps < plain.stats.row_steps
 
 
-def test_passages_end_where_a_response_does(trio: System) -> None:
+def test_prompt_lookup_ends_where_a_response_does(trio: System) -> None:
     """What follows an end of text in the prompt is no draft."""
     d = decoder(trio, "base", speculation=Speculation(k=6))
     drafter = Engine(d.ensemble, max_rows=1, speculation=d.speculation).drafter
@@ -349,11 +349,11 @@ def test_passages_end_where_a_response_does(trio: System) -> None:
     ):
         request = Request({"base": prompt}, 1, 9, eos=frozenset(eos))
         row = Row(request, ticket, 0, {"base": list(prompt)})
-        assert drafter.passage(row, 6) == want
+        assert drafter.look_up(row, 6) == want
 
 
-def test_passages_spare_forwards_of_the_drafter(trio: System) -> None:
-    """With lookup the drafter reads a passage in one forward, and the tokens stay. (Three times the same
+def test_prompt_lookup_spares_forwards_of_the_drafter(trio: System) -> None:
+    """With lookup the drafter reads what it found in one forward, and the tokens stay. (Three times the same
     model: it loops, and its drafts stand.)"""
     s, forwards = Sampling(max_new_tokens=80), dict[str, int]()
     system = trio.model_copy(update={"expert": trio.base, "antiexpert": trio.base})
@@ -368,7 +368,7 @@ def test_passages_spare_forwards_of_the_drafter(trio: System) -> None:
 
 @pytest.mark.parametrize("k", [2, 6, None])
 @pytest.mark.parametrize("sampler", [{}, {"temperature": 0.6, "top_k": 4}], ids=["greedy", "sampled"])
-def test_passages_for_all_models_at_once(
+def test_prompt_lookup_for_all_models_at_once(
     k: int | None, sampler: dict[str, Any], trio: System, flat: None
 ) -> None:
     """No expert runs ahead: one forward per model and step, whatever stands."""
@@ -396,18 +396,18 @@ def counted(calls: dict[str, int], name: str, function: Any) -> Any:
     return call
 
 
-def test_passages_take_over_where_the_expert_is_bad_and_text_recurs(
+def test_prompt_lookup_takes_over_where_the_expert_is_bad_and_text_recurs(
     trio: System, monkeypatch: pytest.MonkeyPatch, flat: None
 ) -> None:
     """By themselves."""
 
     def watched(pace: Pace, found: Sequence[int], k: int) -> bool:
-        chosen = looks_up(pace, found, k)
+        chosen = prefers_lookup(pace, found, k)
         taken.append(chosen)
         return chosen
 
-    looks_up, taken = Pace.looks_up, list[bool]()
-    monkeypatch.setattr(Pace, "looks_up", watched)
+    prefers_lookup, taken = Pace.prefers_lookup, list[bool]()
+    monkeypatch.setattr(Pace, "prefers_lookup", watched)
     s = Sampling(max_new_tokens=120)
     want = run(decoder(trio, speculation=PLAIN), [example("ab")], s)
     d = decoder(trio, batch=1, speculation=Speculation(pick=Coin(want, 0.0)))

@@ -5,8 +5,8 @@ waits: what a step needs to know of the one before is already there. The host is
 steps every row has pages. A stop found in the text ends its row late: the step under way still decodes it,
 and what that says is dropped. When a row ends, the step under way is read before anything else is planned.
 
-The tokens are those of the engine's own steps. A passage said before is a draft for all models here,
-never for the expert alone: how far that agrees would be known too late."""
+The tokens are those of the engine's own steps. Prompt lookup drafts for all models here, never for
+the expert alone: how far that agrees would be known too late."""
 
 from __future__ import annotations
 
@@ -110,12 +110,12 @@ class DeviceLoop:
         if drafter.settings.k is not None:
             k = min(drafter.settings.k, MOST_NEW - 1)
             return Ahead(k, lookup=alone and k > 0)
-        matched = sum(bool(drafter.passage(row, 1)) for row in rows) if drafter.watches(len(rows)) else 0
+        matched = sum(bool(drafter.look_up(row, 1)) for row in rows) if drafter.watches(len(rows)) else 0
         return pace.steps.choose(
             bucket(len(rows)),
             None if alone else pace.acceptance.value,
             matched / len(rows),
-            pace.passages.value,
+            pace.lookup_acceptance.value,
         )
 
     def start(self, plan: Plan) -> bool:
@@ -221,7 +221,7 @@ class DeviceLoop:
 
 def _counted(row: Row, drafts: list[int]) -> list[int]:
     """The drafts that could have stood: up to an end, and short of the limit, where no draft is asked for;
-    none where no passage was found."""
+    none where prompt lookup found nothing."""
     drafts = drafts[: max(0, row.request.max_new_tokens - len(row.tokens) - 1)]
     drafts = drafts[: next((n for n, token in enumerate(drafts) if token < 0), len(drafts))]
     ended = next((n for n, token in enumerate(drafts, 1) if token in row.request.eos), len(drafts))

@@ -3,8 +3,8 @@
 Shapes depend on the number of rows and the draft length only, and the host reads nothing, so that a CUDA
 graph can hold the whole step. The front runs ahead by k tokens; then it reads the last of them while the
 other models read them all. (Eagerly decoded, the front is spared that last forward where no
-row needs it; here it always runs, as the first forward of a step that drafts one token more.) Or the drafts
-are a passage said before, and all models read it at once.
+row needs it; here it always runs, as the first forward of a step that drafts one token more.) Or prompt
+lookup drafts, and all models read the drafts at once.
 
 A token of a row that has no room for it, and every token of padding, is fed at position 0 and stored in the
 spare page; what comes out for it is never looked at."""
@@ -43,7 +43,7 @@ class Said(NamedTuple):
 
     stood: Tensor  # [R] how many of the tokens stand
     tokens: Tensor  # [R, k + 1] the proxy's
-    drafts: Tensor  # [R, k]; -1 in rows where no passage was found
+    drafts: Tensor  # [R, k]; -1 in rows where prompt lookup found nothing
     logprobs: Tensor  # [R, k + 1] float64
 
     def packed(self) -> Tensor:
@@ -97,7 +97,7 @@ class DeviceStep:
         noise = batch.sampler.noise(positions, size) if draw.noise else None
         before: list[Logits] = []
         if ahead.lookup:
-            drafts = self._passages(batch, k, size)
+            drafts = self._look_up(batch, k, size)
         else:
             drafts, before = self._run_ahead(batch, positions, noise, k, draw)
         fed, since = drafts.clamp(min=0), len(before)  # what the front has read of the drafts already
@@ -132,9 +132,8 @@ class DeviceStep:
             drafts = torch.cat([drafts, said], 1)
         return drafts, before
 
-    def _passages(self, batch: DeviceBatch, k: int, size: int) -> Tensor:
-        """What followed the last tokens when they were said before: drafts [R, k], -1 where there are
-        none."""
+    def _look_up(self, batch: DeviceBatch, k: int, size: int) -> Tensor:
+        """Prompt lookup: drafts [R, k], -1 where there are none."""
         found = continuations(batch.history[:, :-1], batch.known(self.lead), k)
         return found.masked_fill(found >= size, -1)  # virtual tokens of a soft prompt are said by nobody
 

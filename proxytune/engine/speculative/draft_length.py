@@ -29,17 +29,17 @@ LEVEL = 0.3
 OUTLIER = 1.5
 """A time that is longer than expected by more than this factor counts as one that is by this factor."""
 REVISIT = 32
-"""Steps after which the next longer draft, or an earlier passage, is measured again, if it could win."""
+"""Steps after which the next longer draft, or prompt lookup, is measured again, if it could win."""
 MEMORY = 0.97
 """How much of the acceptance counts is kept from step to step."""
 RETRY = 128
 """Plain steps after which one step drafts again, to see whether acceptance has changed."""
 HOPE = 0.95
 """The acceptance that it could have changed to: where even that would not win, nothing is tried."""
-PASSAGE = 6
-"""Most tokens that are taken from an earlier passage, unless the draft length is given."""
-LOOKED_UP = 32
-"""Rows up to which passages are looked for: in more, reading them costs as much as it brings."""
+PROMPT_LOOKUP_LENGTH = 6
+"""Most tokens that prompt lookup drafts, unless the draft length is given."""
+PROMPT_LOOKUP_ROWS = 32
+"""Rows up to which prompt lookup is tried: in more, verifying its drafts costs as much as it brings."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Ahead(NamedTuple):
 
     k: int
     lookup: bool = False
-    """Whether the drafts are earlier passages, which all models read at once."""
+    """Whether the drafts come from prompt lookup; then all models read them at once."""
 
 
 @dataclass
@@ -145,7 +145,7 @@ class StepPace:
     """How far to draft, from the measured times of whole steps: a graph is not looked into."""
 
     times: dict[tuple[int, bool], Times] = field(default_factory=dict)
-    """By rows, and whether passages are the drafts: seconds of a step by its tokens per row, k + 1."""
+    """By rows, and whether prompt lookup drafts: seconds of a step by its tokens per row, k + 1."""
     started: int = 0
     """Steps, counted by who starts them."""
 
@@ -155,8 +155,8 @@ class StepPace:
 
     def choose(self, rows: int, acceptance: float | None, matched: float = 0.0, held: float = 0.0) -> Ahead:
         """What a step of so many rows does. `acceptance` is the expert's, None where there is none to draft;
-        `matched` is the share of the rows in which a passage was found, `held` how likely its next token is
-        right."""
+        `matched` is the share of the rows in which prompt lookup found drafts, `held` how likely its next
+        token is right."""
         times, expert = self._of(rows), acceptance or 0.0
         lengths = LADDER if acceptance is not None else (0,)
         for k in TRIED_FIRST:
@@ -170,16 +170,16 @@ class StepPace:
         fitting = [k for k in lengths if self._fits(rows, k)]
         best = max(fitting, key=speed)
         best = best if speed(best) > GAIN * speed(0) else 0
-        passage = max(k for k in LADDER if k <= PASSAGE and self._fits(rows, k))
-        if passage and matched and self._lookup_speed(rows, passage, matched, held) > GAIN * speed(best):
-            return Ahead(passage, lookup=True)
+        longest = max(k for k in LADDER if k <= PROMPT_LOOKUP_LENGTH and self._fits(rows, k))
+        if longest and matched and self._lookup_speed(rows, longest, matched, held) > GAIN * speed(best):
+            return Ahead(longest, lookup=True)
         if best == 0 and self.started % RETRY == RETRY - 1:
             return Ahead(int(any(speed(k, HOPE) > GAIN * speed(0) for k in fitting)))
         return Ahead(best)
 
     def _lookup_speed(self, rows: int, k: int, matched: float, held: float) -> float:
         """Tokens per second and row; until it was measured, and now and then to measure it again, as if
-        reading the passages took no time."""
+        reading the drafts took no time."""
         looked_up, again = self._of(rows, lookup=True), self.started % REVISIT == REVISIT - 1
         known = looked_up.known(k + 1) and not again
         seconds = looked_up.at(k + 1) if known else self._of(rows).at(1)
@@ -206,17 +206,17 @@ class Pace:
     close: Times = field(default_factory=Times)
     """The front again, where all drafts stood, and the choice of the last token."""
     lookup: Times = field(default_factory=Times)
-    """All models at once, where earlier passages are the drafts."""
+    """All models at once, on drafts of prompt lookup."""
     acceptance: FadingRate = field(default_factory=lambda: FadingRate(2.8, 4.0))
     """Drafts of the front that the proxy was asked about; the start is a guess."""
     guesses: FadingRate = field(default_factory=lambda: FadingRate(1.0, 2.0))
-    """Tokens of earlier passages that the drafter was asked about."""
-    passages: FadingRate = field(default_factory=lambda: FadingRate(1.0, 2.0, memory=0.9))
-    """Tokens of earlier passages against what the proxy said, whether they were drafts or not. Quotations
-    come and go: what is old counts for little."""
+    """Tokens from prompt lookup that the drafter was asked about."""
+    lookup_acceptance: FadingRate = field(default_factory=lambda: FadingRate(1.0, 2.0, memory=0.9))
+    """Tokens from prompt lookup against those of the proxy, whether they were drafts or not. Repetition comes
+    and goes: what is old counts for little."""
     forwards: float = 1.0
     drafted: float = 1.0
-    """Forwards of the front per draft: below 1 where earlier passages are guessed right."""
+    """Forwards of the front per draft: below 1 where prompt lookup guesses right."""
     steps: StepPace = field(default_factory=StepPace)
     """Of the steps that run on a GPU as one."""
     plain_steps: int = 0
@@ -268,9 +268,9 @@ class Pace:
         seconds += (1 - (1 - all_stood) ** rows) * self.close.at(max(1.0, rows * all_stood))
         return (1 + run_of(a, k)) / seconds if seconds else 0.0
 
-    def looks_up(self, found: Sequence[int], k: int) -> bool:
-        """Whether passages of these lengths (0 where none was found), one per row, are better drafts for all
-        models than what the front would draft, k tokens of it."""
+    def prefers_lookup(self, found: Sequence[int], k: int) -> bool:
+        """Whether prompt lookup serves all models better than k drafts of the front. `found` are the lengths
+        of its drafts, one per row, 0 where it found none."""
         rows, tokens = len(found), len(found) + sum(found)
         plain = self.verify.at(rows)
         if tokens == rows or not plain:
@@ -280,7 +280,7 @@ class Pace:
             seconds = self.lookup.at(tokens)
         else:  # the front's time grows as that of the others does
             seconds = self.verify.at(tokens) * (1 + self.close.at(rows) / plain)
-        said = sum(1 + run_of(self.passages.value, length) for length in found)
+        said = sum(1 + run_of(self.lookup_acceptance.value, length) for length in found)
         return said / rows / seconds > GAIN * self.speed(rows, k)
 
     def saw_drafts(self, rows: int, forwards: int, drafted: int, seconds: float) -> None:
@@ -290,9 +290,9 @@ class Pace:
         self.drafted = MEMORY * self.drafted + drafted
 
     def guessing(self, rows: int, length: int) -> bool:
-        """Whether the drafter should read a passage in one of `rows` rows beside its last token: where that
-        saves more of its forwards than it costs. A forward is shared by all rows. Now and then it is tried in
-        any case, to be measured."""
+        """Whether the drafter should read tokens of prompt lookup in one of `rows` rows beside its last
+        token: where that saves more of its forwards than it costs. A forward is shared by all rows. Now and
+        then it is tried in any case, to be measured."""
         self._asked += 1
         if self._asked % 16 == 0 or not self.read.seen:
             return True

@@ -4,8 +4,8 @@ The expert has to see every position anyway, so its drafts cost nothing extra wh
 the expert alone would say at a spot, drawn with the noise of that spot (shared-Gumbel coupling, Daliri,
 Musco and Suresh 2024, arXiv 2408.07978); it stands if the proxy says the same there. So the response is a
 function of the seed and the proxy's distribution alone: token for token that of plain decoding, whatever
-drafts, how far and how well. Where a row has said something before, that passage is a draft for the expert
-itself, or, where that measures faster, for all models at once.
+drafts, how far and how well. Prompt lookup drafts for the expert itself, or, where that measures faster, for
+all models at once.
 
 Models on the drafter's own weights (an antiexpert whose adapter it is) run ahead with it: the front."""
 
@@ -24,11 +24,11 @@ from proxytune.engine.logits import some
 from proxytune.engine.request import Row, Segment, Work
 from proxytune.engine.runners.runner import Runner, forward_all
 from proxytune.engine.sampling import Pick, Propose, Spot, pick
-from proxytune.engine.speculative.draft_length import LOOKED_UP, PASSAGE, Pace
-from proxytune.engine.speculative.prompt_lookup import Passages
+from proxytune.engine.speculative.draft_length import PROMPT_LOOKUP_LENGTH, PROMPT_LOOKUP_ROWS, Pace
+from proxytune.engine.speculative.prompt_lookup import PromptLookup
 
 LOOKUP = "lookup"
-"""The drafter's name where earlier passages draft for all models, and no expert runs ahead."""
+"""The drafter's name where prompt lookup drafts for all models, and no expert runs ahead."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Speculation:
     k: int | None = None
     """Draft length; None chooses it from measured times and acceptance, 0 decodes plainly."""
     lookup: bool = True
-    """Whether earlier passages are drafts."""
+    """Whether prompt lookup drafts."""
     drafter: str | None = None
     """The expert that drafts, or LOOKUP; None is the first expert."""
     pick: Pick = pick
@@ -57,7 +57,7 @@ class Drafts:
     logits: Mapping[str, Tensor]
     """Per model of the front: logits [N, V] at the spots of all drafts, row by row."""
     front: tuple[str, ...]
-    """The models that ran ahead; none where earlier passages are the drafts, which all models verify."""
+    """The models that ran ahead; none where prompt lookup drafts, which all models verify."""
     forwards: int = 0
     """How often the front ran."""
 
@@ -92,15 +92,15 @@ class Drafter:
         pace: Pace | None = None,
     ) -> None:
         """`front`: the drafter and the models that stand on its weights; empty where a model decodes alone
-        and only earlier passages can be drafts. `lead` is the model whose ids the response has, `pace` what
+        and only prompt lookup can draft. `lead` is the model whose ids the response has, `pace` what
         earlier engines with the same models have measured."""
         self.runners, self.front, self.lead, self.settings = runners, tuple(front), lead, settings
         self.pace = pace or Pace()
         self._looking_up = False
-        """Whether passages were chosen as the drafts of the next step, for all models."""
+        """Whether prompt lookup drafts for all models in the next step."""
         self._longest = {name: runner.alignment.longest for name, runner in runners.items()}
         self._able = all(runner.rows.rewinds for runner in runners.values())
-        self._passages: dict[int, Passages] = {}
+        self._lookups: dict[int, PromptLookup] = {}
 
     def depths(self, rows: Sequence[Row]) -> list[int]:
         """How far to draft in every decoding row: the token after the drafts is the proxy's own, and every
@@ -108,16 +108,16 @@ class Drafter:
         k = self._choose(len(rows))
         self._looking_up = False
         if self.watches(len(rows)):
-            found = [len(self.passage(row, self._depth(row, PASSAGE))) for row in rows]
-            if self.pace.looks_up(found, k):
+            found = [len(self.look_up(row, self._depth(row, PROMPT_LOOKUP_LENGTH))) for row in rows]
+            if self.pace.prefers_lookup(found, k):
                 self._looking_up = True
                 return found
         return [self._depth(row, k) for row in rows]
 
     def watches(self, rows: int) -> bool:
-        """Whether passages are looked for in so many rows, to be drafts where they would do better."""
+        """Whether prompt lookup is tried in so many rows, to draft where that would do better."""
         settings = self.settings
-        return self._able and settings.lookup and settings.k is None and rows <= LOOKED_UP
+        return self._able and settings.lookup and settings.k is None and rows <= PROMPT_LOOKUP_ROWS
 
     def _choose(self, rows: int) -> int:
         if self.settings.k is not None:
@@ -137,7 +137,7 @@ class Drafter:
     ) -> Drafts:
         """Run ahead by up to depths[i] tokens in row i; prompts ride along in the first forward."""
         if not self.front or self._looking_up:
-            return Drafts([self.passage(row, n) for row, n in zip(rows, depths, strict=True)], {}, ())
+            return Drafts([self.look_up(row, n) for row, n in zip(rows, depths, strict=True)], {}, ())
         said: list[list[int]] = [[] for _ in rows]
         kept: list[dict[str, Tensor]] = []
         order: list[tuple[int, int]] = []
@@ -246,17 +246,18 @@ class Drafter:
         return self.runners[name].alignment.spell(token)
 
     def _guess(self, row: Row, count: int, rows: int) -> list[int]:
-        """A passage for the drafter itself, if it is worth reading in a forward of so many rows."""
-        found = self.passage(row, min(count, PASSAGE))
+        """Tokens of prompt lookup for the drafter itself, if they are worth reading with so many rows."""
+        found = self.look_up(row, min(count, PROMPT_LOOKUP_LENGTH))
         return found if found and self.pace.guessing(rows, len(found)) else []
 
-    def passage(self, row: Row, count: int) -> list[int]:
-        """`count` tokens that followed the last few when they were said before; none if they are new."""
+    def look_up(self, row: Row, count: int) -> list[int]:
+        """Prompt lookup: `count` tokens that followed the last few when they occurred before; none if they
+        are new."""
         if not self.settings.lookup or count <= 0:
             return []
-        passages = self._passages.setdefault(row.ticket, Passages())
-        passages.extend(row.ids[self.lead][len(passages.ids) :])
-        found, size = passages.continuation(count), self.runners[self.lead].alignment.size
+        lookup = self._lookups.setdefault(row.ticket, PromptLookup())
+        lookup.extend(row.ids[self.lead][len(lookup.ids) :])
+        found, size = lookup.continuation(count), self.runners[self.lead].alignment.size
         for n, token in enumerate(found):
             if token >= size:
                 return found[:n]  # virtual tokens of a soft prompt are said by nobody
@@ -280,22 +281,22 @@ class Drafter:
             self.pace.close.add(seconds.closed, seconds.close)
 
     def watch(self, rows: Sequence[Row], said: Sequence[Sequence[int]]) -> None:
-        """Note whether passages were right about what the proxy says next, drafts or not; `said` are the
+        """Note whether prompt lookup was right about what the proxy says next, drafts or not; `said` are the
         tokens that come next in the rows, some of which may be given none."""
         if not self.watches(len(rows)):
             return
         held = asked = 0
         for row, tokens in zip(rows, said, strict=True):
-            found = self.passage(row, PASSAGE)
+            found = self.look_up(row, PROMPT_LOOKUP_LENGTH)
             stood = same_prefix(found, tokens)
             held += stood
             asked += min(stood + 1, len(found), len(tokens))
         if asked:
-            self.pace.passages.add(held, asked)
+            self.pace.lookup_acceptance.add(held, asked)
 
     def forget(self, row: Row) -> None:
         """A row has finished."""
-        self._passages.pop(row.ticket, None)
+        self._lookups.pop(row.ticket, None)
 
 
 def _in_order(kept: Sequence[Mapping[str, Tensor]], order: Sequence[tuple[int, int]]) -> dict[str, Tensor]:

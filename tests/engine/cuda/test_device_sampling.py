@@ -201,7 +201,7 @@ def ride(pace: StepPace, acceptance: float | None, matched: float, held: float, 
     return chosen[20:]
 
 
-def test_passages_are_chosen_where_they_give_most() -> None:
+def test_prompt_lookup_is_chosen_where_it_gives_most() -> None:
     assert set(ride(StepPace(), 0.1, 1.0, 0.9)) == {Ahead(6, lookup=True)}
     assert set(ride(StepPace(), 0.1, 0.0, 0.9)) == {Ahead(0)}, "nothing was found"
     assert set(ride(StepPace(), 0.9, 0.2, 0.9)) == {Ahead(6)}, "the expert does more for all rows"
@@ -210,7 +210,7 @@ def test_passages_are_chosen_where_they_give_most() -> None:
     assert {a.k for a in ride(StepPace(), None, 1.0, 0.9, rows=32)} == {3}, "up to where products are bound"
 
 
-def test_slow_passages_are_tried_and_left() -> None:
+def test_slow_prompt_lookup_is_tried_and_left() -> None:
     """And come back to now and then: they may have been measured in a slow minute."""
 
     def steps(pace: StepPace, count: int, slow: float) -> float:

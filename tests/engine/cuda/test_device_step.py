@@ -63,13 +63,13 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Steps]:
 
 @pytest.fixture(autouse=True)
 def any_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where passages are looked for, every step drafts in another way than the one before."""
+    """Where prompt lookup is tried, every step drafts in another way than the one before."""
     ways = cycle([Ahead(2), Ahead(3, lookup=True), Ahead(0), Ahead(6, lookup=True), Ahead(1)])
     choose = StepPace.choose
 
-    def chosen(pace: StepPace, rows: int, acceptance: float | None, *passages: float) -> Ahead:
-        if passages[0] == 0.0:
-            return choose(pace, rows, acceptance, *passages)
+    def chosen(pace: StepPace, rows: int, acceptance: float | None, *lookup: float) -> Ahead:
+        if lookup[0] == 0.0:
+            return choose(pace, rows, acceptance, *lookup)
         ahead = next(ways)
         return Ahead(0) if acceptance is None and not ahead.lookup else ahead
 
@@ -147,8 +147,8 @@ def test_one_model_alone(trio: System, monkeypatch: pytest.MonkeyPatch, k: Ways)
 
 
 @pytest.mark.parametrize("role", ["base", "proxy"])
-def test_passages_stand(trio: System, steps: Steps, role: str) -> None:
-    """Random models loop now and then, so that passages recur."""
+def test_prompt_lookup_is_accepted(trio: System, steps: Steps, role: str) -> None:
+    """Random models loop now and then, so that prompt lookup finds drafts."""
     d = decoder(trio, role, speculation=drafting("lookup"))
     list(d.stream(ragged(5, 1), Sampling(max_new_tokens=60)))
     assert steps.refused == 0 and d.stats.accepted > d.stats.examined / 2 > 20
