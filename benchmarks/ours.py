@@ -22,7 +22,7 @@ from proxytune.engine.engine import Engine
 from proxytune.engine.ensemble import Ensemble, Term
 from proxytune.engine.request import Request
 from proxytune.engine.sampling import Spot
-from proxytune.engine.speculative.draft_length import Pace
+from proxytune.engine.speculative.draft_length import DraftLength
 from proxytune.engine.speculative.drafter import Speculation
 
 PLAIN = Speculation(k=0, lookup=False)
@@ -99,9 +99,9 @@ class Ours:
         return self.decoder or self.bench.decoder(self.role)
 
     @cached_property
-    def _pace(self) -> Pace:
+    def _draft_length(self) -> DraftLength:
         """What the warm-up and the runs have measured, kept as a Decoder keeps it."""
-        return Pace()
+        return DraftLength()
 
     def _owed(self) -> int:
         """Bytes that plain decoding of one row at a time has to read, prefill left out."""
@@ -152,7 +152,7 @@ class Ours:
             prefill_tokens=PREFILL_TOKENS[self.bench.device.type],
             on_token=hear,
             speculation=self.speculation,
-            pace=self._pace,
+            draft_length=self._draft_length,
         )
         groups = (
             [[item] for item in self.workload.items] if self.workload.one_by_one else [self.workload.items]

@@ -22,7 +22,7 @@ from proxytune.engine.request import Plan, Request, Result, Row, TokenTrace, Wor
 from proxytune.engine.runners.runner import forward_all
 from proxytune.engine.sampling import Spot, pick
 from proxytune.engine.scheduler import Scheduler
-from proxytune.engine.speculative.draft_length import Pace
+from proxytune.engine.speculative.draft_length import DraftLength
 from proxytune.engine.speculative.drafter import (
     Drafter,
     Drafts,
@@ -69,10 +69,11 @@ class Engine:
         trace: bool = False,
         on_token: Callable[[Request, int], None] | None = None,
         speculation: Speculation | None = None,
-        pace: Pace | None = None,
+        draft_length: DraftLength | None = None,
     ) -> None:
         """`on_token` hears of every token as it is chosen; `trace` records every model's view of it;
-        without `speculation` decoding is plain. `pace`: what was measured before (the ensemble's own)."""
+        without `speculation` decoding is plain. `draft_length`: what was measured before (the ensemble's
+        own)."""
         self.ensemble, self.trace, self.on_token = ensemble, trace, on_token
         runners, settings = ensemble.runners, speculation or Speculation(k=0)
         caches = {name: runner.rows for name, runner in runners.items()}
@@ -81,7 +82,7 @@ class Engine:
         self._spell = {name: runner.alignment.spell for name, runner in runners.items()}
         self.scheduler = Scheduler(caches, max_rows, prefill_tokens, longest)
         front = ensemble.front(settings.drafter)
-        self.drafter = Drafter(runners, front, ensemble.lead, settings, pace or ensemble.pace)
+        self.drafter = Drafter(runners, front, ensemble.lead, settings, draft_length or ensemble.draft_length)
         self.counts = Counts()
         self.device: DeviceLoop | None = None
         if not trace and steps_on_device(runners, settings):

@@ -14,7 +14,7 @@ from proxytune.engine.divergence import from_reference
 from proxytune.engine.logits import Shift, combine
 from proxytune.engine.runners.runner import ModelRunner, Runner
 from proxytune.engine.sampling import Propose
-from proxytune.engine.speculative.draft_length import Pace
+from proxytune.engine.speculative.draft_length import DraftLength
 from proxytune.engine.speculative.drafter import (
     LOOKUP,
 )
@@ -41,7 +41,7 @@ class Ensemble:
     """What is traced as the proxy where it is not this combination that decodes."""
     reference: str | None = None
     """The model whose divergence from the proxy and from its lead is traced; it only watches."""
-    pace: Pace = field(default_factory=Pace)
+    draft_length: DraftLength = field(default_factory=DraftLength)
     """What its engines have measured so far."""
     _graphs: dict[tuple[tuple[str, ...], Propose | None], Graphs] = field(default_factory=dict)
     """By front: they outlive the engine that made them."""

@@ -22,7 +22,7 @@ from proxytune.engine.engine import Engine
 from proxytune.engine.request import Request, Row
 from proxytune.engine.sampling import Spot, pick
 from proxytune.engine.scheduler import Scheduler
-from proxytune.engine.speculative.draft_length import Pace, Times
+from proxytune.engine.speculative.draft_length import DraftLength, LatencyTable
 from proxytune.engine.speculative.drafter import LOOKUP, Speculation, same_prefix
 from proxytune.errors import UserError
 from proxytune.models.loading import Models
@@ -224,7 +224,7 @@ def test_speculation_says_what_the_oracle_says(
         draft = pick if p is None else Coin(truth, p)
         if straight:
             k, turns = None, cycle([True, False])
-            patch.setattr(Pace, "prefers_lookup", lambda pace, found, k: any(found) and next(turns))
+            patch.setattr(DraftLength, "prefers_lookup", lambda _, found, k: any(found) and next(turns))
         how_far = Speculation(k=k, lookup=lookup, drafter=drafter, pick=draft)
         memory = kv_bytes(plain, pool)
         check(decoder(system, batch=batch, kv_memory=memory, speculation=how_far), examples, s, alpha)
@@ -318,8 +318,8 @@ def test_any_of_several_experts_can_draft(pair: System) -> None:
 @pytest.fixture
 def flat(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which a forward takes as long whatever it reads."""
-    add = Times.add
-    monkeypatch.setattr(Times, "add", lambda times, tokens, seconds: add(times, tokens, 1.0))
+    add = LatencyTable.add
+    monkeypatch.setattr(LatencyTable, "add", lambda times, tokens, seconds: add(times, tokens, 1.0))
 
 
 @pytest.mark.parametrize("k", [2, 5, None])
@@ -401,13 +401,13 @@ def test_prompt_lookup_takes_over_where_the_expert_is_bad_and_text_recurs(
 ) -> None:
     """By themselves."""
 
-    def watched(pace: Pace, found: Sequence[int], k: int) -> bool:
-        chosen = prefers_lookup(pace, found, k)
+    def watched(draft_length: DraftLength, found: Sequence[int], k: int) -> bool:
+        chosen = prefers_lookup(draft_length, found, k)
         taken.append(chosen)
         return chosen
 
-    prefers_lookup, taken = Pace.prefers_lookup, list[bool]()
-    monkeypatch.setattr(Pace, "prefers_lookup", watched)
+    prefers_lookup, taken = DraftLength.prefers_lookup, list[bool]()
+    monkeypatch.setattr(DraftLength, "prefers_lookup", watched)
     s = Sampling(max_new_tokens=120)
     want = run(decoder(trio, speculation=PLAIN), [example("ab")], s)
     d = decoder(trio, batch=1, speculation=Speculation(pick=Coin(want, 0.0)))

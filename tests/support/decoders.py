@@ -28,7 +28,7 @@ SAMPLERS = [
     {"temperature": 0.9, "top_k": 20, "top_p": 0.6, "min_new_tokens": 4},
 ]
 
-pace = Speculation(k=0)
+speculation = Speculation(k=0)
 """How decoders draft unless they are told; tests may set another."""
 loaded_models: dict[str, Models] = {}
 """The models of every system, by its JSON."""
@@ -54,7 +54,7 @@ def decoder(system: System, role: str = "proxy", **options: Any) -> Decoder:
     """A decoder of a system, whose models are loaded once for all tests."""
     models = loaded_models.setdefault(system.model_dump_json(), Models(system))
     how = DecodeOptions(**{name: options.pop(name) for name in ("batch", "kv_memory") if name in options})
-    return Decoder(models, system.require(role), how, **{"speculation": pace, **options})
+    return Decoder(models, system.require(role), how, **{"speculation": speculation, **options})
 
 
 def by_id(found: Sequence[Completion]) -> dict[tuple[str, int], Completion]:

@@ -103,7 +103,7 @@ class DeviceLoop:
 
     def _choose(self, rows: Sequence[Row]) -> Ahead:
         """How the next step drafts; the host knows the rows as the last step that it read left them."""
-        drafter, pace = self.drafter, self.drafter.pace
+        drafter, draft_length = self.drafter, self.drafter.draft_length
         alone = not drafter.front
         if not rows or (alone and not drafter.settings.lookup):
             return Ahead(0)
@@ -111,11 +111,11 @@ class DeviceLoop:
             k = min(drafter.settings.k, MOST_NEW - 1)
             return Ahead(k, lookup=alone and k > 0)
         matched = sum(bool(drafter.look_up(row, 1)) for row in rows) if drafter.watches(len(rows)) else 0
-        return pace.steps.choose(
+        return draft_length.steps.choose(
             bucket(len(rows)),
-            None if alone else pace.acceptance.value,
+            None if alone else draft_length.acceptance.value,
             matched / len(rows),
-            pace.lookup_acceptance.value,
+            draft_length.lookup_acceptance.value,
         )
 
     def start(self, plan: Plan) -> bool:
@@ -154,7 +154,7 @@ class DeviceLoop:
             landed.record()
         else:
             said = on_device.clone()  # the next step writes over it
-        self.drafter.pace.steps.started += 1
+        self.drafter.draft_length.steps.started += 1
         waiting = len(self.scheduler.waiting)
         self.flights.append(Flight(rows, waiting, shape, said, landed, began, alone, steady))
 
@@ -216,7 +216,7 @@ class DeviceLoop:
         """In a steady flow a step takes as long as from landing to landing."""
         began, self._landed = self._landed if flight.steady else flight.began, time.perf_counter()
         if flight.alone:
-            self.drafter.pace.steps.add(flight.shape.rows, flight.shape.ahead, self._landed - began)
+            self.drafter.draft_length.steps.add(flight.shape.rows, flight.shape.ahead, self._landed - began)
 
 
 def _counted(row: Row, drafts: list[int]) -> list[int]:

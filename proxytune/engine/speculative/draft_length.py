@@ -76,11 +76,11 @@ class Ahead(NamedTuple):
 
 
 @dataclass
-class Times:
-    """Seconds of one kind of forward by its number of tokens.
+class LatencyTable:
+    """Latency table: seconds of one kind of forward by its number of tokens.
 
-    Rows grow longer and machines slower or faster while other sizes than the present one are not measured:
-    what a time tells is told to all sizes by the level, and what it tells of its own size by a mean."""
+    Rows grow longer and machines slower or faster while other sizes than the present one are not measured.
+    So each time moves a level that all sizes share, and the mean of its own size."""
 
     seen: dict[int, tuple[float, float, int]] = field(default_factory=dict)
     """Size class -> mean number of tokens, mean seconds at level 1, how often."""
@@ -141,10 +141,10 @@ STEP_WIDE = 150
 
 
 @dataclass
-class StepPace:
-    """How far to draft, from the measured times of whole steps: a graph is not looked into."""
+class StepDraftLength:
+    """Chooses the draft length from the measured times of whole steps: a graph is not looked into."""
 
-    times: dict[tuple[int, bool], Times] = field(default_factory=dict)
+    times: dict[tuple[int, bool], LatencyTable] = field(default_factory=dict)
     """By rows, and whether prompt lookup drafts: seconds of a step by its tokens per row, k + 1."""
     started: int = 0
     """Steps, counted by who starts them."""
@@ -185,8 +185,8 @@ class StepPace:
         seconds = looked_up.at(k + 1) if known else self._of(rows).at(1)
         return (1 + matched * run_of(held, k)) / seconds if seconds else 0.0
 
-    def _of(self, rows: int, lookup: bool = False) -> Times:
-        return self.times.setdefault((rows, lookup), Times())
+    def _of(self, rows: int, lookup: bool = False) -> LatencyTable:
+        return self.times.setdefault((rows, lookup), LatencyTable())
 
     @staticmethod
     def _fits(rows: int, k: int) -> bool:
@@ -194,18 +194,18 @@ class StepPace:
 
 
 @dataclass
-class Pace:
-    """Measurements of one engine, and the draft length that they speak for."""
+class DraftLength:
+    """Chooses the draft length from the measurements of one engine."""
 
-    draft: Times = field(default_factory=Times)
+    draft: LatencyTable = field(default_factory=LatencyTable)
     """The front, once per draft."""
-    read: Times = field(default_factory=Times)
+    read: LatencyTable = field(default_factory=LatencyTable)
     """One forward of the front, by its tokens."""
-    verify: Times = field(default_factory=Times)
+    verify: LatencyTable = field(default_factory=LatencyTable)
     """The others, on all drafts together."""
-    close: Times = field(default_factory=Times)
+    close: LatencyTable = field(default_factory=LatencyTable)
     """The front again, where all drafts stood, and the choice of the last token."""
-    lookup: Times = field(default_factory=Times)
+    lookup: LatencyTable = field(default_factory=LatencyTable)
     """All models at once, on drafts of prompt lookup."""
     acceptance: FadingRate = field(default_factory=lambda: FadingRate(2.8, 4.0))
     """Drafts of the front that the proxy was asked about; the start is a guess."""
@@ -217,7 +217,7 @@ class Pace:
     forwards: float = 1.0
     drafted: float = 1.0
     """Forwards of the front per draft: below 1 where prompt lookup guesses right."""
-    steps: StepPace = field(default_factory=StepPace)
+    steps: StepDraftLength = field(default_factory=StepDraftLength)
     """Of the steps that run on a GPU as one."""
     plain_steps: int = 0
     _asked: int = 0

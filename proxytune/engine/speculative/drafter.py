@@ -24,7 +24,7 @@ from proxytune.engine.logits import some
 from proxytune.engine.request import Row, Segment, Work
 from proxytune.engine.runners.runner import Runner, forward_all
 from proxytune.engine.sampling import Pick, Propose, Spot, pick
-from proxytune.engine.speculative.draft_length import PROMPT_LOOKUP_LENGTH, PROMPT_LOOKUP_ROWS, Pace
+from proxytune.engine.speculative.draft_length import PROMPT_LOOKUP_LENGTH, PROMPT_LOOKUP_ROWS, DraftLength
 from proxytune.engine.speculative.prompt_lookup import PromptLookup
 
 LOOKUP = "lookup"
@@ -89,13 +89,13 @@ class Drafter:
         front: Sequence[str],
         lead: str,
         settings: Speculation,
-        pace: Pace | None = None,
+        draft_length: DraftLength | None = None,
     ) -> None:
         """`front`: the drafter and the models that stand on its weights; empty where a model decodes alone
-        and only prompt lookup can draft. `lead` is the model whose ids the response has, `pace` what
+        and only prompt lookup can draft. `lead` is the model whose ids the response has, `draft_length` what
         earlier engines with the same models have measured."""
         self.runners, self.front, self.lead, self.settings = runners, tuple(front), lead, settings
-        self.pace = pace or Pace()
+        self.draft_length = draft_length or DraftLength()
         self._looking_up = False
         """Whether prompt lookup drafts for all models in the next step."""
         self._longest = {name: runner.alignment.longest for name, runner in runners.items()}
@@ -109,7 +109,7 @@ class Drafter:
         self._looking_up = False
         if self.watches(len(rows)):
             found = [len(self.look_up(row, self._depth(row, PROMPT_LOOKUP_LENGTH))) for row in rows]
-            if self.pace.prefers_lookup(found, k):
+            if self.draft_length.prefers_lookup(found, k):
                 self._looking_up = True
                 return found
         return [self._depth(row, k) for row in rows]
@@ -124,7 +124,7 @@ class Drafter:
             return self.settings.k
         if not self._able or not self.front:
             return 0  # a model whose own cache cannot go back would compute the row anew each time
-        return self.pace.choose(rows)
+        return self.draft_length.choose(rows)
 
     def _depth(self, row: Row, k: int) -> int:
         room = row.request.max_new_tokens - len(row.tokens) - 1
@@ -164,7 +164,7 @@ class Drafter:
             ]
             picked = self.settings.pick(logits[self.front[0]], spots).tolist()
             if alone:
-                self.pace.read.add(len(spots), time.perf_counter() - began)
+                self.draft_length.read.add(len(spots), time.perf_counter() - began)
             keep = self._keep(rows, said, guesses, picked, order)
             kept.append(some(logits, keep))
             wanted = [
@@ -187,7 +187,7 @@ class Drafter:
             own = picked[at : at + len(guess) + 1]
             new = own[: same_prefix(guess, own) + 1]
             if guess:
-                self.pace.guesses.add(len(new) - 1, min(len(guess), len(new)))
+                self.draft_length.guesses.add(len(new) - 1, min(len(guess), len(new)))
             ended = next((n for n, token in enumerate(new, 1) if token in rows[i].request.eos), len(new))
             new = new[:ended]
             keep += range(at, at + len(new))
@@ -248,7 +248,7 @@ class Drafter:
     def _guess(self, row: Row, count: int, rows: int) -> list[int]:
         """Tokens of prompt lookup for the drafter itself, if they are worth reading with so many rows."""
         found = self.look_up(row, min(count, PROMPT_LOOKUP_LENGTH))
-        return found if found and self.pace.guessing(rows, len(found)) else []
+        return found if found and self.draft_length.guessing(rows, len(found)) else []
 
     def look_up(self, row: Row, count: int) -> list[int]:
         """Prompt lookup: `count` tokens that followed the last few when they occurred before; none if they
@@ -268,17 +268,17 @@ class Drafter:
     def learn(self, drafts: Drafts, accepted: int, examined: int, seconds: StepSeconds | None) -> None:
         """Note how a step went; its times only where no prompts rode along."""
         if examined and drafts.front:
-            self.pace.acceptance.add(accepted, examined)
+            self.draft_length.acceptance.add(accepted, examined)
         if seconds is None:
             return
         drafted = sum(map(len, drafts.tokens))
         if drafts.forwards:
             drafting = sum(1 for said in drafts.tokens if said)
-            self.pace.saw_drafts(drafting, drafts.forwards, drafted, seconds.draft)
-        verified = self.pace.lookup if self._looking_up else self.pace.verify
+            self.draft_length.saw_drafts(drafting, drafts.forwards, drafted, seconds.draft)
+        verified = self.draft_length.lookup if self._looking_up else self.draft_length.verify
         verified.add(drafted + len(drafts.tokens), seconds.verify)
         if seconds.closed:
-            self.pace.close.add(seconds.closed, seconds.close)
+            self.draft_length.close.add(seconds.closed, seconds.close)
 
     def watch(self, rows: Sequence[Row], said: Sequence[Sequence[int]]) -> None:
         """Note whether prompt lookup was right about what the proxy says next, drafts or not; `said` are the
@@ -292,7 +292,7 @@ class Drafter:
             held += stood
             asked += min(stood + 1, len(found), len(tokens))
         if asked:
-            self.pace.lookup_acceptance.add(held, asked)
+            self.draft_length.lookup_acceptance.add(held, asked)
 
     def forget(self, row: Row) -> None:
         """A row has finished."""

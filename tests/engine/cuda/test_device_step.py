@@ -23,7 +23,7 @@ from proxytune.engine.cuda.state import bucket
 from proxytune.engine.engine import Engine
 from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.request import Request
-from proxytune.engine.speculative.draft_length import Ahead, StepPace
+from proxytune.engine.speculative.draft_length import Ahead, StepDraftLength
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.models.loading import Models
 from proxytune.records import Completion
@@ -65,15 +65,15 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Steps]:
 def any_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where prompt lookup is tried, every step drafts in another way than the one before."""
     ways = cycle([Ahead(2), Ahead(3, lookup=True), Ahead(0), Ahead(6, lookup=True), Ahead(1)])
-    choose = StepPace.choose
+    choose = StepDraftLength.choose
 
-    def chosen(pace: StepPace, rows: int, acceptance: float | None, *lookup: float) -> Ahead:
+    def chosen(draft_length: StepDraftLength, rows: int, acceptance: float | None, *lookup: float) -> Ahead:
         if lookup[0] == 0.0:
-            return choose(pace, rows, acceptance, *lookup)
+            return choose(draft_length, rows, acceptance, *lookup)
         ahead = next(ways)
         return Ahead(0) if acceptance is None and not ahead.lookup else ahead
 
-    monkeypatch.setattr(StepPace, "choose", chosen)
+    monkeypatch.setattr(StepDraftLength, "choose", chosen)
 
 
 @pytest.mark.parametrize("k", [0, 1, 3, 6, None, "lookup", "any"])
