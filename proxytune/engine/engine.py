@@ -81,12 +81,16 @@ class Engine:
         self._spelt = max(longest.values()) > 1
         self._spell = {name: runner.alignment.spell for name, runner in runners.items()}
         self.scheduler = Scheduler(caches, max_rows, prefill_tokens, longest)
-        front = ensemble.front(settings.drafter)
-        self.drafter = Drafter(runners, front, ensemble.lead, settings, draft_length or ensemble.draft_length)
+        draft_models = ensemble.draft_models(settings.drafter)
+        self.drafter = Drafter(
+            runners, draft_models, ensemble.lead, settings, draft_length or ensemble.draft_length
+        )
         self.counts = Counts()
         self.device: DeviceLoop | None = None
         if not trace and steps_on_device(runners, settings):
-            self.device = DeviceLoop(self.scheduler, self.drafter, ensemble.graphs(front, settings.propose))
+            self.device = DeviceLoop(
+                self.scheduler, self.drafter, ensemble.graphs(draft_models, settings.propose)
+            )
 
     @property
     def busy(self) -> bool:
@@ -169,15 +173,15 @@ class Engine:
         self.drafter.learn(drafts, sum(agreed), examined, seconds)
 
     def _verify(self, plan: Plan, rows: Sequence[Row], drafts: Drafts) -> dict[str, Tensor]:
-        """The models behind the front on every row's last token and drafts: logits [sum of 1 + drafts, V]."""
-        behind = [name for name in self.ensemble.runners if name not in drafts.front]
-        work = {name: self.drafter.verification(name, rows, drafts, plan.prefill[name]) for name in behind}
+        """The verifying models on every row's last token and drafts: logits [sum of 1 + drafts, V]."""
+        verifiers = [name for name in self.ensemble.runners if name not in drafts.draft_models]
+        work = {name: self.drafter.verification(name, rows, drafts, plan.prefill[name]) for name in verifiers}
         return forward_all(self.ensemble.runners, work)
 
     def _accept(self, rows: Sequence[Row], drafts: Drafts, views: Mapping[str, Tensor]) -> list[list[Chosen]]:
         """What the proxy says at the spots of the drafts, up to the first that it does not agree with. Where
         no model ran ahead, the token after the drafts is known too."""
-        after = 0 if drafts.front else 1
+        after = 0 if drafts.draft_models else 1
         spots = [
             Spot(row, len(row.tokens) + offset)
             for row, said in zip(rows, drafts.tokens, strict=True)
@@ -185,11 +189,11 @@ class Engine:
         ]
         if not spots:
             return [[] for _ in rows]
-        behind, at = list[int](), 0
+        keep, at = list[int](), 0
         for said in drafts.tokens:
-            behind += range(at, at + len(said) + after)
+            keep += range(at, at + len(said) + after)
             at += len(said) + 1
-        picked = self._settle(spots, {**some(views, behind), **drafts.logits})
+        picked = self._settle(spots, {**some(views, keep), **drafts.logits})
         chosen, at = [], 0
         for said in drafts.tokens:
             own = picked[at : at + len(said) + after]
@@ -205,24 +209,24 @@ class Engine:
         views: Mapping[str, Tensor],
         chosen: list[list[Chosen]],
     ) -> int:
-        """Where all drafts stood, the front reads the last of them, and the proxy says one token more. ->
-        in how many rows."""
-        front = drafts.front
+        """Where all drafts are accepted, the draft models read the last of them, and the proxy chooses one
+        token more. -> in how many rows."""
+        draft_models = drafts.draft_models
         ends = [at - 1 for at in accumulate(len(said) + 1 for said in drafts.tokens)]
         open_rows = [
             index
             for index, (row, said, own) in enumerate(zip(rows, drafts.tokens, chosen, strict=True))
             if [c.token for c in own] == said and not (said and said[-1] in row.request.eos)
         ]
-        if not front or not open_rows:
+        if not draft_models or not open_rows:
             return 0
         prefill = plan.prefill if drafts.forwards == 0 else {}
         work = {
-            name: self.drafter.closing(name, rows, drafts, open_rows, prefill.get(name, ())) for name in front
+            name: self.drafter.closing(name, rows, drafts, open_rows, prefill.get(name, ()))
+            for name in draft_models
         }
         logits = forward_all(self.ensemble.runners, work)
-        behind = [ends[index] for index in open_rows]
-        logits |= some(views, behind)
+        logits |= some(views, [ends[index] for index in open_rows])
         spots = [
             Spot(rows[index], len(rows[index].tokens) + len(drafts.tokens[index])) for index in open_rows
         ]

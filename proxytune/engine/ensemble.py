@@ -44,7 +44,7 @@ class Ensemble:
     draft_length: DraftLength = field(default_factory=DraftLength)
     """What its engines have measured so far."""
     _graphs: dict[tuple[tuple[str, ...], Propose | None], Graphs] = field(default_factory=dict)
-    """By front: they outlive the engine that made them."""
+    """By draft models: they outlive the engine that made them."""
 
     def combine(self, logits: Mapping[str, Tensor], alpha: Tensor, *, all_moved: bool = False) -> Tensor:
         """Logits [B, V] per model, alpha [B] -> [B, V] on the lead's device; `all_moved`: no alpha is 0."""
@@ -60,7 +60,7 @@ class Ensemble:
         ]
         return combine(lead, shifts, alpha, all_moved=all_moved)
 
-    def front(self, drafter: str | None = None) -> tuple[str, ...]:
+    def draft_models(self, drafter: str | None = None) -> tuple[str, ...]:
         """The expert that drafts (the first unless named) and the models on its weights; empty without
         experts, and where prompt lookup alone drafts."""
         experts = [term.expert for term in self.terms]
@@ -91,14 +91,14 @@ class Ensemble:
         known = self.runners[self.reference].alignment.shared
         return from_reference(views, self.reference, ("proxy", lead), known)
 
-    def graphs(self, front: tuple[str, ...], propose: Propose | None = None) -> Graphs:
+    def graphs(self, draft_models: tuple[str, ...], propose: Propose | None = None) -> Graphs:
         """The steps of this ensemble on its device, where all its models are."""
-        if (front, propose) not in self._graphs:
+        if (draft_models, propose) not in self._graphs:
             runner = self.runners[self.lead]
             assert isinstance(runner, ModelRunner)
-            step = DeviceStep(self.runners, front, self.lead, self.combine, propose)
-            self._graphs[front, propose] = Graphs(step, runner.device)
-        return self._graphs[front, propose]
+            step = DeviceStep(self.runners, draft_models, self.lead, self.combine, propose)
+            self._graphs[draft_models, propose] = Graphs(step, runner.device)
+        return self._graphs[draft_models, propose]
 
     @property
     def graphs_made(self) -> int:

@@ -95,13 +95,13 @@ class Scheduler:
         return all(self.pending(name, index) == 1 for name in self.caches)
 
     def _order(self) -> int:
-        """Bring the rows that can decode to the front; -> how many they are."""
-        front = 0
+        """Bring the rows that can decode to the start; -> how many they are."""
+        decoding = 0
         for index in range(len(self.rows)):
             if self._ready(index):
-                self._swap(front, index)
-                front += 1
-        return front
+                self._swap(decoding, index)
+                decoding += 1
+        return decoding
 
     def _swap(self, one: int, other: int) -> None:
         if one == other:

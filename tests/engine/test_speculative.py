@@ -310,7 +310,7 @@ def test_any_of_several_experts_can_draft(pair: System) -> None:
     for name in (None, "expert", "expert2"):
         d = decoder(pair, speculation=Speculation(k=3, drafter=name))
         assert said(run(d, ragged(5), s)) == said(want)
-        assert d.ensemble.front(name) == (name or "expert",)
+        assert d.ensemble.draft_models(name) == (name or "expert",)
     with pytest.raises(UserError, match="no expert 'expert3' to draft: choose expert or expert2 or lookup"):
         run(decoder(pair, speculation=Speculation(drafter="expert3")), ragged(1), s)
 
@@ -329,7 +329,7 @@ def test_a_model_alone_drafts_from_what_was_said(k: int | None, trio: System, fl
     plain = decoder(trio, "base", speculation=PLAIN)
     want = run(plain, ragged(4), s)
     d = decoder(trio, "base", speculation=Speculation(k=k))
-    assert d.ensemble.front() == ()
+    assert d.ensemble.draft_models() == ()
     assert said(run(d, ragged(4), s)) == said(want)
     assert d.stats.accepted > 0 and d.stats.row_steps < plain.stats.row_steps
 

@@ -68,7 +68,7 @@ def test_both_small_roles_share_a_forward(
     d = Decoder(
         Models(system(folders, on_anti(folders, "lora"))), "proxy", speculation=Speculation(k=k, lookup=False)
     )
-    assert d.ensemble.front() == ("expert", "antiexpert")
+    assert d.ensemble.draft_models() == ("expert", "antiexpert")
     calls = {"base": 0, "pair": 0}
     runners = d.ensemble.runners
 

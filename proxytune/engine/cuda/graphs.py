@@ -65,7 +65,7 @@ class Graphs:
         self._pool: Any = None
         if device.type in CAPTURED:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._sides = [torch.cuda.Stream(device) for _ in step.behind]  # type: ignore[no-untyped-call]
+            self._sides = [torch.cuda.Stream(device) for _ in step.verifiers]  # type: ignore[no-untyped-call]
 
     def room_for(self, need: Widths, rows: int) -> DeviceState:
         """The state, at least so wide and with so many rows. New buffers make the graphs void."""

@@ -86,7 +86,7 @@ class DeviceLoop:
         self._wishes: list[int] = []
         self._landed = 0.0
         self._prompts = False
-        """Whether prompts were computed behind the last step that was planned."""
+        """Whether prompts were computed after the last step that was planned."""
 
     def expect(self, request: Request) -> None:
         """A request will come: the state has to be wide enough for it."""
@@ -104,7 +104,7 @@ class DeviceLoop:
     def _choose(self, rows: Sequence[Row]) -> Ahead:
         """How the next step drafts; the host knows the rows as the last step that it read left them."""
         drafter, draft_length = self.drafter, self.drafter.draft_length
-        alone = not drafter.front
+        alone = not drafter.draft_models
         if not rows or (alone and not drafter.settings.lookup):
             return Ahead(0)
         if drafter.settings.k is not None:
@@ -201,7 +201,7 @@ class DeviceLoop:
         counts, tokens, drafts, logprobs = (part.tolist() for part in said)
         place = {row: index for index, row in enumerate(flight.rows)}
         looked_up = flight.shape.ahead.lookup
-        landing = Landing([], [], Drafts([], {}, () if looked_up else self.drafter.front))
+        landing = Landing([], [], Drafts([], {}, () if looked_up else self.drafter.draft_models))
         for index, row in enumerate(self.scheduler.rows):
             at = place.get(row)
             stood = 0 if at is None else counts[at]

@@ -1,10 +1,10 @@
 """One decoding step as a function of tensors alone: draft, verify, combine, choose, accept, move on.
 
 Shapes depend on the number of rows and the draft length only, and the host reads nothing, so that a CUDA
-graph can hold the whole step. The front runs ahead by k tokens; then it reads the last of them while the
-other models read them all. (Eagerly decoded, the front is spared that last forward where no
-row needs it; here it always runs, as the first forward of a step that drafts one token more.) Or prompt
-lookup drafts, and all models read the drafts at once.
+graph can hold the whole step. The draft models draft k tokens; then they read the last of them while the
+other models verify them all. (The eager loop spares the draft models that last forward where no row needs it;
+here it always runs, as the first forward of a step that drafts one token more.) Or prompt lookup drafts, and
+all models read the drafts at once.
 
 A token of a row that has no room for it, and every token of padding, is fed at position 0 and stored in the
 spare page; what comes out for it is never looked at."""
@@ -64,14 +64,15 @@ class DeviceStep:
     def __init__(
         self,
         runners: Mapping[str, Runner],
-        front: Sequence[str],
+        draft_models: Sequence[str],
         lead: str,
         combine: Callable[[Mapping[str, Tensor], Tensor], Tensor],
         propose: Propose | None = None,
     ) -> None:
-        """`runners` are ModelRunners on pages, whose tokens take one id each. `front`: the drafter and the
-        models on its weights, or nothing; `combine` is `Ensemble.combine`, `propose` a Speculation's."""
-        self.front, self.lead, self.combine, self.propose = tuple(front), lead, combine, propose
+        """`runners` are ModelRunners on pages, whose tokens take one id each. `draft_models`: the drafter
+        and the models on its weights, or nothing; `combine` is `Ensemble.combine`, `propose` a
+        Speculation's."""
+        self.draft_models, self.lead, self.combine, self.propose = tuple(draft_models), lead, combine, propose
         self.runners: dict[str, ModelRunner] = {}
         self.spelt: dict[str, Tensor] = {}
         together: dict[int, list[str]] = {}
@@ -81,9 +82,9 @@ class DeviceStep:
             if runner.alignment.spelled is not None:
                 ids = [ids[0] for ids in runner.alignment.spelled]
                 self.spelt[name] = torch.tensor(ids, device=runner.device)
-            if name not in self.front:
+            if name not in self.draft_models:
                 together.setdefault(id(runner.weights), []).append(name)
-        self.behind = [tuple(names) for names in together.values()]
+        self.verifiers = [tuple(names) for names in together.values()]
 
     @torch.inference_mode()
     def __call__(
@@ -100,18 +101,18 @@ class DeviceStep:
             drafts = self._look_up(batch, k, size)
         else:
             drafts, before = self._run_ahead(batch, positions, noise, k, draw)
-        fed, since = drafts.clamp(min=0), len(before)  # what the front has read of the drafts already
+        fed, since = drafts.clamp(min=0), len(before)  # what the draft models have read of the drafts already
         work: list[Callable[[], Logits]] = [
             lambda names=names: self._forward(names, batch, fed, 0)  # type: ignore[misc]
-            for names in self.behind
+            for names in self.verifiers
         ]
-        if self.front:
+        if self.draft_models:
             rest = fed[:, since - 1 :] if since else fed
-            work.insert(0, lambda: self._forward(self.front, batch, rest, since))
+            work.insert(0, lambda: self._forward(self.draft_models, batch, rest, since))
         views: Logits = {}
         for found in branches(work):
             views |= found
-        views |= {name: torch.cat([*(b[name] for b in before), views[name]], 1) for name in self.front}
+        views |= {name: torch.cat([*(b[name] for b in before), views[name]], 1) for name in self.draft_models}
         flat = {name: logits.flatten(0, 1) for name, logits in views.items()}
         combined = self.combine(flat, batch.alpha(positions).flatten())  # [R * (k + 1), V]
         tokens = batch.sampler.pick(combined.view(rows, k + 1, size), positions, noise, draw)
@@ -121,12 +122,12 @@ class DeviceStep:
     def _run_ahead(
         self, batch: DeviceBatch, positions: Tensor, noise: Tensor | None, k: int, draw: SamplingNeeds
     ) -> tuple[Tensor, list[Logits]]:
-        """What the front says in the next k positions: drafts [R, k], and its logits at each."""
+        """The drafts [R, k] of the next k positions, and the logits of the draft models at each."""
         drafts, before = positions.new_zeros(positions.shape[0], 0), list[Logits]()
         for j in range(k):
-            before.append(self._forward(self.front, batch, drafts[:, -1:], j))
+            before.append(self._forward(self.draft_models, batch, drafts[:, -1:], j))
             here, spot = noise[:, j : j + 1] if noise is not None else None, positions[:, j : j + 1]
-            said = batch.sampler.pick(before[-1][self.front[0]], spot, here, draw)
+            said = batch.sampler.pick(before[-1][self.draft_models[0]], spot, here, draw)
             if self.propose is not None:
                 said = self.propose(batch.sampler.key, spot)
             drafts = torch.cat([drafts, said], 1)

@@ -86,7 +86,7 @@ class PagedCache:
         """The pages stay with the row until room is next reserved: a step may go on writing into them."""
         self.lengths[row] = length
         page, rest = divmod(length, PAGE)
-        # the row will write behind `length`, and other rows may read what is there
+        # the row will write after `length`, and other rows may read what is there
         assert not rest or self._owners[self.tables[row][page]] == 1, "rewound into a shared page"
 
     def _release(self, row: int, keep: int) -> None:

@@ -198,17 +198,17 @@ class DraftLength:
     """Chooses the draft length from the measurements of one engine."""
 
     draft: LatencyTable = field(default_factory=LatencyTable)
-    """The front, once per draft."""
+    """The draft models, once per draft."""
     read: LatencyTable = field(default_factory=LatencyTable)
-    """One forward of the front, by its tokens."""
+    """One forward of the draft models, by its tokens."""
     verify: LatencyTable = field(default_factory=LatencyTable)
     """The others, on all drafts together."""
     close: LatencyTable = field(default_factory=LatencyTable)
-    """The front again, where all drafts stood, and the choice of the last token."""
+    """The draft models again, where all drafts were accepted, and the choice of the last token."""
     lookup: LatencyTable = field(default_factory=LatencyTable)
     """All models at once, on drafts of prompt lookup."""
     acceptance: FadingRate = field(default_factory=lambda: FadingRate(2.8, 4.0))
-    """Drafts of the front that the proxy was asked about; the start is a guess."""
+    """Drafts of an expert that the proxy was asked about; the start is a guess."""
     guesses: FadingRate = field(default_factory=lambda: FadingRate(1.0, 2.0))
     """Tokens from prompt lookup that the drafter was asked about."""
     lookup_acceptance: FadingRate = field(default_factory=lambda: FadingRate(1.0, 2.0, memory=0.9))
@@ -216,7 +216,7 @@ class DraftLength:
     and goes: what is old counts for little."""
     forwards: float = 1.0
     drafted: float = 1.0
-    """Forwards of the front per draft: below 1 where prompt lookup guesses right."""
+    """Forwards of the draft models per draft: below 1 where prompt lookup guesses right."""
     steps: StepDraftLength = field(default_factory=StepDraftLength)
     """Of the steps that run on a GPU as one."""
     plain_steps: int = 0
@@ -269,7 +269,7 @@ class DraftLength:
         return (1 + run_of(a, k)) / seconds if seconds else 0.0
 
     def prefers_lookup(self, found: Sequence[int], k: int) -> bool:
-        """Whether prompt lookup serves all models better than k drafts of the front. `found` are the lengths
+        """Whether prompt lookup serves all models better than k drafts of the expert. `found` are the lengths
         of its drafts, one per row, 0 where it found none."""
         rows, tokens = len(found), len(found) + sum(found)
         plain = self.verify.at(rows)
@@ -278,13 +278,13 @@ class DraftLength:
         self._matched += 1
         if self.lookup.known(tokens) and self._matched % REVISIT:
             seconds = self.lookup.at(tokens)
-        else:  # the front's time grows as that of the others does
+        else:  # the draft models' time grows as that of the others does
             seconds = self.verify.at(tokens) * (1 + self.close.at(rows) / plain)
         said = sum(1 + run_of(self.lookup_acceptance.value, length) for length in found)
         return said / rows / seconds > GAIN * self.speed(rows, k)
 
     def saw_drafts(self, rows: int, forwards: int, drafted: int, seconds: float) -> None:
-        """The front ran ahead."""
+        """Note drafts, and what their forwards took."""
         self.draft.add(rows, seconds / forwards)
         self.forwards = MEMORY * self.forwards + forwards * rows
         self.drafted = MEMORY * self.drafted + drafted

@@ -7,7 +7,8 @@ function of the seed and the proxy's distribution alone: token for token that of
 drafts, how far and how well. Prompt lookup drafts for the expert itself, or, where that measures faster, for
 all models at once.
 
-Models on the drafter's own weights (an antiexpert whose adapter it is) run ahead with it: the front."""
+Models on the drafter's own weights (an antiexpert whose adapter it is) run ahead with it: these are the draft
+models. The others verify."""
 
 from __future__ import annotations
 
@@ -55,11 +56,11 @@ class Drafts:
     tokens: list[list[int]]
     """Per decoding row."""
     logits: Mapping[str, Tensor]
-    """Per model of the front: logits [N, V] at the spots of all drafts, row by row."""
-    front: tuple[str, ...]
+    """Per draft model: logits [N, V] at the spots of all drafts, row by row."""
+    draft_models: tuple[str, ...]
     """The models that ran ahead; none where prompt lookup drafts, which all models verify."""
     forwards: int = 0
-    """How often the front ran."""
+    """How often the draft models ran."""
 
 
 class StepSeconds(NamedTuple):
@@ -81,20 +82,25 @@ def same_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 class Drafter:
-    """Lets the front of an ensemble run ahead, and keeps count of how that goes."""
+    """Lets the draft models of an ensemble run ahead, and keeps count of how that goes."""
 
     def __init__(
         self,
         runners: Mapping[str, Runner],
-        front: Sequence[str],
+        draft_models: Sequence[str],
         lead: str,
         settings: Speculation,
         draft_length: DraftLength | None = None,
     ) -> None:
-        """`front`: the drafter and the models that stand on its weights; empty where a model decodes alone
+        """`draft_models`: the drafter and the models on its weights; empty where a model decodes alone
         and only prompt lookup can draft. `lead` is the model whose ids the response has, `draft_length` what
         earlier engines with the same models have measured."""
-        self.runners, self.front, self.lead, self.settings = runners, tuple(front), lead, settings
+        self.runners, self.draft_models, self.lead, self.settings = (
+            runners,
+            tuple(draft_models),
+            lead,
+            settings,
+        )
         self.draft_length = draft_length or DraftLength()
         self._looking_up = False
         """Whether prompt lookup drafts for all models in the next step."""
@@ -122,7 +128,7 @@ class Drafter:
     def _choose(self, rows: int) -> int:
         if self.settings.k is not None:
             return self.settings.k
-        if not self._able or not self.front:
+        if not self._able or not self.draft_models:
             return 0  # a model whose own cache cannot go back would compute the row anew each time
         return self.draft_length.choose(rows)
 
@@ -136,7 +142,7 @@ class Drafter:
         self, rows: Sequence[Row], depths: Sequence[int], prefill: Mapping[str, Sequence[Segment]]
     ) -> Drafts:
         """Run ahead by up to depths[i] tokens in row i; prompts ride along in the first forward."""
-        if not self.front or self._looking_up:
+        if not self.draft_models or self._looking_up:
             return Drafts([self.look_up(row, n) for row, n in zip(rows, depths, strict=True)], {}, ())
         said: list[list[int]] = [[] for _ in rows]
         kept: list[dict[str, Tensor]] = []
@@ -154,7 +160,7 @@ class Drafter:
                         [(i, rows[i], said[i], guesses[i]) for i in wanted],
                         () if kept else prefill.get(name, ()),
                     )
-                    for name in self.front
+                    for name in self.draft_models
                 },
             )
             spots = [
@@ -162,7 +168,7 @@ class Drafter:
                 for i in wanted
                 for j in range(len(guesses[i]) + 1)
             ]
-            picked = self.settings.pick(logits[self.front[0]], spots).tolist()
+            picked = self.settings.pick(logits[self.draft_models[0]], spots).tolist()
             if alone:
                 self.draft_length.read.add(len(spots), time.perf_counter() - began)
             keep = self._keep(rows, said, guesses, picked, order)
@@ -170,7 +176,7 @@ class Drafter:
             wanted = [
                 i for i in wanted if len(said[i]) < depths[i] and said[i][-1] not in rows[i].request.eos
             ]
-        return Drafts(said, _in_order(kept, order), self.front, len(kept))
+        return Drafts(said, _in_order(kept, order), self.draft_models, len(kept))
 
     def _keep(
         self,
@@ -194,7 +200,7 @@ class Drafter:
             order += [(i, len(said[i]) + j) for j in range(len(new))]
             said[i] += new
             at += len(guess) + 1
-            for name in self.front:
+            for name in self.draft_models:
                 unsaid = sum(len(self._spell(name, token)) for token in guess[len(new) - 1 :])
                 if unsaid:
                     runner_rows = self.runners[name].rows
@@ -227,7 +233,7 @@ class Drafter:
     def verification(
         self, name: str, rows: Sequence[Row], drafts: Drafts, prefill: Sequence[Segment]
     ) -> Work:
-        """What a model behind the front is fed: every row's last token and its drafts."""
+        """What a verifying model is fed: every row's last token and its drafts."""
         parts = [(i, row, (), said) for i, (row, said) in enumerate(zip(rows, drafts.tokens, strict=True))]
         return self._feed(name, parts, prefill)
 
@@ -239,7 +245,8 @@ class Drafter:
         open_rows: Sequence[int],
         prefill: Sequence[Segment],
     ) -> Work:
-        """What the front is fed where all drafts stood: the last of them, or the row's last token."""
+        """What a draft model is fed where all drafts are accepted: the last of them, or the row's last
+        token."""
         return self._feed(name, [(i, rows[i], drafts.tokens[i], ()) for i in open_rows], prefill)
 
     def _spell(self, name: str, token: int) -> Sequence[int]:
@@ -267,7 +274,7 @@ class Drafter:
 
     def learn(self, drafts: Drafts, accepted: int, examined: int, seconds: StepSeconds | None) -> None:
         """Note how a step went; its times only where no prompts rode along."""
-        if examined and drafts.front:
+        if examined and drafts.draft_models:
             self.draft_length.acceptance.add(accepted, examined)
         if seconds is None:
             return

@@ -66,7 +66,7 @@ def test_graphs_change_nothing(
     for captured, parallel in ((set[str](), None), ({"cuda"}, False), ({"cuda"}, True)):
         monkeypatch.setattr(graphs, "CAPTURED", captured)
         d = decoder(in_dtype(trio, dtype), speculation=drafting(k))
-        made = d.ensemble.graphs(d.ensemble.front(d.speculation.drafter))
+        made = d.ensemble.graphs(d.ensemble.draft_models(d.speculation.drafter))
         made.parallel = parallel
         found.append(list(d.stream(ragged(20, 3), s)))
         assert made.refused is None and bool(made.made) == bool(captured)
@@ -90,7 +90,7 @@ def test_a_shared_pair_says_what_the_cpu_says(folders: dict[str, Path], k: int) 
     cpu = decoder(in_dtype(pair, "float32", "cpu"), speculation=Speculation(k=0))
     gpu = decoder(in_dtype(pair, "float32"), speculation=drafting(k))
     assert gpu.loaded["expert"].module is gpu.loaded["antiexpert"].module
-    assert gpu.ensemble.front() == ("expert", "antiexpert")
+    assert gpu.ensemble.draft_models() == ("expert", "antiexpert")
     assert tokens(gpu, examples, s) == tokens(cpu, examples, s)
     made = graphs_of(gpu)
     assert made.refused is None and {shape.ahead.k for shape in made._captured} == {k}
