@@ -117,8 +117,8 @@ class Decoder:
             names = list(dict.fromkeys([*names, *models.names("proxy"), "tuned"]))
         models.check(names)
         self.loaded = {name: models.get(name) for name in names}
-        self.lead = names[0]
-        head = self.loaded[self.lead]
+        self.target = names[0]
+        head = self.loaded[self.target]
         self.tokenizer = head.tokenizer
         self.text_of = ResponseText(head.tokenizer)
         self.max_batch = how.batch or MAX_ROWS
@@ -132,15 +132,15 @@ class Decoder:
         """What decodes, and what only watches."""
         reference = "tuned" if self.agreement else None
         if self.role != "proxy" and not self.agreement:
-            return Ensemble(runners, self.lead)
+            return Ensemble(runners, self.target)
         proxy = Ensemble(runners, "base", tuple(Term(*term) for term in self.models.terms()))
         if self.role == "proxy":
             return replace(proxy, reference=reference)
-        return Ensemble(runners, self.lead, observed=proxy, reference=reference)
+        return Ensemble(runners, self.target, observed=proxy, reference=reference)
 
     def _pool_tokens(self, kv_memory: int | None) -> int:
         """Tokens that every model's pool holds, such that all pools together stay within the memory."""
-        device = self.loaded[self.lead].device.type
+        device = self.loaded[self.target].device.type
         share = KV_SHARE if device == "cpu" else KV_SHARE_GPU
         budget = int(free_memory(device) * share) if kv_memory is None else kv_memory
         packed = [model.family for model in self.loaded.values() if model.family.path == "packed"]
@@ -155,8 +155,8 @@ class Decoder:
         return tokens
 
     def _runner(self, model: Loaded, pool: int) -> Runner:
-        family, lead = model.family, self.loaded[self.lead]
-        alignment = model.aligned_with(lead, self.models.system.vocab)
+        family, target = model.family, self.loaded[self.target]
+        alignment = model.aligned_with(target, self.models.system.vocab)
         if family.path == "reference":
             return ReferenceRunner(
                 model.forward, alignment, family.window, model.device, pool, cached=family.cached
@@ -263,7 +263,7 @@ class Decoder:
         engine = Engine(
             self.ensemble,
             max_rows=self.max_batch,
-            prefill_tokens=PREFILL_TOKENS.get(self.loaded[self.lead].device.type, 512),
+            prefill_tokens=PREFILL_TOKENS.get(self.loaded[self.target].device.type, 512),
             trace=trace != "off",
             on_token=hear if on_text is not None else None,
             speculation=self.speculation,
@@ -316,7 +316,9 @@ class Decoder:
             self.stats.seconds = before + time.perf_counter() - began
             tag, ids = found.continuation.tag, found.continuation.ids
             assert isinstance(tag, Scored)
-            self.stats.prompt_tokens += len(found.continuation.contexts[self.lead]) if tag.number == 0 else 0
+            self.stats.prompt_tokens += (
+                len(found.continuation.contexts[self.target]) if tag.number == 0 else 0
+            )
             self.stats.generated_tokens += len(ids)
             for alpha, logprobs in zip(alphas, found.logprobs, strict=True):
                 yield (
@@ -369,9 +371,9 @@ class Decoder:
                 )
 
     def _eos(self) -> frozenset[int]:
-        """The end-of-sequence ids, as the base's: those of the lead, and those of the experts, which may end
-        in a way of their own (a chat model's end of turn)."""
-        ids = own_eos(self.loaded[self.lead])
+        """The end-of-sequence ids, as the base's: those of the target model, and those of the experts, which
+        may end in a way of their own (a chat model's end of turn)."""
+        ids = own_eos(self.loaded[self.target])
         for term in self.ensemble.terms:
             alignment = self.ensemble.runners[term.expert].alignment
             ids |= {mine for eos in own_eos(self.loaded[term.expert]) for mine in alignment.spelt_by(eos)}

@@ -83,7 +83,7 @@ class Engine:
         self.scheduler = Scheduler(caches, max_rows, prefill_tokens, longest)
         draft_models = ensemble.draft_models(settings.drafter)
         self.drafter = Drafter(
-            runners, draft_models, ensemble.lead, settings, draft_length or ensemble.draft_length
+            runners, draft_models, ensemble.target, settings, draft_length or ensemble.draft_length
         )
         self.counts = Counts()
         self.device: DeviceLoop | None = None
@@ -121,7 +121,7 @@ class Engine:
         self.scheduler.submit(request)
         if self.device is not None:
             self.device.expect(request)
-        self.counts.prompt_tokens += len(request.contexts[self.ensemble.lead])
+        self.counts.prompt_tokens += len(request.contexts[self.ensemble.target])
 
     def step(self) -> list[Result]:
         """Every decoding row gets a token or more, and some waiting prompts are prefilled. -> what
@@ -237,7 +237,7 @@ class Engine:
     def _settle(self, spots: Sequence[Spot], logits: Mapping[str, Tensor]) -> list[Chosen]:
         """Combine logits [P, V] of every model and choose the tokens at P spots."""
         alphas = [spot.row.request.alpha.at(spot.position) for spot in spots]
-        device = logits[self.ensemble.lead].device
+        device = logits[self.ensemble.target].device
         strength = torch.tensor(alphas, dtype=torch.float64, device=device)
         combined = self.ensemble.combine(logits, strength, all_moved=0.0 not in alphas)
         tokens = pick(combined, spots)

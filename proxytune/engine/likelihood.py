@@ -196,7 +196,7 @@ def _under_alphas(
     alphas: Sequence[AlphaSchedule],
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every target, and whether it is the first choice: two [alphas, tokens]."""
-    device = logits[ensemble.lead].device
+    device = logits[ensemble.target].device
     tokens = torch.tensor(targets, device=device)
     logprobs, greedy = [], []
     for schedule in alphas:

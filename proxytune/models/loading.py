@@ -93,11 +93,11 @@ class Loaded:
         """Ids that it can say: the head without its padding rows."""
         return size_of(self.tokenizer, self.vocabulary)
 
-    def aligned_with(self, lead: Loaded, mode: Literal["strict", "intersect"]) -> VocabMap:
-        """The map from the ids of `lead` to its own; UserError that names the first ids that differ."""
-        if lead is self:
+    def aligned_with(self, target: Loaded, mode: Literal["strict", "intersect"]) -> VocabMap:
+        """The map from the ids of `target` to its own; UserError that names the first ids that differ."""
+        if target is self:
             return VocabMap(self.size)
-        return align(lead.tokenizer, lead.size, self.tokenizer, self.vocabulary, self.name, mode)
+        return align(target.tokenizer, target.size, self.tokenizer, self.vocabulary, self.name, mode)
 
     @property
     def virtual_ids(self) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ def expected(d: Decoder, item: Continuation, alpha: object) -> tuple[list[float]
         views = {
             n: oracle.last_logits(plain(d, n), [*item.contexts[n], *item.ids[:position]]) for n in d.loaded
         }
-        z = views[d.lead]
+        z = views[d.target]
         for term in d.ensemble.terms:
             z = z + schedule.at(position) * term.weight * (views[term.expert] - views[term.antiexpert])
         values.append(float(z.log_softmax(-1)[token]))

@@ -103,7 +103,7 @@ def expected(d: Decoder, e: Example, s: oracle.Settings) -> tuple[list[int], str
     modules = {name: plain(d, name) for name in names}
     pairs = [(t.weight, modules[t.expert], modules[t.antiexpert]) for t in d.ensemble.terms]
     ids = [(contexts[t.expert], contexts[t.antiexpert]) for t in d.ensemble.terms]
-    return oracle.generate(modules[d.lead], pairs, contexts[d.lead], ids, s)
+    return oracle.generate(modules[d.target], pairs, contexts[d.target], ids, s)
 
 
 def plain(d: Decoder, name: str) -> Any:

@@ -74,10 +74,10 @@ class Graphs:
             if state is not None:
                 need, rows = need.join(state.widths), max(rows, state.rows)
             caches = {n: r.cache for n, r in self.step.runners.items() if isinstance(r.cache, PagedCache)}
-            size = self.step.runners[self.step.lead].alignment.size
+            size = self.step.runners[self.step.target].alignment.size
             self._captured.clear()
             self._pool = None  # it goes with its graphs
-            self.state = state = DeviceState(caches, self.step.lead, bucket(rows), need, size, self.device)
+            self.state = state = DeviceState(caches, self.step.target, bucket(rows), need, size, self.device)
         return state
 
     @property

@@ -70,7 +70,7 @@ class DeviceBatch(NamedTuple):
 
     position: Tensor  # [R] tokens of the response so far
     limit: Tensor  # [R] tokens that it may have; equal to position where the row is done or only padding
-    history: Tensor  # [R, L + 1] the lead's ids: prompt and response so far; the last column is waste
+    history: Tensor  # [R, L + 1] the target model's ids: prompt and response so far; the last column is waste
     last: Mapping[str, Tensor]  # per model [R]: its id of the last token, which it has not seen
     offset: Mapping[str, Tensor]  # per model [R]: tokens that it had seen at position 0
     table: Mapping[str, Tensor]  # per model [R, P]
@@ -80,9 +80,9 @@ class DeviceBatch(NamedTuple):
     alpha_linear: Tensor  # [R] 1 where alpha goes in a line from start to end
     sampler: Sampler
 
-    def known(self, lead: str) -> Tensor:
+    def known(self, target: str) -> Tensor:
         """How many ids of the history count: [R]."""
-        return self.offset[lead] + 1 + self.position
+        return self.offset[target] + 1 + self.position
 
     def alpha(self, positions: Tensor) -> Tensor:
         """The schedules at positions [R, Q]: [R, Q] float64, as `AlphaSchedule.at` computes it."""
@@ -98,14 +98,14 @@ class DeviceState:
     def __init__(
         self,
         caches: Mapping[str, PagedCache],
-        lead: str,
+        target: str,
         rows: int,
         widths: Widths,
         size: int,
         device: torch.device,
     ) -> None:
-        """`lead` is the model whose ids the response has, `size` the tokens in its vocabulary."""
-        self.caches, self.lead, self.rows, self.widths = caches, lead, rows, widths
+        """`target` is the model whose ids the response has, `size` the tokens in its vocabulary."""
+        self.caches, self.target, self.rows, self.widths = caches, target, rows, widths
         self.size, self.device = size, device
         whole = HEADER + len(caches) + widths.eos + 2 * widths.bans + widths.forced
         self.moving = torch.zeros(rows, 2 + len(caches), dtype=torch.long, device=device)
@@ -147,7 +147,7 @@ class DeviceState:
             moving[index] = [len(row.tokens), row.request.max_new_tokens, *last]
             if index >= len(self._present) or self._present[index] is not row:
                 self._set(index, row.request)
-                ids = row.ids[self.lead]
+                ids = row.ids[self.target]
                 self._send(self.history[index, : len(ids)], torch.tensor(ids))
         self._present = list(rows)
         for target, source in ((self.moving, moving), (self.whole, self._whole), (self.real, self._real)):

@@ -65,14 +65,15 @@ class DeviceStep:
         self,
         runners: Mapping[str, Runner],
         draft_models: Sequence[str],
-        lead: str,
+        target: str,
         combine: Callable[[Mapping[str, Tensor], Tensor], Tensor],
         propose: Propose | None = None,
     ) -> None:
         """`runners` are ModelRunners on pages, whose tokens take one id each. `draft_models`: the drafter
         and the models on its weights, or nothing; `combine` is `Ensemble.combine`, `propose` a
         Speculation's."""
-        self.draft_models, self.lead, self.combine, self.propose = tuple(draft_models), lead, combine, propose
+        self.draft_models, self.target = tuple(draft_models), target
+        self.combine, self.propose = combine, propose
         self.runners: dict[str, ModelRunner] = {}
         self.spelt: dict[str, Tensor] = {}
         together: dict[int, list[str]] = {}
@@ -94,7 +95,7 @@ class DeviceStep:
         k = ahead.k
         rows, device = batch.position.shape[0], batch.position.device
         positions = batch.position[:, None] + torch.arange(k + 1, device=device)  # [R, k + 1]
-        size = self.runners[self.lead].alignment.size
+        size = self.runners[self.target].alignment.size
         noise = batch.sampler.noise(positions, size) if draw.noise else None
         before: list[Logits] = []
         if ahead.lookup:
@@ -135,7 +136,7 @@ class DeviceStep:
 
     def _look_up(self, batch: DeviceBatch, k: int, size: int) -> Tensor:
         """Prompt lookup: drafts [R, k], -1 where there are none."""
-        found = continuations(batch.history[:, :-1], batch.known(self.lead), k)
+        found = continuations(batch.history[:, :-1], batch.known(self.target), k)
         return found.masked_fill(found >= size, -1)  # virtual tokens of a soft prompt are said by nobody
 
     def _accept(self, batch: DeviceBatch, tokens: Tensor, drafts: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ class DeviceStep:
         count = torch.minimum(torch.minimum(agreed + 1, unended), room)
         further = torch.arange(tokens.shape[1], device=tokens.device)
         waste = batch.history.shape[1] - 1
-        place = torch.where(further < count[:, None], batch.known(self.lead)[:, None] + further, waste)
+        place = torch.where(further < count[:, None], batch.known(self.target)[:, None] + further, waste)
         batch.history.scatter_(1, place, tokens)
         final = (count - 1).clamp(min=0)[:, None]
         some, last = count > 0, tokens.gather(1, final)[:, 0]

@@ -88,19 +88,15 @@ class Drafter:
         self,
         runners: Mapping[str, Runner],
         draft_models: Sequence[str],
-        lead: str,
+        target: str,
         settings: Speculation,
         draft_length: DraftLength | None = None,
     ) -> None:
-        """`draft_models`: the drafter and the models on its weights; empty where a model decodes alone
-        and only prompt lookup can draft. `lead` is the model whose ids the response has, `draft_length` what
+        """`draft_models`: the drafter and the models on its weights; empty where a model decodes alone and
+        only prompt lookup can draft. `target` is the model whose ids the response has, `draft_length` what
         earlier engines with the same models have measured."""
-        self.runners, self.draft_models, self.lead, self.settings = (
-            runners,
-            tuple(draft_models),
-            lead,
-            settings,
-        )
+        self.runners, self.draft_models = runners, tuple(draft_models)
+        self.target, self.settings = target, settings
         self.draft_length = draft_length or DraftLength()
         self._looking_up = False
         """Whether prompt lookup drafts for all models in the next step."""
@@ -263,8 +259,8 @@ class Drafter:
         if not self.settings.lookup or count <= 0:
             return []
         lookup = self._lookups.setdefault(row.ticket, PromptLookup())
-        lookup.extend(row.ids[self.lead][len(lookup.ids) :])
-        found, size = lookup.continuation(count), self.runners[self.lead].alignment.size
+        lookup.extend(row.ids[self.target][len(lookup.ids) :])
+        found, size = lookup.continuation(count), self.runners[self.target].alignment.size
         for n, token in enumerate(found):
             if token >= size:
                 return found[:n]  # virtual tokens of a soft prompt are said by nobody
