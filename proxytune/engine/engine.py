@@ -127,8 +127,8 @@ class Engine:
         """Every decoding row gets a token or more, and some waiting prompts are prefilled. -> what
         finished. Steps on the device are read by the call after the one that starts them, or later."""
         device = self.device
-        if device is not None and device.flights:
-            return self._land(device)
+        if device is not None and device.in_flight:
+            return self._collect(device)
         plan = self.scheduler.plan(self.drafter.depths if device is None else device.depths)
         rows = self.scheduler.rows[: plan.decoding]
         if not rows or (device is not None and device.start(plan)):
@@ -145,9 +145,9 @@ class Engine:
         self._learn(rows, drafts, chosen, None if any(plan.prefill.values()) else seconds)
         return self._advance(rows, chosen)
 
-    def _land(self, device: DeviceLoop) -> list[Result]:
+    def _collect(self, device: DeviceLoop) -> list[Result]:
         """Take in what a step on the device said."""
-        tokens, logprobs, drafts = device.land()
+        tokens, logprobs, drafts = device.collect()
         chosen = [
             [Chosen(token, logprob, None) for token, logprob in zip(*said, strict=True)]
             for said in zip(tokens, logprobs, strict=True)

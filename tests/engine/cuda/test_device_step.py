@@ -159,24 +159,24 @@ def test_prompt_lookup_is_accepted(trio: System, steps: Steps, role: str) -> Non
 def test_the_device_knows_what_was_said(
     trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps, k: Ways
 ) -> None:
-    """At every landing, for every row that goes on, while rows come, end, give way and change places, and
-    where drafts do not fit and the engine takes a step itself."""
-    checked, land = list[int](), DeviceLoop.land
+    """Whenever a step is collected, for every row that goes on, while rows come, end, give way and change
+    places, and where drafts do not fit and the engine takes a step itself."""
+    checked, collect = list[int](), DeviceLoop.collect
 
     def watched(loop: DeviceLoop) -> Any:
-        state, flight = loop.graphs.state, loop.flights[0]
+        state, step = loop.graphs.state, loop.in_flight[0]
         assert state is not None
-        if len(loop.flights) == 1:
-            batch = state.views(len(flight.rows))
-            for index, row in enumerate(flight.rows):
+        if len(loop.in_flight) == 1:
+            batch = state.views(len(step.rows))
+            for index, row in enumerate(step.rows):
                 known = int(batch.offset["base"][index] + 1 + batch.position[index])
                 said = batch.history[index, :known].tolist()
                 assert said[: len(row.ids["base"])] == row.ids["base"]
                 assert said[-1] == batch.last["base"][index]
                 checked.append(known)
-        return land(loop)
+        return collect(loop)
 
-    monkeypatch.setattr(DeviceLoop, "land", watched)
+    monkeypatch.setattr(DeviceLoop, "collect", watched)
     s = Sampling(max_new_tokens=40, temperature=0.6, n=2, stop=("3",))
     d = decoder(trio, kv_memory=kv_bytes(decoder(trio), 160), speculation=drafting(k))
     list(d.stream(ragged(9, 6, longest=12), s))
@@ -340,7 +340,7 @@ def test_padding_writes_to_the_spare_page_alone(trio: System) -> None:
     assert engine.device is not None
     engine.step()
     state, caches = engine.device.graphs.state, [r.rows for r in d.ensemble.runners.values()]
-    assert state is not None and state.rows == 4 and engine.device.flights
+    assert state is not None and state.rows == 4 and engine.device.in_flight
     engine.step()
     alive = state.views(4).position < state.views(4).limit
     assert alive.tolist() == [True, True, False, False]
@@ -364,9 +364,9 @@ def test_the_host_is_one_step_late(trio: System, steps: Steps) -> None:
     engine.submit(Request(contexts, 1, 6, tag="first"))
     engine.step()
     engine.step()
-    assert engine.device is not None and len(engine.device.flights) == 1 and not heard
+    assert engine.device is not None and len(engine.device.in_flight) == 1 and not heard
     engine.step()
-    assert heard == ["first"] and len(engine.device.flights) == 1 and steps.ahead == 1
+    assert heard == ["first"] and len(engine.device.in_flight) == 1 and steps.ahead == 1
     engine.submit(Request(contexts, 2, 6, tag="second"))
     results = []
     while engine.busy:
