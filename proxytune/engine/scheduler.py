@@ -75,16 +75,17 @@ class Scheduler:
         """Rows that ended: a waiting request with the same prompt takes the place over, or the place is
         freed."""
         for index in sorted(done, reverse=True):
-            heir = self._heir(self.rows[index])
-            if heir is None:
+            successor = self._with_same_prompt(self.rows[index])
+            if successor is None:
                 self._drop(index)
                 continue
-            self.waiting.remove(heir)
-            self.rows[index] = heir
+            self.waiting.remove(successor)
+            self.rows[index] = successor
             for name, rows in self.caches.items():
-                rows.rewind(index, len(heir.request.contexts[name]) - 1)
+                rows.rewind(index, len(successor.request.contexts[name]) - 1)
 
-    def _heir(self, row: Row) -> Row | None:
+    def _with_same_prompt(self, row: Row) -> Row | None:
+        """A waiting request to share the prompt KV of a row (prefix sharing)."""
         return next((other for other in islice(self.waiting, LOOKAHEAD) if row.same_prompt(other)), None)
 
     def pending(self, name: str, index: int) -> int:
