@@ -21,7 +21,7 @@ from proxytune.decoding.decoder import PREFILL_TOKENS, Decoder
 from proxytune.engine.engine import Engine
 from proxytune.engine.ensemble import Ensemble, Term
 from proxytune.engine.request import Request
-from proxytune.engine.sampling import Spot
+from proxytune.engine.sampling import RowPosition
 from proxytune.engine.speculative.draft_length import DraftLength
 from proxytune.engine.speculative.drafter import Speculation
 
@@ -67,10 +67,10 @@ class Dial:
         the logits before."""
         return self.table[keys[:, None], positions.clamp(max=self.table.shape[1] - 1)]
 
-    def __call__(self, logits: Tensor, spots: Sequence[Spot]) -> Tensor:
-        """Drafts [P] for the spots of logits [P, V]."""
+    def __call__(self, logits: Tensor, positions: Sequence[RowPosition]) -> Tensor:
+        """Drafts [P] for the positions of logits [P, V]."""
         logits.argmax(-1)  # an expert that drafts for itself looks at its logits
-        where = torch.tensor([(spot.row.request.key, spot.position) for spot in spots], device=logits.device)
+        where = torch.tensor([(at.row.request.key, at.position) for at in positions], device=logits.device)
         return self.on_device(where[:, 0], where[:, 1:])[:, 0]
 
 

@@ -20,7 +20,7 @@ from proxytune.engine.ensemble import Ensemble
 from proxytune.engine.logits import largest, log_probability, some
 from proxytune.engine.request import Plan, Request, Result, Row, TokenTrace, Work
 from proxytune.engine.runners.runner import forward_all
-from proxytune.engine.sampling import Spot, pick
+from proxytune.engine.sampling import RowPosition, pick
 from proxytune.engine.scheduler import Scheduler
 from proxytune.engine.speculative.draft_length import DraftLength
 from proxytune.engine.speculative.drafter import (
@@ -179,21 +179,21 @@ class Engine:
         return forward_all(self.ensemble.runners, work)
 
     def _accept(self, rows: Sequence[Row], drafts: Drafts, views: Mapping[str, Tensor]) -> list[list[Chosen]]:
-        """What the proxy says at the spots of the drafts, up to the first that it does not agree with. Where
-        no model ran ahead, the token after the drafts is known too."""
+        """What the proxy says at the positions of the drafts, up to the first that it does not agree with.
+        Where no model ran ahead, the token after the drafts is known too."""
         after = 0 if drafts.draft_models else 1
-        spots = [
-            Spot(row, len(row.tokens) + offset)
+        positions = [
+            RowPosition(row, len(row.tokens) + offset)
             for row, said in zip(rows, drafts.tokens, strict=True)
             for offset in range(len(said) + after)
         ]
-        if not spots:
+        if not positions:
             return [[] for _ in rows]
         keep, at = list[int](), 0
         for said in drafts.tokens:
             keep += range(at, at + len(said) + after)
             at += len(said) + 1
-        picked = self._settle(spots, {**some(views, keep), **drafts.logits})
+        picked = self._settle(positions, {**some(views, keep), **drafts.logits})
         chosen, at = [], 0
         for said in drafts.tokens:
             own = picked[at : at + len(said) + after]
@@ -227,20 +227,21 @@ class Engine:
         }
         logits = forward_all(self.ensemble.runners, work)
         logits |= some(views, [ends[index] for index in open_rows])
-        spots = [
-            Spot(rows[index], len(rows[index].tokens) + len(drafts.tokens[index])) for index in open_rows
+        positions = [
+            RowPosition(rows[index], len(rows[index].tokens) + len(drafts.tokens[index]))
+            for index in open_rows
         ]
-        for index, last in zip(open_rows, self._settle(spots, logits), strict=True):
+        for index, last in zip(open_rows, self._settle(positions, logits), strict=True):
             chosen[index].append(last)
         return len(open_rows)
 
-    def _settle(self, spots: Sequence[Spot], logits: Mapping[str, Tensor]) -> list[Chosen]:
-        """Combine logits [P, V] of every model and choose the tokens at P spots."""
-        alphas = [spot.row.request.alpha.at(spot.position) for spot in spots]
+    def _settle(self, positions: Sequence[RowPosition], logits: Mapping[str, Tensor]) -> list[Chosen]:
+        """Combine logits [P, V] of every model and choose the tokens at P positions."""
+        alphas = [at.row.request.alpha.at(at.position) for at in positions]
         device = logits[self.ensemble.target].device
         strength = torch.tensor(alphas, dtype=torch.float64, device=device)
         combined = self.ensemble.combine(logits, strength, all_moved=0.0 not in alphas)
-        tokens = pick(combined, spots)
+        tokens = pick(combined, positions)
         logprobs = log_probability(combined, tokens).tolist()
         ids: list[int] = tokens.tolist()
         traces = self._traces(combined, logits, tokens, alphas) if self.trace else [None] * len(ids)

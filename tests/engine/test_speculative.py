@@ -20,7 +20,7 @@ from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
 from proxytune.decoding.decoder import Decoder
 from proxytune.engine.engine import Engine
 from proxytune.engine.request import Request, Row
-from proxytune.engine.sampling import Spot, pick
+from proxytune.engine.sampling import RowPosition, pick
 from proxytune.engine.scheduler import Scheduler
 from proxytune.engine.speculative.draft_length import DraftLength, LatencyTable
 from proxytune.engine.speculative.drafter import LOOKUP, Speculation, same_prefix
@@ -52,9 +52,9 @@ class Coin:
         self.right = self.asked = 0
         self.right_at: set[tuple[tuple[str, int], int]] = set()
 
-    def __call__(self, logits: Tensor, spots: Sequence[Spot]) -> Tensor:
+    def __call__(self, logits: Tensor, positions: Sequence[RowPosition]) -> Tensor:
         tokens = []
-        for row, position in spots:
+        for row, position in positions:
             tag: Any = row.request.tag
             known = self.truth[tag.where].token_ids
             right = self.draw.random() < self.p and position < len(known)

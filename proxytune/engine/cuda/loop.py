@@ -213,7 +213,7 @@ class DeviceLoop:
         return result
 
     def _time(self, step: InFlightStep) -> None:
-        """In a steady flow a step takes as long as from landing to result."""
+        """In a steady flow a step takes as long as from one collected step to the next."""
         began, self._collected = self._collected if step.steady else step.began, time.perf_counter()
         if step.alone:
             self.drafter.draft_length.steps.add(step.shape.rows, step.shape.ahead, self._collected - began)

@@ -127,10 +127,10 @@ class DeviceStep:
         drafts, before = positions.new_zeros(positions.shape[0], 0), list[Logits]()
         for j in range(k):
             before.append(self._forward(self.draft_models, batch, drafts[:, -1:], j))
-            here, spot = noise[:, j : j + 1] if noise is not None else None, positions[:, j : j + 1]
-            said = batch.sampler.pick(before[-1][self.draft_models[0]], spot, here, draw)
+            here, position = noise[:, j : j + 1] if noise is not None else None, positions[:, j : j + 1]
+            said = batch.sampler.pick(before[-1][self.draft_models[0]], position, here, draw)
             if self.propose is not None:
-                said = self.propose(batch.sampler.key, spot)
+                said = self.propose(batch.sampler.key, position)
             drafts = torch.cat([drafts, said], 1)
         return drafts, before
 

@@ -1,9 +1,9 @@
 """Speculative proxy-tuned decoding: an expert runs ahead, the other models read its drafts in one forward.
 
 The expert has to see every position anyway, so its drafts cost nothing extra where they hold. A draft is what
-the expert alone would say at a spot, drawn with the noise of that spot (shared-Gumbel coupling, Daliri,
-Musco and Suresh 2024, arXiv 2408.07978); it stands if the proxy says the same there. So the response is a
-function of the seed and the proxy's distribution alone: token for token that of plain decoding, whatever
+the expert alone would say at a position, drawn with the noise of that position (shared-Gumbel coupling,
+Daliri, Musco and Suresh 2024, arXiv 2408.07978); it stands if the proxy says the same there. So the response
+is a function of the seed and the proxy's distribution alone: token for token that of plain decoding, whatever
 drafts, how far and how well. Prompt lookup drafts for the expert itself, or, where that measures faster, for
 all models at once.
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from proxytune.engine.logits import some
 from proxytune.engine.request import Row, Segment, Work
 from proxytune.engine.runners.runner import Runner, forward_all
-from proxytune.engine.sampling import Pick, Propose, Spot, pick
+from proxytune.engine.sampling import Pick, Propose, RowPosition, pick
 from proxytune.engine.speculative.draft_length import PROMPT_LOOKUP_LENGTH, PROMPT_LOOKUP_ROWS, DraftLength
 from proxytune.engine.speculative.prompt_lookup import PromptLookup
 
@@ -56,7 +56,7 @@ class Drafts:
     tokens: list[list[int]]
     """Per decoding row."""
     logits: Mapping[str, Tensor]
-    """Per draft model: logits [N, V] at the spots of all drafts, row by row."""
+    """Per draft model: logits [N, V] at the positions of all drafts, row by row."""
     draft_models: tuple[str, ...]
     """The models that ran ahead; none where prompt lookup drafts, which all models verify."""
     forwards: int = 0
@@ -159,14 +159,14 @@ class Drafter:
                     for name in self.draft_models
                 },
             )
-            spots = [
-                Spot(rows[i], len(rows[i].tokens) + len(said[i]) + j)
+            positions = [
+                RowPosition(rows[i], len(rows[i].tokens) + len(said[i]) + j)
                 for i in wanted
                 for j in range(len(guesses[i]) + 1)
             ]
-            picked = self.settings.pick(logits[self.draft_models[0]], spots).tolist()
+            picked = self.settings.pick(logits[self.draft_models[0]], positions).tolist()
             if alone:
-                self.draft_length.read.add(len(spots), time.perf_counter() - began)
+                self.draft_length.read.add(len(positions), time.perf_counter() - began)
             keep = self._keep(rows, said, guesses, picked, order)
             kept.append(some(logits, keep))
             wanted = [
@@ -183,7 +183,7 @@ class Drafter:
         order: list[tuple[int, int]],
     ) -> list[int]:
         """Append to `said` what the drafter agrees with and its own next token; what follows is forgotten.
-        -> which of the logits belong to it, their spots appended to `order`."""
+        -> which of the logits belong to it, their places appended to `order`."""
         keep, at = list[int](), 0
         for i, guess in guesses.items():
             own = picked[at : at + len(guess) + 1]

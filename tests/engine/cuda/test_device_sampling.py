@@ -20,7 +20,7 @@ from proxytune.engine.kv.cache import CacheSpec, LayerShape
 from proxytune.engine.kv.pages import PAGE, PagedCache
 from proxytune.engine.logits import warp
 from proxytune.engine.request import Request, Row
-from proxytune.engine.sampling import Spot, pick
+from proxytune.engine.sampling import RowPosition, pick
 from proxytune.engine.speculative.draft_length import Ahead, StepDraftLength
 
 VOCABULARY = 23
@@ -108,9 +108,9 @@ def test_a_filled_state_picks_what_the_host_picks(made: list[tuple[Request, int]
     alphas = batch.alpha(positions).tolist()
     ends = batch.sampler.ends(found).tolist()
     for index, row in enumerate(rows):
-        spots = [Spot(row, len(row.tokens) + j) for j in range(3)]
-        assert pick(logits[index], spots).tolist() == found[index].tolist()
-        assert alphas[index] == [row.request.alpha.at(spot.position) for spot in spots]
+        positions = [RowPosition(row, len(row.tokens) + j) for j in range(3)]
+        assert pick(logits[index], positions).tolist() == found[index].tolist()
+        assert alphas[index] == [row.request.alpha.at(at.position) for at in positions]
         assert ends[index] == [token in row.request.eos for token in found[index].tolist()]
         assert batch.last["base"][index] == row.ids["base"][-1]
         assert batch.offset["base"][index] + batch.position[index] == len(row.ids["base"]) - 1

@@ -385,7 +385,7 @@ def test_what_cannot_run_this_way(trio: System) -> None:
 
     assert device() and device("base") and device("base", s=Speculation(k=2))
     assert not device(trace=True)
-    assert not device(s=Speculation(pick=lambda logits, spots: logits.argmin(-1)))
+    assert not device(s=Speculation(pick=lambda logits, positions: logits.argmin(-1)))
 
 
 def test_a_refused_capture_leaves_the_engine_its_own_steps(
