@@ -249,10 +249,10 @@ class Table:
 
 
 def proxy_oracle(bench: Bench, workload: Workload, paper: Timed) -> Oracle:
-    """The paper's loop says what the proxy should say."""
+    """The right tokens of the proxy, from the paper's loop."""
     return Oracle(bench, workload, paper.observed.outcome.tokens)
 
 
 def alone_oracle(bench: Bench, workload: Workload, hugging_face: Timed, role: str = "base") -> Oracle:
-    """`generate` says what one model alone should say."""
+    """The right tokens of one model alone, from `generate`."""
     return Oracle(bench, workload, hugging_face.observed.outcome.tokens, (role,))

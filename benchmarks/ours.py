@@ -34,7 +34,7 @@ DEFAULT = Speculation()
 class Dial:
     """Drafts that are right with a given probability: acceptance on random weights.
 
-    The true tokens are known from plain decoding. The drafter runs, for what it costs; then what it said is
+    The true tokens are known from plain decoding. The drafter runs, for what it costs; then its drafts are
     replaced by the true token in that share of a response's positions, and by a wrong one in the others, in
     an order shuffled per request. Times and tokens are those of an expert with this acceptance; the
     acceptance itself is made up."""
@@ -53,12 +53,12 @@ class Dial:
     ) -> Dial:
         """A dial for responses `truth`, by tag."""
         table = torch.zeros(max(truth) + 1, max(map(len, truth.values())), dtype=torch.long)
-        for tag, said in truth.items():
-            hits = round(acceptance * len(said))
-            right = [True] * hits + [False] * (len(said) - hits)
+        for tag, tokens in truth.items():
+            hits = round(acceptance * len(tokens))
+            right = [True] * hits + [False] * (len(tokens) - hits)
             random.Random(tag).shuffle(right)
-            pairs = zip(said, right, strict=True)
-            drafts = [token if held else (token + 1) % vocabulary for token, held in pairs]
+            pairs = zip(tokens, right, strict=True)
+            drafts = [token if hit else (token + 1) % vocabulary for token, hit in pairs]
             table[tag, : len(drafts)] = torch.tensor(drafts)
         return cls(table.to(device))
 
@@ -86,7 +86,7 @@ class Ours:
     pair_only: bool = False
     """Decode expert and antiexpert alone: one step of the pair is what a proxy step adds to the base."""
     decoder: Decoder | None = None
-    """One with pools already; None makes its own, so that its memory can be told."""
+    """One with pools already; None makes its own, so that its memory can be measured."""
 
     def contender(self, name: str) -> Contender:
         """This, to be raced."""
@@ -132,7 +132,7 @@ class Ours:
 
     def run(self) -> Outcome:
         """Decode the workload once."""
-        said: dict[int, list[int]] = {}
+        responses: dict[int, list[int]] = {}
         submitted: dict[int, float] = {}
         first: dict[int, float] = {}
         in_step: list[int] = []
@@ -141,10 +141,10 @@ class Ours:
             tag = request.tag
             assert isinstance(tag, int)
             in_step.append(tag)
-            if tag not in said:
-                said[tag] = []
+            if tag not in responses:
+                responses[tag] = []
                 first[tag] = time.perf_counter() - submitted[tag]
-            said[tag].append(token)
+            responses[tag].append(token)
 
         engine = Engine(
             self._ensemble,
@@ -175,7 +175,7 @@ class Ours:
         counts = engine.counts
         return Outcome(
             seconds,
-            said,
+            responses,
             list(first.values()),
             gaps,
             drafted=counts.examined,

@@ -98,7 +98,7 @@ class Bench:
     kv_memory: int | None = None
     """Bytes of KV pools per decoder; None is proxytune's default."""
     trained: bool = False
-    """Whether what it says means anything."""
+    """Whether its text means anything."""
 
     def decoder(self, role: Role) -> Decoder:
         """A decoder of a role, with pools of its own."""

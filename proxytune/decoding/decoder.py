@@ -27,7 +27,7 @@ from proxytune.options import DecodeOptions
 from proxytune.records import Completion, Example, FinishReason, Prompt, RoleMemory, TracedToken
 
 MAX_ROWS = 128
-"""Rows decoded together unless told otherwise: past that, matrix products are compute-bound everywhere we
+"""Rows decoded together unless set otherwise: past that, matrix products are compute-bound everywhere we
 measured."""
 KV_SHARE = 0.5
 """Share of the free CPU memory that KV pools may grow into; they take it only as they fill."""
@@ -250,7 +250,7 @@ class Decoder:
     ) -> Iterator[tuple[AlphaSchedule, Completion]]:
         """As `stream`, for every example under all of its alphas at once, which share the prompt's KV.
 
-        `on_text` does not say which alpha speaks."""
+        `on_text` does not say which alpha a text is of."""
         streams: dict[tuple[str, int], TextStream] = {}
 
         def hear(request: Request, token: int) -> None:
@@ -377,7 +377,7 @@ class Decoder:
         for term in self.ensemble.terms:
             alignment = self.ensemble.runners[term.expert].alignment
             ids |= {mine for eos in own_eos(self.loaded[term.expert]) for mine in alignment.spelt_by(eos)}
-        return frozenset(token for token in ids if token < self._size)  # padding is never said
+        return frozenset(token for token in ids if token < self._size)  # padding is never generated
 
     def _completion(self, result: Result, sampling: Sampling) -> Completion:
         tag = result.request.tag
@@ -395,7 +395,7 @@ class Decoder:
         )
 
     def _traced(self, result: Result) -> tuple[TracedToken, ...]:
-        def said(token: int) -> str:
+        def shown(token: int) -> str:
             text = self.text_of([token])
             if text and "\ufffd" not in text:  # else a part of a letter, as others are
                 return text
@@ -404,13 +404,13 @@ class Decoder:
         single = self.role != "proxy" and not self.agreement  # then the combination is the model itself
         return tuple(
             TracedToken(
-                text=said(item.token),
+                text=shown(item.token),
                 id=item.token,
                 probability={
                     name: p for name, p in item.probability.items() if not (single and name == "proxy")
                 },
                 top={
-                    name: said(token) for name, token in item.top.items() if not (single and name == "proxy")
+                    name: shown(token) for name, token in item.top.items() if not (single and name == "proxy")
                 },
                 alpha=item.alpha,
                 divergence=dict(item.divergence),

@@ -32,14 +32,13 @@ def stop_predicate(text_of: ResponseText, stops: Sequence[str]) -> Callable[[Seq
 
 
 def single_tokens(tokenizer: Tokenizer, texts: Sequence[str], size: int) -> frozenset[int]:
-    """The ids that say exactly one of these texts, with or without a space before it. UserError if a text has
-    none."""
+    """The ids whose text is exactly one of these texts, with or without a space before it. UserError if a
+    text has none."""
     wanted = {text: False for text in texts}
     found = set()
     if wanted:
         for index in tokenizer.get_vocab().values():
-            said = decode(tokenizer, [index])
-            text = said.removeprefix(" ")
+            text = decode(tokenizer, [index]).removeprefix(" ")
             if index < size and text in wanted:
                 found.add(index)
                 wanted[text] = True

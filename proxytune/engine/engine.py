@@ -53,7 +53,7 @@ class Counts:
     """Steps, counted once per row that decoded."""
     drafted: int = 0
     examined: int = 0
-    """Drafts up to and including the first of a step that did not stand."""
+    """Drafts up to and including the first rejected one of a step."""
     accepted: int = 0
 
 
@@ -146,11 +146,11 @@ class Engine:
         return self._advance(rows, chosen)
 
     def _collect(self, device: DeviceLoop) -> list[Result]:
-        """Take in what a step on the device said."""
+        """Take in the output of a step on the device."""
         tokens, logprobs, drafts = device.collect()
         chosen = [
-            [Chosen(token, logprob, None) for token, logprob in zip(*said, strict=True)]
-            for said in zip(tokens, logprobs, strict=True)
+            [Chosen(token, logprob, None) for token, logprob in zip(*own, strict=True)]
+            for own in zip(tokens, logprobs, strict=True)
         ]
         self._learn(self.scheduler.rows, drafts, chosen, None)
         return self._advance(self.scheduler.rows, chosen)
@@ -162,11 +162,11 @@ class Engine:
         chosen: Sequence[Sequence[Chosen]],
         seconds: StepSeconds | None,
     ) -> None:
-        """Count the drafts that stood, and let the drafter know how the step went."""
+        """Count the accepted drafts, and let the drafter know how the step went."""
         tokens = [[item.token for item in own] for own in chosen]
         self.drafter.watch(rows, tokens)
-        agreed = [same_prefix(own, said) for own, said in zip(tokens, drafts.tokens, strict=True)]
-        examined = sum(min(n + 1, len(said)) for n, said in zip(agreed, drafts.tokens, strict=True))
+        agreed = [same_prefix(own, drafted) for own, drafted in zip(tokens, drafts.tokens, strict=True)]
+        examined = sum(min(n + 1, len(drafted)) for n, drafted in zip(agreed, drafts.tokens, strict=True))
         self.counts.drafted += sum(map(len, drafts.tokens))
         self.counts.examined += examined
         self.counts.accepted += sum(agreed)
@@ -179,25 +179,25 @@ class Engine:
         return forward_all(self.ensemble.runners, work)
 
     def _accept(self, rows: Sequence[Row], drafts: Drafts, views: Mapping[str, Tensor]) -> list[list[Chosen]]:
-        """What the proxy says at the positions of the drafts, up to the first that it does not agree with.
-        Where no model ran ahead, the token after the drafts is known too."""
+        """The tokens of the proxy at the positions of the drafts, up to the first that it does not agree
+        with. Where no model ran ahead, the token after the drafts is known too."""
         after = 0 if drafts.draft_models else 1
         positions = [
             RowPosition(row, len(row.tokens) + offset)
-            for row, said in zip(rows, drafts.tokens, strict=True)
-            for offset in range(len(said) + after)
+            for row, drafted in zip(rows, drafts.tokens, strict=True)
+            for offset in range(len(drafted) + after)
         ]
         if not positions:
             return [[] for _ in rows]
         keep, at = list[int](), 0
-        for said in drafts.tokens:
-            keep += range(at, at + len(said) + after)
-            at += len(said) + 1
+        for drafted in drafts.tokens:
+            keep += range(at, at + len(drafted) + after)
+            at += len(drafted) + 1
         picked = self._settle(positions, {**some(views, keep), **drafts.logits})
         chosen, at = [], 0
-        for said in drafts.tokens:
-            own = picked[at : at + len(said) + after]
-            chosen.append(own[: same_prefix([item.token for item in own], said) + 1])
+        for drafted in drafts.tokens:
+            own = picked[at : at + len(drafted) + after]
+            chosen.append(own[: same_prefix([item.token for item in own], drafted) + 1])
             at += len(own)
         return chosen
 
@@ -212,11 +212,11 @@ class Engine:
         """Where all drafts are accepted, the draft models read the last of them, and the proxy chooses one
         token more. -> in how many rows."""
         draft_models = drafts.draft_models
-        ends = [at - 1 for at in accumulate(len(said) + 1 for said in drafts.tokens)]
+        ends = [at - 1 for at in accumulate(len(drafted) + 1 for drafted in drafts.tokens)]
         open_rows = [
             index
-            for index, (row, said, own) in enumerate(zip(rows, drafts.tokens, chosen, strict=True))
-            if [c.token for c in own] == said and not (said and said[-1] in row.request.eos)
+            for index, (row, drafted, own) in enumerate(zip(rows, drafts.tokens, chosen, strict=True))
+            if [c.token for c in own] == drafted and not (drafted and drafted[-1] in row.request.eos)
         ]
         if not draft_models or not open_rows:
             return 0

@@ -37,7 +37,7 @@ class Scheduler:
         longest: Mapping[str, int] | None = None,
     ) -> None:
         """At most `max_rows` rows at a time, and `prefill_tokens` prompt tokens per model and step.
-        `longest`: most ids that one token takes in a model's vocabulary (1 unless said)."""
+        `longest`: most ids that one token takes in a model's vocabulary (1 by default)."""
         self.caches, self.longest = caches, longest or dict.fromkeys(caches, 1)
         self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
         self.rows: list[Row] = []
@@ -143,7 +143,7 @@ class Scheduler:
         return lengths
 
     def _preempt(self) -> None:
-        """The youngest row gives up its KV and waits again; what it has said so far is kept."""
+        """The youngest row gives up its KV and waits again; what it has generated so far is kept."""
         youngest = max(range(len(self.rows)), key=lambda index: self.rows[index].ticket)
         row = self.rows[youngest]
         self._drop(youngest)

@@ -1,4 +1,4 @@
-"""Adapters from PEFT folders: on a model of their own, or on the weights that the antiexpert also stands on.
+"""Adapters from PEFT folders: on a model of their own, or on the weights that the antiexpert also runs on.
 
 A LoRA adapter that shares weights acts on a span of the tokens, so that both models go through the weights in
 one forward (core/lora.py). What is no plain LoRA (DoRA, a retrained head) is switched by PEFT per forward

@@ -90,7 +90,7 @@ class Loaded:
 
     @property
     def size(self) -> int:
-        """Ids that it can say: the head without its padding rows."""
+        """Ids that it can generate: the head without its padding rows."""
         return size_of(self.tokenizer, self.vocabulary)
 
     def aligned_with(self, target: Loaded, mode: Literal["strict", "intersect"]) -> VocabMap:
@@ -122,7 +122,7 @@ class Models:
 
     system: System
     trust_remote_code: bool = False
-    """Allow remote code for every role, beside what the specs say."""
+    """Allow remote code for every role, beside what the specs allow."""
     on_load: Callable[[str, ModelSpec], None] | None = None
     """Hears of every model before it is loaded: loading is slow, and people want to see what goes on."""
     _loaded: dict[str, Loaded] = field(default_factory=dict)

@@ -2,8 +2,8 @@
 
 Many families ignore a registered attention function, apply sliding windows only through the mask that we do
 not receive, or rotate by the length of the call. Nothing here goes by a family's name: a model is asked what
-it stores, what reaches our function is held against what its configuration promises, and then two ragged
-rows, in two chunks, are held against one plain forward."""
+it stores, what reaches our function is compared with what its configuration promises, and then two ragged
+rows, in two chunks, are compared with one plain forward."""
 
 from __future__ import annotations
 

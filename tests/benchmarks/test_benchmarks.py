@@ -111,7 +111,7 @@ def test_only_takes_cases_and_ratios(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--only", "mixd"], "Did you mean: mixed"),
         (["--shape", "13b"], "13b+7b+7b"),
@@ -119,14 +119,14 @@ def test_only_takes_cases_and_ratios(capsys: pytest.CaptureFixture[str]) -> None
     ],
 )
 def test_user_errors_are_one_line(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     with pytest.raises(SystemExit) as ended:
         decode.main(arguments)
     shown = capsys.readouterr()
-    assert ended.value.code == 2 and shown.out == "" and said in shown.err and shown.err.count("\n") == 1
+    assert ended.value.code == 2 and shown.out == "" and message in shown.err and shown.err.count("\n") == 1
 
 
 def test_the_kernels_of_the_cpu_are_timed(
@@ -218,15 +218,15 @@ def test_baselines_run_hugging_faces_layers_and_ours_run_ours() -> None:
         assert ours["base"].config._attn_implementation == "proxytune"
 
 
-def test_divergence_is_found_and_its_margin_told() -> None:
+def test_divergence_is_found_with_its_margin() -> None:
     bench = shapes.random_bench("smoke", CPU, torch.float64, 4)
     work = workload("one", random_contexts(1, 5, 5, 512), [5])
     paper = PaperLoop(bench, work).contender("paper's loop")
     timed = Timed(paper, observe(paper, print))
-    said = [list(timed.observed.outcome.tokens[0])]
-    assert Oracle(bench, work, dict(enumerate(said))).check(timed) == (0, None)
-    said[0][3] += 1
-    diverged, margin = Oracle(bench, work, dict(enumerate(said))).check(timed)
+    generated = [list(timed.observed.outcome.tokens[0])]
+    assert Oracle(bench, work, dict(enumerate(generated))).check(timed) == (0, None)
+    generated[0][3] += 1
+    diverged, margin = Oracle(bench, work, dict(enumerate(generated))).check(timed)
     assert diverged == 1 and margin is not None and margin > 0
 
 

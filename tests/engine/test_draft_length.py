@@ -22,17 +22,17 @@ def ride(
     tokens = seconds = 0.0
     for step in range(steps):
         k = draft_length.choose(rows)
-        stood = [next((j for j in range(k) if draw.random() >= acceptance), k) for _ in range(rows)]
+        accepted = [next((j for j in range(k) if draw.random() >= acceptance), k) for _ in range(rows)]
         spent = k * draft(rows) + verify(rows * (k + 1))
         if k:
             draft_length.saw_drafts(rows, k, k * rows, k * draft(rows))
-            draft_length.acceptance.add(sum(stood), sum(min(n + 1, k) for n in stood))
+            draft_length.acceptance.add(sum(accepted), sum(min(n + 1, k) for n in accepted))
         draft_length.verify.add(rows * (k + 1), verify(rows * (k + 1)))
-        closing = sum(n == k for n in stood)
+        closing = sum(n == k for n in accepted)
         if closing:
             draft_length.close.add(closing, draft(closing))
             spent += draft(closing)
-        tokens += sum(n + 1 for n in stood)
+        tokens += sum(n + 1 for n in accepted)
         seconds += spent
         if step >= steps * 3 // 4:
             chosen[k] = chosen.get(k, 0) + 1
@@ -75,7 +75,7 @@ def test_never_much_slower_than_plain(verify: Cost, rows: int, acceptance: float
 @pytest.mark.parametrize("rows", [1, 8, 32])
 @pytest.mark.parametrize("verify", [flat, bound])
 def test_trying_out_is_cheap_where_drafts_are_bad(verify: Cost, rows: int) -> None:
-    """Responses of 40 tokens, one in ten drafts stands."""
+    """Responses of 40 tokens, one in ten drafts is accepted."""
     _, speed, plain = ride(verify, lambda n: 0.1 * verify(n), 0.1, rows, steps=40)
     assert speed > 0.9 * plain
 
@@ -155,13 +155,13 @@ def test_prompt_lookup_for_all_models_where_it_wins() -> None:
     wide.lookup_acceptance = better.lookup_acceptance = draft_length.lookup_acceptance
     for _ in range(100):
         better.acceptance.add(8, 8)
-    assert not wide.prefers_lookup([6], 0), "reading it takes as long as saying it"
+    assert not wide.prefers_lookup([6], 0), "reading it takes as long as choosing it"
     assert not better.prefers_lookup([2], 8), "the expert goes further"
 
 
 def test_what_prompt_lookup_costs_is_measured() -> None:
     draft_length = measured(3.0, flat)
-    draft_length.lookup_acceptance.held = draft_length.lookup_acceptance.asked = 100.0
+    draft_length.lookup_acceptance.accepted = draft_length.lookup_acceptance.examined = 100.0
     assert draft_length.prefers_lookup([6], 0)
     for _ in range(3):
         draft_length.lookup.add(7, 200.0)
@@ -175,7 +175,7 @@ def test_prompt_lookup_without_an_expert() -> None:
     draft_length = DraftLength()
     for _ in range(3):
         draft_length.verify.add(8, 10.0)
-    draft_length.lookup_acceptance.held = draft_length.lookup_acceptance.asked = 100.0
+    draft_length.lookup_acceptance.accepted = draft_length.lookup_acceptance.examined = 100.0
     taken = 0
     for _ in range(100):
         found = [6, 0, 0, 0, 0, 0, 0, 0]
@@ -192,7 +192,7 @@ def test_the_drafter_reads_prompt_lookup_where_that_saves_forwards() -> None:
         draft_length = DraftLength()
         for _ in range(3):
             draft_length.read.add(1, 1.0), draft_length.read.add(7, wide)
-        draft_length.guesses.held, draft_length.guesses.asked = share * 100, 100.0
+        draft_length.guesses.accepted, draft_length.guesses.examined = share * 100, 100.0
         return sum(draft_length.guessing(1, 6) for _ in range(160))
 
     assert reads(1.5, 0.9) == reads(1.5, 0.4) == 160

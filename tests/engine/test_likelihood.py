@@ -70,11 +70,11 @@ def test_greedy_flag_is_true_for_what_greedy_decoding_says(trio: System) -> None
     from proxytune.config import Sampling
 
     d, e = decoder(trio), example("what?")
-    said = next(iter(d.stream([e], Sampling(max_new_tokens=6))))
-    item = Continuation(d.contexts(e.prompt), said.token_ids)
+    response = next(iter(d.stream([e], Sampling(max_new_tokens=6))))
+    item = Continuation(d.contexts(e.prompt), response.token_ids)
     result = next(iter(likelihoods(d.ensemble, [item], [parse_alpha(1), parse_alpha(0)])))
     assert result.greedy.tolist() == [True, False]
-    assert float(result.logprobs[0].sum()) == pytest.approx(said.logprob, abs=1e-9)
+    assert float(result.logprobs[0].sum()) == pytest.approx(response.logprob, abs=1e-9)
 
 
 def test_any_role_and_the_slow_path(tmp_path: Path) -> None:

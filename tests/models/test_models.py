@@ -339,8 +339,8 @@ def test_memory_of_every_role_is_recorded(folders: dict[str, Path]) -> None:
     list(d.stream(ragged(6, 3), GREEDY))
     for name, m in d.memory.items():
         cache = d.ensemble.runners[name].rows
-        held = sum(len(d.contexts(e.prompt)[name]) for e in ragged(6, 3))
-        assert m.kv_peak >= held * cache.spec.bytes_per_token and m.path == "packed"  # type: ignore[attr-defined]
+        cached = sum(len(d.contexts(e.prompt)[name]) for e in ragged(6, 3))
+        assert m.kv_peak >= cached * cache.spec.bytes_per_token and m.path == "packed"  # type: ignore[attr-defined]
         assert m.weights == sum(p.nbytes for p in d.loaded[name].module.parameters()) + buffers(d, name)
 
 

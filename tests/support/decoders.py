@@ -29,7 +29,7 @@ SAMPLERS = [
 ]
 
 speculation = Speculation(k=0)
-"""How decoders draft unless they are told; tests may set another."""
+"""How decoders draft by default; tests may set another."""
 loaded_models: dict[str, Models] = {}
 """The models of every system, by its JSON."""
 plain_models: dict[str, Any] = {}
@@ -64,8 +64,8 @@ def by_id(found: Sequence[Completion]) -> dict[tuple[str, int], Completion]:
     return indexed
 
 
-def saying(d: Decoder, texts: Sequence[str]) -> frozenset[int]:
-    """The ids that say one of these texts, with or without a space before it."""
+def ids_of(d: Decoder, texts: Sequence[str]) -> frozenset[int]:
+    """The ids of one of these texts, with or without a space before it."""
     forms = {form for text in texts for form in (text, f" {text}")}
     ids = range(len(d.tokenizer)) if forms else range(0)
     return frozenset(i for i in ids if d.tokenizer.decode([i], clean_up_tokenization_spaces=False) in forms)
@@ -89,8 +89,8 @@ def settings_of(d: Decoder, s: Sampling, e: Example, sample: int = 0, alpha: str
         min_p=s.min_p,
         key=noise_key(s.seed, "", e.id, sample),
         eos=frozenset([2]),
-        banned=saying(d, s.ban),
-        banned_first=saying(d, s.ban_first),
+        banned=ids_of(d, s.ban),
+        banned_first=ids_of(d, s.ban_first),
         min_new=s.min_new_tokens,
         stop=stop if s.stop else None,
     )
@@ -134,7 +134,7 @@ def check(
 
 
 def tokens(d: Decoder, s: Sampling = GREEDY) -> dict[tuple[str, int], tuple[int, ...]]:
-    """What it says to a few prompts."""
+    """Its responses to a few prompts."""
     return {where: c.token_ids for where, c in by_id(list(d.stream(ragged(6, 3), s))).items()}
 
 

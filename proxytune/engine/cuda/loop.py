@@ -1,9 +1,9 @@
-"""Decoding in steps that live on the device: the host starts a step, and reads what the last one said.
+"""Decoding in steps that live on the device: the host starts a step, and reads the output of the last one.
 
 While nobody comes or goes, the next step is started before the last one is read, so that the device never
 waits: what a step needs to know of the one before is already there. The host is one step behind, and for two
 steps every row has pages. A stop found in the text ends its row late: the in-flight step still decodes it,
-and what that says is dropped. When a row ends, the in-flight step is read before anything else is planned.
+and that output is dropped. When a row ends, the in-flight step is read before anything else is planned.
 
 The tokens are those of the engine's own steps. Prompt lookup drafts for all models here, never for
 the expert alone: how far that agrees would be known too late."""
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from proxytune.engine.cuda.graphs import Graphs, Refused, Shape
 from proxytune.engine.cuda.state import MOST_NEW, Widths, bucket, sampling_needs
-from proxytune.engine.cuda.step import Said
+from proxytune.engine.cuda.step import StepOutput
 from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.request import Plan, Request, Row
 from proxytune.engine.runners.runner import ModelRunner, Runner
@@ -57,7 +57,7 @@ class InFlightStep:
     waiting: int
     """Requests that waited when it was started."""
     shape: Shape
-    said: Tensor
+    output: Tensor
     """Packed, in the host's memory; complete once `copied`."""
     copied: torch.cuda.Event | None
     began: float
@@ -68,7 +68,7 @@ class InFlightStep:
 
 
 class StepResult(NamedTuple):
-    """What a step said, for the scheduler's rows as they are now."""
+    """The output of a step, for the scheduler's rows as they are now."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
@@ -148,15 +148,15 @@ class DeviceLoop:
         began = time.perf_counter()
         on_device, copied = self.graphs.run(shape), None
         if on_device.is_cuda:
-            said = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
-            said.copy_(on_device, non_blocking=True)
+            output = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
+            output.copy_(on_device, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
         else:
-            said = on_device.clone()  # the next step writes over it
+            output = on_device.clone()  # the next step writes over it
         self.drafter.draft_length.steps.started += 1
         waiting = len(self.scheduler.waiting)
-        self.in_flight.append(InFlightStep(rows, waiting, shape, said, copied, began, alone, steady))
+        self.in_flight.append(InFlightStep(rows, waiting, shape, output, copied, began, alone, steady))
 
     def _follow(self) -> None:
         """Start the next step before the last is read, if nobody came or went and there are pages for it."""
@@ -182,10 +182,10 @@ class DeviceLoop:
             return
         state = self.graphs.state
         assert state is not None
-        held = [len(table) for cache in state.caches.values() for table in cache.tables]
+        before = [len(table) for cache in state.caches.values() for table in cache.tables]
         for name, lengths in targets.items():
             scheduler.caches[name].reserve(lengths)
-        if held != [len(table) for cache in state.caches.values() for table in cache.tables]:
+        if before != [len(table) for cache in state.caches.values() for table in cache.tables]:
             state.fill_tables()
         self._launch(last.rows, shape, alone=True, steady=True)
 
@@ -197,19 +197,19 @@ class DeviceLoop:
         if step.copied is not None:
             step.copied.synchronize()
         self._time(step)
-        said = Said.unpacked(step.said, step.shape.ahead.k)
-        counts, tokens, drafts, logprobs = (part.tolist() for part in said)
+        output = StepOutput.unpacked(step.output, step.shape.ahead.k)
+        counts, tokens, drafts, logprobs = (part.tolist() for part in output)
         place = {row: index for index, row in enumerate(step.rows)}
         looked_up = step.shape.ahead.lookup
         result = StepResult([], [], Drafts([], {}, () if looked_up else self.drafter.draft_models))
         for index, row in enumerate(self.scheduler.rows):
             at = place.get(row)
-            stood = 0 if at is None else counts[at]
-            result.tokens.append([] if at is None else tokens[at][:stood])
-            result.logprobs.append([] if at is None else logprobs[at][:stood])
+            count = 0 if at is None else counts[at]
+            result.tokens.append([] if at is None else tokens[at][:count])
+            result.logprobs.append([] if at is None else logprobs[at][:count])
             result.drafts.tokens.append([] if at is None else _counted(row, drafts[at]))
             for rows in self.graphs.state.caches.values() if self.graphs.state else ():
-                rows.commit(index, stood)
+                rows.commit(index, count)
         return result
 
     def _time(self, step: InFlightStep) -> None:
@@ -220,8 +220,8 @@ class DeviceLoop:
 
 
 def _counted(row: Row, drafts: list[int]) -> list[int]:
-    """The drafts that could have stood: up to an end, and short of the limit, where no draft is asked for;
-    none where prompt lookup found nothing."""
+    """The drafts that could have been accepted: up to an end, and short of the limit, where no draft is asked
+    for; none where prompt lookup found nothing."""
     drafts = drafts[: max(0, row.request.max_new_tokens - len(row.tokens) - 1)]
     drafts = drafts[: next((n for n, token in enumerate(drafts) if token < 0), len(drafts))]
     ended = next((n for n, token in enumerate(drafts, 1) if token in row.request.eos), len(drafts))

@@ -1,8 +1,8 @@
 """The rows of a batch as tensors of fixed size, and the way from the scheduler's rows to them.
 
 Few buffers, so that a change is one copy each: what a step moves, what a request sets (integers and floats),
-and the pages; what a row has said is sent once and goes on by itself. A batch of fewer rows uses the first of
-them, at the same addresses, so that every CUDA graph reads and writes the same state."""
+and the pages; what a row has generated is sent once and goes on by itself. A batch of fewer rows uses the
+first of them, at the same addresses, so that every CUDA graph reads and writes the same state."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Widths(NamedTuple):
 
 
 def bans_of(request: Request) -> dict[int, int]:
-    """Ids that may not be said, and from which position of the response on they may."""
+    """Ids that may not be generated, and from which position of the response on they may."""
     until = dict.fromkeys(request.eos, least) if (least := request.sampling.min_new_tokens) else {}
     until |= {token: max(1, until.get(token, 0)) for token in request.banned_first}
     return until | dict.fromkeys(request.banned, ALWAYS)
@@ -164,8 +164,8 @@ class DeviceState:
         for model, cache in enumerate(self.caches.values()):
             tables[model] = cache.spare
             for index, pages in enumerate(cache.tables[: len(self._present)]):
-                held = pages[: self.widths.pages]
-                tables[model, index, : len(held)] = held
+                kept = pages[: self.widths.pages]
+                tables[model, index, : len(kept)] = kept
         self._send(self.tables, torch.from_numpy(tables))
 
     def _send(self, target: Tensor, source: Tensor) -> None:

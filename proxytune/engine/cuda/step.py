@@ -38,10 +38,10 @@ def in_turn(branches: Sequence[Callable[[], Logits]]) -> list[Logits]:
     return [branch() for branch in branches]
 
 
-class Said(NamedTuple):
-    """What a step says, as the host reads it; R rows, k drafts."""
+class StepOutput(NamedTuple):
+    """The output of a step, as the host reads it; R rows, k drafts."""
 
-    stood: Tensor  # [R] how many of the tokens stand
+    accepted: Tensor  # [R] how many of the tokens are accepted
     tokens: Tensor  # [R, k + 1] the proxy's
     drafts: Tensor  # [R, k]; -1 in rows where prompt lookup found nothing
     logprobs: Tensor  # [R, k + 1] float64
@@ -49,13 +49,13 @@ class Said(NamedTuple):
     def packed(self) -> Tensor:
         """All of it as one [R, 3k + 3] of int64, to be copied at once."""
         bits = self.logprobs.contiguous().view(torch.long)
-        return torch.cat([self.stood[:, None], self.tokens, self.drafts, bits], 1)
+        return torch.cat([self.accepted[:, None], self.tokens, self.drafts, bits], 1)
 
     @classmethod
-    def unpacked(cls, numbers: Tensor, k: int) -> Said:
+    def unpacked(cls, numbers: Tensor, k: int) -> StepOutput:
         """`packed` undone."""
-        stood, tokens, drafts, bits = torch.split_with_sizes(numbers, [1, k + 1, k, k + 1], 1)
-        return cls(stood[:, 0], tokens, drafts, bits.contiguous().view(torch.float64))
+        accepted, tokens, drafts, bits = torch.split_with_sizes(numbers, [1, k + 1, k, k + 1], 1)
+        return cls(accepted[:, 0], tokens, drafts, bits.contiguous().view(torch.float64))
 
 
 class DeviceStep:
@@ -90,7 +90,7 @@ class DeviceStep:
     @torch.inference_mode()
     def __call__(
         self, batch: DeviceBatch, ahead: Ahead, draw: SamplingNeeds, branches: Branches = in_turn
-    ) -> Said:
+    ) -> StepOutput:
         """Every row gets up to k + 1 tokens more; the batch's position, limit, history and last move on."""
         k = ahead.k
         rows, device = batch.position.shape[0], batch.position.device
@@ -118,7 +118,7 @@ class DeviceStep:
         combined = self.combine(flat, batch.alpha(positions).flatten())  # [R * (k + 1), V]
         tokens = batch.sampler.pick(combined.view(rows, k + 1, size), positions, noise, draw)
         logprobs = log_probability(combined, tokens.flatten()).double().view(rows, k + 1)
-        return Said(self._accept(batch, tokens, drafts), tokens, drafts, logprobs)
+        return StepOutput(self._accept(batch, tokens, drafts), tokens, drafts, logprobs)
 
     def _run_ahead(
         self, batch: DeviceBatch, positions: Tensor, noise: Tensor | None, k: int, draw: SamplingNeeds
@@ -128,20 +128,20 @@ class DeviceStep:
         for j in range(k):
             before.append(self._forward(self.draft_models, batch, drafts[:, -1:], j))
             here, position = noise[:, j : j + 1] if noise is not None else None, positions[:, j : j + 1]
-            said = batch.sampler.pick(before[-1][self.draft_models[0]], position, here, draw)
+            chosen = batch.sampler.pick(before[-1][self.draft_models[0]], position, here, draw)
             if self.propose is not None:
-                said = self.propose(batch.sampler.key, position)
-            drafts = torch.cat([drafts, said], 1)
+                chosen = self.propose(batch.sampler.key, position)
+            drafts = torch.cat([drafts, chosen], 1)
         return drafts, before
 
     def _look_up(self, batch: DeviceBatch, k: int, size: int) -> Tensor:
         """Prompt lookup: drafts [R, k], -1 where there are none."""
         found = continuations(batch.history[:, :-1], batch.known(self.target), k)
-        return found.masked_fill(found >= size, -1)  # virtual tokens of a soft prompt are said by nobody
+        return found.masked_fill(found >= size, -1)  # virtual tokens of a soft prompt are never generated
 
     def _accept(self, batch: DeviceBatch, tokens: Tensor, drafts: Tensor) -> Tensor:
-        """How many tokens [R] stand: up to the first that no draft foresaw, to the end of the response and to
-        its limit. The batch moves on by them."""
+        """How many tokens [R] are accepted: up to the first that no draft predicted, to the end of the
+        response and to its limit. The batch moves on by them."""
         agreed = (tokens[:, :-1] == drafts).long().cumprod(1).sum(1)
         ends = batch.sampler.ends(tokens).long()
         unended = (ends.cumsum(1) - ends == 0).sum(1)  # the first end included

@@ -51,8 +51,10 @@ class PagedCache:
         return self._pools[layer]
 
     def fits(self, lengths: Sequence[int]) -> bool:
-        held = [len(table) for table in self.tables] + [0] * (len(lengths) - len(self.tables))
-        need = sum(round_up(length, PAGE) // PAGE - have for length, have in zip(lengths, held, strict=True))
+        counts = [len(table) for table in self.tables] + [0] * (len(lengths) - len(self.tables))
+        need = sum(
+            round_up(length, PAGE) // PAGE - have for length, have in zip(lengths, counts, strict=True)
+        )
         return need <= len(self._free)  # what rows hold beyond these lengths is given back first
 
     def reserve(self, lengths: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ LADDER = (0, 1, 2, 3, 4, 6, 8)
 """Draft lengths to choose from."""
 TRIED_FIRST = (0, 1, 3)
 """Draft lengths whose times are measured before anything is decided. Two tokens can cost far more than one
-and four hardly more than two, so that 1 alone says little about the others."""
+and four hardly more than two, so that 1 alone tells little about the others."""
 TRIED_UP_TO = 512
 """Tokens per verification up to which a draft length is tried without being asked for by the estimate."""
 GAIN = 1.05
@@ -44,26 +44,26 @@ PROMPT_LOOKUP_ROWS = 32
 
 @dataclass
 class FadingRate:
-    """How many of those that were asked about held; old ones fade."""
+    """How many of the examined drafts were accepted; old ones fade."""
 
-    held: float
-    asked: float
+    accepted: float
+    examined: float
     memory: float = MEMORY
 
-    def add(self, held: int, asked: int) -> None:
-        """So many of these held."""
-        self.held = self.memory * self.held + held
-        self.asked = self.memory * self.asked + asked
+    def add(self, accepted: int, examined: int) -> None:
+        """So many of the examined ones were accepted."""
+        self.accepted = self.memory * self.accepted + accepted
+        self.examined = self.memory * self.examined + examined
 
     @property
     def value(self) -> float:
         """The share, below 1 so that it can be summed over any length."""
-        return min(self.held / self.asked, 0.999)
+        return min(self.accepted / self.examined, 0.999)
 
 
 def run_of(share: float, length: int) -> float:
-    """How many of `length` drafts stand on average if each that follows on standing ones does with this
-    chance."""
+    """How many of `length` drafts are accepted on average, where each that follows accepted ones is accepted
+    with the chance `share`."""
     return share * (1 - share**length) / (1 - share)
 
 
@@ -153,10 +153,12 @@ class StepDraftLength:
         """A step of so many rows took so long."""
         self._of(rows, ahead.lookup).add(ahead.k + 1, seconds)
 
-    def choose(self, rows: int, acceptance: float | None, matched: float = 0.0, held: float = 0.0) -> Ahead:
+    def choose(
+        self, rows: int, acceptance: float | None, matched: float = 0.0, lookup_acceptance: float = 0.0
+    ) -> Ahead:
         """What a step of so many rows does. `acceptance` is the expert's, None where there is none to draft;
-        `matched` is the share of the rows in which prompt lookup found drafts, `held` how likely its next
-        token is right."""
+        `matched` is the share of the rows in which prompt lookup found drafts, `lookup_acceptance` how likely
+        its next token is right."""
         times, expert = self._of(rows), acceptance or 0.0
         lengths = LADDER if acceptance is not None else (0,)
         for k in TRIED_FIRST:
@@ -171,19 +173,23 @@ class StepDraftLength:
         best = max(fitting, key=speed)
         best = best if speed(best) > GAIN * speed(0) else 0
         longest = max(k for k in LADDER if k <= PROMPT_LOOKUP_LENGTH and self._fits(rows, k))
-        if longest and matched and self._lookup_speed(rows, longest, matched, held) > GAIN * speed(best):
+        if (
+            longest
+            and matched
+            and self._lookup_speed(rows, longest, matched, lookup_acceptance) > GAIN * speed(best)
+        ):
             return Ahead(longest, lookup=True)
         if best == 0 and self.started % RETRY == RETRY - 1:
             return Ahead(int(any(speed(k, HOPE) > GAIN * speed(0) for k in fitting)))
         return Ahead(best)
 
-    def _lookup_speed(self, rows: int, k: int, matched: float, held: float) -> float:
+    def _lookup_speed(self, rows: int, k: int, matched: float, lookup_acceptance: float) -> float:
         """Tokens per second and row; until it was measured, and now and then to measure it again, as if
         reading the drafts took no time."""
         looked_up, again = self._of(rows, lookup=True), self.started % REVISIT == REVISIT - 1
         known = looked_up.known(k + 1) and not again
         seconds = looked_up.at(k + 1) if known else self._of(rows).at(1)
-        return (1 + matched * run_of(held, k)) / seconds if seconds else 0.0
+        return (1 + matched * run_of(lookup_acceptance, k)) / seconds if seconds else 0.0
 
     def _of(self, rows: int, lookup: bool = False) -> LatencyTable:
         return self.times.setdefault((rows, lookup), LatencyTable())
@@ -261,11 +267,11 @@ class DraftLength:
         are the seconds of the verification if they are not to be estimated, `share` is the acceptance if it
         is not to be the measured one."""
         a = self.acceptance.value if share is None else share
-        all_stood = a**k
+        all_accepted = a**k
         seconds = self.verify.at(rows * (k + 1)) if verify is None else verify
         seconds += k * self.draft.at(rows) * self.forwards / self.drafted
         # one row that needs the closing forward is enough for it to run
-        seconds += (1 - (1 - all_stood) ** rows) * self.close.at(max(1.0, rows * all_stood))
+        seconds += (1 - (1 - all_accepted) ** rows) * self.close.at(max(1.0, rows * all_accepted))
         return (1 + run_of(a, k)) / seconds if seconds else 0.0
 
     def prefers_lookup(self, found: Sequence[int], k: int) -> bool:
@@ -280,8 +286,8 @@ class DraftLength:
             seconds = self.lookup.at(tokens)
         else:  # the draft models' time grows as that of the others does
             seconds = self.verify.at(tokens) * (1 + self.close.at(rows) / plain)
-        said = sum(1 + run_of(self.lookup_acceptance.value, length) for length in found)
-        return said / rows / seconds > GAIN * self.speed(rows, k)
+        expected = sum(1 + run_of(self.lookup_acceptance.value, length) for length in found)
+        return expected / rows / seconds > GAIN * self.speed(rows, k)
 
     def saw_drafts(self, rows: int, forwards: int, drafted: int, seconds: float) -> None:
         """Note drafts, and what their forwards took."""

@@ -1,11 +1,11 @@
 """Speculative proxy-tuned decoding: an expert runs ahead, the other models read its drafts in one forward.
 
-The expert has to see every position anyway, so its drafts cost nothing extra where they hold. A draft is what
-the expert alone would say at a position, drawn with the noise of that position (shared-Gumbel coupling,
-Daliri, Musco and Suresh 2024, arXiv 2408.07978); it stands if the proxy says the same there. So the response
-is a function of the seed and the proxy's distribution alone: token for token that of plain decoding, whatever
-drafts, how far and how well. Prompt lookup drafts for the expert itself, or, where that measures faster, for
-all models at once.
+The expert has to see every position anyway, so its drafts cost nothing extra where they are accepted. A draft
+is the token that the expert alone would choose at a position, drawn with the noise of that position
+(shared-Gumbel coupling, Daliri, Musco and Suresh 2024, arXiv 2408.07978); it is accepted if the proxy chooses
+the same there. So the response is a function of the seed and the proxy's distribution alone: token for token
+that of plain decoding, whatever drafts, how far and how well. Prompt lookup drafts for the expert itself, or,
+where that measures faster, for all models at once.
 
 Models on the drafter's own weights (an antiexpert whose adapter it is) run ahead with it: these are the draft
 models. The others verify."""
@@ -45,20 +45,20 @@ class Speculation:
     pick: Pick = pick
     """Turns the drafter's logits into drafts. Any function is exact; a bad one is slow."""
     propose: Propose | None = None
-    """What says the same where the host cannot look; a `pick` of another kind decodes on a GPU only with
+    """What drafts the same where the host cannot look; a `pick` of another kind decodes on a GPU only with
     it."""
 
 
 @dataclass
 class Drafts:
-    """What was said ahead of the models that verify it."""
+    """The drafts of one step, before they are verified."""
 
     tokens: list[list[int]]
     """Per decoding row."""
     logits: Mapping[str, Tensor]
     """Per draft model: logits [N, V] at the positions of all drafts, row by row."""
     draft_models: tuple[str, ...]
-    """The models that ran ahead; none where prompt lookup drafts, which all models verify."""
+    """The models that drafted; none where prompt lookup drafts, which all models verify."""
     forwards: int = 0
     """How often the draft models ran."""
 
@@ -140,49 +140,51 @@ class Drafter:
         """Run ahead by up to depths[i] tokens in row i; prompts ride along in the first forward."""
         if not self.draft_models or self._looking_up:
             return Drafts([self.look_up(row, n) for row, n in zip(rows, depths, strict=True)], {}, ())
-        said: list[list[int]] = [[] for _ in rows]
+        drafted: list[list[int]] = [[] for _ in rows]
         kept: list[dict[str, Tensor]] = []
         order: list[tuple[int, int]] = []
         wanted = [index for index, depth in enumerate(depths) if depth > 0]
         alone = not any(prefill.values())
         while wanted:
             began = time.perf_counter()
-            guesses = {i: [] if said[i] else self._guess(rows[i], depths[i] - 1, len(wanted)) for i in wanted}
+            guesses = {
+                i: [] if drafted[i] else self._guess(rows[i], depths[i] - 1, len(wanted)) for i in wanted
+            }
             logits = forward_all(
                 self.runners,
                 {
                     name: self._feed(
                         name,
-                        [(i, rows[i], said[i], guesses[i]) for i in wanted],
+                        [(i, rows[i], drafted[i], guesses[i]) for i in wanted],
                         () if kept else prefill.get(name, ()),
                     )
                     for name in self.draft_models
                 },
             )
             positions = [
-                RowPosition(rows[i], len(rows[i].tokens) + len(said[i]) + j)
+                RowPosition(rows[i], len(rows[i].tokens) + len(drafted[i]) + j)
                 for i in wanted
                 for j in range(len(guesses[i]) + 1)
             ]
             picked = self.settings.pick(logits[self.draft_models[0]], positions).tolist()
             if alone:
                 self.draft_length.read.add(len(positions), time.perf_counter() - began)
-            keep = self._keep(rows, said, guesses, picked, order)
+            keep = self._keep(rows, drafted, guesses, picked, order)
             kept.append(some(logits, keep))
             wanted = [
-                i for i in wanted if len(said[i]) < depths[i] and said[i][-1] not in rows[i].request.eos
+                i for i in wanted if len(drafted[i]) < depths[i] and drafted[i][-1] not in rows[i].request.eos
             ]
-        return Drafts(said, _in_order(kept, order), self.draft_models, len(kept))
+        return Drafts(drafted, _in_order(kept, order), self.draft_models, len(kept))
 
     def _keep(
         self,
         rows: Sequence[Row],
-        said: list[list[int]],
+        drafted: list[list[int]],
         guesses: Mapping[int, Sequence[int]],
         picked: Sequence[int],
         order: list[tuple[int, int]],
     ) -> list[int]:
-        """Append to `said` what the drafter agrees with and its own next token; what follows is forgotten.
+        """Append to `drafted` what the drafter agrees with and its own next token; what follows is forgotten.
         -> which of the logits belong to it, their places appended to `order`."""
         keep, at = list[int](), 0
         for i, guess in guesses.items():
@@ -193,14 +195,14 @@ class Drafter:
             ended = next((n for n, token in enumerate(new, 1) if token in rows[i].request.eos), len(new))
             new = new[:ended]
             keep += range(at, at + len(new))
-            order += [(i, len(said[i]) + j) for j in range(len(new))]
-            said[i] += new
+            order += [(i, len(drafted[i]) + j) for j in range(len(new))]
+            drafted[i] += new
             at += len(guess) + 1
             for name in self.draft_models:
-                unsaid = sum(len(self._spell(name, token)) for token in guess[len(new) - 1 :])
-                if unsaid:
+                rejected = sum(len(self._spell(name, token)) for token in guess[len(new) - 1 :])
+                if rejected:
                     runner_rows = self.runners[name].rows
-                    runner_rows.rewind(i, runner_rows.lengths[i] - unsaid)
+                    runner_rows.rewind(i, runner_rows.lengths[i] - rejected)
         return keep
 
     def _feed(
@@ -209,16 +211,16 @@ class Drafter:
         parts: Sequence[tuple[int, Row, Sequence[int], Sequence[int]]],
         prefill: Sequence[Segment],
     ) -> Work:
-        """The work of one model: of every (index, row, said, guessed) the last token, which is the row's own
-        if nothing is said, and those guessed to follow it, with logits after each; then prompts."""
+        """The work of one model: of every (index, row, drafted, guessed) the last token, which is the row's
+        own if nothing is drafted, and those guessed to follow it, with logits after each; then prompts."""
         segments, keep, at = [], list[int](), 0
         as_they_are = self.runners[name].alignment.spelled is None
-        for index, row, said, guess in parts:
+        for index, row, drafted, guess in parts:
             if as_they_are:
-                ids = (said[-1] if said else row.ids[name][-1], *guess)
+                ids = (drafted[-1] if drafted else row.ids[name][-1], *guess)
                 keep += range(at, at + len(ids))
             else:
-                last = self._spell(name, said[-1]) if said else row.ids[name][-1:]
+                last = self._spell(name, drafted[-1]) if drafted else row.ids[name][-1:]
                 spelled = [last, *(self._spell(name, token) for token in guess)]
                 ids = tuple(i for token in spelled for i in token)
                 keep += accumulate((len(token) for token in spelled[1:]), initial=at + len(last) - 1)
@@ -230,7 +232,9 @@ class Drafter:
         self, name: str, rows: Sequence[Row], drafts: Drafts, prefill: Sequence[Segment]
     ) -> Work:
         """What a verifying model is fed: every row's last token and its drafts."""
-        parts = [(i, row, (), said) for i, (row, said) in enumerate(zip(rows, drafts.tokens, strict=True))]
+        parts = [
+            (i, row, (), drafted) for i, (row, drafted) in enumerate(zip(rows, drafts.tokens, strict=True))
+        ]
         return self._feed(name, parts, prefill)
 
     def closing(
@@ -263,7 +267,7 @@ class Drafter:
         found, size = lookup.continuation(count), self.runners[self.target].alignment.size
         for n, token in enumerate(found):
             if token >= size:
-                return found[:n]  # virtual tokens of a soft prompt are said by nobody
+                return found[:n]  # virtual tokens of a soft prompt are never generated
             if token in row.request.eos:
                 return found[: n + 1]
         return found
@@ -276,26 +280,26 @@ class Drafter:
             return
         drafted = sum(map(len, drafts.tokens))
         if drafts.forwards:
-            drafting = sum(1 for said in drafts.tokens if said)
+            drafting = sum(1 for own in drafts.tokens if own)
             self.draft_length.saw_drafts(drafting, drafts.forwards, drafted, seconds.draft)
         verified = self.draft_length.lookup if self._looking_up else self.draft_length.verify
         verified.add(drafted + len(drafts.tokens), seconds.verify)
         if seconds.closed:
             self.draft_length.close.add(seconds.closed, seconds.close)
 
-    def watch(self, rows: Sequence[Row], said: Sequence[Sequence[int]]) -> None:
-        """Note whether prompt lookup was right about what the proxy says next, drafts or not; `said` are the
-        tokens that come next in the rows, some of which may be given none."""
+    def watch(self, rows: Sequence[Row], chosen: Sequence[Sequence[int]]) -> None:
+        """Note whether prompt lookup was right about what the proxy chooses next, drafts or not; `chosen` are
+        the tokens that come next in the rows, some of which may be given none."""
         if not self.watches(len(rows)):
             return
-        held = asked = 0
-        for row, tokens in zip(rows, said, strict=True):
+        accepted = examined = 0
+        for row, tokens in zip(rows, chosen, strict=True):
             found = self.look_up(row, PROMPT_LOOKUP_LENGTH)
-            stood = same_prefix(found, tokens)
-            held += stood
-            asked += min(stood + 1, len(found), len(tokens))
-        if asked:
-            self.draft_length.lookup_acceptance.add(held, asked)
+            right = same_prefix(found, tokens)
+            accepted += right
+            examined += min(right + 1, len(found), len(tokens))
+        if examined:
+            self.draft_length.lookup_acceptance.add(accepted, examined)
 
     def forget(self, row: Row) -> None:
         """A row has finished."""

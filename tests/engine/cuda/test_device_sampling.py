@@ -15,7 +15,7 @@ from proxytune.config import Sampling, parse_alpha
 from proxytune.engine.cuda.attention import slots_of
 from proxytune.engine.cuda.sampling import cut
 from proxytune.engine.cuda.state import DeviceState, Widths, bans_of, sampling_needs
-from proxytune.engine.cuda.step import Said
+from proxytune.engine.cuda.step import StepOutput
 from proxytune.engine.kv.cache import CacheSpec, LayerShape
 from proxytune.engine.kv.pages import PAGE, PagedCache
 from proxytune.engine.logits import warp
@@ -95,9 +95,9 @@ def state_of(rows: Sequence[Row], room: int) -> DeviceState:
 def test_a_filled_state_picks_what_the_host_picks(made: list[tuple[Request, int]], seed: int) -> None:
     """Bans, ends, forced tokens, alpha and every sampler, for rows at any position, at three positions."""
     rows = []
-    for request, said in made:
-        row = Row(request, len(rows), 0, {"base": [*request.contexts["base"], *range(said)]})
-        row.tokens += range(said)
+    for request, length in made:
+        row = Row(request, len(rows), 0, {"base": [*request.contexts["base"], *range(length)]})
+        row.tokens += range(length)
         rows.append(row)
     state = state_of(rows, 6)
     batch, draw = state.views(6), sampling_needs(rows)
@@ -114,9 +114,9 @@ def test_a_filled_state_picks_what_the_host_picks(made: list[tuple[Request, int]
         assert ends[index] == [token in row.request.eos for token in found[index].tolist()]
         assert batch.last["base"][index] == row.ids["base"][-1]
         assert batch.offset["base"][index] + batch.position[index] == len(row.ids["base"]) - 1
-        held = state.caches["base"].tables[index]
+        pages = state.caches["base"].tables[index]
         table = batch.table["base"][index].tolist()
-        assert table[: len(held)] == held and set(table[len(held) :]) <= {state.caches["base"].spare}
+        assert table[: len(pages)] == pages and set(table[len(pages) :]) <= {state.caches["base"].spare}
     assert batch.limit[len(rows) :].tolist() == batch.position[len(rows) :].tolist()
 
 
@@ -160,15 +160,15 @@ def test_widths_come_in_powers_of_two() -> None:
 
 
 def test_what_a_step_says_survives_its_packing() -> None:
-    said = Said(
+    output = StepOutput(
         torch.tensor([1, 2]),
         torch.arange(8).view(2, 4),
         torch.arange(6).view(2, 3),
         torch.randn(2, 4, dtype=torch.float64),
     )
-    packed = said.packed()
+    packed = output.packed()
     assert packed.shape == (2, 12)
-    assert all(torch.equal(a, b) for a, b in zip(Said.unpacked(packed, 3), said, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(StepOutput.unpacked(packed, 3), output, strict=True))
 
 
 def test_slots() -> None:
@@ -192,12 +192,16 @@ def test_draft_length_of_whole_steps(acceptance: float, per_token: float, want: 
 
 
 def ride(
-    draft_length: StepDraftLength, acceptance: float | None, matched: float, held: float, rows: int = 4
+    draft_length: StepDraftLength,
+    acceptance: float | None,
+    matched: float,
+    lookup_acceptance: float,
+    rows: int = 4,
 ) -> list[Ahead]:
     """Forty steps on a machine on which the expert takes as long as a fifth of a plain step."""
     chosen = []
     for _ in range(40):
-        chosen.append(draft_length.choose(rows, acceptance, matched, held))
+        chosen.append(draft_length.choose(rows, acceptance, matched, lookup_acceptance))
         draft_length.started += 1
         draft_length.add(rows, chosen[-1], 1.0 if chosen[-1].lookup else 1.0 + 0.2 * chosen[-1].k)
     return chosen[20:]

@@ -110,7 +110,7 @@ def everything(found: list[Completion]) -> dict[tuple[str, int], tuple[Any, ...]
 def both(
     monkeypatch: pytest.MonkeyPatch, system: System, examples: Any, s: Sampling, k: Ways, **options: Any
 ) -> None:
-    """Steps on the device say what the engine's own steps say."""
+    """Steps on the device give the tokens of the engine's own steps."""
     role = options.pop("role", "proxy")
     steps = list[bool]()
     on_launch(monkeypatch, lambda *_: steps.append(True))
@@ -156,7 +156,7 @@ def test_prompt_lookup_is_accepted(trio: System, steps: Steps, role: str) -> Non
 
 
 @pytest.mark.parametrize("k", [0, 3, "lookup", "any"])
-def test_the_device_knows_what_was_said(
+def test_the_device_knows_what_was_generated(
     trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps, k: Ways
 ) -> None:
     """Whenever a step is collected, for every row that goes on, while rows come, end, give way and change
@@ -170,9 +170,9 @@ def test_the_device_knows_what_was_said(
             batch = state.views(len(step.rows))
             for index, row in enumerate(step.rows):
                 known = int(batch.offset["base"][index] + 1 + batch.position[index])
-                said = batch.history[index, :known].tolist()
-                assert said[: len(row.ids["base"])] == row.ids["base"]
-                assert said[-1] == batch.last["base"][index]
+                history = batch.history[index, :known].tolist()
+                assert history[: len(row.ids["base"])] == row.ids["base"]
+                assert history[-1] == batch.last["base"][index]
                 checked.append(known)
         return collect(loop)
 
@@ -238,9 +238,9 @@ def test_ids_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("k", [1, 6])
 def test_rows_end_inside_a_draft(trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps, k: int) -> None:
-    """At a high temperature the drafter says end-of-sequence often, and limits are reached anywhere."""
+    """At a high temperature the drafter draws end-of-sequence often, and limits are reached anywhere."""
     d = decoder(trio, speculation=drafting(k))
-    same = trio.model_copy(update={"base": trio.expert})  # base = expert: nearly all drafts stand
+    same = trio.model_copy(update={"base": trio.expert})  # base = expert: nearly all drafts are accepted
     agreeing = decoder(same, speculation=drafting(k))
     for one, limit, alpha in ((d, 7, "1"), (agreeing, 9, "0")):
         check(one, ragged(3, 5), Sampling(max_new_tokens=limit, temperature=3.0, n=2), alpha)
