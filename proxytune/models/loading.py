@@ -70,10 +70,10 @@ class Loaded:
 
     @property
     def forward(self) -> Forward:
-        """The module's own forward, or the lean one, where its adapters act on spans of the tokens (or there
+        """The module's own forward, or LlamaForward, where its adapters act on spans of the tokens (or there
         are none); otherwise its own with this model's adapter, and no other, in force."""
         if self.adapters.peft is None:
-            forward: Forward = self.family.lean or self.module
+            forward: Forward = self.family.llama_forward or self.module
             return forward
         return AdapterSwitch(self.module, self.adapters.peft, self.adapter)
 

@@ -53,7 +53,7 @@ class Family:
     layers: tuple[LayerShape, ...] = ()
     devices: tuple[torch.device, ...] = ()
     dtype: torch.dtype = torch.float32
-    lean: LlamaForward | None = None
+    llama_forward: LlamaForward | None = None
     """The same forward at less cost, where the model has the form for it."""
 
 
@@ -144,9 +144,11 @@ def _packed(model: PreTrainedModel, window: int) -> Family:
     if not apart <= limit:
         raise Unfit(f"packed and plain logits differ by {apart:.2g} standard deviations")
     model.config.pad_token_id = None  # GPT-2 looks for padding in every call, for which the host would wait
-    lean = LlamaForward.of(model, layers, window)
-    same = lean is not None and _lean_is_right(lean, family, device, ids, plain, limit)
-    return replace(family, lean=lean) if same else family
+    llama_forward = LlamaForward.of(model, layers, window)
+    same = llama_forward is not None and _llama_forward_is_right(
+        llama_forward, family, device, ids, plain, limit
+    )
+    return replace(family, llama_forward=llama_forward) if same else family
 
 
 def _check_layers(config: Any, seen: Discovery) -> None:
@@ -201,17 +203,17 @@ def _probe(
     return max(errors, key=lambda error: (math.isnan(error), error))
 
 
-def _lean_is_right(
-    lean: LlamaForward,
+def _llama_forward_is_right(
+    llama_forward: LlamaForward,
     family: Family,
     device: torch.device,
     ids: list[list[int]],
     plain: list[Tensor],
     limit: float,
 ) -> bool:
-    """Whether the lean forward gives the plain logits. Parts of the same names can be of another make."""
+    """Whether it gives the plain logits. Parts of the same names can be of another make."""
     try:
-        return _probe(lean, family, device, ids, plain) <= limit
+        return _probe(llama_forward, family, device, ids, plain) <= limit
     except ANOTHER_MAKE:
         return False
 

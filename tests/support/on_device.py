@@ -34,7 +34,7 @@ def as_on_a_device(patch: pytest.MonkeyPatch) -> None:
     assert forward is not None
 
     def own(model: Loaded) -> Any:
-        return forward(replace(model, family=replace(model.family, lean=None)))
+        return forward(replace(model, family=replace(model.family, llama_forward=None)))
 
     patch.setattr(Loaded, "forward", property(own))
     use_pages(patch)
