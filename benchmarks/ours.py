@@ -1,5 +1,5 @@
 """proxytune's own decoding under the clock: plain, speculative, one model alone, the small pair alone; and
-the dial that sets acceptance where weights are random."""
+synthetic acceptance, where weights are random."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ DEFAULT = Speculation()
 
 
 @dataclass(frozen=True, eq=False)
-class Dial:
-    """Drafts that are right with a given probability: acceptance on random weights.
+class SyntheticAcceptance:
+    """Synthetic acceptance: drafts that are right with a given probability, on random weights.
 
     The true tokens are known from plain decoding. The drafter runs, for what it costs; then its drafts are
     replaced by the true token in that share of a response's positions, and by a wrong one in the others, in
@@ -50,8 +50,8 @@ class Dial:
         truth: Mapping[int, Sequence[int]],
         vocabulary: int,
         device: torch.device,
-    ) -> Dial:
-        """A dial for responses `truth`, by tag."""
+    ) -> SyntheticAcceptance:
+        """Drafts with this acceptance for the responses `truth`, by tag."""
         table = torch.zeros(max(truth) + 1, max(map(len, truth.values())), dtype=torch.long)
         for tag, tokens in truth.items():
             hits = round(acceptance * len(tokens))
@@ -187,12 +187,13 @@ class Ours:
         contexts = {name: item.contexts.get(name, item.contexts["base"]) for name in self._ensemble.runners}
         return Request(contexts=contexts, key=item.tag, max_new_tokens=item.new_tokens, tag=item.tag)
 
-    def dialled(self, acceptance: float, truth: Mapping[int, Sequence[int]], k: int | None = None) -> Ours:
-        """The same with drafts whose acceptance is made up (see Dial). Prompt lookup is off: the dial
-        alone decides."""
+    def with_synthetic_acceptance(
+        self, acceptance: float, truth: Mapping[int, Sequence[int]], k: int | None = None
+    ) -> Ours:
+        """The same with synthetic acceptance of the drafts, and without prompt lookup."""
         vocabulary = int(self.bench.plain["base"].config.vocab_size)
-        dial = Dial.at(acceptance, truth, vocabulary, self.bench.device)
-        return self.speculating(Speculation(k=k, lookup=False, pick=dial, propose=dial.on_device))
+        drafts = SyntheticAcceptance.at(acceptance, truth, vocabulary, self.bench.device)
+        return self.speculating(Speculation(k=k, lookup=False, pick=drafts, propose=drafts.on_device))
 
     def speculating(self, speculation: Speculation) -> Ours:
         """The same with drafts."""

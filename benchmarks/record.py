@@ -59,11 +59,11 @@ class Line:
     tokens_equal: bool
     """Whether the tokens of every run are those of the oracle."""
     diverged: int
-    """Rows that did not, over all runs."""
+    """Rows that differ from it, over all runs."""
     widest_tie: float | None
     """The largest margin, in standard deviations of the logits, that a divergence began at."""
     dial: float | None = None
-    """Acceptance that was made up."""
+    """The synthetic acceptance, where it is not measured. (The name of the stored key.)"""
     versus_plain: float | None = None
     """Speed against plain decoding of the same workload."""
 
@@ -131,7 +131,7 @@ def line(
     timed: Timed,
     bandwidth: float,
     *,
-    dial: float | None = None,
+    synthetic_acceptance: float | None = None,
     plain: Timed | None = None,
 ) -> Line:
     """The figures of one contender."""
@@ -166,7 +166,7 @@ def line(
         tokens_equal=diverged == 0,
         diverged=diverged,
         widest_tie=widest,
-        dial=dial,
+        dial=synthetic_acceptance,
         versus_plain=None if plain is None else timed.versus(plain),
     )
 

@@ -159,7 +159,7 @@ BOTH_WAYS.remove(("trained_batch1", False))  # the smoke run has it
 def test_the_gpu_cases_run_in_miniature_on_the_cpu(
     case: str, on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With slots, and in steps over pages as on a GPU: dialled drafts too."""
+    """With slots, and in steps over pages as on a GPU: drafts with synthetic acceptance too."""
     lengths = set[int]()
     if on_device:
         as_on_a_device(monkeypatch)
@@ -190,17 +190,15 @@ def test_the_papers_loop_says_what_full_forwards_say() -> None:
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-def test_the_dial_sets_acceptance_and_leaves_the_tokens(
-    on_device: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_synthetic_acceptance_leaves_the_tokens(on_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if on_device:
         as_on_a_device(monkeypatch)
     bench = shapes.random_bench("smoke", CPU, torch.float64, 8)
-    work = workload("dialled", random_contexts(6, 3, 12, 512), [60] * 6)
+    work = workload("synthetic", random_contexts(6, 3, 12, 512), [60] * 6)
     plain = Ours(bench, work, max_rows=6)
     truth = plain.run().tokens
     for share in (0.0, 0.5, 1.0):
-        outcome = plain.dialled(share, truth, 3).run()
+        outcome = plain.with_synthetic_acceptance(share, truth, 3).run()
         assert outcome.tokens == truth
         assert abs(outcome.accepted / outcome.drafted - share) < 0.1
 
