@@ -302,7 +302,7 @@ def noted(found: dict[str, Any], name: str) -> Iterator[None]:
 
 
 def features() -> dict[str, Any]:
-    """Whether torch has what the core might use."""
+    """Whether torch has what the engine might use."""
     found: dict[str, Any] = {}
     a, b = (torch.randn(64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     with noted(found, "mm_out_dtype_error"):

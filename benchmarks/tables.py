@@ -1,7 +1,7 @@
 """Tables of what `decode.py --json` measured, in Markdown; with --write, in the README beside this file.
 
-    python benchmarks/tables.py benchmarks/results/cpu.json
-    python benchmarks/tables.py --write benchmarks/results/cpu.json
+    python benchmarks/tables.py benchmarks/results/dial.json
+    python benchmarks/tables.py --write benchmarks/results/*.json
 
 Several files (of runs with --only, say) become one set of tables each, in their order."""
 

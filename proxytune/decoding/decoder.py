@@ -1,6 +1,6 @@
 """One role, or the proxy, of a System, ready to decode: examples in, completions out.
 
-Here text meets the core: contexts per role, alignment of vocabularies, the plan of KV memory, stops and
+Here text meets the engine: contexts per role, alignment of vocabularies, the plan of KV memory, stops and
 traces."""
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class DecodeStats:
 
 @dataclass(frozen=True)
 class Tag:
-    """What a request carries through the core."""
+    """What a request carries through the engine."""
 
     example: Example
     sample: int
@@ -79,7 +79,7 @@ class Tag:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a given text carries through the core."""
+    """What a given text carries through the engine."""
 
     example: Example
     number: int
@@ -104,9 +104,8 @@ class Decoder:
         """Load what the role needs and plan the KV pools.
 
         `speculation` takes the place of what the options say of it (benchmarks draft in ways of their own).
-        With `agreement`, the models of proxy
-        and tuned all see the tokens of `role`, one of the two, for the trace. UserError if vocabularies do
-        not match or the memory holds no useful pool."""
+        With `agreement`, the models of proxy and tuned all see the tokens of `role`, one of the two, for the
+        trace. UserError if vocabularies do not match or the memory holds no useful pool."""
         self.models, self.role, self.agreement = models, role, agreement
         how = options or DecodeOptions()
         if how.threads is not None:

@@ -1,4 +1,4 @@
-"""The decoding loop: plan, let the expert run ahead, let the others read, combine, choose, advance.
+"""The decoding loop: plan, draft, verify, combine, choose, advance.
 
 A prompt is prefilled but for its last token, so every token of a response, the first included, comes out of
 the same kind of step: every model is fed the row's last token, and the logits meet. Drafts only add tokens
@@ -180,7 +180,7 @@ class Engine:
 
     def _accept(self, rows: Sequence[Row], drafts: Drafts, views: Mapping[str, Tensor]) -> list[list[Chosen]]:
         """The tokens of the proxy at the positions of the drafts, up to the first that it does not agree
-        with. Where no model ran ahead, the token after the drafts is known too."""
+        with. Where no model drafted, the token after the drafts is known too."""
         after = 0 if drafts.draft_models else 1
         positions = [
             RowPosition(row, len(row.tokens) + offset)

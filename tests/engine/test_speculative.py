@@ -371,7 +371,7 @@ def test_prompt_lookup_spares_forwards_of_the_drafter(trio: System) -> None:
 def test_prompt_lookup_for_all_models_at_once(
     k: int | None, sampler: dict[str, Any], trio: System, flat: None
 ) -> None:
-    """No expert runs ahead: one forward per model and step, whatever is accepted."""
+    """No expert drafts: one forward per model and step, whatever is accepted."""
     s = Sampling(max_new_tokens=80, **sampler)
     plain = decoder(trio, speculation=PLAIN)
     want = run(plain, ragged(4), s)

@@ -101,7 +101,7 @@ class DeviceStep:
         if ahead.lookup:
             drafts = self._look_up(batch, k, size)
         else:
-            drafts, before = self._run_ahead(batch, positions, noise, k, draw)
+            drafts, before = self._draft(batch, positions, noise, k, draw)
         fed, since = drafts.clamp(min=0), len(before)  # what the draft models have read of the drafts already
         work: list[Callable[[], Logits]] = [
             lambda names=names: self._forward(names, batch, fed, 0)  # type: ignore[misc]
@@ -120,7 +120,7 @@ class DeviceStep:
         logprobs = log_probability(combined, tokens.flatten()).double().view(rows, k + 1)
         return StepOutput(self._accept(batch, tokens, drafts), tokens, drafts, logprobs)
 
-    def _run_ahead(
+    def _draft(
         self, batch: DeviceBatch, positions: Tensor, noise: Tensor | None, k: int, draw: SamplingNeeds
     ) -> tuple[Tensor, list[Logits]]:
         """The drafts [R, k] of the next k positions, and the logits of the draft models at each."""

@@ -1,4 +1,4 @@
-"""Speculative proxy-tuned decoding: an expert runs ahead, the other models read its drafts in one forward.
+"""Speculative proxy-tuned decoding: an expert drafts, the other models verify its drafts in one forward.
 
 The expert has to see every position anyway, so its drafts cost nothing extra where they are accepted. A draft
 is the token that the expert alone would choose at a position, drawn with the noise of that position
@@ -7,7 +7,7 @@ the same there. So the response is a function of the seed and the proxy's distri
 that of plain decoding, whatever drafts, how far and how well. Prompt lookup drafts for the expert itself, or,
 where that measures faster, for all models at once.
 
-Models on the drafter's own weights (an antiexpert whose adapter it is) run ahead with it: these are the draft
+Models on the drafter's own weights (an antiexpert whose adapter it is) run with it: these are the draft
 models. The others verify."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from proxytune.engine.speculative.draft_length import PROMPT_LOOKUP_LENGTH, PROM
 from proxytune.engine.speculative.prompt_lookup import PromptLookup
 
 LOOKUP = "lookup"
-"""The drafter's name where prompt lookup drafts for all models, and no expert runs ahead."""
+"""The drafter's name where prompt lookup drafts for all models, and no expert does."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def same_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 class Drafter:
-    """Lets the draft models of an ensemble run ahead, and keeps count of how that goes."""
+    """Lets the draft models of an ensemble draft, and keeps count of what is accepted."""
 
     def __init__(
         self,
