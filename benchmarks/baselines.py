@@ -152,14 +152,14 @@ def in_batches(
 ) -> Outcome:
     """Decode batches of `size` items one after the other. Where the workload comes all at once, a request of
     the second batch waits for the first."""
-    items, said, first, gaps = workload.items, dict[int, list[int]](), list[float](), list[float]()
+    items, responses, first, gaps = workload.items, dict[int, list[int]](), list[float](), list[float]()
     began = time.perf_counter()
     for start in range(0, len(items), size):
         batch, steps = items[start : start + size], Steps.start()
         submitted = steps.began if workload.one_by_one else began
         for item, tokens in zip(batch, decode(batch, steps.tick), strict=True):
-            said[item.tag] = tokens
+            responses[item.tag] = tokens
             first.append(steps.ends[0] - submitted)
         gaps += steps.gaps
     synchronise(bench.device)
-    return Outcome(time.perf_counter() - began, said, first, gaps)
+    return Outcome(time.perf_counter() - began, responses, first, gaps)

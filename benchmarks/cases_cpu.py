@@ -25,7 +25,7 @@ from proxytune.decoding.decoder import Decoder
 from proxytune.engine.speculative.drafter import LOOKUP, Speculation
 
 ACCEPTANCE = 0.8
-"""What the dial is set to where a ratio needs one figure."""
+"""The synthetic acceptance where a ratio needs one figure."""
 PROMPT = (16, 48)
 """Shortest and longest random prompt."""
 
@@ -74,7 +74,7 @@ def _own_answers(lab: Lab, case: str, bench: Bench, key: str) -> Report:
 
 
 def trio_batch1(lab: Lab) -> Report:
-    """The random trio at batch 1, acceptance by the dial."""
+    """The random trio at batch 1, with synthetic acceptance."""
     size, bench, table = lab.size, lab.trio, Table(lab, "trio_batch1")
     prompts = random_contexts(size.trio_prompts, *PROMPT, vocabulary(bench))
     work = workload("random prompts", prompts, [size.trio_tokens] * len(prompts), one_by_one=True)
@@ -88,9 +88,9 @@ def trio_batch1(lab: Lab) -> Report:
                 "Hugging Face generate, base alone, static cache"
             ),
             ours.contender("plain"),
-            ours.dialled(ACCEPTANCE, truth).contender("speculative, adaptive k"),
+            ours.with_synthetic_acceptance(ACCEPTANCE, truth).contender("speculative, adaptive k"),
             *(
-                ours.dialled(ACCEPTANCE, truth, k).contender(f"speculative, k = {k}")
+                ours.with_synthetic_acceptance(ACCEPTANCE, truth, k).contender(f"speculative, k = {k}")
                 for k in size.draft_lengths
             ),
             Ours(bench, work, "base").contender("base alone"),
@@ -99,7 +99,7 @@ def trio_batch1(lab: Lab) -> Report:
     paper, hugging_face, static, plain, adaptive, *lengths, base = alone
     oracle = proxy_oracle(bench, work, paper)
     table.put(oracle, [paper, plain], plain=plain)
-    table.put(oracle, [adaptive, *lengths], plain=plain, dial=ACCEPTANCE)
+    table.put(oracle, [adaptive, *lengths], plain=plain, synthetic_acceptance=ACCEPTANCE)
     table.put(alone_oracle(bench, work, hugging_face), [hugging_face, static, base])
     table.ratio("speculative_vs_plain_trio", adaptive, plain)
     table.ratio("speculative_trio_vs_paper_batch1", adaptive, paper)
@@ -193,44 +193,46 @@ def shared_pair(lab: Lab) -> Report:
             PaperLoop(apart, work).contender("paper's loop, batch 1"),
             Ours(apart, work).contender("plain, two models"),
             ours.contender("plain, shared pair"),
-            ours.dialled(ACCEPTANCE, truth).contender("speculative, adaptive k, shared pair"),
+            ours.with_synthetic_acceptance(ACCEPTANCE, truth).contender(
+                "speculative, adaptive k, shared pair"
+            ),
         ]
     )
     oracle = proxy_oracle(apart, work, proxies[0])
     table.put(oracle, proxies[:-1], plain=proxies[1])
-    table.put(oracle, proxies[-1:], plain=proxies[1], dial=ACCEPTANCE)
+    table.put(oracle, proxies[-1:], plain=proxies[1], synthetic_acceptance=ACCEPTANCE)
     return table.report
 
 
 MAX_PAIR_ROWS = 8
 
 
-def dial(lab: Lab) -> Report:
+def synthetic_acceptance(lab: Lab) -> Report:
     """Adaptive speculation against plain decoding at every acceptance and batch size: it must not lose."""
     report = Report()
-    for name in lab.size.dial_systems:
+    for name in lab.size.acceptance_systems:
         bench: Bench = getattr(lab, name)
         report.add(
-            dialled_table(lab, bench, (f"adaptive_vs_plain_worst_{name}", f"plain_vs_plain_worst_{name}"))
+            acceptance_table(lab, bench, (f"adaptive_vs_plain_worst_{name}", f"plain_vs_plain_worst_{name}"))
         )
     return report
 
 
-def dialled_table(lab: Lab, bench: Bench, keys: tuple[str, str], decoder: Decoder | None = None) -> Report:
+def acceptance_table(lab: Lab, bench: Bench, keys: tuple[str, str], decoder: Decoder | None = None) -> Report:
     """Plain and adaptive decoding at every acceptance and batch; under `keys` the worst ratio to plain
     decoding, and what the clock makes of plain decoding against itself. The oracle is plain decoding, whose
     tokens the drafts are made of."""
     size, table = lab.size, Table(lab, "dial")
     ratios, noise = list[float](), list[float]()
-    for batch in size.dial_batches:
-        tokens = size.dial_tokens if batch <= 8 else size.dial_tokens // 2
+    for batch in size.acceptance_batches:
+        tokens = size.acceptance_tokens if batch <= 8 else size.acceptance_tokens // 2
         prompts = random_contexts(batch, *PROMPT, vocabulary(bench))
         work = workload("random prompts", prompts, [tokens] * batch)
         plain = Ours(bench, work, max_rows=batch, decoder=decoder)
         truth = plain.run().tokens
         speculative = [
-            plain.dialled(share, truth).contender(f"speculative, adaptive k, {share:g}")
-            for share in size.dial
+            plain.with_synthetic_acceptance(share, truth).contender(f"speculative, adaptive k, {share:g}")
+            for share in size.acceptances
         ]
         undrafted, again, *drafted = lab.race(
             [plain.contender("plain"), plain.contender("plain, again"), *speculative], size.long_repeats
@@ -238,11 +240,11 @@ def dialled_table(lab: Lab, bench: Bench, keys: tuple[str, str], decoder: Decode
         oracle = Oracle(bench, work, truth)
         table.put(oracle, [undrafted, again], plain=undrafted)
         noise.append(min(again.versus(undrafted), undrafted.versus(again)))
-        for share, one in zip(size.dial, drafted, strict=True):
-            table.put(oracle, [one], dial=share, plain=undrafted)
+        for share, one in zip(size.acceptances, drafted, strict=True):
+            table.put(oracle, [one], synthetic_acceptance=share, plain=undrafted)
             ratios.append(one.versus(undrafted))
         if decoder is not None:
-            decoder.ensemble.forget_graphs()  # every dial has made its own
+            decoder.ensemble.forget_graphs()  # every acceptance has made its own
     table.report.ratios |= dict(zip(keys, (min(ratios), min(noise)), strict=True))
     return table.report
 
@@ -296,7 +298,7 @@ CASES: dict[str, tuple[Case, tuple[str, ...]]] = {
     "mixed_trio": (mixed_trio, ("mixed_trio_vs_paper_best_batch",)),
     "shared_pair": (shared_pair, ("shared_pair_vs_two_models",)),
     "dial": (
-        dial,
+        synthetic_acceptance,
         tuple(f"{what}_vs_plain_worst_{name}" for name in ("demo", "trio") for what in ("adaptive", "plain")),
     ),
     "table12": (table12, ()),

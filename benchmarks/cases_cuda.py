@@ -10,8 +10,8 @@ from benchmarks.baselines import HuggingFace, PaperLoop
 from benchmarks.cases_cpu import (
     ACCEPTANCE,
     Case,
+    acceptance_table,
     batching_alone,
-    dialled_table,
     table12_of,
     trained_batch1,
     vocabulary,
@@ -53,10 +53,10 @@ def batch1(lab: Lab) -> Report:
             ),
             Ours(bench, work, "base").contender("base alone"),
             ours.contender("plain"),
-            ours.dialled(ACCEPTANCE, truth).contender("speculative, adaptive k"),
+            ours.with_synthetic_acceptance(ACCEPTANCE, truth).contender("speculative, adaptive k"),
             ours.speculating(Speculation(drafter=LOOKUP)).contender("lookup alone (random models loop)"),
             *(
-                ours.dialled(ACCEPTANCE, truth, k).contender(f"speculative, k = {k}")
+                ours.with_synthetic_acceptance(ACCEPTANCE, truth, k).contender(f"speculative, k = {k}")
                 for k in size.draft_lengths
             ),
         ]
@@ -64,7 +64,7 @@ def batch1(lab: Lab) -> Report:
     paper, hugging_face, compiled, base, plain, adaptive, lookup, *lengths = timed
     oracle = proxy_oracle(bench, work, paper)
     table.put(oracle, [paper, plain, lookup], plain=plain)
-    table.put(oracle, [adaptive, *lengths], plain=plain, dial=ACCEPTANCE)
+    table.put(oracle, [adaptive, *lengths], plain=plain, synthetic_acceptance=ACCEPTANCE)
     table.put(alone_oracle(bench, work, hugging_face), [hugging_face, compiled, base])
     table.ratio(f"{key}_plain_vs_paper_batch1", plain, paper)
     table.ratio(f"{key}_speculative_vs_paper_batch1", adaptive, paper)
@@ -90,7 +90,9 @@ def shared_pair(lab: Lab) -> Report:
             PaperLoop(apart, work).contender("paper's loop, batch 1"),
             Ours(apart, work).contender("plain, two models"),
             ours.contender("plain, shared pair"),
-            ours.dialled(ACCEPTANCE, truth).contender("speculative, adaptive k, shared pair"),
+            ours.with_synthetic_acceptance(ACCEPTANCE, truth).contender(
+                "speculative, adaptive k, shared pair"
+            ),
             HuggingFace(apart, work).contender("Hugging Face generate, base alone"),
             Ours(together, work, "base").contender("base alone"),
         ]
@@ -98,7 +100,7 @@ def shared_pair(lab: Lab) -> Report:
     paper, two, one, speculative, hugging_face, base = timed
     oracle = proxy_oracle(apart, work, paper)
     table.put(oracle, [paper, two, one], plain=two)
-    table.put(oracle, [speculative], plain=two, dial=ACCEPTANCE)
+    table.put(oracle, [speculative], plain=two, synthetic_acceptance=ACCEPTANCE)
     table.put(alone_oracle(apart, work, hugging_face), [hugging_face, base])
     table.ratio(f"{key}_shared_pair_vs_two_models", one, two)
     table.ratio(f"{key}_shared_proxy_tax", base, one)
@@ -119,13 +121,13 @@ def mixed(lab: Lab) -> Report:
     truth = ours.run().tokens
     rivals = [
         ours.contender("continuous batching, plain"),
-        ours.dialled(ACCEPTANCE, truth).contender("continuous batching, adaptive k"),
+        ours.with_synthetic_acceptance(ACCEPTANCE, truth).contender("continuous batching, adaptive k"),
     ]
     found = lab.best_batch(bench, work, rivals)
     plain, adaptive = found.rivals
     oracle = proxy_oracle(bench, work, found.best)
     table.put(oracle, [*found.losing, found.best, plain], plain=plain)
-    table.put(oracle, [adaptive], plain=plain, dial=ACCEPTANCE)
+    table.put(oracle, [adaptive], plain=plain, synthetic_acceptance=ACCEPTANCE)
     few = Workload("the first of them, one by one", work.items[:4], one_by_one=True)
     [single] = lab.race([PaperLoop(bench, few).contender("paper's loop, batch 1")])
     table.put(proxy_oracle(bench, few, single), [single])
@@ -136,14 +138,14 @@ def mixed(lab: Lab) -> Report:
     return table.report
 
 
-def dial(lab: Lab) -> Report:
+def synthetic_acceptance(lab: Lab) -> Report:
     """Adaptive speculation against plain decoding at every acceptance and batch size."""
-    size, most = lab.size, max(lab.size.dial_batches)
-    pool = most * (SHORT[1] + size.dial_tokens + 16)
+    size, most = lab.size, max(lab.size.acceptance_batches)
+    pool = most * (SHORT[1] + size.acceptance_tokens + 16)
     bench = lab.note(random_bench(size.trio, lab.device, lab.dtype, most, pool))
     key = prefix(lab.size.trio)
     names = f"{key}_adaptive_vs_plain_worst", f"{key}_plain_vs_plain_worst"
-    return dialled_table(lab, bench, names, bench.decoder("proxy"))
+    return acceptance_table(lab, bench, names, bench.decoder("proxy"))
 
 
 def table12(lab: Lab) -> Report:
@@ -191,5 +193,5 @@ def cases(shape: str) -> dict[str, tuple[Case, tuple[str, ...]]]:
         ),
         "trained_batch1": (lambda lab: trained_batch1(lab, TRAINED), (TRAINED,)),
         "table12": (table12, ()),
-        "dial": (dial, keys("adaptive_vs_plain_worst", "plain_vs_plain_worst")),
+        "dial": (synthetic_acceptance, keys("adaptive_vs_plain_worst", "plain_vs_plain_worst")),
     }

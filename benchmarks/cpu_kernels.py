@@ -4,7 +4,8 @@
     python benchmarks/cpu_kernels.py --calls 3      fewer calls
 
 The weights of a product are as many copies as exceed the cache together, read in turn, as a model's layers
-are. `core/linear.py` and `core/attention.py` choose by sizes alone; their thresholds come from here."""
+are. `engine/kernels/linear.py` and `engine/attention/attention.py` choose by sizes alone; their thresholds
+come from here."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""Micro-benchmarks of the CUDA kernels: what a GPU must say before the decoding core can rely on it.
+"""Micro-benchmarks of the CUDA kernels: what a GPU must show before the engine relies on it.
 
     python benchmarks/gpu_kernels.py [--quick]
 
 prints one JSON object. Sections, each under its own key:
-- `copy`: GB/s of a large copy, the floor that the rest is held against;
+- `copy`: GB/s of a large copy, the floor that the rest is compared with;
 - `linear`: the linear layers of 7B, 13B and 70B Llamas for 1, 2, 4, 8 and more rows, by cuBLAS in bfloat16
   and by the int8 layer: do k + 1 rows cost what one costs, and is int8 twice as fast?
 - `attention`: GB/s of KV that the paged attention reads, decode and verify, by length and batch;
 - `write`: what writing keys and values by index_copy_ costs beside that;
 - `branches`: three models' layers in one graph, one after another and side by side;
-- `features`: torch.mm(out_dtype=...) and varlen_attn with pages, or what they say instead;
+- `features`: torch.mm(out_dtype=...) and varlen_attn with pages, or their error messages;
 - `forward`: a Hugging Face Llama through the registered attention, captured in a CUDA graph: replayed logits
   against eager ones, and ms per step of both.
 
@@ -302,7 +302,7 @@ def noted(found: dict[str, Any], name: str) -> Iterator[None]:
 
 
 def features() -> dict[str, Any]:
-    """Whether torch has what the core might use."""
+    """Whether torch has what the engine might use."""
     found: dict[str, Any] = {}
     a, b = (torch.randn(64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     with noted(found, "mm_out_dtype_error"):

@@ -30,7 +30,7 @@ class Size:
 
     repeats: int
     long_repeats: int
-    """Of mixtures, of the dial's table and of the paper's Table 12."""
+    """Of mixtures, of the table of synthetic acceptance and of the paper's Table 12."""
     trio: str
     """The random trio's name in SHAPES."""
     training: Training
@@ -46,11 +46,11 @@ class Size:
     """Batch sizes of the paper's loop to choose its best from."""
     pair_tokens: int
     draft_lengths: tuple[int, ...]
-    dial: tuple[float, ...]
-    dial_batches: tuple[int, ...]
-    dial_tokens: int
+    acceptances: tuple[float, ...]
+    acceptance_batches: tuple[int, ...]
+    acceptance_tokens: int
     """Per row, at batch 1 to 8; half of it above."""
-    dial_systems: tuple[str, ...]
+    acceptance_systems: tuple[str, ...]
     table12: tuple[tuple[int, int], ...] = ((8, 512), (512, 8), (8, 8))
     """Prompt and output lengths."""
     table12_systems: tuple[str, ...] = ("demo", "trio")
@@ -71,10 +71,10 @@ FULL = Size(
     batches=(8, 16, 32, 64, 128),
     pair_tokens=96,
     draft_lengths=(1, 2, 3, 4, 6),
-    dial=(0.1, 0.4, 0.7, 0.8, 0.95),
-    dial_batches=(1, 2, 4, 8, 16, 32, 64),
-    dial_tokens=64,
-    dial_systems=("demo", "trio"),
+    acceptances=(0.1, 0.4, 0.7, 0.8, 0.95),
+    acceptance_batches=(1, 2, 4, 8, 16, 32, 64),
+    acceptance_tokens=64,
+    acceptance_systems=("demo", "trio"),
 )
 QUICK = Size(
     repeats=1,
@@ -91,10 +91,10 @@ QUICK = Size(
     batches=(8, 32),
     pair_tokens=16,
     draft_lengths=(3,),
-    dial=(0.1, 0.8),
-    dial_batches=(1, 8),
-    dial_tokens=32,
-    dial_systems=("demo",),
+    acceptances=(0.1, 0.8),
+    acceptance_batches=(1, 8),
+    acceptance_tokens=32,
+    acceptance_systems=("demo",),
     table12=((8, 32), (32, 8), (8, 8)),
     table12_systems=("demo",),
 )
@@ -123,10 +123,10 @@ SMOKE = Size(
     batches=(8,),
     pair_tokens=6,
     draft_lengths=(2,),
-    dial=(0.8,),
-    dial_batches=(2,),
-    dial_tokens=8,
-    dial_systems=("demo",),
+    acceptances=(0.8,),
+    acceptance_batches=(2,),
+    acceptance_tokens=8,
+    acceptance_systems=("demo",),
     table12=((8, 4), (8, 2)),
 )
 MAX_ROWS = 128
@@ -235,12 +235,20 @@ class Table:
         oracle: Oracle,
         timed: Sequence[Timed],
         *,
-        dial: float | None = None,
+        synthetic_acceptance: float | None = None,
         plain: Timed | None = None,
     ) -> None:
         """Add lines."""
         self.report.lines += [
-            line(self.case, oracle, one, self.lab.bandwidth, dial=dial, plain=plain) for one in timed
+            line(
+                self.case,
+                oracle,
+                one,
+                self.lab.bandwidth,
+                synthetic_acceptance=synthetic_acceptance,
+                plain=plain,
+            )
+            for one in timed
         ]
 
     def ratio(self, name: str, one: Timed, other: Timed) -> None:
@@ -249,10 +257,10 @@ class Table:
 
 
 def proxy_oracle(bench: Bench, workload: Workload, paper: Timed) -> Oracle:
-    """The paper's loop says what the proxy should say."""
+    """The right tokens of the proxy, from the paper's loop."""
     return Oracle(bench, workload, paper.observed.outcome.tokens)
 
 
 def alone_oracle(bench: Bench, workload: Workload, hugging_face: Timed, role: str = "base") -> Oracle:
-    """`generate` says what one model alone should say."""
+    """The right tokens of one model alone, from `generate`."""
     return Oracle(bench, workload, hugging_face.observed.outcome.tokens, (role,))

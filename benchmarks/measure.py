@@ -158,7 +158,7 @@ def observe(contender: Contender, tell: Callable[[str], None]) -> Observed:
 
 
 def distinct(modules: Sequence[PreTrainedModel]) -> list[PreTrainedModel]:
-    """Every module once: two roles can stand on one."""
+    """Every module once: two roles can share one."""
     return list({id(module): module for module in modules}.values())
 
 

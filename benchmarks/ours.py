@@ -1,5 +1,5 @@
 """proxytune's own decoding under the clock: plain, speculative, one model alone, the small pair alone; and
-the dial that sets acceptance where weights are random."""
+synthetic acceptance, where weights are random."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from proxytune.decoding.decoder import PREFILL_TOKENS, Decoder
 from proxytune.engine.engine import Engine
 from proxytune.engine.ensemble import Ensemble, Term
 from proxytune.engine.request import Request
-from proxytune.engine.sampling import Spot
-from proxytune.engine.speculative.draft_length import Pace
+from proxytune.engine.sampling import RowPosition
+from proxytune.engine.speculative.draft_length import DraftLength
 from proxytune.engine.speculative.drafter import Speculation
 
 PLAIN = Speculation(k=0, lookup=False)
 DEFAULT = Speculation()
-"""What `--speculate auto` does: k from measured times and acceptance, earlier passages as drafts."""
+"""What `--speculate auto` does: k from measured times and acceptance, and prompt lookup."""
 
 
 @dataclass(frozen=True, eq=False)
-class Dial:
-    """Drafts that are right with a given probability: acceptance on random weights.
+class SyntheticAcceptance:
+    """Synthetic acceptance: drafts that are right with a given probability, on random weights.
 
-    The true tokens are known from plain decoding. The drafter runs, for what it costs; then what it said is
+    The true tokens are known from plain decoding. The drafter runs, for what it costs; then its drafts are
     replaced by the true token in that share of a response's positions, and by a wrong one in the others, in
     an order shuffled per request. Times and tokens are those of an expert with this acceptance; the
     acceptance itself is made up."""
@@ -50,15 +50,15 @@ class Dial:
         truth: Mapping[int, Sequence[int]],
         vocabulary: int,
         device: torch.device,
-    ) -> Dial:
-        """A dial for responses `truth`, by tag."""
+    ) -> SyntheticAcceptance:
+        """Drafts with this acceptance for the responses `truth`, by tag."""
         table = torch.zeros(max(truth) + 1, max(map(len, truth.values())), dtype=torch.long)
-        for tag, said in truth.items():
-            hits = round(acceptance * len(said))
-            right = [True] * hits + [False] * (len(said) - hits)
+        for tag, tokens in truth.items():
+            hits = round(acceptance * len(tokens))
+            right = [True] * hits + [False] * (len(tokens) - hits)
             random.Random(tag).shuffle(right)
-            pairs = zip(said, right, strict=True)
-            drafts = [token if held else (token + 1) % vocabulary for token, held in pairs]
+            pairs = zip(tokens, right, strict=True)
+            drafts = [token if hit else (token + 1) % vocabulary for token, hit in pairs]
             table[tag, : len(drafts)] = torch.tensor(drafts)
         return cls(table.to(device))
 
@@ -67,10 +67,10 @@ class Dial:
         the logits before."""
         return self.table[keys[:, None], positions.clamp(max=self.table.shape[1] - 1)]
 
-    def __call__(self, logits: Tensor, spots: Sequence[Spot]) -> Tensor:
-        """Drafts [P] for the spots of logits [P, V]."""
+    def __call__(self, logits: Tensor, positions: Sequence[RowPosition]) -> Tensor:
+        """Drafts [P] for the positions of logits [P, V]."""
         logits.argmax(-1)  # an expert that drafts for itself looks at its logits
-        where = torch.tensor([(spot.row.request.key, spot.position) for spot in spots], device=logits.device)
+        where = torch.tensor([(at.row.request.key, at.position) for at in positions], device=logits.device)
         return self.on_device(where[:, 0], where[:, 1:])[:, 0]
 
 
@@ -86,7 +86,7 @@ class Ours:
     pair_only: bool = False
     """Decode expert and antiexpert alone: one step of the pair is what a proxy step adds to the base."""
     decoder: Decoder | None = None
-    """One with pools already; None makes its own, so that its memory can be told."""
+    """One with pools already; None makes its own, so that its memory can be measured."""
 
     def contender(self, name: str) -> Contender:
         """This, to be raced."""
@@ -99,9 +99,9 @@ class Ours:
         return self.decoder or self.bench.decoder(self.role)
 
     @cached_property
-    def _pace(self) -> Pace:
+    def _draft_length(self) -> DraftLength:
         """What the warm-up and the runs have measured, kept as a Decoder keeps it."""
-        return Pace()
+        return DraftLength()
 
     def _owed(self) -> int:
         """Bytes that plain decoding of one row at a time has to read, prefill left out."""
@@ -132,7 +132,7 @@ class Ours:
 
     def run(self) -> Outcome:
         """Decode the workload once."""
-        said: dict[int, list[int]] = {}
+        responses: dict[int, list[int]] = {}
         submitted: dict[int, float] = {}
         first: dict[int, float] = {}
         in_step: list[int] = []
@@ -141,10 +141,10 @@ class Ours:
             tag = request.tag
             assert isinstance(tag, int)
             in_step.append(tag)
-            if tag not in said:
-                said[tag] = []
+            if tag not in responses:
+                responses[tag] = []
                 first[tag] = time.perf_counter() - submitted[tag]
-            said[tag].append(token)
+            responses[tag].append(token)
 
         engine = Engine(
             self._ensemble,
@@ -152,7 +152,7 @@ class Ours:
             prefill_tokens=PREFILL_TOKENS[self.bench.device.type],
             on_token=hear,
             speculation=self.speculation,
-            pace=self._pace,
+            draft_length=self._draft_length,
         )
         groups = (
             [[item] for item in self.workload.items] if self.workload.one_by_one else [self.workload.items]
@@ -175,7 +175,7 @@ class Ours:
         counts = engine.counts
         return Outcome(
             seconds,
-            said,
+            responses,
             list(first.values()),
             gaps,
             drafted=counts.examined,
@@ -187,12 +187,13 @@ class Ours:
         contexts = {name: item.contexts.get(name, item.contexts["base"]) for name in self._ensemble.runners}
         return Request(contexts=contexts, key=item.tag, max_new_tokens=item.new_tokens, tag=item.tag)
 
-    def dialled(self, acceptance: float, truth: Mapping[int, Sequence[int]], k: int | None = None) -> Ours:
-        """The same with drafts whose acceptance is made up (see Dial). Earlier passages are no drafts: the
-        dial alone decides."""
+    def with_synthetic_acceptance(
+        self, acceptance: float, truth: Mapping[int, Sequence[int]], k: int | None = None
+    ) -> Ours:
+        """The same with synthetic acceptance of the drafts, and without prompt lookup."""
         vocabulary = int(self.bench.plain["base"].config.vocab_size)
-        dial = Dial.at(acceptance, truth, vocabulary, self.bench.device)
-        return self.speculating(Speculation(k=k, lookup=False, pick=dial, propose=dial.on_device))
+        drafts = SyntheticAcceptance.at(acceptance, truth, vocabulary, self.bench.device)
+        return self.speculating(Speculation(k=k, lookup=False, pick=drafts, propose=drafts.on_device))
 
     def speculating(self, speculation: Speculation) -> Ours:
         """The same with drafts."""

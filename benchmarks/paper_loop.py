@@ -87,7 +87,7 @@ def paper_generate(
     device = sides["base"].ids.device
     forced = torch.tensor(new_tokens, device=device)
     unfinished = torch.ones_like(forced)
-    said: list[Tensor] = []
+    chosen: list[Tensor] = []
     for _ in range(max(new_tokens)):
         logits = {role: side.logits() for role, side in sides.items()}
         width = logits["base"].shape[-1]
@@ -95,14 +95,14 @@ def paper_generate(
         tokens = combined.argmax(-1) * unfinished + PAD * (1 - unfinished)
         for side in sides.values():
             side.grow(tokens)
-        said.append(tokens)
-        unfinished = unfinished * (forced > len(said)).long()
+        chosen.append(tokens)
+        unfinished = unfinished * (forced > len(chosen)).long()
         ended = bool(unfinished.max() == 0)  # the original's look at the device in every step
         if on_step is not None:
             on_step()
         if ended:
             break
-    rows = torch.stack(said, dim=1).tolist()
+    rows = torch.stack(chosen, dim=1).tolist()
     return [row[:count] for row, count in zip(rows, new_tokens, strict=True)]
 
 

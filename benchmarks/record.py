@@ -53,17 +53,17 @@ class Line:
     syncs_per_token: float | None
     """Host waits for the device per step token, CUDA only."""
     acceptance: float | None
-    """Share of the examined drafts that stood."""
+    """Share of the examined drafts that were accepted."""
     accepted_per_step: float | None
     """Mean accepted drafts per row and step."""
     tokens_equal: bool
-    """Whether every run said what the oracle said."""
+    """Whether the tokens of every run are those of the oracle."""
     diverged: int
-    """Rows that did not, over all runs."""
+    """Rows that differ from it, over all runs."""
     widest_tie: float | None
     """The largest margin, in standard deviations of the logits, that a divergence began at."""
     dial: float | None = None
-    """Acceptance that was made up."""
+    """The synthetic acceptance, where it is not measured. (The name of the stored key.)"""
     versus_plain: float | None = None
     """Speed against plain decoding of the same workload."""
 
@@ -91,7 +91,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Oracle:
-    """What should be said, and the models that say so: the paper's loop, or Hugging Face's `generate` for a
+    """The right tokens, and the models that give them: the paper's loop, or Hugging Face's `generate` for a
     model alone."""
 
     bench: Bench
@@ -104,25 +104,25 @@ class Oracle:
         diverged, widest = 0, 0.0
         for run in (timed.observed.outcome, *timed.runs):
             for item in self.workload.items:
-                said, wanted = run.tokens[item.tag], self.tokens[item.tag]
-                if list(said) == list(wanted):
+                generated, wanted = run.tokens[item.tag], self.tokens[item.tag]
+                if list(generated) == list(wanted):
                     continue
                 diverged += 1
-                widest = max(widest, self._margin(item.contexts, said, wanted))
+                widest = max(widest, self._margin(item.contexts, generated, wanted))
         return diverged, widest if diverged else None
 
     def _margin(
-        self, contexts: Mapping[str, Sequence[int]], said: Sequence[int], wanted: Sequence[int]
+        self, contexts: Mapping[str, Sequence[int]], generated: Sequence[int], wanted: Sequence[int]
     ) -> float:
         """How far apart the two tokens were where the responses part."""
-        pairs = enumerate(zip(said, wanted, strict=False))
+        pairs = enumerate(zip(generated, wanted, strict=False))
         at = next((index for index, (one, other) in pairs if one != other), None)
         if at is None:
-            raise RuntimeError(f"{len(said)} tokens where {len(wanted)} were forced")
+            raise RuntimeError(f"{len(generated)} tokens where {len(wanted)} were forced")
         models = {role: self.bench.plain[role] for role in self.roles}
         prompts = {role: contexts.get(role, contexts["base"]) for role in self.roles}
         logits = combined_logits(models, prompts, wanted[:at])
-        return float((logits[said[at]] - logits[wanted[at]]).abs() / logits.std())
+        return float((logits[generated[at]] - logits[wanted[at]]).abs() / logits.std())
 
 
 def line(
@@ -131,7 +131,7 @@ def line(
     timed: Timed,
     bandwidth: float,
     *,
-    dial: float | None = None,
+    synthetic_acceptance: float | None = None,
     plain: Timed | None = None,
 ) -> Line:
     """The figures of one contender."""
@@ -166,7 +166,7 @@ def line(
         tokens_equal=diverged == 0,
         diverged=diverged,
         widest_tie=widest,
-        dial=dial,
+        dial=synthetic_acceptance,
         versus_plain=None if plain is None else timed.versus(plain),
     )
 

@@ -1,8 +1,8 @@
 """The systems that are timed: the demo, and random Llamas at real shapes made where they run.
 
 A `Bench` holds every model twice on one set of weights: as Hugging Face left it, for the baselines, and as
-proxytune runs it. Random weights give right times and meaningless text, so acceptance on them is a dial
-(`ours.Dial`)."""
+proxytune runs it. Random weights give right times and meaningless text, so acceptance on them is synthetic
+(`ours.SyntheticAcceptance`)."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Bench:
     kv_memory: int | None = None
     """Bytes of KV pools per decoder; None is proxytune's default."""
     trained: bool = False
-    """Whether what it says means anything."""
+    """Whether its text means anything."""
 
     def decoder(self, role: Role) -> Decoder:
         """A decoder of a role, with pools of its own."""

@@ -1,7 +1,7 @@
 """Tables of what `decode.py --json` measured, in Markdown; with --write, in the README beside this file.
 
-    python benchmarks/tables.py benchmarks/results/cpu.json
-    python benchmarks/tables.py --write benchmarks/results/cpu.json
+    python benchmarks/tables.py benchmarks/results/dial.json
+    python benchmarks/tables.py --write benchmarks/results/*.json
 
 Several files (of runs with --only, say) become one set of tables each, in their order."""
 
@@ -52,7 +52,7 @@ def as_text(found: Found) -> str:
     cases = dict.fromkeys(line["case"] for line in found["rows"])
     for case in cases:
         lines = [line for line in found["rows"] if line["case"] == case]
-        shown = {"dial": _dial, "table12": _table12}.get(case, _lines)
+        shown = {"dial": _synthetic_acceptance, "table12": _table12}.get(case, _lines)
         parts.append(f"### {case}\n\n{shown(lines)}")
     return "\n\n".join(parts) + "\n"
 
@@ -90,7 +90,7 @@ def _ratios(ratios: Mapping[str, float]) -> str:
 
 
 def _lines(lines: Sequence[Line]) -> str:
-    """The contenders of one case; a dagger marks acceptance by the dial."""
+    """The contenders of one case; a dagger marks synthetic acceptance."""
     heads = (
         "system", "workload", "", "rows", "tokens/s", "spread", "ms/token p50", "p95", "first token ms",
         "GB/s", "% of copy", "memory MB", "syncs/token", "acceptance", "accepted/step", "x plain",
@@ -119,7 +119,11 @@ def _lines(lines: Sequence[Line]) -> str:
         for line in lines
     ]
     table = markdown(*_without_empty(heads, rows))
-    note = "\n\n† acceptance is made up (the dial of `ours.py`)." if any(one["dial"] for one in lines) else ""
+    note = (
+        "\n\n† synthetic acceptance (`ours.SyntheticAcceptance`)."
+        if any(one["dial"] for one in lines)
+        else ""
+    )
     return table + note
 
 
@@ -129,7 +133,7 @@ def _verdict(line: Line) -> str:
     return f"{line['diverged']} rows part, at margins up to {line['widest_tie']:.1e} sd"
 
 
-def _dial(lines: Sequence[Line]) -> str:
+def _synthetic_acceptance(lines: Sequence[Line]) -> str:
     """Speed-up of adaptive speculation: acceptance down, batch across."""
     parts = []
     for system in dict.fromkeys(line["system"] for line in lines):
@@ -145,7 +149,7 @@ def _dial(lines: Sequence[Line]) -> str:
         rows += [(f"{share:g}", *(f"{cells[share, batch]:.2f}" for batch in batches)) for share in shares]
         equal = all(line["tokens_equal"] for line in own)
         parts.append(
-            f"{system}: adaptive speculation in multiples of plain decoding, by the dialled acceptance and "
+            f"{system}: adaptive speculation in multiples of plain decoding, by synthetic acceptance and "
             f"the number of rows; tokens {'equal to' if equal else 'NOT always equal to'} plain decoding's."
             "\n\n" + markdown(("acceptance", *map(str, batches)), rows)
         )

@@ -2,7 +2,7 @@
 experts than the demo's.
 
 Text, recipe and tuning are the demo's (`proxytune.tuning.demo_models`); the base is deeper, and the text is
-as much as there is time for, so that it says worse things than the demo."""
+as much as there is time for, so that its answers are worse than those of the demo."""
 
 from __future__ import annotations
 

@@ -88,8 +88,8 @@ def demo_prompts(decoder: Decoder, count: int, tasks: Sequence[str]) -> list[tup
 
 
 def natural_lengths(decoder: Decoder, examples: Sequence[Example], longest: int) -> list[int]:
-    """How long the proxy's own answers are, end-of-sequence included: forced later, so that no row says
-    anything that it would not say."""
+    """How long the proxy's own answers are, end-of-sequence included: forced later, so that every row
+    generates its own answer."""
     sampling, lengths = Sampling(max_new_tokens=longest), []
     for example in examples:  # one by one: ids of different tasks can be the same
         [done] = decoder.stream([example], sampling)

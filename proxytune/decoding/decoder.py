@@ -1,6 +1,6 @@
 """One role, or the proxy, of a System, ready to decode: examples in, completions out.
 
-Here text meets the core: contexts per role, alignment of vocabularies, the plan of KV memory, stops and
+Here text meets the engine: contexts per role, alignment of vocabularies, the plan of KV memory, stops and
 traces."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from proxytune.options import DecodeOptions
 from proxytune.records import Completion, Example, FinishReason, Prompt, RoleMemory, TracedToken
 
 MAX_ROWS = 128
-"""Rows decoded together unless told otherwise: past that, matrix products are compute-bound everywhere we
+"""Rows decoded together unless set otherwise: past that, matrix products are compute-bound everywhere we
 measured."""
 KV_SHARE = 0.5
 """Share of the free CPU memory that KV pools may grow into; they take it only as they fill."""
@@ -62,7 +62,7 @@ class DecodeStats:
 
 @dataclass(frozen=True)
 class Tag:
-    """What a request carries through the core."""
+    """What a request carries through the engine."""
 
     example: Example
     sample: int
@@ -79,7 +79,7 @@ class Tag:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a given text carries through the core."""
+    """What a given text carries through the engine."""
 
     example: Example
     number: int
@@ -104,9 +104,8 @@ class Decoder:
         """Load what the role needs and plan the KV pools.
 
         `speculation` takes the place of what the options say of it (benchmarks draft in ways of their own).
-        With `agreement`, the models of proxy
-        and tuned all see the tokens of `role`, one of the two, for the trace. UserError if vocabularies do
-        not match or the memory holds no useful pool."""
+        With `agreement`, the models of proxy and tuned all see the tokens of `role`, one of the two, for the
+        trace. UserError if vocabularies do not match or the memory holds no useful pool."""
         self.models, self.role, self.agreement = models, role, agreement
         how = options or DecodeOptions()
         if how.threads is not None:
@@ -117,8 +116,8 @@ class Decoder:
             names = list(dict.fromkeys([*names, *models.names("proxy"), "tuned"]))
         models.check(names)
         self.loaded = {name: models.get(name) for name in names}
-        self.lead = names[0]
-        head = self.loaded[self.lead]
+        self.target = names[0]
+        head = self.loaded[self.target]
         self.tokenizer = head.tokenizer
         self.text_of = ResponseText(head.tokenizer)
         self.max_batch = how.batch or MAX_ROWS
@@ -132,15 +131,15 @@ class Decoder:
         """What decodes, and what only watches."""
         reference = "tuned" if self.agreement else None
         if self.role != "proxy" and not self.agreement:
-            return Ensemble(runners, self.lead)
+            return Ensemble(runners, self.target)
         proxy = Ensemble(runners, "base", tuple(Term(*term) for term in self.models.terms()))
         if self.role == "proxy":
             return replace(proxy, reference=reference)
-        return Ensemble(runners, self.lead, observed=proxy, reference=reference)
+        return Ensemble(runners, self.target, observed=proxy, reference=reference)
 
     def _pool_tokens(self, kv_memory: int | None) -> int:
         """Tokens that every model's pool holds, such that all pools together stay within the memory."""
-        device = self.loaded[self.lead].device.type
+        device = self.loaded[self.target].device.type
         share = KV_SHARE if device == "cpu" else KV_SHARE_GPU
         budget = int(free_memory(device) * share) if kv_memory is None else kv_memory
         packed = [model.family for model in self.loaded.values() if model.family.path == "packed"]
@@ -155,8 +154,8 @@ class Decoder:
         return tokens
 
     def _runner(self, model: Loaded, pool: int) -> Runner:
-        family, lead = model.family, self.loaded[self.lead]
-        alignment = model.aligned_with(lead, self.models.system.vocab)
+        family, target = model.family, self.loaded[self.target]
+        alignment = model.aligned_with(target, self.models.system.vocab)
         if family.path == "reference":
             return ReferenceRunner(
                 model.forward, alignment, family.window, model.device, pool, cached=family.cached
@@ -250,7 +249,7 @@ class Decoder:
     ) -> Iterator[tuple[AlphaSchedule, Completion]]:
         """As `stream`, for every example under all of its alphas at once, which share the prompt's KV.
 
-        `on_text` does not say which alpha speaks."""
+        `on_text` does not say which alpha a text is of."""
         streams: dict[tuple[str, int], TextStream] = {}
 
         def hear(request: Request, token: int) -> None:
@@ -263,7 +262,7 @@ class Decoder:
         engine = Engine(
             self.ensemble,
             max_rows=self.max_batch,
-            prefill_tokens=PREFILL_TOKENS.get(self.loaded[self.lead].device.type, 512),
+            prefill_tokens=PREFILL_TOKENS.get(self.loaded[self.target].device.type, 512),
             trace=trace != "off",
             on_token=hear if on_text is not None else None,
             speculation=self.speculation,
@@ -316,7 +315,9 @@ class Decoder:
             self.stats.seconds = before + time.perf_counter() - began
             tag, ids = found.continuation.tag, found.continuation.ids
             assert isinstance(tag, Scored)
-            self.stats.prompt_tokens += len(found.continuation.contexts[self.lead]) if tag.number == 0 else 0
+            self.stats.prompt_tokens += (
+                len(found.continuation.contexts[self.target]) if tag.number == 0 else 0
+            )
             self.stats.generated_tokens += len(ids)
             for alpha, logprobs in zip(alphas, found.logprobs, strict=True):
                 yield (
@@ -369,13 +370,13 @@ class Decoder:
                 )
 
     def _eos(self) -> frozenset[int]:
-        """The end-of-sequence ids, as the base's: those of the lead, and those of the experts, which may end
-        in a way of their own (a chat model's end of turn)."""
-        ids = own_eos(self.loaded[self.lead])
+        """The end-of-sequence ids, as the base's: those of the target model, and those of the experts, which
+        may end in a way of their own (a chat model's end of turn)."""
+        ids = own_eos(self.loaded[self.target])
         for term in self.ensemble.terms:
             alignment = self.ensemble.runners[term.expert].alignment
             ids |= {mine for eos in own_eos(self.loaded[term.expert]) for mine in alignment.spelt_by(eos)}
-        return frozenset(token for token in ids if token < self._size)  # padding is never said
+        return frozenset(token for token in ids if token < self._size)  # padding is never generated
 
     def _completion(self, result: Result, sampling: Sampling) -> Completion:
         tag = result.request.tag
@@ -393,7 +394,7 @@ class Decoder:
         )
 
     def _traced(self, result: Result) -> tuple[TracedToken, ...]:
-        def said(token: int) -> str:
+        def shown(token: int) -> str:
             text = self.text_of([token])
             if text and "\ufffd" not in text:  # else a part of a letter, as others are
                 return text
@@ -402,13 +403,13 @@ class Decoder:
         single = self.role != "proxy" and not self.agreement  # then the combination is the model itself
         return tuple(
             TracedToken(
-                text=said(item.token),
+                text=shown(item.token),
                 id=item.token,
                 probability={
                     name: p for name, p in item.probability.items() if not (single and name == "proxy")
                 },
                 top={
-                    name: said(token) for name, token in item.top.items() if not (single and name == "proxy")
+                    name: shown(token) for name, token in item.top.items() if not (single and name == "proxy")
                 },
                 alpha=item.alpha,
                 divergence=dict(item.divergence),

@@ -18,8 +18,8 @@ def cut(text: str, stops: Sequence[str]) -> str:
 def stop_predicate(text_of: ResponseText, stops: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
     """Whether a response contains a stop string, looked for in its text, however it was tokenised.
 
-    Only as many last tokens are decoded as a stop string that ends in the newest one can span: a token stands
-    for a byte at least, and a few more cover letters that a byte sequence is cut in."""
+    Only as many last tokens are decoded as a stop string that ends in the newest one can span. A token is at
+    least a byte; a few more tokens cover letters whose bytes are cut."""
     if not stops:
         return None
     reach = max(len(stop.encode("utf-8")) for stop in stops) + 8
@@ -32,14 +32,13 @@ def stop_predicate(text_of: ResponseText, stops: Sequence[str]) -> Callable[[Seq
 
 
 def single_tokens(tokenizer: Tokenizer, texts: Sequence[str], size: int) -> frozenset[int]:
-    """The ids that say exactly one of these texts, with or without a space before it. UserError if a text has
-    none."""
+    """The ids whose text is exactly one of these texts, with or without a space before it. UserError if a
+    text has none."""
     wanted = {text: False for text in texts}
     found = set()
     if wanted:
         for index in tokenizer.get_vocab().values():
-            said = decode(tokenizer, [index])
-            text = said.removeprefix(" ")
+            text = decode(tokenizer, [index]).removeprefix(" ")
             if index < size and text in wanted:
                 found.add(index)
                 wanted[text] = True

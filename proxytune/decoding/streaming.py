@@ -14,7 +14,7 @@ class TextStream:
     def __init__(self, text_of: ResponseText, stops: Sequence[str]) -> None:
         self.text_of, self.stops = text_of, stops
         self._ids: list[int] = []
-        self._told = 0
+        self._streamed = 0
 
     def push(self, token: int) -> str:
         """The new text that is safe to show."""
@@ -22,11 +22,11 @@ class TextStream:
         text = self.text_of(self._ids)
         if text.endswith("\ufffd"):  # in the middle of a letter
             return ""
-        return self._tell(self._safe(text))
+        return self._next_piece(self._safe(text))
 
     def finish(self) -> str:
         """What is left at the end."""
-        return self._tell(cut(self.text_of(self._ids), self.stops))
+        return self._next_piece(cut(self.text_of(self._ids), self.stops))
 
     def _safe(self, text: str) -> str:
         """The text before a stop string, or before what may become one."""
@@ -35,7 +35,7 @@ class TextStream:
         begun = (size for stop in self.stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
         return text[: len(text) - max(begun, default=0)]
 
-    def _tell(self, safe: str) -> str:
-        piece = safe[self._told :]
-        self._told = max(self._told, len(safe))
+    def _next_piece(self, safe: str) -> str:
+        piece = safe[self._streamed :]
+        self._streamed = max(self._streamed, len(safe))
         return piece

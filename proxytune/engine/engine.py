@@ -1,4 +1,4 @@
-"""The decoding loop: plan, let the expert run ahead, let the others read, combine, choose, advance.
+"""The decoding loop: plan, draft, verify, combine, choose, advance.
 
 A prompt is prefilled but for its last token, so every token of a response, the first included, comes out of
 the same kind of step: every model is fed the row's last token, and the logits meet. Drafts only add tokens
@@ -20,9 +20,9 @@ from proxytune.engine.ensemble import Ensemble
 from proxytune.engine.logits import largest, log_probability, some
 from proxytune.engine.request import Plan, Request, Result, Row, TokenTrace, Work
 from proxytune.engine.runners.runner import forward_all
-from proxytune.engine.sampling import Spot, pick
+from proxytune.engine.sampling import RowPosition, pick
 from proxytune.engine.scheduler import Scheduler
-from proxytune.engine.speculative.draft_length import Pace
+from proxytune.engine.speculative.draft_length import DraftLength
 from proxytune.engine.speculative.drafter import (
     Drafter,
     Drafts,
@@ -53,7 +53,7 @@ class Counts:
     """Steps, counted once per row that decoded."""
     drafted: int = 0
     examined: int = 0
-    """Drafts up to and including the first of a step that did not stand."""
+    """Drafts up to and including the first rejected one of a step."""
     accepted: int = 0
 
 
@@ -69,10 +69,11 @@ class Engine:
         trace: bool = False,
         on_token: Callable[[Request, int], None] | None = None,
         speculation: Speculation | None = None,
-        pace: Pace | None = None,
+        draft_length: DraftLength | None = None,
     ) -> None:
         """`on_token` hears of every token as it is chosen; `trace` records every model's view of it;
-        without `speculation` decoding is plain. `pace`: what was measured before (the ensemble's own)."""
+        without `speculation` decoding is plain. `draft_length`: what was measured before (the ensemble's
+        own)."""
         self.ensemble, self.trace, self.on_token = ensemble, trace, on_token
         runners, settings = ensemble.runners, speculation or Speculation(k=0)
         caches = {name: runner.rows for name, runner in runners.items()}
@@ -80,12 +81,16 @@ class Engine:
         self._spelt = max(longest.values()) > 1
         self._spell = {name: runner.alignment.spell for name, runner in runners.items()}
         self.scheduler = Scheduler(caches, max_rows, prefill_tokens, longest)
-        front = ensemble.front(settings.drafter)
-        self.drafter = Drafter(runners, front, ensemble.lead, settings, pace or ensemble.pace)
+        draft_models = ensemble.draft_models(settings.drafter)
+        self.drafter = Drafter(
+            runners, draft_models, ensemble.target, settings, draft_length or ensemble.draft_length
+        )
         self.counts = Counts()
         self.device: DeviceLoop | None = None
         if not trace and steps_on_device(runners, settings):
-            self.device = DeviceLoop(self.scheduler, self.drafter, ensemble.graphs(front, settings.propose))
+            self.device = DeviceLoop(
+                self.scheduler, self.drafter, ensemble.graphs(draft_models, settings.propose)
+            )
 
     @property
     def busy(self) -> bool:
@@ -116,14 +121,14 @@ class Engine:
         self.scheduler.submit(request)
         if self.device is not None:
             self.device.expect(request)
-        self.counts.prompt_tokens += len(request.contexts[self.ensemble.lead])
+        self.counts.prompt_tokens += len(request.contexts[self.ensemble.target])
 
     def step(self) -> list[Result]:
         """Every decoding row gets a token or more, and some waiting prompts are prefilled. -> what
         finished. Steps on the device are read by the call after the one that starts them, or later."""
         device = self.device
-        if device is not None and device.flights:
-            return self._land(device)
+        if device is not None and device.in_flight:
+            return self._collect(device)
         plan = self.scheduler.plan(self.drafter.depths if device is None else device.depths)
         rows = self.scheduler.rows[: plan.decoding]
         if not rows or (device is not None and device.start(plan)):
@@ -140,12 +145,12 @@ class Engine:
         self._learn(rows, drafts, chosen, None if any(plan.prefill.values()) else seconds)
         return self._advance(rows, chosen)
 
-    def _land(self, device: DeviceLoop) -> list[Result]:
-        """Take in what a step on the device said."""
-        tokens, logprobs, drafts = device.land()
+    def _collect(self, device: DeviceLoop) -> list[Result]:
+        """Take in the output of a step on the device."""
+        tokens, logprobs, drafts = device.collect()
         chosen = [
-            [Chosen(token, logprob, None) for token, logprob in zip(*said, strict=True)]
-            for said in zip(tokens, logprobs, strict=True)
+            [Chosen(token, logprob, None) for token, logprob in zip(*own, strict=True)]
+            for own in zip(tokens, logprobs, strict=True)
         ]
         self._learn(self.scheduler.rows, drafts, chosen, None)
         return self._advance(self.scheduler.rows, chosen)
@@ -157,42 +162,42 @@ class Engine:
         chosen: Sequence[Sequence[Chosen]],
         seconds: StepSeconds | None,
     ) -> None:
-        """Count the drafts that stood, and let the drafter know how the step went."""
+        """Count the accepted drafts, and let the drafter know how the step went."""
         tokens = [[item.token for item in own] for own in chosen]
         self.drafter.watch(rows, tokens)
-        agreed = [same_prefix(own, said) for own, said in zip(tokens, drafts.tokens, strict=True)]
-        examined = sum(min(n + 1, len(said)) for n, said in zip(agreed, drafts.tokens, strict=True))
+        agreed = [same_prefix(own, drafted) for own, drafted in zip(tokens, drafts.tokens, strict=True)]
+        examined = sum(min(n + 1, len(drafted)) for n, drafted in zip(agreed, drafts.tokens, strict=True))
         self.counts.drafted += sum(map(len, drafts.tokens))
         self.counts.examined += examined
         self.counts.accepted += sum(agreed)
         self.drafter.learn(drafts, sum(agreed), examined, seconds)
 
     def _verify(self, plan: Plan, rows: Sequence[Row], drafts: Drafts) -> dict[str, Tensor]:
-        """The models behind the front on every row's last token and drafts: logits [sum of 1 + drafts, V]."""
-        behind = [name for name in self.ensemble.runners if name not in drafts.front]
-        work = {name: self.drafter.verification(name, rows, drafts, plan.prefill[name]) for name in behind}
+        """The verifying models on every row's last token and drafts: logits [sum of 1 + drafts, V]."""
+        verifiers = [name for name in self.ensemble.runners if name not in drafts.draft_models]
+        work = {name: self.drafter.verification(name, rows, drafts, plan.prefill[name]) for name in verifiers}
         return forward_all(self.ensemble.runners, work)
 
     def _accept(self, rows: Sequence[Row], drafts: Drafts, views: Mapping[str, Tensor]) -> list[list[Chosen]]:
-        """What the proxy says at the spots of the drafts, up to the first that it does not agree with. Where
-        no model ran ahead, the token after the drafts is known too."""
-        after = 0 if drafts.front else 1
-        spots = [
-            Spot(row, len(row.tokens) + offset)
-            for row, said in zip(rows, drafts.tokens, strict=True)
-            for offset in range(len(said) + after)
+        """The tokens of the proxy at the positions of the drafts, up to the first that it does not agree
+        with. Where no model drafted, the token after the drafts is known too."""
+        after = 0 if drafts.draft_models else 1
+        positions = [
+            RowPosition(row, len(row.tokens) + offset)
+            for row, drafted in zip(rows, drafts.tokens, strict=True)
+            for offset in range(len(drafted) + after)
         ]
-        if not spots:
+        if not positions:
             return [[] for _ in rows]
-        behind, at = list[int](), 0
-        for said in drafts.tokens:
-            behind += range(at, at + len(said) + after)
-            at += len(said) + 1
-        picked = self._settle(spots, {**some(views, behind), **drafts.logits})
+        keep, at = list[int](), 0
+        for drafted in drafts.tokens:
+            keep += range(at, at + len(drafted) + after)
+            at += len(drafted) + 1
+        picked = self._settle(positions, {**some(views, keep), **drafts.logits})
         chosen, at = [], 0
-        for said in drafts.tokens:
-            own = picked[at : at + len(said) + after]
-            chosen.append(own[: same_prefix([item.token for item in own], said) + 1])
+        for drafted in drafts.tokens:
+            own = picked[at : at + len(drafted) + after]
+            chosen.append(own[: same_prefix([item.token for item in own], drafted) + 1])
             at += len(own)
         return chosen
 
@@ -204,38 +209,39 @@ class Engine:
         views: Mapping[str, Tensor],
         chosen: list[list[Chosen]],
     ) -> int:
-        """Where all drafts stood, the front reads the last of them, and the proxy says one token more. ->
-        in how many rows."""
-        front = drafts.front
-        ends = [at - 1 for at in accumulate(len(said) + 1 for said in drafts.tokens)]
+        """Where all drafts are accepted, the draft models read the last of them, and the proxy chooses one
+        token more. -> in how many rows."""
+        draft_models = drafts.draft_models
+        ends = [at - 1 for at in accumulate(len(drafted) + 1 for drafted in drafts.tokens)]
         open_rows = [
             index
-            for index, (row, said, own) in enumerate(zip(rows, drafts.tokens, chosen, strict=True))
-            if [c.token for c in own] == said and not (said and said[-1] in row.request.eos)
+            for index, (row, drafted, own) in enumerate(zip(rows, drafts.tokens, chosen, strict=True))
+            if [c.token for c in own] == drafted and not (drafted and drafted[-1] in row.request.eos)
         ]
-        if not front or not open_rows:
+        if not draft_models or not open_rows:
             return 0
         prefill = plan.prefill if drafts.forwards == 0 else {}
         work = {
-            name: self.drafter.closing(name, rows, drafts, open_rows, prefill.get(name, ())) for name in front
+            name: self.drafter.closing(name, rows, drafts, open_rows, prefill.get(name, ()))
+            for name in draft_models
         }
         logits = forward_all(self.ensemble.runners, work)
-        behind = [ends[index] for index in open_rows]
-        logits |= some(views, behind)
-        spots = [
-            Spot(rows[index], len(rows[index].tokens) + len(drafts.tokens[index])) for index in open_rows
+        logits |= some(views, [ends[index] for index in open_rows])
+        positions = [
+            RowPosition(rows[index], len(rows[index].tokens) + len(drafts.tokens[index]))
+            for index in open_rows
         ]
-        for index, last in zip(open_rows, self._settle(spots, logits), strict=True):
+        for index, last in zip(open_rows, self._settle(positions, logits), strict=True):
             chosen[index].append(last)
         return len(open_rows)
 
-    def _settle(self, spots: Sequence[Spot], logits: Mapping[str, Tensor]) -> list[Chosen]:
-        """Combine logits [P, V] of every model and choose the tokens at P spots."""
-        alphas = [spot.row.request.alpha.at(spot.position) for spot in spots]
-        device = logits[self.ensemble.lead].device
+    def _settle(self, positions: Sequence[RowPosition], logits: Mapping[str, Tensor]) -> list[Chosen]:
+        """Combine logits [P, V] of every model and choose the tokens at P positions."""
+        alphas = [at.row.request.alpha.at(at.position) for at in positions]
+        device = logits[self.ensemble.target].device
         strength = torch.tensor(alphas, dtype=torch.float64, device=device)
         combined = self.ensemble.combine(logits, strength, all_moved=0.0 not in alphas)
-        tokens = pick(combined, spots)
+        tokens = pick(combined, positions)
         logprobs = log_probability(combined, tokens).tolist()
         ids: list[int] = tokens.tolist()
         traces = self._traces(combined, logits, tokens, alphas) if self.trace else [None] * len(ids)

@@ -14,7 +14,7 @@ from proxytune.engine.divergence import from_reference
 from proxytune.engine.logits import Shift, combine
 from proxytune.engine.runners.runner import ModelRunner, Runner
 from proxytune.engine.sampling import Propose
-from proxytune.engine.speculative.draft_length import Pace
+from proxytune.engine.speculative.draft_length import DraftLength
 from proxytune.engine.speculative.drafter import (
     LOOKUP,
 )
@@ -32,37 +32,38 @@ class Term:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Models that decode together: logits = lead + alpha * sum of the terms. One model alone has no terms."""
+    """Models that decode together: logits = target + alpha * sum of the terms. One model alone has no
+    terms."""
 
     runners: Mapping[str, Runner]
-    lead: str
+    target: str
     terms: tuple[Term, ...] = ()
     observed: Ensemble | None = None
     """What is traced as the proxy where it is not this combination that decodes."""
     reference: str | None = None
-    """The model whose divergence from the proxy and from its lead is traced; it only watches."""
-    pace: Pace = field(default_factory=Pace)
+    """The model whose divergence from the proxy and from its target model is traced; it only watches."""
+    draft_length: DraftLength = field(default_factory=DraftLength)
     """What its engines have measured so far."""
     _graphs: dict[tuple[tuple[str, ...], Propose | None], Graphs] = field(default_factory=dict)
-    """By front: they outlive the engine that made them."""
+    """By draft models: they outlive the engine that made them."""
 
     def combine(self, logits: Mapping[str, Tensor], alpha: Tensor, *, all_moved: bool = False) -> Tensor:
-        """Logits [B, V] per model, alpha [B] -> [B, V] on the lead's device; `all_moved`: no alpha is 0."""
-        lead = logits[self.lead]
+        """Logits [B, V] per model, alpha [B] -> [B, V] on the target's device; `all_moved`: no alpha is 0."""
+        target = logits[self.target]
         shifts = [
             Shift(
-                logits[t.expert].to(lead.device),
-                logits[t.antiexpert].to(lead.device),
+                logits[t.expert].to(target.device),
+                logits[t.antiexpert].to(target.device),
                 t.weight,
                 self._shared(t),
             )
             for t in self.terms
         ]
-        return combine(lead, shifts, alpha, all_moved=all_moved)
+        return combine(target, shifts, alpha, all_moved=all_moved)
 
-    def front(self, drafter: str | None = None) -> tuple[str, ...]:
+    def draft_models(self, drafter: str | None = None) -> tuple[str, ...]:
         """The expert that drafts (the first unless named) and the models on its weights; empty without
-        experts, and where earlier passages are all the drafts."""
+        experts, and where prompt lookup alone drafts."""
         experts = [term.expert for term in self.terms]
         if not experts or drafter == LOOKUP:
             return ()
@@ -83,22 +84,22 @@ class Ensemble:
         return {**views, "proxy": self.observed.combine(views, strength)}
 
     def divergence(self, views: Mapping[str, Tensor]) -> dict[str, list[float]]:
-        """`proxy` and its lead -> divergence of the reference from it, per row; nothing without a
+        """`proxy` and its target model -> divergence of the reference from it, per row; nothing without a
         reference."""
         if self.reference is None:
             return {}
-        lead = (self.observed or self).lead
+        target = (self.observed or self).target
         known = self.runners[self.reference].alignment.shared
-        return from_reference(views, self.reference, ("proxy", lead), known)
+        return from_reference(views, self.reference, ("proxy", target), known)
 
-    def graphs(self, front: tuple[str, ...], propose: Propose | None = None) -> Graphs:
+    def graphs(self, draft_models: tuple[str, ...], propose: Propose | None = None) -> Graphs:
         """The steps of this ensemble on its device, where all its models are."""
-        if (front, propose) not in self._graphs:
-            runner = self.runners[self.lead]
+        if (draft_models, propose) not in self._graphs:
+            runner = self.runners[self.target]
             assert isinstance(runner, ModelRunner)
-            step = DeviceStep(self.runners, front, self.lead, self.combine, propose)
-            self._graphs[front, propose] = Graphs(step, runner.device)
-        return self._graphs[front, propose]
+            step = DeviceStep(self.runners, draft_models, self.target, self.combine, propose)
+            self._graphs[draft_models, propose] = Graphs(step, runner.device)
+        return self._graphs[draft_models, propose]
 
     @property
     def graphs_made(self) -> int:

@@ -21,7 +21,7 @@ from proxytune.engine.runners.runner import Runner
 from proxytune.errors import UserError
 
 POSITIONS = 1024
-"""Positions whose logits are held at the same time."""
+"""Positions whose logits exist at the same time."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Likelihood:
 
     continuation: Continuation
     logprobs: Tensor  # [alphas, tokens], natural logarithm, before bans and warping
-    greedy: Tensor  # [alphas] bool: whether greedy decoding would say exactly this
+    greedy: Tensor  # [alphas] bool: whether greedy decoding would give exactly this
 
 
 def likelihoods(
@@ -69,7 +69,7 @@ def likelihoods(
 def _fed(runner: Runner, item: Continuation) -> tuple[list[int], list[int]]:
     """What a model is fed after its context but for the last id, and where in it logits are wanted.
 
-    Logits after the context's last id speak of the first token, and so on; the last token is only spoken of.
+    Logits after the context's last id are for the first token, and so on; the last token is only predicted.
     """
     ids: list[int] = []
     ends = [0]
@@ -196,7 +196,7 @@ def _under_alphas(
     alphas: Sequence[AlphaSchedule],
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every target, and whether it is the first choice: two [alphas, tokens]."""
-    device = logits[ensemble.lead].device
+    device = logits[ensemble.target].device
     tokens = torch.tensor(targets, device=device)
     logprobs, greedy = [], []
     for schedule in alphas:

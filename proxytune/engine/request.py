@@ -26,14 +26,14 @@ class Request:
     max_new_tokens: int
     """As in `sampling`, or less where a model's window is full first."""
     sampling: Sampling = GREEDY
-    """How tokens are chosen. What it says in texts (stops, bans) stands below in ids; its seed and the number
+    """How tokens are chosen. Its texts (stops, bans) are below, in ids; its seed and the number
     of responses are in `key`."""
     eos: frozenset[int] = frozenset()
     alpha: AlphaSchedule = UNIT
     banned: frozenset[int] = frozenset()
     banned_first: frozenset[int] = frozenset()
     forced: tuple[int, ...] = ()
-    """Tokens with which the response begins, whatever the logits say."""
+    """Tokens with which the response begins, whatever the logits are."""
     stop: Callable[[Sequence[int]], bool] | None = None
     """Whether the response, as ids so far, is to end here."""
     tag: object = None

@@ -37,7 +37,7 @@ class Scheduler:
         longest: Mapping[str, int] | None = None,
     ) -> None:
         """At most `max_rows` rows at a time, and `prefill_tokens` prompt tokens per model and step.
-        `longest`: most ids that one token takes in a model's vocabulary (1 unless said)."""
+        `longest`: most ids that one token takes in a model's vocabulary (1 by default)."""
         self.caches, self.longest = caches, longest or dict.fromkeys(caches, 1)
         self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
         self.rows: list[Row] = []
@@ -75,16 +75,17 @@ class Scheduler:
         """Rows that ended: a waiting request with the same prompt takes the place over, or the place is
         freed."""
         for index in sorted(done, reverse=True):
-            heir = self._heir(self.rows[index])
-            if heir is None:
+            successor = self._with_same_prompt(self.rows[index])
+            if successor is None:
                 self._drop(index)
                 continue
-            self.waiting.remove(heir)
-            self.rows[index] = heir
+            self.waiting.remove(successor)
+            self.rows[index] = successor
             for name, rows in self.caches.items():
-                rows.rewind(index, len(heir.request.contexts[name]) - 1)
+                rows.rewind(index, len(successor.request.contexts[name]) - 1)
 
-    def _heir(self, row: Row) -> Row | None:
+    def _with_same_prompt(self, row: Row) -> Row | None:
+        """A waiting request to share the prompt KV of a row (prefix sharing)."""
         return next((other for other in islice(self.waiting, LOOKAHEAD) if row.same_prompt(other)), None)
 
     def pending(self, name: str, index: int) -> int:
@@ -95,13 +96,13 @@ class Scheduler:
         return all(self.pending(name, index) == 1 for name in self.caches)
 
     def _order(self) -> int:
-        """Bring the rows that can decode to the front; -> how many they are."""
-        front = 0
+        """Bring the rows that can decode to the start; -> how many they are."""
+        decoding = 0
         for index in range(len(self.rows)):
             if self._ready(index):
-                self._swap(front, index)
-                front += 1
-        return front
+                self._swap(decoding, index)
+                decoding += 1
+        return decoding
 
     def _swap(self, one: int, other: int) -> None:
         if one == other:
@@ -142,7 +143,7 @@ class Scheduler:
         return lengths
 
     def _preempt(self) -> None:
-        """The youngest row gives up its KV and waits again; what it has said so far is kept."""
+        """The youngest row gives up its KV and waits again; what it has generated so far is kept."""
         youngest = max(range(len(self.rows)), key=lambda index: self.rows[index].ticket)
         row = self.rows[youngest]
         self._drop(youngest)

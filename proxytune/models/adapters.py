@@ -1,8 +1,8 @@
-"""Adapters from PEFT folders: on a model of their own, or on the weights that the antiexpert also stands on.
+"""Adapters from PEFT folders: on a model of their own, or on the weights that the antiexpert also runs on.
 
 A LoRA adapter that shares weights acts on a span of the tokens, so that both models go through the weights in
-one forward (core/lora.py). What is no plain LoRA (DoRA, a retrained head) is switched by PEFT per forward
-instead. A soft prompt leaves the weights alone: it is a table of embeddings."""
+one forward (engine/runners/lora.py). What is no plain LoRA (DoRA, a retrained head) is switched by PEFT per
+forward instead. A soft prompt leaves the weights alone: it is a table of embeddings."""
 
 from __future__ import annotations
 

@@ -71,10 +71,10 @@ class Loaded:
 
     @property
     def forward(self) -> Forward:
-        """The module's own forward, or the lean one, where its adapters act on spans of the tokens (or there
+        """The module's own forward, or LlamaForward, where its adapters act on spans of the tokens (or there
         are none); otherwise its own with this model's adapter, and no other, in force."""
         if self.adapters.peft is None:
-            forward: Forward = self.family.lean or self.module
+            forward: Forward = self.family.llama_forward or self.module
             return forward
         return AdapterSwitch(self.module, self.adapters.peft, self.adapter)
 
@@ -91,14 +91,14 @@ class Loaded:
 
     @property
     def size(self) -> int:
-        """Ids that it can say: the head without its padding rows."""
+        """Ids that it can generate: the head without its padding rows."""
         return size_of(self.tokenizer, self.vocabulary)
 
-    def aligned_with(self, lead: Loaded, mode: Literal["strict", "intersect"]) -> VocabMap:
-        """The map from the ids of `lead` to its own; UserError that names the first ids that differ."""
-        if lead is self:
+    def aligned_with(self, target: Loaded, mode: Literal["strict", "intersect"]) -> VocabMap:
+        """The map from the ids of `target` to its own; UserError that names the first ids that differ."""
+        if target is self:
             return VocabMap(self.size)
-        return align(lead.tokenizer, lead.size, self.tokenizer, self.vocabulary, self.name, mode)
+        return align(target.tokenizer, target.size, self.tokenizer, self.vocabulary, self.name, mode)
 
     @property
     def virtual_ids(self) -> tuple[int, ...]:
@@ -123,7 +123,7 @@ class Models:
 
     system: System
     trust_remote_code: bool = False
-    """Allow remote code for every role, beside what the specs say."""
+    """Allow remote code for every role, beside what the specs allow."""
     on_load: Callable[[str, ModelSpec], None] | None = None
     """Hears of every model before it is loaded: loading is slow, and people want to see what goes on."""
     _loaded: dict[str, Loaded] = field(default_factory=dict)

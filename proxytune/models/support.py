@@ -2,8 +2,8 @@
 
 Many families ignore a registered attention function, apply sliding windows only through the mask that we do
 not receive, or rotate by the length of the call. Nothing here goes by a family's name: a model is asked what
-it stores, what reaches our function is held against what its configuration promises, and then two ragged
-rows, in two chunks, are held against one plain forward."""
+it stores, what reaches our function is compared with what its configuration promises, and then two ragged
+rows, in two chunks, are compared with one plain forward."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Family:
     layers: tuple[LayerShape, ...] = ()
     devices: tuple[torch.device, ...] = ()
     dtype: torch.dtype = torch.float32
-    lean: LlamaForward | None = None
+    llama_forward: LlamaForward | None = None
     """The same forward at less cost, where the model has the form for it."""
 
 
@@ -142,9 +142,11 @@ def _packed(model: PreTrainedModel, window: int) -> Family:
     if not apart <= limit:
         raise Unfit(f"packed and plain logits differ by {apart:.2g} standard deviations")
     model.config.pad_token_id = None  # GPT-2 looks for padding in every call, for which the host would wait
-    lean = LlamaForward.of(model, layers, window)
-    same = lean is not None and _lean_is_right(lean, family, device, ids, plain, limit)
-    return replace(family, lean=lean) if same else family
+    llama_forward = LlamaForward.of(model, layers, window)
+    same = llama_forward is not None and _llama_forward_is_right(
+        llama_forward, family, device, ids, plain, limit
+    )
+    return replace(family, llama_forward=llama_forward) if same else family
 
 
 def _check_layers(config: Any, seen: Discovery) -> None:
@@ -197,17 +199,17 @@ def _probe(
     return max(errors, key=lambda error: (math.isnan(error), error))
 
 
-def _lean_is_right(
-    lean: LlamaForward,
+def _llama_forward_is_right(
+    llama_forward: LlamaForward,
     family: Family,
     device: torch.device,
     ids: list[list[int]],
     plain: list[Tensor],
     limit: float,
 ) -> bool:
-    """Whether the lean forward gives the plain logits. Parts of the same names can be of another make."""
+    """Whether it gives the plain logits. Parts of the same names can be of another make."""
     try:
-        return _probe(lean, family, device, ids, plain) <= limit
+        return _probe(llama_forward, family, device, ids, plain) <= limit
     except ANOTHER_MAKE:
         return False
 

@@ -15,7 +15,7 @@ Tokenizer = Any
 
 
 def size_of(tokenizer: Tokenizer, logits: int) -> int:
-    """Ids that a model can say: its tokenizer's, without the padding rows of its head (Qwen)."""
+    """Ids that a model can generate: its tokenizer's, without the padding rows of its head (Qwen)."""
     return min(int(max(tokenizer.get_vocab().values())) + 1, logits)
 
 
@@ -47,8 +47,8 @@ def align(
 
 def _difference(mine: Mapping[str, int], theirs: Mapping[str, int], name: str) -> str:
     differing = sorted((index, token) for token, index in mine.items() if theirs.get(token) != index)
-    said = {index: token for token, index in theirs.items()}
-    shown = ", ".join(f"{i}: {token!r} is {said.get(i, 'nothing')!r} there" for i, token in differing[:3])
+    token_at = {index: token for token, index in theirs.items()}
+    shown = ", ".join(f"{i}: {token!r} is {token_at.get(i, 'nothing')!r} there" for i, token in differing[:3])
     return (
         f"the vocabularies of the base and the {name} differ at {len(differing)} of {len(mine)} ids "
         f"({shown}). "

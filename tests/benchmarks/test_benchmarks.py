@@ -111,7 +111,7 @@ def test_only_takes_cases_and_ratios(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--only", "mixd"], "Did you mean: mixed"),
         (["--shape", "13b"], "13b+7b+7b"),
@@ -119,14 +119,14 @@ def test_only_takes_cases_and_ratios(capsys: pytest.CaptureFixture[str]) -> None
     ],
 )
 def test_user_errors_are_one_line(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     with pytest.raises(SystemExit) as ended:
         decode.main(arguments)
     shown = capsys.readouterr()
-    assert ended.value.code == 2 and shown.out == "" and said in shown.err and shown.err.count("\n") == 1
+    assert ended.value.code == 2 and shown.out == "" and message in shown.err and shown.err.count("\n") == 1
 
 
 def test_the_kernels_of_the_cpu_are_timed(
@@ -159,7 +159,7 @@ BOTH_WAYS.remove(("trained_batch1", False))  # the smoke run has it
 def test_the_gpu_cases_run_in_miniature_on_the_cpu(
     case: str, on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With slots, and in steps over pages as on a GPU: dialled drafts too."""
+    """With slots, and in steps over pages as on a GPU: drafts with synthetic acceptance too."""
     lengths = set[int]()
     if on_device:
         as_on_a_device(monkeypatch)
@@ -190,17 +190,15 @@ def test_the_papers_loop_says_what_full_forwards_say() -> None:
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-def test_the_dial_sets_acceptance_and_leaves_the_tokens(
-    on_device: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_synthetic_acceptance_leaves_the_tokens(on_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if on_device:
         as_on_a_device(monkeypatch)
     bench = shapes.random_bench("smoke", CPU, torch.float64, 8)
-    work = workload("dialled", random_contexts(6, 3, 12, 512), [60] * 6)
+    work = workload("synthetic", random_contexts(6, 3, 12, 512), [60] * 6)
     plain = Ours(bench, work, max_rows=6)
     truth = plain.run().tokens
     for share in (0.0, 0.5, 1.0):
-        outcome = plain.dialled(share, truth, 3).run()
+        outcome = plain.with_synthetic_acceptance(share, truth, 3).run()
         assert outcome.tokens == truth
         assert abs(outcome.accepted / outcome.drafted - share) < 0.1
 
@@ -218,15 +216,15 @@ def test_baselines_run_hugging_faces_layers_and_ours_run_ours() -> None:
         assert ours["base"].config._attn_implementation == "proxytune"
 
 
-def test_divergence_is_found_and_its_margin_told() -> None:
+def test_divergence_is_found_with_its_margin() -> None:
     bench = shapes.random_bench("smoke", CPU, torch.float64, 4)
     work = workload("one", random_contexts(1, 5, 5, 512), [5])
     paper = PaperLoop(bench, work).contender("paper's loop")
     timed = Timed(paper, observe(paper, print))
-    said = [list(timed.observed.outcome.tokens[0])]
-    assert Oracle(bench, work, dict(enumerate(said))).check(timed) == (0, None)
-    said[0][3] += 1
-    diverged, margin = Oracle(bench, work, dict(enumerate(said))).check(timed)
+    generated = [list(timed.observed.outcome.tokens[0])]
+    assert Oracle(bench, work, dict(enumerate(generated))).check(timed) == (0, None)
+    generated[0][3] += 1
+    diverged, margin = Oracle(bench, work, dict(enumerate(generated))).check(timed)
     assert diverged == 1 and margin is not None and margin > 0
 
 

@@ -229,7 +229,7 @@ def test_generate_speculates_as_asked(yaml: Path, decoders: list[Decoder]) -> No
     assert [response["token_ids"] for response in printed["responses"]] == drafted[0]
     assert (
         decoders[3].speculation == Speculation(drafter="lookup")
-        and decoders[3].ensemble.front("lookup") == ()
+        and decoders[3].ensemble.draft_models("lookup") == ()
     )
     for options, line in BAD_DRAFTS:
         refused(proxytune(*common, *options), line)

@@ -24,13 +24,13 @@ from tests.support.decoders import SAMPLERS, by_id, check, decoder, example, kv_
 from tests.support.memory import leave_free
 from tests.support.tiny import spec
 
-PACES = {"plain": Speculation(k=0), "drafts of 3": Speculation(k=3), "adaptive": Speculation()}
+SPECULATIONS = {"plain": Speculation(k=0), "drafts of 3": Speculation(k=3), "adaptive": Speculation()}
 
 
-@pytest.fixture(params=PACES, autouse=True)
-def pace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(params=SPECULATIONS, autouse=True)
+def speculation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test of this file holds without speculation and with it."""
-    monkeypatch.setattr(decoders, "pace", PACES[request.param])
+    monkeypatch.setattr(decoders, "speculation", SPECULATIONS[request.param])
     return str(request.param)
 
 

@@ -261,8 +261,8 @@ def test_a_stream_shows_text_as_soon_as_it_is_sure() -> None:
     assert pieces == ["", "é", "", "", "\n\nN", "o", "", "", ""]
     assert stream.finish() == ""
     stream = TextStream(TEXT, ["\n\nQ"])
-    told = "".join(stream.push(token) for token in BYTES.encode("a\n\n", add_special_tokens=False))
-    assert told == "a" and stream.finish() == "\n\n"
+    streamed = "".join(stream.push(token) for token in BYTES.encode("a\n\n", add_special_tokens=False))
+    assert streamed == "a" and stream.finish() == "\n\n"
 
 
 def test_special_tokens_are_not_text() -> None:

@@ -65,19 +65,19 @@ def test_what_is_traced_is_what_the_models_say(
     names = ("base", "expert", "antiexpert", "tuned")
     plain = {n: AutoModelForCausalLM.from_pretrained(models.spec(n).model, dtype="float64") for n in names}
     for example, trace in zip(job.data.examples, read_traces(tmp_path), strict=True):
-        said = [token["id"] for token in trace["tokens"]]
+        response = [token["id"] for token in trace["tokens"]]
         logits = {}
         for name, module in plain.items():
             model = models.get(name)
-            ids = [*context(model.spec, model.tokenizer, "direct", example.prompt), *said]
+            ids = [*context(model.spec, model.tokenizer, "direct", example.prompt), *response]
             with torch.inference_mode():
                 full = module(input_ids=torch.tensor([ids])).logits[0]
-            logits[name] = full[-len(said) - 1 : -1].double()
+            logits[name] = full[-len(response) - 1 : -1].double()
         logits["proxy"] = logits["base"] + logits["expert"] - logits["antiexpert"]
         p = {name: values.log_softmax(-1) for name, values in logits.items()}
         for at, token in enumerate(trace["tokens"]):
             for name in p:
-                assert token["probability"][name] == pytest.approx(p[name][at, said[at]].exp().item())
+                assert token["probability"][name] == pytest.approx(p[name][at, response[at]].exp().item())
             for name in ("proxy", "base"):
                 stated = (p["tuned"][at].exp() * (p["tuned"][at] - p[name][at])).sum().item()
                 assert token["divergence"][name] == pytest.approx(stated)

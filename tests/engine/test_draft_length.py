@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from proxytune.engine.speculative.draft_length import LADDER, Pace, Times
+from proxytune.engine.speculative.draft_length import LADDER, DraftLength, LatencyTable
 
 Cost = Callable[[int], float]
 
@@ -15,24 +15,24 @@ Cost = Callable[[int], float]
 def ride(
     verify: Cost, draft: Cost, acceptance: float, rows: int, steps: int = 400
 ) -> tuple[dict[int, int], float, float]:
-    """Let a Pace drive a machine. -> how often each k was chosen in the last quarter, tokens per second, and
-    those of plain decoding."""
-    pace, draw = Pace(), random.Random(1)
+    """Let a DraftLength drive a machine. -> how often each k was chosen in the last quarter, tokens per
+    second, and those of plain decoding."""
+    draft_length, draw = DraftLength(), random.Random(1)
     chosen: dict[int, int] = {}
     tokens = seconds = 0.0
     for step in range(steps):
-        k = pace.choose(rows)
-        stood = [next((j for j in range(k) if draw.random() >= acceptance), k) for _ in range(rows)]
+        k = draft_length.choose(rows)
+        accepted = [next((j for j in range(k) if draw.random() >= acceptance), k) for _ in range(rows)]
         spent = k * draft(rows) + verify(rows * (k + 1))
         if k:
-            pace.saw_drafts(rows, k, k * rows, k * draft(rows))
-            pace.acceptance.add(sum(stood), sum(min(n + 1, k) for n in stood))
-        pace.verify.add(rows * (k + 1), verify(rows * (k + 1)))
-        closing = sum(n == k for n in stood)
+            draft_length.saw_drafts(rows, k, k * rows, k * draft(rows))
+            draft_length.acceptance.add(sum(accepted), sum(min(n + 1, k) for n in accepted))
+        draft_length.verify.add(rows * (k + 1), verify(rows * (k + 1)))
+        closing = sum(n == k for n in accepted)
         if closing:
-            pace.close.add(closing, draft(closing))
+            draft_length.close.add(closing, draft(closing))
             spent += draft(closing)
-        tokens += sum(n + 1 for n in stood)
+        tokens += sum(n + 1 for n in accepted)
         seconds += spent
         if step >= steps * 3 // 4:
             chosen[k] = chosen.get(k, 0) + 1
@@ -75,7 +75,7 @@ def test_never_much_slower_than_plain(verify: Cost, rows: int, acceptance: float
 @pytest.mark.parametrize("rows", [1, 8, 32])
 @pytest.mark.parametrize("verify", [flat, bound])
 def test_trying_out_is_cheap_where_drafts_are_bad(verify: Cost, rows: int) -> None:
-    """Responses of 40 tokens, one in ten drafts stands."""
+    """Responses of 40 tokens, one in ten drafts is accepted."""
     _, speed, plain = ride(verify, lambda n: 0.1 * verify(n), 0.1, rows, steps=40)
     assert speed > 0.9 * plain
 
@@ -92,104 +92,108 @@ def test_the_trap_of_two_tokens() -> None:
 
 
 def test_a_drafter_that_gets_better_is_noticed() -> None:
-    pace = Pace()
+    draft_length = DraftLength()
     for tokens in (1, 2, 4):
         for _ in range(3):
-            pace.verify.add(tokens, 10.0)
+            draft_length.verify.add(tokens, 10.0)
     for _ in range(3):
-        pace.draft.add(1, 1.0)
-        pace.close.add(1, 1.0)
+        draft_length.draft.add(1, 1.0)
+        draft_length.close.add(1, 1.0)
     for _ in range(200):
-        pace.acceptance.add(0, 1)
-    assert pace.choose(1) == 0
+        draft_length.acceptance.add(0, 1)
+    assert draft_length.choose(1) == 0
     tried = 0
     for _ in range(20_000):
-        k = pace.choose(1)
+        k = draft_length.choose(1)
         if k:
             tried += 1
-            pace.acceptance.add(k, k)
-    assert tried > 10 and pace.choose(1) == max(LADDER)
+            draft_length.acceptance.add(k, k)
+    assert tried > 10 and draft_length.choose(1) == max(LADDER)
 
 
 def test_a_slow_minute_is_forgotten() -> None:
     """The longer draft was measured while the machine was busy; later it costs no more than the shorter."""
-    pace = Pace()
-    pace.draft.add(1, 1.0), pace.draft.add(1, 1.0)
-    pace.close.add(1, 1.0), pace.close.add(1, 1.0)
+    draft_length = DraftLength()
+    draft_length.draft.add(1, 1.0), draft_length.draft.add(1, 1.0)
+    draft_length.close.add(1, 1.0), draft_length.close.add(1, 1.0)
     for tokens, seconds in ((1, 10.0), (2, 10.0), (4, 10.0), (5, 30.0), (7, 30.0), (9, 30.0)):
         for _ in range(4):
-            pace.verify.add(tokens, seconds)
+            draft_length.verify.add(tokens, seconds)
     for _ in range(200):
-        pace.acceptance.add(19, 20)
-    assert pace.choose(1) == 3
+        draft_length.acceptance.add(19, 20)
+    assert draft_length.choose(1) == 3
     chosen = []
     for _ in range(1000):
-        chosen.append(pace.choose(1))
-        pace.verify.add(chosen[-1] + 1, 10.0)
+        chosen.append(draft_length.choose(1))
+        draft_length.verify.add(chosen[-1] + 1, 10.0)
     assert min(chosen[-100:]) > 3
 
 
-def measured(close: float, verify: Cost, rows: int = 1) -> Pace:
+def measured(close: float, verify: Cost, rows: int = 1) -> DraftLength:
     """What plain steps and a few drafts have shown."""
-    pace = Pace()
+    draft_length = DraftLength()
     for tokens in (rows, 2 * rows, 4 * rows, 8 * rows):
-        pace.verify.add(tokens, verify(tokens)), pace.verify.add(tokens, verify(tokens))
-    for times in (pace.close, pace.draft):
+        draft_length.verify.add(tokens, verify(tokens)), draft_length.verify.add(tokens, verify(tokens))
+    for times in (draft_length.close, draft_length.draft):
         times.add(rows, close), times.add(rows, close)
-    return pace
+    return draft_length
 
 
-def test_passages_for_all_models_where_they_win() -> None:
+def test_prompt_lookup_for_all_models_where_it_wins() -> None:
     """Before they were ever a draft: from what was seen of them, and from what wider forwards cost."""
-    pace = measured(3.0, flat)
+    draft_length = measured(3.0, flat)
     for _ in range(30):
-        pace.acceptance.add(0, 1)
-    assert not pace.looks_up([0], 0), "no passage"
+        draft_length.acceptance.add(0, 1)
+    assert not draft_length.prefers_lookup([0], 0), "nothing found"
     for _ in range(30):
-        pace.passages.add(0, 1)
-    assert not pace.looks_up([6], 0)
+        draft_length.lookup_acceptance.add(0, 1)
+    assert not draft_length.prefers_lookup([6], 0)
     for _ in range(30):
-        pace.passages.add(6, 6)
-    assert pace.looks_up([6], 0) and not pace.looks_up([], 0)
+        draft_length.lookup_acceptance.add(6, 6)
+    assert draft_length.prefers_lookup([6], 0) and not draft_length.prefers_lookup([], 0)
     wide, better = measured(10.0, bound), measured(1.0, flat)
-    wide.passages = better.passages = pace.passages
+    wide.lookup_acceptance = better.lookup_acceptance = draft_length.lookup_acceptance
     for _ in range(100):
         better.acceptance.add(8, 8)
-    assert not wide.looks_up([6], 0), "reading it takes as long as saying it"
-    assert not better.looks_up([2], 8), "the expert goes further"
+    assert not wide.prefers_lookup([6], 0), "reading it takes as long as choosing it"
+    assert not better.prefers_lookup([2], 8), "the expert goes further"
 
 
-def test_what_passages_cost_is_measured() -> None:
-    pace = measured(3.0, flat)
-    pace.passages.held = pace.passages.asked = 100.0
-    assert pace.looks_up([6], 0)
+def test_what_prompt_lookup_costs_is_measured() -> None:
+    draft_length = measured(3.0, flat)
+    draft_length.lookup_acceptance.accepted = draft_length.lookup_acceptance.examined = 100.0
+    assert draft_length.prefers_lookup([6], 0)
     for _ in range(3):
-        pace.lookup.add(7, 200.0)
-    assert sum(pace.looks_up([6], 0) for _ in range(320)) == 10, "it may have been a slow minute"
+        draft_length.lookup.add(7, 200.0)
+    assert sum(draft_length.prefers_lookup([6], 0) for _ in range(320)) == 10, (
+        "it may have been a slow minute"
+    )
 
 
-def test_passages_without_an_expert() -> None:
-    """Eight rows, one of them quoting: it reads its passage beside the last tokens of the others."""
-    pace = Pace()
+def test_prompt_lookup_without_an_expert() -> None:
+    """Eight rows, one of them quoting: it reads its drafts beside the last tokens of the others."""
+    draft_length = DraftLength()
     for _ in range(3):
-        pace.verify.add(8, 10.0)
-    pace.passages.held = pace.passages.asked = 100.0
+        draft_length.verify.add(8, 10.0)
+    draft_length.lookup_acceptance.accepted = draft_length.lookup_acceptance.examined = 100.0
     taken = 0
     for _ in range(100):
         found = [6, 0, 0, 0, 0, 0, 0, 0]
-        looked_up = pace.looks_up(found, 0)
+        looked_up = draft_length.prefers_lookup(found, 0)
         taken += looked_up
-        (pace.lookup if looked_up else pace.verify).add(14 if looked_up else 8, 11.0 if looked_up else 10.0)
+        (draft_length.lookup if looked_up else draft_length.verify).add(
+            14 if looked_up else 8, 11.0 if looked_up else 10.0
+        )
     assert taken == 100
 
 
-def test_the_drafter_reads_passages_where_that_saves_forwards() -> None:
+def test_the_drafter_reads_prompt_lookup_where_that_saves_forwards() -> None:
     def reads(wide: float, share: float) -> int:
-        pace = Pace()
+        draft_length = DraftLength()
         for _ in range(3):
-            pace.read.add(1, 1.0), pace.read.add(7, wide)
-        pace.guesses.held, pace.guesses.asked = share * 100, 100.0
-        return sum(pace.guessing(1, 6) for _ in range(160))
+            draft_length.read.add(1, 1.0), draft_length.read.add(7, wide)
+        draft_length.guesses.accepted, draft_length.guesses.examined = share * 100, 100.0
+        return sum(draft_length.guessing(1, 6) for _ in range(160))
 
     assert reads(1.5, 0.9) == reads(1.5, 0.4) == 160
     assert reads(1.5, 0.2) == reads(5.0, 0.7) == 10, "tried in any case, to be measured"
@@ -197,15 +201,15 @@ def test_the_drafter_reads_passages_where_that_saves_forwards() -> None:
 
 def test_no_retries_where_even_good_drafts_would_lose() -> None:
     """64 rows, products bound by arithmetic: drafts of any quality lose, and none is tried for ever."""
-    pace = measured(1.0, lambda tokens: 10.0 * tokens, rows=64)
+    draft_length = measured(1.0, lambda tokens: 10.0 * tokens, rows=64)
     for _ in range(200):
-        pace.acceptance.add(0, 1)
-    assert not any(pace.choose(64) for _ in range(1000))
+        draft_length.acceptance.add(0, 1)
+    assert not any(draft_length.choose(64) for _ in range(1000))
 
 
 def test_times_of_about_as_many_tokens_count_together() -> None:
     """Batches of 100 to 104 rows, each seen once: noise must not choose between them."""
-    times = Times()
+    times = LatencyTable()
     for tokens, seconds in ((100, 10.0), (101, 14.0), (102, 9.0), (103, 12.0), (104, 10.0)):
         times.add(tokens, seconds)
     assert times.known(102) and abs(times.at(100) - times.at(104)) < 0.5
@@ -214,7 +218,7 @@ def test_times_of_about_as_many_tokens_count_together() -> None:
 
 def test_what_slows_one_size_down_slows_all() -> None:
     """Rows grow longer: a size that was measured when they were short must not look cheap for ever."""
-    times = Times()
+    times = LatencyTable()
     for tokens, seconds in ((4, 1.0), (4, 1.0), (16, 3.0), (16, 3.0), *[(4, 2.0)] * 20):
         times.add(tokens, seconds)
     assert abs(times.at(4) - 2.0) < 0.05 and 4.5 < times.at(16) < 6.0
@@ -222,7 +226,7 @@ def test_what_slows_one_size_down_slows_all() -> None:
 
 
 def test_times() -> None:
-    times = Times()
+    times = LatencyTable()
     assert times.at(3) == 0.0 and not times.known(1)
     times.add(4, 9.0)
     times.add(4, 2.0)

@@ -154,8 +154,8 @@ class Machine(RuleBasedStateMachine):
             assert used * PAGE <= self.cache.peak_bytes // self.cache.spec.bytes_per_token <= tokens
         else:
             assert self.cache.slots * self.cache.slot_length <= tokens
-            held = sum(map(len, self.model))
-            assert held <= self.cache.peak_bytes // self.cache.spec.bytes_per_token <= tokens
+            used = sum(map(len, self.model))
+            assert used <= self.cache.peak_bytes // self.cache.spec.bytes_per_token <= tokens
 
     def teardown(self) -> None:
         if not hasattr(self, "model"):
@@ -270,7 +270,7 @@ def test_a_page_that_is_shared_cannot_be_written_again() -> None:
         cache.rewind(1, PAGE - 1)
 
 
-def test_peak_is_the_most_that_was_ever_held() -> None:
+def test_peak_is_the_most_that_was_ever_used() -> None:
     for layout in LAYOUTS:
         cache = make(layout, 64 * PAGE)
         assert cache.peak_bytes == 0

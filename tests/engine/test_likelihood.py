@@ -39,7 +39,7 @@ def expected(d: Decoder, item: Continuation, alpha: object) -> tuple[list[float]
         views = {
             n: oracle.last_logits(plain(d, n), [*item.contexts[n], *item.ids[:position]]) for n in d.loaded
         }
-        z = views[d.lead]
+        z = views[d.target]
         for term in d.ensemble.terms:
             z = z + schedule.at(position) * term.weight * (views[term.expert] - views[term.antiexpert])
         values.append(float(z.log_softmax(-1)[token]))
@@ -70,11 +70,11 @@ def test_greedy_flag_is_true_for_what_greedy_decoding_says(trio: System) -> None
     from proxytune.config import Sampling
 
     d, e = decoder(trio), example("what?")
-    said = next(iter(d.stream([e], Sampling(max_new_tokens=6))))
-    item = Continuation(d.contexts(e.prompt), said.token_ids)
+    response = next(iter(d.stream([e], Sampling(max_new_tokens=6))))
+    item = Continuation(d.contexts(e.prompt), response.token_ids)
     result = next(iter(likelihoods(d.ensemble, [item], [parse_alpha(1), parse_alpha(0)])))
     assert result.greedy.tolist() == [True, False]
-    assert float(result.logprobs[0].sum()) == pytest.approx(said.logprob, abs=1e-9)
+    assert float(result.logprobs[0].sum()) == pytest.approx(response.logprob, abs=1e-9)
 
 
 def test_any_role_and_the_slow_path(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The lean forward: taken where a model has the form for it, as the numbers show, and the same to the last
+"""LlamaForward: taken where a model has the form for it, as the numbers show, and the same to the last
 digits."""
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ FORM = {
 }
 
 
-def is_lean(model: Any) -> bool:
+def has_llama_forward(model: Any) -> bool:
     family = examine(model)
     assert family.path == "packed"
-    return family.lean is not None
+    return family.llama_forward is not None
 
 
 @pytest.mark.parametrize("name", tiny.PACKED)
 def test_who_has_the_form(name: str) -> None:
-    assert is_lean(tiny.build(name)) == (name in FORM)
+    assert has_llama_forward(tiny.build(name)) == (name in FORM)
 
 
 def once(forward: Any, family: Family, ids: list[int]) -> Tensor:
@@ -72,9 +72,9 @@ def test_the_same_logits(
         without_row_kernels(monkeypatch)
     model = tiny.build(name, 1).to(dtype)
     family = examine(model)  # type: ignore[arg-type]
-    assert family.lean is not None
+    assert family.llama_forward is not None
     ids = [(7 * i * i + 3) % tiny.VOCABULARY for i in range(40)]
-    got, want = once(family.lean, family, ids), once(model, family, ids)
+    got, want = once(family.llama_forward, family, ids), once(model, family, ids)
     limit = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
     assert (got - want).abs().max() <= limit * want.std()
 
@@ -86,7 +86,9 @@ MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multipl
 def test_the_numbers_find_out_what_looks_alike(multiplier: str) -> None:
     """Granite has the same parts. What it multiplies on the way shows, except the strength of attention,
     which it hands to our function."""
-    assert is_lean(tiny.build("granite", **{multiplier: 0.9})) == (multiplier == "attention_multiplier")
+    assert has_llama_forward(tiny.build("granite", **{multiplier: 0.9})) == (
+        multiplier == "attention_multiplier"
+    )
 
 
 def test_a_part_of_another_make_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,14 +115,14 @@ def test_a_part_of_another_make_is_not_taken_for_it(monkeypatch: pytest.MonkeyPa
     for layer in model.model.layers:
         layer.mlp = Pair(layer.mlp)
         layer.__class__ = Unpacking
-    assert not is_lean(model)
+    assert not has_llama_forward(model)
 
 
 def test_hooks_are_not_skipped() -> None:
     """Whoever hangs a hook on a module wants it called; accelerate moves weights in one."""
     model: Any = tiny.build("llama")
     model.model.layers[0].register_forward_hook(lambda *called: None)
-    assert not is_lean(model)
+    assert not has_llama_forward(model)
 
 
 def test_what_is_put_in_later_is_used() -> None:
@@ -128,9 +130,9 @@ def test_what_is_put_in_later_is_used() -> None:
     model: Any = tiny.build("llama")
     family = examine(model)
     ids = [5, 6, 7]
-    before = once(family.lean, family, ids)
+    before = once(family.llama_forward, family, ids)
     model.model.layers[1].self_attn.v_proj = nn.Linear(32, 16, bias=False).double()
-    after = once(family.lean, family, ids)
+    after = once(family.llama_forward, family, ids)
     assert (after - before).abs().max() > 1e-3
     assert (after - once(model, family, ids)).abs().max() < 1e-12
 
@@ -139,12 +141,12 @@ def test_rotations_are_computed_as_far_as_they_are_needed() -> None:
     """Some positions at once, more when a row grows beyond them, and none beyond the window."""
     model = tiny.build("llama", 1, max_position_embeddings=700)
     family = examine(model)  # type: ignore[arg-type]
-    assert family.lean is not None
+    assert family.llama_forward is not None
     for length, known in ((5, FIRST), (300, 600), (650, 700)):
         ids = [(7 * i * i + 3) % tiny.VOCABULARY for i in range(length)]
-        got, want = once(family.lean, family, ids), once(model, family, ids)
+        got, want = once(family.llama_forward, family, ids), once(model, family, ids)
         assert (got - want).abs().max() <= 1e-12 * want.std()
-        assert family.lean._turns is not None and len(family.lean._turns[0]) == known
+        assert family.llama_forward._turns is not None and len(family.llama_forward._turns[0]) == known
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -1,4 +1,4 @@
-"""Prompt lookup: the host's passages, and the same in tensors."""
+"""Prompt lookup: the host's, and the same in tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxytune.engine.speculative.prompt_lookup import NGRAM, Passages, continuations
+from proxytune.engine.speculative.prompt_lookup import NGRAM, PromptLookup, continuations
 
 
 def by_definition(ids: list[int], count: int) -> list[int]:
@@ -31,15 +31,15 @@ def test_host_and_device_say_what_followed(rows: list[list[int]], count: int, wa
     history = torch.tensor([[*ids, *([1] * (longest - len(ids)))] for ids in rows])
     found = continuations(history, torch.tensor([len(ids) for ids in rows]), count).tolist()
     for ids, on_device in zip(rows, found, strict=True):
-        want, passages = by_definition(ids, count), Passages()
+        want, lookup = by_definition(ids, count), PromptLookup()
         for token in ids:
-            passages.extend([token])
-        assert passages.continuation(count) == want
+            lookup.extend([token])
+        assert lookup.continuation(count) == want
         assert on_device == (want or [-1] * count)
 
 
 def test_examples() -> None:
-    p = Passages()
+    p = PromptLookup()
     p.extend([1, 2, 3, 4, 5, 1, 2])
     assert p.continuation(3) == []
     p.extend([3])
@@ -47,4 +47,4 @@ def test_examples() -> None:
     assert p.continuation(7) == [4, 5, 1, 2, 3, 4, 5], "it goes on as it began"
     p.extend([9, 1, 2, 3])
     assert p.continuation(2) == [9, 1], "the last occurrence counts"
-    assert Passages().continuation(3) == []
+    assert PromptLookup().continuation(3) == []

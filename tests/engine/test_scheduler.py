@@ -73,7 +73,7 @@ class Bench:
         self.pools = {name: FakeRows(tokens) for name in models}
         self.scheduler = Scheduler(self.pools, rows, prefill)
         self.done: list[object] = []
-        self.said: dict[object, list[int]] = {}
+        self.responses: dict[object, list[int]] = {}
 
     @property
     def busy(self) -> bool:
@@ -117,7 +117,7 @@ class Bench:
         }
 
     def step(self) -> Plan:
-        """A plan, and one token for every row that decodes: the token says how many the row had."""
+        """A plan, and one token for every row that decodes: the token is how many the row had."""
         plan = self.plan()
         ended = []
         for index, row in enumerate(self.scheduler.rows[: plan.decoding]):
@@ -127,8 +127,8 @@ class Bench:
                 ids.append(token)
             if len(row.tokens) >= row.request.max_new_tokens:
                 ended.append(index)
-                assert row.request.tag not in self.said, "no request is answered twice"
-                self.said[row.request.tag] = list(row.tokens)
+                assert row.request.tag not in self.responses, "no request is answered twice"
+                self.responses[row.request.tag] = list(row.tokens)
                 self.done.append(row.request.tag)
         self.scheduler.finish(ended)
         return plan
@@ -274,7 +274,7 @@ def test_preemption_takes_the_youngest_and_keeps_its_tokens() -> None:
     assert waits.ids["a"][10:] == waits.tokens
     bench.run()
     assert bench.done == [1, 2, 3]
-    assert all(said == list(range(60)) for said in bench.said.values())
+    assert all(response == list(range(60)) for response in bench.responses.values())
 
 
 def test_drafts_give_way_before_a_row_does() -> None:
@@ -326,6 +326,8 @@ def test_any_pool_that_holds_one_row_answers_everything(
         bench.step()
         steps += 1
         assert steps < 20_000
-    assert {tag: len(said) for tag, said in bench.said.items()} == {r.tag: r.max_new_tokens for r in wanted}
-    assert all(said == list(range(len(said))) for said in bench.said.values())
+    assert {tag: len(response) for tag, response in bench.responses.items()} == {
+        r.tag: r.max_new_tokens for r in wanted
+    }
+    assert all(response == list(range(len(response))) for response in bench.responses.values())
     assert all(pool.lengths == [] for pool in bench.pools.values())

@@ -20,9 +20,9 @@ from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
 from proxytune.decoding.decoder import Decoder
 from proxytune.engine.engine import Engine
 from proxytune.engine.request import Request, Row
-from proxytune.engine.sampling import Spot, pick
+from proxytune.engine.sampling import RowPosition, pick
 from proxytune.engine.scheduler import Scheduler
-from proxytune.engine.speculative.draft_length import Pace, Times
+from proxytune.engine.speculative.draft_length import DraftLength, LatencyTable
 from proxytune.engine.speculative.drafter import LOOKUP, Speculation, same_prefix
 from proxytune.errors import UserError
 from proxytune.models.loading import Models
@@ -40,7 +40,7 @@ def run(d: Decoder, examples: Sequence[Any], s: Sampling, **options: Any) -> Fou
     return by_id(list(d.stream(examples, s, **options)))
 
 
-def said(found: Found) -> dict[tuple[str, int], tuple[Any, ...]]:
+def outcome(found: Found) -> dict[tuple[str, int], tuple[Any, ...]]:
     return {where: (c.token_ids, c.finish_reason, c.text) for where, c in found.items()}
 
 
@@ -52,9 +52,9 @@ class Coin:
         self.right = self.asked = 0
         self.right_at: set[tuple[tuple[str, int], int]] = set()
 
-    def __call__(self, logits: Tensor, spots: Sequence[Spot]) -> Tensor:
+    def __call__(self, logits: Tensor, positions: Sequence[RowPosition]) -> Tensor:
         tokens = []
-        for row, position in spots:
+        for row, position in positions:
             tag: Any = row.request.tag
             known = self.truth[tag.where].token_ids
             right = self.draw.random() < self.p and position < len(known)
@@ -85,7 +85,7 @@ def test_any_drafts_give_the_plain_tokens(p: float, k: int | None, trio: System)
         coin = Coin(want, p)
         d = decoder(trio, batch=batch, speculation=Speculation(k=k, pick=coin, lookup=False))
         found = run(d, ragged(6, 2), s)
-        assert said(found) == said(want)
+        assert outcome(found) == outcome(want)
         for where, c in found.items():
             assert c.logprob == pytest.approx(want[where].logprob, abs=1e-9)
         assert d.stats.generated_tokens == plain.stats.generated_tokens
@@ -143,7 +143,7 @@ def test_everything_at_once(
         speculation=Speculation(k=k, lookup=lookup, pick=Coin(want, p)),
     )
     found = run(tight, examples, s, **how)
-    assert said(found) == said(want)
+    assert outcome(found) == outcome(want)
     for where, c in found.items():
         for got, item in zip(c.trace, want[where].trace, strict=True):
             assert (got.id, got.top, got.alpha) == (item.id, item.top, item.alpha)
@@ -151,7 +151,7 @@ def test_everything_at_once(
 
 
 def letters(found: Found, longest: int = 1) -> list[str]:
-    """What was said in ASCII, in pieces of up to `longest` letters."""
+    """What was generated in ASCII, in pieces of up to `longest` letters."""
     texts = {c.text[at : at + n] for c in found.values() for n in range(1, longest + 1) for at in range(24)}
     return sorted(text for text in texts if text.strip() and text.isascii())
 
@@ -203,8 +203,8 @@ def test_speculation_says_what_the_oracle_says(
     ban: int | None,
     stop: int | None,
 ) -> None:
-    """Bans and stops are of what would be said without them; `p` None is the expert's own drafts, `straight`
-    lets all models read every other passage at once."""
+    """Bans and stops are of what would be generated without them; `p` None is the expert's own drafts,
+    `straight` lets all models read every other draft of prompt lookup at once."""
     system, drafter = {"trio": trio, "pair": pair}[experts[0]], experts[1]
     examples, how = ragged(3, limit, longest=10), {"alpha": parse_alpha(alpha)}
     s = Sampling(max_new_tokens=limit, min_new_tokens=min(minimum, limit), n=samples, **sampler)
@@ -214,9 +214,9 @@ def test_speculation_says_what_the_oracle_says(
             use_pages(patch)
         plain = decoder(system, speculation=PLAIN)
         truth = run(plain, examples, s, **how)
-        if ban is not None and (said_alone := letters(truth)):
-            first = {c.text[:1] for c in truth.values()}.intersection(said_alone)
-            bans = {"ban": (said_alone[ban % len(said_alone)],), "ban_first": tuple(sorted(first))}
+        if ban is not None and (plainly := letters(truth)):
+            first = {c.text[:1] for c in truth.values()}.intersection(plainly)
+            bans = {"ban": (plainly[ban % len(plainly)],), "ban_first": tuple(sorted(first))}
             s = s.model_copy(update=bans)
             truth = run(plain, examples, s, **how)
         if stop is not None and (pieces := letters(truth, 3)):
@@ -224,7 +224,7 @@ def test_speculation_says_what_the_oracle_says(
         draft = pick if p is None else Coin(truth, p)
         if straight:
             k, turns = None, cycle([True, False])
-            patch.setattr(Pace, "looks_up", lambda pace, found, k: any(found) and next(turns))
+            patch.setattr(DraftLength, "prefers_lookup", lambda _, found, k: any(found) and next(turns))
         how_far = Speculation(k=k, lookup=lookup, drafter=drafter, pick=draft)
         memory = kv_bytes(plain, pool)
         check(decoder(system, batch=batch, kv_memory=memory, speculation=how_far), examples, s, alpha)
@@ -235,7 +235,7 @@ def test_preemption_between_drafts_says_what_the_oracle_says(
     layout: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rows give way between drafts that stand."""
+    """Rows give way between accepted drafts."""
     monkeypatch.setattr("proxytune.engine.scheduler.HEADROOM", 0)
     examples, s = ragged(4, 6, longest=12), Sampling(max_new_tokens=16, temperature=0.8)
     plain = decoder(trio, speculation=PLAIN)
@@ -253,8 +253,8 @@ def test_preemption_between_drafts_says_what_the_oracle_says(
     d = decoder(trio, kv_memory=kv_bytes(plain, 64), speculation=how)
     check(d, examples, s)
     assert d.stats.preemptions == len(gave_way) and d.stats.accepted > 0
-    stood = [{at for row, at in coin.right_at if row == where} for where, _ in gave_way]
-    assert any(min(at) < n <= max(at) for at, (_, n) in zip(stood, gave_way, strict=True) if at)
+    accepted = [{at for row, at in coin.right_at if row == where} for where, _ in gave_way]
+    assert any(min(at) < n <= max(at) for at, (_, n) in zip(accepted, gave_way, strict=True) if at)
 
 
 @pytest.mark.parametrize("sampler", [{}, {"temperature": 0.9, "top_k": 50}], ids=str)
@@ -273,13 +273,13 @@ def test_drafts_end_with_the_context_window(k: int | None, sampler: dict[str, An
     want = by_id(check(decoder(system, speculation=PLAIN), ragged(6, 1, longest=20), s))
     for pick_ in (pick, Coin(want, 1.0)):
         d = decoder(system, speculation=Speculation(k=k, pick=pick_))
-        assert said(run(d, ragged(6, 1, longest=20), s)) == said(want)
+        assert outcome(run(d, ragged(6, 1, longest=20), s)) == outcome(want)
     assert {len(c.token_ids) for c in want.values() if c.finish_reason == "length"} != {100}
 
 
 def test_rows_that_finish_inside_a_draft(trio: System) -> None:
     """End-of-sequence, a stop string and the length limit in the middle of accepted drafts: nothing after
-    them is said, streamed or counted."""
+    them is generated, streamed or counted."""
     plain, s = decoder(trio, speculation=PLAIN), Sampling(max_new_tokens=40, temperature=1.5)
     free = run(plain, ragged(40, 3), s)
     stop = next(c.text[13:15] for c in free.values() if len(c.text) > 20 and c.text[13:15].isascii())
@@ -294,7 +294,7 @@ def test_rows_that_finish_inside_a_draft(trio: System) -> None:
     coin = Coin(want, 1.0)
     d = decoder(trio, speculation=Speculation(k=9, pick=coin))
     found = run(d, ragged(40, 3), s, on_text=hear)
-    assert said(found) == said(want)
+    assert outcome(found) == outcome(want)
     ends = {(where, len(c.token_ids) - 1): c.finish_reason for where, c in want.items()}
     assert {ends[at] for at in ends.keys() & coin.right_at} >= {"eos", "stop"}
     assert d.stats.accepted > d.stats.generated_tokens / 2
@@ -309,8 +309,8 @@ def test_any_of_several_experts_can_draft(pair: System) -> None:
     want = run(decoder(pair, speculation=PLAIN), ragged(5), s)
     for name in (None, "expert", "expert2"):
         d = decoder(pair, speculation=Speculation(k=3, drafter=name))
-        assert said(run(d, ragged(5), s)) == said(want)
-        assert d.ensemble.front(name) == (name or "expert",)
+        assert outcome(run(d, ragged(5), s)) == outcome(want)
+        assert d.ensemble.draft_models(name) == (name or "expert",)
     with pytest.raises(UserError, match="no expert 'expert3' to draft: choose expert or expert2 or lookup"):
         run(decoder(pair, speculation=Speculation(drafter="expert3")), ragged(1), s)
 
@@ -318,43 +318,43 @@ def test_any_of_several_experts_can_draft(pair: System) -> None:
 @pytest.fixture
 def flat(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which a forward takes as long whatever it reads."""
-    add = Times.add
-    monkeypatch.setattr(Times, "add", lambda times, tokens, seconds: add(times, tokens, 1.0))
+    add = LatencyTable.add
+    monkeypatch.setattr(LatencyTable, "add", lambda times, tokens, seconds: add(times, tokens, 1.0))
 
 
 @pytest.mark.parametrize("k", [2, 5, None])
-def test_a_model_alone_drafts_from_what_was_said(k: int | None, trio: System, flat: None) -> None:
-    """Random models loop, so earlier passages are good drafts."""
+def test_a_model_alone_drafts_from_its_own_response(k: int | None, trio: System, flat: None) -> None:
+    """Random models loop, so prompt lookup drafts well."""
     s = Sampling(max_new_tokens=80)
     plain = decoder(trio, "base", speculation=PLAIN)
     want = run(plain, ragged(4), s)
     d = decoder(trio, "base", speculation=Speculation(k=k))
-    assert d.ensemble.front() == ()
-    assert said(run(d, ragged(4), s)) == said(want)
+    assert d.ensemble.draft_models() == ()
+    assert outcome(run(d, ragged(4), s)) == outcome(want)
     assert d.stats.accepted > 0 and d.stats.row_steps < plain.stats.row_steps
 
 
-def test_passages_end_where_a_response_does(trio: System) -> None:
+def test_prompt_lookup_ends_where_a_response_does(trio: System) -> None:
     """What follows an end of text in the prompt is no draft."""
     d = decoder(trio, "base", speculation=Speculation(k=6))
     drafter = Engine(d.ensemble, max_rows=1, speculation=d.speculation).drafter
     size = d.ensemble.runners["base"].alignment.size
-    said = (5, 6, 7, 8, 2, 9, 5, 6, 7)
+    ids = (5, 6, 7, 8, 2, 9, 5, 6, 7)
     for ticket, (prompt, eos, want) in enumerate(
         (
-            (said, [], [8, 2, 9, 5, 6, 7]),
-            (said, [2], [8, 2]),
+            (ids, [], [8, 2, 9, 5, 6, 7]),
+            (ids, [2], [8, 2]),
             ((5, 6, 7, 8, size, 9, 5, 6, 7), [], [8]),
         )
     ):
         request = Request({"base": prompt}, 1, 9, eos=frozenset(eos))
         row = Row(request, ticket, 0, {"base": list(prompt)})
-        assert drafter.passage(row, 6) == want
+        assert drafter.look_up(row, 6) == want
 
 
-def test_passages_spare_forwards_of_the_drafter(trio: System) -> None:
-    """With lookup the drafter reads a passage in one forward, and the tokens stay. (Three times the same
-    model: it loops, and its drafts stand.)"""
+def test_prompt_lookup_spares_forwards_of_the_drafter(trio: System) -> None:
+    """With lookup the drafter reads what it found in one forward, and the tokens stay. (Three times the same
+    model: it loops, and its drafts are accepted.)"""
     s, forwards = Sampling(max_new_tokens=80), dict[str, int]()
     system = trio.model_copy(update={"expert": trio.base, "antiexpert": trio.base})
     want = run(decoder(system, speculation=PLAIN), [example("ab")], s)
@@ -362,16 +362,16 @@ def test_passages_spare_forwards_of_the_drafter(trio: System) -> None:
         d = decoder(system, speculation=Speculation(k=6, lookup=lookup))
         runner: Any = d.ensemble.runners["expert"]
         runner.forward = counted(forwards, str(lookup), runner.forward)
-        assert said(run(d, [example("ab")], s)) == said(want)
+        assert outcome(run(d, [example("ab")], s)) == outcome(want)
     assert forwards["True"] < forwards["False"]
 
 
 @pytest.mark.parametrize("k", [2, 6, None])
 @pytest.mark.parametrize("sampler", [{}, {"temperature": 0.6, "top_k": 4}], ids=["greedy", "sampled"])
-def test_passages_for_all_models_at_once(
+def test_prompt_lookup_for_all_models_at_once(
     k: int | None, sampler: dict[str, Any], trio: System, flat: None
 ) -> None:
-    """No expert runs ahead: one forward per model and step, whatever stands."""
+    """No expert drafts: one forward per model and step, whatever is accepted."""
     s = Sampling(max_new_tokens=80, **sampler)
     plain = decoder(trio, speculation=PLAIN)
     want = run(plain, ragged(4), s)
@@ -379,7 +379,7 @@ def test_passages_for_all_models_at_once(
     for name, runner in d.ensemble.runners.items():
         patched: Any = runner
         patched.forward = counted(forwards, name, patched.forward)
-    assert said(run(d, ragged(4), s)) == said(want)
+    assert outcome(run(d, ragged(4), s)) == outcome(want)
     assert d.stats.drafted > 0
     if k is not None or not sampler:  # samples hardly recur
         assert d.stats.accepted > 0 and d.stats.row_steps < plain.stats.row_steps
@@ -396,22 +396,22 @@ def counted(calls: dict[str, int], name: str, function: Any) -> Any:
     return call
 
 
-def test_passages_take_over_where_the_expert_is_bad_and_text_recurs(
+def test_prompt_lookup_takes_over_where_the_expert_is_bad_and_text_recurs(
     trio: System, monkeypatch: pytest.MonkeyPatch, flat: None
 ) -> None:
     """By themselves."""
 
-    def watched(pace: Pace, found: Sequence[int], k: int) -> bool:
-        chosen = looks_up(pace, found, k)
+    def watched(draft_length: DraftLength, found: Sequence[int], k: int) -> bool:
+        chosen = prefers_lookup(draft_length, found, k)
         taken.append(chosen)
         return chosen
 
-    looks_up, taken = Pace.looks_up, list[bool]()
-    monkeypatch.setattr(Pace, "looks_up", watched)
+    prefers_lookup, taken = DraftLength.prefers_lookup, list[bool]()
+    monkeypatch.setattr(DraftLength, "prefers_lookup", watched)
     s = Sampling(max_new_tokens=120)
     want = run(decoder(trio, speculation=PLAIN), [example("ab")], s)
     d = decoder(trio, batch=1, speculation=Speculation(pick=Coin(want, 0.0)))
-    assert said(run(d, [example("ab")], s)) == said(want)
+    assert outcome(run(d, [example("ab")], s)) == outcome(want)
     assert taken.count(True) > 3 and d.stats.row_steps < 100
 
 
@@ -423,7 +423,7 @@ def test_the_trace_of_agreement_is_the_plain_one(role: str, trio: System, tmp_pa
         run(decoder(system, role, agreement=True, speculation=how), ragged(4), s, trace="agreement")
         for how in (PLAIN, Speculation(k=3))
     )
-    assert said(plain) == said(fast)
+    assert outcome(plain) == outcome(fast)
     for where, c in fast.items():
         for got, want in zip(c.trace, plain[where].trace, strict=True):
             assert got.divergence is not None and want.divergence is not None

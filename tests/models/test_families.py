@@ -64,7 +64,7 @@ def test_families_can_be_mixed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_length_dependent_rope_is_held_to_its_original_length(kind: str, tmp_path: Path) -> None:
+def test_length_dependent_rope_keeps_its_original_length(kind: str, tmp_path: Path) -> None:
     rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 24}

@@ -68,7 +68,7 @@ def test_both_small_roles_share_a_forward(
     d = Decoder(
         Models(system(folders, on_anti(folders, "lora"))), "proxy", speculation=Speculation(k=k, lookup=False)
     )
-    assert d.ensemble.front() == ("expert", "antiexpert")
+    assert d.ensemble.draft_models() == ("expert", "antiexpert")
     calls = {"base": 0, "pair": 0}
     runners = d.ensemble.runners
 
@@ -339,8 +339,8 @@ def test_memory_of_every_role_is_recorded(folders: dict[str, Path]) -> None:
     list(d.stream(ragged(6, 3), GREEDY))
     for name, m in d.memory.items():
         cache = d.ensemble.runners[name].rows
-        held = sum(len(d.contexts(e.prompt)[name]) for e in ragged(6, 3))
-        assert m.kv_peak >= held * cache.spec.bytes_per_token and m.path == "packed"  # type: ignore[attr-defined]
+        cached = sum(len(d.contexts(e.prompt)[name]) for e in ragged(6, 3))
+        assert m.kv_peak >= cached * cache.spec.bytes_per_token and m.path == "packed"  # type: ignore[attr-defined]
         assert m.weights == sum(p.nbytes for p in d.loaded[name].module.parameters()) + buffers(d, name)
 
 

@@ -31,7 +31,7 @@ BOUNDS: dict[DType, float] = {"float32": 1e-5, "bfloat16": 0.1}
 class Bench:
     """One trio in one dtype, its tokens by batch size, and the float64 oracle on the same weights.
 
-    With `twins` the output head says everything twice, the second time a few units in the last place off:
+    With `twins` the output head gives every logit twice, the second time a few units in the last place off:
     then almost every position is a near-tie, and rounding does decide."""
 
     def __init__(self, folder: Path, dtype: DType, twins: bool) -> None:

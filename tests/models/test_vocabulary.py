@@ -154,21 +154,21 @@ def intersect_oracle(d: Decoder, e: Example, s: Sampling) -> tuple[list[int], in
     names = ("base", "expert", "antiexpert")
     words = {name: d.loaded[name].tokenizer for name in names}
     vocab = {name: words[name].get_vocab() for name in names}
-    said = {index: token for token, index in vocab["base"].items()}
+    token_at = {index: token for token, index in vocab["base"].items()}
     ids = {name: list(words[name].encode(e.prompt.plain)) for name in names}
     out: list[int] = []
     settings = settings_of(d, s, e)
     while len(out) < s.max_new_tokens:
         logits = {name: oracle.last_logits(plain(d, name), ids[name]) for name in names}
-        z = logits["base"][: len(said)].clone()
-        for index, token in said.items():
+        z = logits["base"][: len(token_at)].clone()
+        for index, token in token_at.items():
             if all(token in vocab[name] for name in names):
                 z[index] += (
                     logits["expert"][vocab["expert"][token]]
                     - logits["antiexpert"][vocab["antiexpert"][token]]
                 )
         out.append(oracle.pick(z, settings, len(out)))
-        token = said[out[-1]]
+        token = token_at[out[-1]]
         ids["base"].append(out[-1])
         for name in names[1:]:
             if token in vocab[name]:
@@ -178,7 +178,7 @@ def intersect_oracle(d: Decoder, e: Example, s: Sampling) -> tuple[list[int], in
                 ids[name] += words[name].encode(text_of, add_special_tokens=False)
         if out[-1] == words["base"].eos_token_id:
             break
-    return out, sum(said[t] not in vocab["expert"] for t in out)
+    return out, sum(token_at[t] not in vocab["expert"] for t in out)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -28,8 +28,8 @@ SAMPLERS = [
     {"temperature": 0.9, "top_k": 20, "top_p": 0.6, "min_new_tokens": 4},
 ]
 
-pace = Speculation(k=0)
-"""How decoders draft unless they are told; tests may set another."""
+speculation = Speculation(k=0)
+"""How decoders draft by default; tests may set another."""
 loaded_models: dict[str, Models] = {}
 """The models of every system, by its JSON."""
 plain_models: dict[str, Any] = {}
@@ -54,7 +54,7 @@ def decoder(system: System, role: str = "proxy", **options: Any) -> Decoder:
     """A decoder of a system, whose models are loaded once for all tests."""
     models = loaded_models.setdefault(system.model_dump_json(), Models(system))
     how = DecodeOptions(**{name: options.pop(name) for name in ("batch", "kv_memory") if name in options})
-    return Decoder(models, system.require(role), how, **{"speculation": pace, **options})
+    return Decoder(models, system.require(role), how, **{"speculation": speculation, **options})
 
 
 def by_id(found: Sequence[Completion]) -> dict[tuple[str, int], Completion]:
@@ -64,8 +64,8 @@ def by_id(found: Sequence[Completion]) -> dict[tuple[str, int], Completion]:
     return indexed
 
 
-def saying(d: Decoder, texts: Sequence[str]) -> frozenset[int]:
-    """The ids that say one of these texts, with or without a space before it."""
+def ids_of(d: Decoder, texts: Sequence[str]) -> frozenset[int]:
+    """The ids of one of these texts, with or without a space before it."""
     forms = {form for text in texts for form in (text, f" {text}")}
     ids = range(len(d.tokenizer)) if forms else range(0)
     return frozenset(i for i in ids if d.tokenizer.decode([i], clean_up_tokenization_spaces=False) in forms)
@@ -89,8 +89,8 @@ def settings_of(d: Decoder, s: Sampling, e: Example, sample: int = 0, alpha: str
         min_p=s.min_p,
         key=noise_key(s.seed, "", e.id, sample),
         eos=frozenset([2]),
-        banned=saying(d, s.ban),
-        banned_first=saying(d, s.ban_first),
+        banned=ids_of(d, s.ban),
+        banned_first=ids_of(d, s.ban_first),
         min_new=s.min_new_tokens,
         stop=stop if s.stop else None,
     )
@@ -103,7 +103,7 @@ def expected(d: Decoder, e: Example, s: oracle.Settings) -> tuple[list[int], str
     modules = {name: plain(d, name) for name in names}
     pairs = [(t.weight, modules[t.expert], modules[t.antiexpert]) for t in d.ensemble.terms]
     ids = [(contexts[t.expert], contexts[t.antiexpert]) for t in d.ensemble.terms]
-    return oracle.generate(modules[d.lead], pairs, contexts[d.lead], ids, s)
+    return oracle.generate(modules[d.target], pairs, contexts[d.target], ids, s)
 
 
 def plain(d: Decoder, name: str) -> Any:
@@ -134,7 +134,7 @@ def check(
 
 
 def tokens(d: Decoder, s: Sampling = GREEDY) -> dict[tuple[str, int], tuple[int, ...]]:
-    """What it says to a few prompts."""
+    """Its responses to a few prompts."""
     return {where: c.token_ids for where, c in by_id(list(d.stream(ragged(6, 3), s))).items()}
 
 

@@ -22,7 +22,7 @@ from proxytune.models.loading import Loaded
 from tests.support.decoders import use_pages
 
 Ways = int | Literal["lookup", "any"] | None
-"""Tokens drafted by the expert (None: adaptive), passages alone, or whatever a step chooses."""
+"""Tokens drafted by the expert (None: adaptive), prompt lookup alone, or whatever a step chooses."""
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
 COPIES = {"tolist", "numpy", "cpu", "item"}
 COPIES |= {f"__{name}__" for name in ("bool", "int", "float", "index", "array", "contains")}
@@ -34,7 +34,7 @@ def as_on_a_device(patch: pytest.MonkeyPatch) -> None:
     assert forward is not None
 
     def own(model: Loaded) -> Any:
-        return forward(replace(model, family=replace(model.family, lean=None)))
+        return forward(replace(model, family=replace(model.family, llama_forward=None)))
 
     patch.setattr(Loaded, "forward", property(own))
     use_pages(patch)
@@ -42,7 +42,7 @@ def as_on_a_device(patch: pytest.MonkeyPatch) -> None:
 
 
 def drafting(k: Ways) -> Speculation:
-    """So many tokens by the expert (None: adaptive); passages alone; or what a step chooses."""
+    """So many tokens by the expert (None: adaptive); prompt lookup alone; or what a step chooses."""
     if k == LOOKUP:
         return Speculation(k=4, drafter=LOOKUP)
     return Speculation() if k == "any" else Speculation(k=k, lookup=False)

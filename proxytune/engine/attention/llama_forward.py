@@ -3,7 +3,8 @@
 On a CPU with a few rows, a step of a small model costs more for the calls around its products than for the
 products: transformers spends a millisecond of every forward on masks, caches and outputs that we do not
 use, and rotates queries and keys in ten operations per layer. Here the same modules are called one after the
-other. Whether a model has the form is for `families` to try out: other models look alike from outside."""
+other. Whether a model has the form is for `models/support.py` to try out: other models look alike from
+outside."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Group:
     rows: list[int]
     """Ascending; what lies between them is read along and forgotten."""
     starts: list[int]
-    """Where the tokens of each row stand in the packed order."""
+    """Where the tokens of each row are in the packed order."""
     lengths: list[int]
     """Tokens of each row, the new ones included."""
     _indices: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -131,6 +131,6 @@ class PackedPart:
 
 @dataclass
 class Packed:
-    """The state of one packed forward: one part per model that stands on these weights."""
+    """The state of one packed forward: one part per model on these weights."""
 
     parts: Sequence[PackedPart]

@@ -25,12 +25,12 @@ class DevicePart:
     lengths: Tensor  # [R] tokens of each row, the new ones included; 0 where a row is idle
     slots: Tensor  # [R * Q] where the new tokens' keys and values go in a pool seen as [pages * PAGE, H, D]
     tokens: slice
-    """Where they stand among the tokens of the forward."""
+    """Where they are among the tokens of the forward."""
 
 
 @dataclass
 class DevicePacked:
-    """The state of one forward: one part per model that stands on these weights."""
+    """The state of one forward: one part per model on these weights."""
 
     parts: Sequence[DevicePart]
 

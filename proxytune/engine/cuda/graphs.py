@@ -46,10 +46,10 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph, and where it leaves what it says: [rows, 3k + 3], `device_step.Said` packed."""
+    """A graph, and where it leaves its output: [rows, 3k + 3], a packed `StepOutput`."""
 
     graph: torch.cuda.CUDAGraph
-    said: Tensor
+    output: Tensor
 
 
 class Graphs:
@@ -65,7 +65,7 @@ class Graphs:
         self._pool: Any = None
         if device.type in CAPTURED:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._sides = [torch.cuda.Stream(device) for _ in step.behind]  # type: ignore[no-untyped-call]
+            self._sides = [torch.cuda.Stream(device) for _ in step.verifiers]  # type: ignore[no-untyped-call]
 
     def room_for(self, need: Widths, rows: int) -> DeviceState:
         """The state, at least so wide and with so many rows. New buffers make the graphs void."""
@@ -74,10 +74,10 @@ class Graphs:
             if state is not None:
                 need, rows = need.join(state.widths), max(rows, state.rows)
             caches = {n: r.cache for n, r in self.step.runners.items() if isinstance(r.cache, PagedCache)}
-            size = self.step.runners[self.step.lead].alignment.size
+            size = self.step.runners[self.step.target].alignment.size
             self._captured.clear()
             self._pool = None  # it goes with its graphs
-            self.state = state = DeviceState(caches, self.step.lead, bucket(rows), need, size, self.device)
+            self.state = state = DeviceState(caches, self.step.target, bucket(rows), need, size, self.device)
         return state
 
     @property
@@ -90,7 +90,7 @@ class Graphs:
         return self.device.type not in CAPTURED or shape in self._captured
 
     def run(self, shape: Shape) -> Tensor:
-        """One step of the first rows of the state -> what it says, packed, on the device and not yet there.
+        """One step of the first rows of the state -> its output, packed, on the device and not yet there.
 
         Raises Refused, with the state as it was, if the step cannot be captured."""
         assert self.state is not None
@@ -100,7 +100,7 @@ class Graphs:
             self.prepare(shape)
         captured = self._captured[shape]
         captured.graph.replay()
-        return captured.said
+        return captured.output
 
     def prepare(self, shape: Shape) -> None:
         """Make the graph of a shape, on a batch in which nothing moves. Large ones first: the small ones then
@@ -121,10 +121,10 @@ class Graphs:
     def _capture(self, shape: Shape, branches: Branches) -> Captured:
         assert self.state is not None
         batch = self.state.views(shape.rows)
-        said = torch.zeros(shape.rows, 3 * shape.ahead.k + 3, dtype=torch.long, device=self.device)
+        output = torch.zeros(shape.rows, 3 * shape.ahead.k + 3, dtype=torch.long, device=self.device)
 
         def once() -> None:
-            said.copy_(self.step(batch, shape.ahead, shape.draw, branches).packed())
+            output.copy_(self.step(batch, shape.ahead, shape.draw, branches).packed())
 
         main = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(main)
@@ -141,7 +141,7 @@ class Graphs:
         finally:
             torch.cuda.set_stream(main)  # a capture that fails does not go back to it
         self._pool = self._pool or graph.pool()
-        return Captured(graph, said)
+        return Captured(graph, output)
 
     def _forked(self, branches: Sequence[Callable[[], Logits]]) -> list[Logits]:
         """The first branch on this stream, the others beside it."""

@@ -1,12 +1,12 @@
-"""Decoding in steps that live on the device: the host starts a step, and reads what the last one said.
+"""Decoding in steps that live on the device: the host starts a step, and reads the output of the last one.
 
 While nobody comes or goes, the next step is started before the last one is read, so that the device never
 waits: what a step needs to know of the one before is already there. The host is one step behind, and for two
-steps every row has pages. A stop found in the text ends its row late: the step under way still decodes it,
-and what that says is dropped. When a row ends, the step under way is read before anything else is planned.
+steps every row has pages. A stop found in the text ends its row late: the in-flight step still decodes it,
+and that output is dropped. When a row ends, the in-flight step is read before anything else is planned.
 
-The tokens are those of the engine's own steps. A passage said before is a draft for all models here,
-never for the expert alone: how far that agrees would be known too late."""
+The tokens are those of the engine's own steps. Prompt lookup drafts for all models here, never for
+the expert alone: how far that agrees would be known too late."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from proxytune.engine.cuda.graphs import Graphs, Refused, Shape
 from proxytune.engine.cuda.state import MOST_NEW, Widths, bucket, sampling_needs
-from proxytune.engine.cuda.step import Said
+from proxytune.engine.cuda.step import StepOutput
 from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.request import Plan, Request, Row
 from proxytune.engine.runners.runner import ModelRunner, Runner
@@ -50,16 +50,16 @@ def steps_on_device(runners: Mapping[str, Runner], settings: Speculation) -> boo
 
 
 @dataclass
-class Flight:
+class InFlightStep:
     """A step that was started and not read yet."""
 
     rows: list[Row]
     waiting: int
     """Requests that waited when it was started."""
     shape: Shape
-    said: Tensor
-    """Packed, in the host's memory; complete once `landed`."""
-    landed: torch.cuda.Event | None
+    output: Tensor
+    """Packed, in the host's memory; complete once `copied`."""
+    copied: torch.cuda.Event | None
     began: float
     alone: bool
     """Whether no prompts were computed beside it."""
@@ -67,8 +67,8 @@ class Flight:
     """Whether it was started before the step before it was read."""
 
 
-class Landing(NamedTuple):
-    """What a step said, for the scheduler's rows as they are now."""
+class StepResult(NamedTuple):
+    """The output of a step, for the scheduler's rows as they are now."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
@@ -80,13 +80,13 @@ class DeviceLoop:
 
     def __init__(self, scheduler: Scheduler, drafter: Drafter, graphs: Graphs) -> None:
         self.scheduler, self.drafter, self.graphs = scheduler, drafter, graphs
-        self.flights: deque[Flight] = deque()
+        self.in_flight: deque[InFlightStep] = deque()
         self.ahead = Ahead(0)
         self._widths = Widths()
         self._wishes: list[int] = []
-        self._landed = 0.0
+        self._collected = 0.0
         self._prompts = False
-        """Whether prompts were computed behind the last step that was planned."""
+        """Whether prompts were computed after the last step that was planned."""
 
     def expect(self, request: Request) -> None:
         """A request will come: the state has to be wide enough for it."""
@@ -103,19 +103,19 @@ class DeviceLoop:
 
     def _choose(self, rows: Sequence[Row]) -> Ahead:
         """How the next step drafts; the host knows the rows as the last step that it read left them."""
-        drafter, pace = self.drafter, self.drafter.pace
-        alone = not drafter.front
+        drafter, draft_length = self.drafter, self.drafter.draft_length
+        alone = not drafter.draft_models
         if not rows or (alone and not drafter.settings.lookup):
             return Ahead(0)
         if drafter.settings.k is not None:
             k = min(drafter.settings.k, MOST_NEW - 1)
             return Ahead(k, lookup=alone and k > 0)
-        matched = sum(bool(drafter.passage(row, 1)) for row in rows) if drafter.watches(len(rows)) else 0
-        return pace.steps.choose(
+        matched = sum(bool(drafter.look_up(row, 1)) for row in rows) if drafter.watches(len(rows)) else 0
+        return draft_length.steps.choose(
             bucket(len(rows)),
-            None if alone else pace.acceptance.value,
+            None if alone else draft_length.acceptance.value,
             matched / len(rows),
-            pace.passages.value,
+            draft_length.lookup_acceptance.value,
         )
 
     def start(self, plan: Plan) -> bool:
@@ -146,25 +146,25 @@ class DeviceLoop:
 
     def _launch(self, rows: list[Row], shape: Shape, *, alone: bool, steady: bool = False) -> None:
         began = time.perf_counter()
-        on_device, landed = self.graphs.run(shape), None
+        on_device, copied = self.graphs.run(shape), None
         if on_device.is_cuda:
-            said = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
-            said.copy_(on_device, non_blocking=True)
-            landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            landed.record()
+            output = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
+            output.copy_(on_device, non_blocking=True)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
         else:
-            said = on_device.clone()  # the next step writes over it
-        self.drafter.pace.steps.started += 1
+            output = on_device.clone()  # the next step writes over it
+        self.drafter.draft_length.steps.started += 1
         waiting = len(self.scheduler.waiting)
-        self.flights.append(Flight(rows, waiting, shape, said, landed, began, alone, steady))
+        self.in_flight.append(InFlightStep(rows, waiting, shape, output, copied, began, alone, steady))
 
     def _follow(self) -> None:
         """Start the next step before the last is read, if nobody came or went and there are pages for it."""
-        last, scheduler = self.flights[-1], self.scheduler
+        last, scheduler = self.in_flight[-1], self.scheduler
         if last.rows != scheduler.rows or last.waiting != len(scheduler.waiting):
             return
         if all(row.request.max_new_tokens - len(row.tokens) <= 1 for row in last.rows):
-            return  # the step under way says the last tokens
+            return  # the in-flight step chooses the last tokens
         shape = Shape(last.shape.rows, self._choose(last.rows), last.shape.draw)
         if not self.graphs.ready(shape):
             return
@@ -182,46 +182,46 @@ class DeviceLoop:
             return
         state = self.graphs.state
         assert state is not None
-        held = [len(table) for cache in state.caches.values() for table in cache.tables]
+        before = [len(table) for cache in state.caches.values() for table in cache.tables]
         for name, lengths in targets.items():
             scheduler.caches[name].reserve(lengths)
-        if held != [len(table) for cache in state.caches.values() for table in cache.tables]:
+        if before != [len(table) for cache in state.caches.values() for table in cache.tables]:
             state.fill_tables()
         self._launch(last.rows, shape, alone=True, steady=True)
 
-    def land(self) -> Landing:
+    def collect(self) -> StepResult:
         """Read the oldest step, once the next is under way where it can be. The caches know its tokens from
         then on; rows that have ended or are new since have none."""
         self._follow()
-        flight = self.flights.popleft()
-        if flight.landed is not None:
-            flight.landed.synchronize()
-        self._time(flight)
-        said = Said.unpacked(flight.said, flight.shape.ahead.k)
-        counts, tokens, drafts, logprobs = (part.tolist() for part in said)
-        place = {row: index for index, row in enumerate(flight.rows)}
-        looked_up = flight.shape.ahead.lookup
-        landing = Landing([], [], Drafts([], {}, () if looked_up else self.drafter.front))
+        step = self.in_flight.popleft()
+        if step.copied is not None:
+            step.copied.synchronize()
+        self._time(step)
+        output = StepOutput.unpacked(step.output, step.shape.ahead.k)
+        counts, tokens, drafts, logprobs = (part.tolist() for part in output)
+        place = {row: index for index, row in enumerate(step.rows)}
+        looked_up = step.shape.ahead.lookup
+        result = StepResult([], [], Drafts([], {}, () if looked_up else self.drafter.draft_models))
         for index, row in enumerate(self.scheduler.rows):
             at = place.get(row)
-            stood = 0 if at is None else counts[at]
-            landing.tokens.append([] if at is None else tokens[at][:stood])
-            landing.logprobs.append([] if at is None else logprobs[at][:stood])
-            landing.drafts.tokens.append([] if at is None else _counted(row, drafts[at]))
+            count = 0 if at is None else counts[at]
+            result.tokens.append([] if at is None else tokens[at][:count])
+            result.logprobs.append([] if at is None else logprobs[at][:count])
+            result.drafts.tokens.append([] if at is None else _counted(row, drafts[at]))
             for rows in self.graphs.state.caches.values() if self.graphs.state else ():
-                rows.commit(index, stood)
-        return landing
+                rows.commit(index, count)
+        return result
 
-    def _time(self, flight: Flight) -> None:
-        """In a steady flow a step takes as long as from landing to landing."""
-        began, self._landed = self._landed if flight.steady else flight.began, time.perf_counter()
-        if flight.alone:
-            self.drafter.pace.steps.add(flight.shape.rows, flight.shape.ahead, self._landed - began)
+    def _time(self, step: InFlightStep) -> None:
+        """In a steady flow a step takes as long as from one collected step to the next."""
+        began, self._collected = self._collected if step.steady else step.began, time.perf_counter()
+        if step.alone:
+            self.drafter.draft_length.steps.add(step.shape.rows, step.shape.ahead, self._collected - began)
 
 
 def _counted(row: Row, drafts: list[int]) -> list[int]:
-    """The drafts that could have stood: up to an end, and short of the limit, where no draft is asked for;
-    none where no passage was found."""
+    """The drafts that could have been accepted: up to an end, and short of the limit, where no draft is asked
+    for; none where prompt lookup found nothing."""
     drafts = drafts[: max(0, row.request.max_new_tokens - len(row.tokens) - 1)]
     drafts = drafts[: next((n for n, token in enumerate(drafts) if token < 0), len(drafts))]
     ended = next((n for n, token in enumerate(drafts, 1) if token in row.request.eos), len(drafts))

@@ -31,7 +31,7 @@ class Sampler(NamedTuple):
     min_p: Tensor  # [R] float64; 0 is off
     key: Tensor  # [R] randomness
     ban: Tensor  # [R, N] ids; one past the vocabulary where there are fewer
-    ban_until: Tensor  # [R, N] the position from which an id may be said
+    ban_until: Tensor  # [R, N] the position from which an id may be generated
     eos: Tensor  # [R, E] ids that end a response; -1 where there are fewer
     forced: Tensor  # [R, F]
     forced_count: Tensor  # [R] how many of them count
@@ -58,7 +58,7 @@ class Sampler(NamedTuple):
         return tokens
 
     def _banned(self, logits: Tensor, positions: Tensor) -> Tensor:
-        """Logits with -inf where an id may not be said."""
+        """Logits with -inf where an id may not be generated."""
         if not self.ban.shape[1]:
             return logits
         free = positions[..., None] >= self.ban_until[:, None]  # [R, Q, N]

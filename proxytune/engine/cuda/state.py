@@ -1,8 +1,8 @@
 """The rows of a batch as tensors of fixed size, and the way from the scheduler's rows to them.
 
 Few buffers, so that a change is one copy each: what a step moves, what a request sets (integers and floats),
-and the pages; what a row has said is sent once and goes on by itself. A batch of fewer rows uses the first of
-them, at the same addresses, so that every CUDA graph reads and writes the same state."""
+and the pages; what a row has generated is sent once and goes on by itself. A batch of fewer rows uses the
+first of them, at the same addresses, so that every CUDA graph reads and writes the same state."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Widths(NamedTuple):
 
 
 def bans_of(request: Request) -> dict[int, int]:
-    """Ids that may not be said, and from which position of the response on they may."""
+    """Ids that may not be generated, and from which position of the response on they may."""
     until = dict.fromkeys(request.eos, least) if (least := request.sampling.min_new_tokens) else {}
     until |= {token: max(1, until.get(token, 0)) for token in request.banned_first}
     return until | dict.fromkeys(request.banned, ALWAYS)
@@ -70,7 +70,7 @@ class DeviceBatch(NamedTuple):
 
     position: Tensor  # [R] tokens of the response so far
     limit: Tensor  # [R] tokens that it may have; equal to position where the row is done or only padding
-    history: Tensor  # [R, L + 1] the lead's ids: prompt and response so far; the last column is waste
+    history: Tensor  # [R, L + 1] the target model's ids: prompt and response so far; the last column is waste
     last: Mapping[str, Tensor]  # per model [R]: its id of the last token, which it has not seen
     offset: Mapping[str, Tensor]  # per model [R]: tokens that it had seen at position 0
     table: Mapping[str, Tensor]  # per model [R, P]
@@ -80,9 +80,9 @@ class DeviceBatch(NamedTuple):
     alpha_linear: Tensor  # [R] 1 where alpha goes in a line from start to end
     sampler: Sampler
 
-    def known(self, lead: str) -> Tensor:
+    def known(self, target: str) -> Tensor:
         """How many ids of the history count: [R]."""
-        return self.offset[lead] + 1 + self.position
+        return self.offset[target] + 1 + self.position
 
     def alpha(self, positions: Tensor) -> Tensor:
         """The schedules at positions [R, Q]: [R, Q] float64, as `AlphaSchedule.at` computes it."""
@@ -98,14 +98,14 @@ class DeviceState:
     def __init__(
         self,
         caches: Mapping[str, PagedCache],
-        lead: str,
+        target: str,
         rows: int,
         widths: Widths,
         size: int,
         device: torch.device,
     ) -> None:
-        """`lead` is the model whose ids the response has, `size` the tokens in its vocabulary."""
-        self.caches, self.lead, self.rows, self.widths = caches, lead, rows, widths
+        """`target` is the model whose ids the response has, `size` the tokens in its vocabulary."""
+        self.caches, self.target, self.rows, self.widths = caches, target, rows, widths
         self.size, self.device = size, device
         whole = HEADER + len(caches) + widths.eos + 2 * widths.bans + widths.forced
         self.moving = torch.zeros(rows, 2 + len(caches), dtype=torch.long, device=device)
@@ -147,7 +147,7 @@ class DeviceState:
             moving[index] = [len(row.tokens), row.request.max_new_tokens, *last]
             if index >= len(self._present) or self._present[index] is not row:
                 self._set(index, row.request)
-                ids = row.ids[self.lead]
+                ids = row.ids[self.target]
                 self._send(self.history[index, : len(ids)], torch.tensor(ids))
         self._present = list(rows)
         for target, source in ((self.moving, moving), (self.whole, self._whole), (self.real, self._real)):
@@ -164,8 +164,8 @@ class DeviceState:
         for model, cache in enumerate(self.caches.values()):
             tables[model] = cache.spare
             for index, pages in enumerate(cache.tables[: len(self._present)]):
-                held = pages[: self.widths.pages]
-                tables[model, index, : len(held)] = held
+                kept = pages[: self.widths.pages]
+                tables[model, index, : len(kept)] = kept
         self._send(self.tables, torch.from_numpy(tables))
 
     def _send(self, target: Tensor, source: Tensor) -> None:

@@ -1,10 +1,10 @@
 """One decoding step as a function of tensors alone: draft, verify, combine, choose, accept, move on.
 
 Shapes depend on the number of rows and the draft length only, and the host reads nothing, so that a CUDA
-graph can hold the whole step. The front runs ahead by k tokens; then it reads the last of them while the
-other models read them all. (Eagerly decoded, the front is spared that last forward where no
-row needs it; here it always runs, as the first forward of a step that drafts one token more.) Or the drafts
-are a passage said before, and all models read it at once.
+graph can hold the whole step. The draft models draft k tokens; then they read the last of them while the
+other models verify them all. (The eager loop spares the draft models that last forward where no row needs it;
+here it always runs, as the first forward of a step that drafts one token more.) Or prompt lookup drafts, and
+all models read the drafts at once.
 
 A token of a row that has no room for it, and every token of padding, is fed at position 0 and stored in the
 spare page; what comes out for it is never looked at."""
@@ -38,24 +38,24 @@ def in_turn(branches: Sequence[Callable[[], Logits]]) -> list[Logits]:
     return [branch() for branch in branches]
 
 
-class Said(NamedTuple):
-    """What a step says, as the host reads it; R rows, k drafts."""
+class StepOutput(NamedTuple):
+    """The output of a step, as the host reads it; R rows, k drafts."""
 
-    stood: Tensor  # [R] how many of the tokens stand
+    accepted: Tensor  # [R] how many of the tokens are accepted
     tokens: Tensor  # [R, k + 1] the proxy's
-    drafts: Tensor  # [R, k]; -1 in rows where no passage was found
+    drafts: Tensor  # [R, k]; -1 in rows where prompt lookup found nothing
     logprobs: Tensor  # [R, k + 1] float64
 
     def packed(self) -> Tensor:
         """All of it as one [R, 3k + 3] of int64, to be copied at once."""
         bits = self.logprobs.contiguous().view(torch.long)
-        return torch.cat([self.stood[:, None], self.tokens, self.drafts, bits], 1)
+        return torch.cat([self.accepted[:, None], self.tokens, self.drafts, bits], 1)
 
     @classmethod
-    def unpacked(cls, numbers: Tensor, k: int) -> Said:
+    def unpacked(cls, numbers: Tensor, k: int) -> StepOutput:
         """`packed` undone."""
-        stood, tokens, drafts, bits = torch.split_with_sizes(numbers, [1, k + 1, k, k + 1], 1)
-        return cls(stood[:, 0], tokens, drafts, bits.contiguous().view(torch.float64))
+        accepted, tokens, drafts, bits = torch.split_with_sizes(numbers, [1, k + 1, k, k + 1], 1)
+        return cls(accepted[:, 0], tokens, drafts, bits.contiguous().view(torch.float64))
 
 
 class DeviceStep:
@@ -64,14 +64,16 @@ class DeviceStep:
     def __init__(
         self,
         runners: Mapping[str, Runner],
-        front: Sequence[str],
-        lead: str,
+        draft_models: Sequence[str],
+        target: str,
         combine: Callable[[Mapping[str, Tensor], Tensor], Tensor],
         propose: Propose | None = None,
     ) -> None:
-        """`runners` are ModelRunners on pages, whose tokens take one id each. `front`: the drafter and the
-        models on its weights, or nothing; `combine` is `Ensemble.combine`, `propose` a Speculation's."""
-        self.front, self.lead, self.combine, self.propose = tuple(front), lead, combine, propose
+        """`runners` are ModelRunners on pages, whose tokens take one id each. `draft_models`: the drafter
+        and the models on its weights, or nothing; `combine` is `Ensemble.combine`, `propose` a
+        Speculation's."""
+        self.draft_models, self.target = tuple(draft_models), target
+        self.combine, self.propose = combine, propose
         self.runners: dict[str, ModelRunner] = {}
         self.spelt: dict[str, Tensor] = {}
         together: dict[int, list[str]] = {}
@@ -81,66 +83,65 @@ class DeviceStep:
             if runner.alignment.spelled is not None:
                 ids = [ids[0] for ids in runner.alignment.spelled]
                 self.spelt[name] = torch.tensor(ids, device=runner.device)
-            if name not in self.front:
+            if name not in self.draft_models:
                 together.setdefault(id(runner.weights), []).append(name)
-        self.behind = [tuple(names) for names in together.values()]
+        self.verifiers = [tuple(names) for names in together.values()]
 
     @torch.inference_mode()
     def __call__(
         self, batch: DeviceBatch, ahead: Ahead, draw: SamplingNeeds, branches: Branches = in_turn
-    ) -> Said:
+    ) -> StepOutput:
         """Every row gets up to k + 1 tokens more; the batch's position, limit, history and last move on."""
         k = ahead.k
         rows, device = batch.position.shape[0], batch.position.device
         positions = batch.position[:, None] + torch.arange(k + 1, device=device)  # [R, k + 1]
-        size = self.runners[self.lead].alignment.size
+        size = self.runners[self.target].alignment.size
         noise = batch.sampler.noise(positions, size) if draw.noise else None
         before: list[Logits] = []
         if ahead.lookup:
-            drafts = self._passages(batch, k, size)
+            drafts = self._look_up(batch, k, size)
         else:
-            drafts, before = self._run_ahead(batch, positions, noise, k, draw)
-        fed, since = drafts.clamp(min=0), len(before)  # what the front has read of the drafts already
+            drafts, before = self._draft(batch, positions, noise, k, draw)
+        fed, since = drafts.clamp(min=0), len(before)  # what the draft models have read of the drafts already
         work: list[Callable[[], Logits]] = [
             lambda names=names: self._forward(names, batch, fed, 0)  # type: ignore[misc]
-            for names in self.behind
+            for names in self.verifiers
         ]
-        if self.front:
+        if self.draft_models:
             rest = fed[:, since - 1 :] if since else fed
-            work.insert(0, lambda: self._forward(self.front, batch, rest, since))
+            work.insert(0, lambda: self._forward(self.draft_models, batch, rest, since))
         views: Logits = {}
         for found in branches(work):
             views |= found
-        views |= {name: torch.cat([*(b[name] for b in before), views[name]], 1) for name in self.front}
+        views |= {name: torch.cat([*(b[name] for b in before), views[name]], 1) for name in self.draft_models}
         flat = {name: logits.flatten(0, 1) for name, logits in views.items()}
         combined = self.combine(flat, batch.alpha(positions).flatten())  # [R * (k + 1), V]
         tokens = batch.sampler.pick(combined.view(rows, k + 1, size), positions, noise, draw)
         logprobs = log_probability(combined, tokens.flatten()).double().view(rows, k + 1)
-        return Said(self._accept(batch, tokens, drafts), tokens, drafts, logprobs)
+        return StepOutput(self._accept(batch, tokens, drafts), tokens, drafts, logprobs)
 
-    def _run_ahead(
+    def _draft(
         self, batch: DeviceBatch, positions: Tensor, noise: Tensor | None, k: int, draw: SamplingNeeds
     ) -> tuple[Tensor, list[Logits]]:
-        """What the front says in the next k positions: drafts [R, k], and its logits at each."""
+        """The drafts [R, k] of the next k positions, and the logits of the draft models at each."""
         drafts, before = positions.new_zeros(positions.shape[0], 0), list[Logits]()
         for j in range(k):
-            before.append(self._forward(self.front, batch, drafts[:, -1:], j))
-            here, spot = noise[:, j : j + 1] if noise is not None else None, positions[:, j : j + 1]
-            said = batch.sampler.pick(before[-1][self.front[0]], spot, here, draw)
+            before.append(self._forward(self.draft_models, batch, drafts[:, -1:], j))
+            here, position = noise[:, j : j + 1] if noise is not None else None, positions[:, j : j + 1]
+            chosen = batch.sampler.pick(before[-1][self.draft_models[0]], position, here, draw)
             if self.propose is not None:
-                said = self.propose(batch.sampler.key, spot)
-            drafts = torch.cat([drafts, said], 1)
+                chosen = self.propose(batch.sampler.key, position)
+            drafts = torch.cat([drafts, chosen], 1)
         return drafts, before
 
-    def _passages(self, batch: DeviceBatch, k: int, size: int) -> Tensor:
-        """What followed the last tokens when they were said before: drafts [R, k], -1 where there are
-        none."""
-        found = continuations(batch.history[:, :-1], batch.known(self.lead), k)
-        return found.masked_fill(found >= size, -1)  # virtual tokens of a soft prompt are said by nobody
+    def _look_up(self, batch: DeviceBatch, k: int, size: int) -> Tensor:
+        """Prompt lookup: drafts [R, k], -1 where there are none."""
+        found = continuations(batch.history[:, :-1], batch.known(self.target), k)
+        return found.masked_fill(found >= size, -1)  # virtual tokens of a soft prompt are never generated
 
     def _accept(self, batch: DeviceBatch, tokens: Tensor, drafts: Tensor) -> Tensor:
-        """How many tokens [R] stand: up to the first that no draft foresaw, to the end of the response and to
-        its limit. The batch moves on by them."""
+        """How many tokens [R] are accepted: up to the first that no draft predicted, to the end of the
+        response and to its limit. The batch moves on by them."""
         agreed = (tokens[:, :-1] == drafts).long().cumprod(1).sum(1)
         ends = batch.sampler.ends(tokens).long()
         unended = (ends.cumsum(1) - ends == 0).sum(1)  # the first end included
@@ -148,7 +149,7 @@ class DeviceStep:
         count = torch.minimum(torch.minimum(agreed + 1, unended), room)
         further = torch.arange(tokens.shape[1], device=tokens.device)
         waste = batch.history.shape[1] - 1
-        place = torch.where(further < count[:, None], batch.known(self.lead)[:, None] + further, waste)
+        place = torch.where(further < count[:, None], batch.known(self.target)[:, None] + further, waste)
         batch.history.scatter_(1, place, tokens)
         final = (count - 1).clamp(min=0)[:, None]
         some, last = count > 0, tokens.gather(1, final)[:, 0]

@@ -88,8 +88,8 @@ def _compile(compiler: str, source: Path, built: Path) -> None:
             command = [compiler, *FLAGS, "-shared", "-fPIC", str(source), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
             if done.returncode != 0:
-                said = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
-                raise NotBuilt(f"{compiler} does not compile {source.name}: {said}")
+                reason = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+                raise NotBuilt(f"{compiler} does not compile {source.name}: {reason}")
             os.replace(made, built)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NotBuilt(f"{source.name} could not be compiled: {error}") from error

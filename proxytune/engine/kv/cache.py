@@ -95,7 +95,7 @@ class Rows(Protocol):
         ...
 
     def fits(self, lengths: Sequence[int]) -> bool:
-        """Whether rows of these lengths can be held at the same time."""
+        """Whether rows of these lengths fit at the same time."""
         ...
 
     def reserve(self, lengths: Sequence[int]) -> None:
@@ -120,7 +120,7 @@ class Rows(Protocol):
 
     @property
     def peak_bytes(self) -> int:
-        """The most memory that rows have held so far."""
+        """The most memory that rows have taken so far."""
         ...
 
 

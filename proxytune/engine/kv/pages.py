@@ -51,8 +51,10 @@ class PagedCache:
         return self._pools[layer]
 
     def fits(self, lengths: Sequence[int]) -> bool:
-        held = [len(table) for table in self.tables] + [0] * (len(lengths) - len(self.tables))
-        need = sum(round_up(length, PAGE) // PAGE - have for length, have in zip(lengths, held, strict=True))
+        counts = [len(table) for table in self.tables] + [0] * (len(lengths) - len(self.tables))
+        need = sum(
+            round_up(length, PAGE) // PAGE - have for length, have in zip(lengths, counts, strict=True)
+        )
         return need <= len(self._free)  # what rows hold beyond these lengths is given back first
 
     def reserve(self, lengths: Sequence[int]) -> None:
@@ -86,7 +88,7 @@ class PagedCache:
         """The pages stay with the row until room is next reserved: a step may go on writing into them."""
         self.lengths[row] = length
         page, rest = divmod(length, PAGE)
-        # the row will write behind `length`, and other rows may read what is there
+        # the row will write after `length`, and other rows may read what is there
         assert not rest or self._owners[self.tables[row][page]] == 1, "rewound into a shared page"
 
     def _release(self, row: int, keep: int) -> None:

@@ -37,7 +37,7 @@ class Runner(Protocol):
 
     @property
     def weights(self) -> object:
-        """What the model stands on: models with the same weights can share a forward."""
+        """The weights of the model: models with the same weights can share a forward."""
         ...
 
     def forward(self, work: Work) -> Tensor:

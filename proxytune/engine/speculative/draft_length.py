@@ -15,7 +15,7 @@ LADDER = (0, 1, 2, 3, 4, 6, 8)
 """Draft lengths to choose from."""
 TRIED_FIRST = (0, 1, 3)
 """Draft lengths whose times are measured before anything is decided. Two tokens can cost far more than one
-and four hardly more than two, so that 1 alone says little about the others."""
+and four hardly more than two, so that 1 alone tells little about the others."""
 TRIED_UP_TO = 512
 """Tokens per verification up to which a draft length is tried without being asked for by the estimate."""
 GAIN = 1.05
@@ -29,41 +29,41 @@ LEVEL = 0.3
 OUTLIER = 1.5
 """A time that is longer than expected by more than this factor counts as one that is by this factor."""
 REVISIT = 32
-"""Steps after which the next longer draft, or an earlier passage, is measured again, if it could win."""
+"""Steps after which the next longer draft, or prompt lookup, is measured again, if it could win."""
 MEMORY = 0.97
 """How much of the acceptance counts is kept from step to step."""
 RETRY = 128
 """Plain steps after which one step drafts again, to see whether acceptance has changed."""
 HOPE = 0.95
 """The acceptance that it could have changed to: where even that would not win, nothing is tried."""
-PASSAGE = 6
-"""Most tokens that are taken from an earlier passage, unless the draft length is given."""
-LOOKED_UP = 32
-"""Rows up to which passages are looked for: in more, reading them costs as much as it brings."""
+PROMPT_LOOKUP_LENGTH = 6
+"""Most tokens that prompt lookup drafts, unless the draft length is given."""
+PROMPT_LOOKUP_ROWS = 32
+"""Rows up to which prompt lookup is tried: in more, verifying its drafts costs as much as it brings."""
 
 
 @dataclass
 class FadingRate:
-    """How many of those that were asked about held; old ones fade."""
+    """How many of the examined drafts were accepted; old ones fade."""
 
-    held: float
-    asked: float
+    accepted: float
+    examined: float
     memory: float = MEMORY
 
-    def add(self, held: int, asked: int) -> None:
-        """So many of these held."""
-        self.held = self.memory * self.held + held
-        self.asked = self.memory * self.asked + asked
+    def add(self, accepted: int, examined: int) -> None:
+        """So many of the examined ones were accepted."""
+        self.accepted = self.memory * self.accepted + accepted
+        self.examined = self.memory * self.examined + examined
 
     @property
     def value(self) -> float:
         """The share, below 1 so that it can be summed over any length."""
-        return min(self.held / self.asked, 0.999)
+        return min(self.accepted / self.examined, 0.999)
 
 
 def run_of(share: float, length: int) -> float:
-    """How many of `length` drafts stand on average if each that follows on standing ones does with this
-    chance."""
+    """How many of `length` drafts are accepted on average, where each that follows accepted ones is accepted
+    with the chance `share`."""
     return share * (1 - share**length) / (1 - share)
 
 
@@ -72,15 +72,15 @@ class Ahead(NamedTuple):
 
     k: int
     lookup: bool = False
-    """Whether the drafts are earlier passages, which all models read at once."""
+    """Whether the drafts come from prompt lookup; then all models read them at once."""
 
 
 @dataclass
-class Times:
-    """Seconds of one kind of forward by its number of tokens.
+class LatencyTable:
+    """Latency table: seconds of one kind of forward by its number of tokens.
 
-    Rows grow longer and machines slower or faster while other sizes than the present one are not measured:
-    what a time tells is told to all sizes by the level, and what it tells of its own size by a mean."""
+    Rows grow longer and machines slower or faster while other sizes than the present one are not measured.
+    So each time moves a level that all sizes share, and the mean of its own size."""
 
     seen: dict[int, tuple[float, float, int]] = field(default_factory=dict)
     """Size class -> mean number of tokens, mean seconds at level 1, how often."""
@@ -141,11 +141,11 @@ STEP_WIDE = 150
 
 
 @dataclass
-class StepPace:
-    """How far to draft, from the measured times of whole steps: a graph is not looked into."""
+class StepDraftLength:
+    """Chooses the draft length from the measured times of whole steps: a graph is not looked into."""
 
-    times: dict[tuple[int, bool], Times] = field(default_factory=dict)
-    """By rows, and whether passages are the drafts: seconds of a step by its tokens per row, k + 1."""
+    times: dict[tuple[int, bool], LatencyTable] = field(default_factory=dict)
+    """By rows, and whether prompt lookup drafts: seconds of a step by its tokens per row, k + 1."""
     started: int = 0
     """Steps, counted by who starts them."""
 
@@ -153,10 +153,12 @@ class StepPace:
         """A step of so many rows took so long."""
         self._of(rows, ahead.lookup).add(ahead.k + 1, seconds)
 
-    def choose(self, rows: int, acceptance: float | None, matched: float = 0.0, held: float = 0.0) -> Ahead:
+    def choose(
+        self, rows: int, acceptance: float | None, matched: float = 0.0, lookup_acceptance: float = 0.0
+    ) -> Ahead:
         """What a step of so many rows does. `acceptance` is the expert's, None where there is none to draft;
-        `matched` is the share of the rows in which a passage was found, `held` how likely its next token is
-        right."""
+        `matched` is the share of the rows in which prompt lookup found drafts, `lookup_acceptance` how likely
+        its next token is right."""
         times, expert = self._of(rows), acceptance or 0.0
         lengths = LADDER if acceptance is not None else (0,)
         for k in TRIED_FIRST:
@@ -170,23 +172,27 @@ class StepPace:
         fitting = [k for k in lengths if self._fits(rows, k)]
         best = max(fitting, key=speed)
         best = best if speed(best) > GAIN * speed(0) else 0
-        passage = max(k for k in LADDER if k <= PASSAGE and self._fits(rows, k))
-        if passage and matched and self._lookup_speed(rows, passage, matched, held) > GAIN * speed(best):
-            return Ahead(passage, lookup=True)
+        longest = max(k for k in LADDER if k <= PROMPT_LOOKUP_LENGTH and self._fits(rows, k))
+        if (
+            longest
+            and matched
+            and self._lookup_speed(rows, longest, matched, lookup_acceptance) > GAIN * speed(best)
+        ):
+            return Ahead(longest, lookup=True)
         if best == 0 and self.started % RETRY == RETRY - 1:
             return Ahead(int(any(speed(k, HOPE) > GAIN * speed(0) for k in fitting)))
         return Ahead(best)
 
-    def _lookup_speed(self, rows: int, k: int, matched: float, held: float) -> float:
+    def _lookup_speed(self, rows: int, k: int, matched: float, lookup_acceptance: float) -> float:
         """Tokens per second and row; until it was measured, and now and then to measure it again, as if
-        reading the passages took no time."""
+        reading the drafts took no time."""
         looked_up, again = self._of(rows, lookup=True), self.started % REVISIT == REVISIT - 1
         known = looked_up.known(k + 1) and not again
         seconds = looked_up.at(k + 1) if known else self._of(rows).at(1)
-        return (1 + matched * run_of(held, k)) / seconds if seconds else 0.0
+        return (1 + matched * run_of(lookup_acceptance, k)) / seconds if seconds else 0.0
 
-    def _of(self, rows: int, lookup: bool = False) -> Times:
-        return self.times.setdefault((rows, lookup), Times())
+    def _of(self, rows: int, lookup: bool = False) -> LatencyTable:
+        return self.times.setdefault((rows, lookup), LatencyTable())
 
     @staticmethod
     def _fits(rows: int, k: int) -> bool:
@@ -194,30 +200,30 @@ class StepPace:
 
 
 @dataclass
-class Pace:
-    """Measurements of one engine, and the draft length that they speak for."""
+class DraftLength:
+    """Chooses the draft length from the measurements of one engine."""
 
-    draft: Times = field(default_factory=Times)
-    """The front, once per draft."""
-    read: Times = field(default_factory=Times)
-    """One forward of the front, by its tokens."""
-    verify: Times = field(default_factory=Times)
+    draft: LatencyTable = field(default_factory=LatencyTable)
+    """The draft models, once per draft."""
+    read: LatencyTable = field(default_factory=LatencyTable)
+    """One forward of the draft models, by its tokens."""
+    verify: LatencyTable = field(default_factory=LatencyTable)
     """The others, on all drafts together."""
-    close: Times = field(default_factory=Times)
-    """The front again, where all drafts stood, and the choice of the last token."""
-    lookup: Times = field(default_factory=Times)
-    """All models at once, where earlier passages are the drafts."""
+    close: LatencyTable = field(default_factory=LatencyTable)
+    """The draft models again, where all drafts were accepted, and the choice of the last token."""
+    lookup: LatencyTable = field(default_factory=LatencyTable)
+    """All models at once, on drafts of prompt lookup."""
     acceptance: FadingRate = field(default_factory=lambda: FadingRate(2.8, 4.0))
-    """Drafts of the front that the proxy was asked about; the start is a guess."""
+    """Drafts of an expert that the proxy was asked about; the start is a guess."""
     guesses: FadingRate = field(default_factory=lambda: FadingRate(1.0, 2.0))
-    """Tokens of earlier passages that the drafter was asked about."""
-    passages: FadingRate = field(default_factory=lambda: FadingRate(1.0, 2.0, memory=0.9))
-    """Tokens of earlier passages against what the proxy said, whether they were drafts or not. Quotations
-    come and go: what is old counts for little."""
+    """Tokens from prompt lookup that the drafter was asked about."""
+    lookup_acceptance: FadingRate = field(default_factory=lambda: FadingRate(1.0, 2.0, memory=0.9))
+    """Tokens from prompt lookup against those of the proxy, whether they were drafts or not. Repetition comes
+    and goes: what is old counts for little."""
     forwards: float = 1.0
     drafted: float = 1.0
-    """Forwards of the front per draft: below 1 where earlier passages are guessed right."""
-    steps: StepPace = field(default_factory=StepPace)
+    """Forwards of the draft models per draft: below 1 where prompt lookup guesses right."""
+    steps: StepDraftLength = field(default_factory=StepDraftLength)
     """Of the steps that run on a GPU as one."""
     plain_steps: int = 0
     _asked: int = 0
@@ -261,16 +267,16 @@ class Pace:
         are the seconds of the verification if they are not to be estimated, `share` is the acceptance if it
         is not to be the measured one."""
         a = self.acceptance.value if share is None else share
-        all_stood = a**k
+        all_accepted = a**k
         seconds = self.verify.at(rows * (k + 1)) if verify is None else verify
         seconds += k * self.draft.at(rows) * self.forwards / self.drafted
         # one row that needs the closing forward is enough for it to run
-        seconds += (1 - (1 - all_stood) ** rows) * self.close.at(max(1.0, rows * all_stood))
+        seconds += (1 - (1 - all_accepted) ** rows) * self.close.at(max(1.0, rows * all_accepted))
         return (1 + run_of(a, k)) / seconds if seconds else 0.0
 
-    def looks_up(self, found: Sequence[int], k: int) -> bool:
-        """Whether passages of these lengths (0 where none was found), one per row, are better drafts for all
-        models than what the front would draft, k tokens of it."""
+    def prefers_lookup(self, found: Sequence[int], k: int) -> bool:
+        """Whether prompt lookup serves all models better than k drafts of the expert. `found` are the lengths
+        of its drafts, one per row, 0 where it found none."""
         rows, tokens = len(found), len(found) + sum(found)
         plain = self.verify.at(rows)
         if tokens == rows or not plain:
@@ -278,21 +284,21 @@ class Pace:
         self._matched += 1
         if self.lookup.known(tokens) and self._matched % REVISIT:
             seconds = self.lookup.at(tokens)
-        else:  # the front's time grows as that of the others does
+        else:  # the draft models' time grows as that of the others does
             seconds = self.verify.at(tokens) * (1 + self.close.at(rows) / plain)
-        said = sum(1 + run_of(self.passages.value, length) for length in found)
-        return said / rows / seconds > GAIN * self.speed(rows, k)
+        expected = sum(1 + run_of(self.lookup_acceptance.value, length) for length in found)
+        return expected / rows / seconds > GAIN * self.speed(rows, k)
 
     def saw_drafts(self, rows: int, forwards: int, drafted: int, seconds: float) -> None:
-        """The front ran ahead."""
+        """Note drafts, and what their forwards took."""
         self.draft.add(rows, seconds / forwards)
         self.forwards = MEMORY * self.forwards + forwards * rows
         self.drafted = MEMORY * self.drafted + drafted
 
     def guessing(self, rows: int, length: int) -> bool:
-        """Whether the drafter should read a passage in one of `rows` rows beside its last token: where that
-        saves more of its forwards than it costs. A forward is shared by all rows. Now and then it is tried in
-        any case, to be measured."""
+        """Whether the drafter should read tokens of prompt lookup in one of `rows` rows beside its last
+        token: where that saves more of its forwards than it costs. A forward is shared by all rows. Now and
+        then it is tried in any case, to be measured."""
         self._asked += 1
         if self._asked % 16 == 0 or not self.read.seen:
             return True

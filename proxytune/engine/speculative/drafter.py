@@ -1,13 +1,14 @@
-"""Speculative proxy-tuned decoding: an expert runs ahead, the other models read its drafts in one forward.
+"""Speculative proxy-tuned decoding: an expert drafts, the other models verify its drafts in one forward.
 
-The expert has to see every position anyway, so its drafts cost nothing extra where they hold. A draft is what
-the expert alone would say at a spot, drawn with the noise of that spot (shared-Gumbel coupling, Daliri,
-Musco and Suresh 2024, arXiv 2408.07978); it stands if the proxy says the same there. So the response is a
-function of the seed and the proxy's distribution alone: token for token that of plain decoding, whatever
-drafts, how far and how well. Where a row has said something before, that passage is a draft for the expert
-itself, or, where that measures faster, for all models at once.
+The expert has to see every position anyway, so its drafts cost nothing extra where they are accepted. A draft
+is the token that the expert alone would choose at a position, drawn with the noise of that position
+(shared-Gumbel coupling, Daliri, Musco and Suresh 2024, arXiv 2408.07978); it is accepted if the proxy chooses
+the same there. So the response is a function of the seed and the proxy's distribution alone: token for token
+that of plain decoding, whatever drafts, how far and how well. Prompt lookup drafts for the expert itself, or,
+where that measures faster, for all models at once.
 
-Models on the drafter's own weights (an antiexpert whose adapter it is) run ahead with it: the front."""
+Models on the drafter's own weights (an antiexpert whose adapter it is) run with it: these are the draft
+models. The others verify."""
 
 from __future__ import annotations
 
@@ -23,12 +24,12 @@ from torch import Tensor
 from proxytune.engine.logits import some
 from proxytune.engine.request import Row, Segment, Work
 from proxytune.engine.runners.runner import Runner, forward_all
-from proxytune.engine.sampling import Pick, Propose, Spot, pick
-from proxytune.engine.speculative.draft_length import LOOKED_UP, PASSAGE, Pace
-from proxytune.engine.speculative.prompt_lookup import Passages
+from proxytune.engine.sampling import Pick, Propose, RowPosition, pick
+from proxytune.engine.speculative.draft_length import PROMPT_LOOKUP_LENGTH, PROMPT_LOOKUP_ROWS, DraftLength
+from proxytune.engine.speculative.prompt_lookup import PromptLookup
 
 LOOKUP = "lookup"
-"""The drafter's name where earlier passages draft for all models, and no expert runs ahead."""
+"""The drafter's name where prompt lookup drafts for all models, and no expert does."""
 
 
 @dataclass(frozen=True)
@@ -38,28 +39,28 @@ class Speculation:
     k: int | None = None
     """Draft length; None chooses it from measured times and acceptance, 0 decodes plainly."""
     lookup: bool = True
-    """Whether earlier passages are drafts."""
+    """Whether prompt lookup drafts."""
     drafter: str | None = None
     """The expert that drafts, or LOOKUP; None is the first expert."""
     pick: Pick = pick
     """Turns the drafter's logits into drafts. Any function is exact; a bad one is slow."""
     propose: Propose | None = None
-    """What says the same where the host cannot look; a `pick` of another kind decodes on a GPU only with
+    """What drafts the same where the host cannot look; a `pick` of another kind decodes on a GPU only with
     it."""
 
 
 @dataclass
 class Drafts:
-    """What was said ahead of the models that verify it."""
+    """The drafts of one step, before they are verified."""
 
     tokens: list[list[int]]
     """Per decoding row."""
     logits: Mapping[str, Tensor]
-    """Per model of the front: logits [N, V] at the spots of all drafts, row by row."""
-    front: tuple[str, ...]
-    """The models that ran ahead; none where earlier passages are the drafts, which all models verify."""
+    """Per draft model: logits [N, V] at the positions of all drafts, row by row."""
+    draft_models: tuple[str, ...]
+    """The models that drafted; none where prompt lookup drafts, which all models verify."""
     forwards: int = 0
-    """How often the front ran."""
+    """How often the draft models ran."""
 
 
 class StepSeconds(NamedTuple):
@@ -81,26 +82,27 @@ def same_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 class Drafter:
-    """Lets the front of an ensemble run ahead, and keeps count of how that goes."""
+    """Lets the draft models of an ensemble draft, and keeps count of what is accepted."""
 
     def __init__(
         self,
         runners: Mapping[str, Runner],
-        front: Sequence[str],
-        lead: str,
+        draft_models: Sequence[str],
+        target: str,
         settings: Speculation,
-        pace: Pace | None = None,
+        draft_length: DraftLength | None = None,
     ) -> None:
-        """`front`: the drafter and the models that stand on its weights; empty where a model decodes alone
-        and only earlier passages can be drafts. `lead` is the model whose ids the response has, `pace` what
+        """`draft_models`: the drafter and the models on its weights; empty where a model decodes alone and
+        only prompt lookup can draft. `target` is the model whose ids the response has, `draft_length` what
         earlier engines with the same models have measured."""
-        self.runners, self.front, self.lead, self.settings = runners, tuple(front), lead, settings
-        self.pace = pace or Pace()
+        self.runners, self.draft_models = runners, tuple(draft_models)
+        self.target, self.settings = target, settings
+        self.draft_length = draft_length or DraftLength()
         self._looking_up = False
-        """Whether passages were chosen as the drafts of the next step, for all models."""
+        """Whether prompt lookup drafts for all models in the next step."""
         self._longest = {name: runner.alignment.longest for name, runner in runners.items()}
         self._able = all(runner.rows.rewinds for runner in runners.values())
-        self._passages: dict[int, Passages] = {}
+        self._lookups: dict[int, PromptLookup] = {}
 
     def depths(self, rows: Sequence[Row]) -> list[int]:
         """How far to draft in every decoding row: the token after the drafts is the proxy's own, and every
@@ -108,23 +110,23 @@ class Drafter:
         k = self._choose(len(rows))
         self._looking_up = False
         if self.watches(len(rows)):
-            found = [len(self.passage(row, self._depth(row, PASSAGE))) for row in rows]
-            if self.pace.looks_up(found, k):
+            found = [len(self.look_up(row, self._depth(row, PROMPT_LOOKUP_LENGTH))) for row in rows]
+            if self.draft_length.prefers_lookup(found, k):
                 self._looking_up = True
                 return found
         return [self._depth(row, k) for row in rows]
 
     def watches(self, rows: int) -> bool:
-        """Whether passages are looked for in so many rows, to be drafts where they would do better."""
+        """Whether prompt lookup is tried in so many rows, to draft where that would do better."""
         settings = self.settings
-        return self._able and settings.lookup and settings.k is None and rows <= LOOKED_UP
+        return self._able and settings.lookup and settings.k is None and rows <= PROMPT_LOOKUP_ROWS
 
     def _choose(self, rows: int) -> int:
         if self.settings.k is not None:
             return self.settings.k
-        if not self._able or not self.front:
+        if not self._able or not self.draft_models:
             return 0  # a model whose own cache cannot go back would compute the row anew each time
-        return self.pace.choose(rows)
+        return self.draft_length.choose(rows)
 
     def _depth(self, row: Row, k: int) -> int:
         room = row.request.max_new_tokens - len(row.tokens) - 1
@@ -136,69 +138,71 @@ class Drafter:
         self, rows: Sequence[Row], depths: Sequence[int], prefill: Mapping[str, Sequence[Segment]]
     ) -> Drafts:
         """Run ahead by up to depths[i] tokens in row i; prompts ride along in the first forward."""
-        if not self.front or self._looking_up:
-            return Drafts([self.passage(row, n) for row, n in zip(rows, depths, strict=True)], {}, ())
-        said: list[list[int]] = [[] for _ in rows]
+        if not self.draft_models or self._looking_up:
+            return Drafts([self.look_up(row, n) for row, n in zip(rows, depths, strict=True)], {}, ())
+        drafted: list[list[int]] = [[] for _ in rows]
         kept: list[dict[str, Tensor]] = []
         order: list[tuple[int, int]] = []
         wanted = [index for index, depth in enumerate(depths) if depth > 0]
         alone = not any(prefill.values())
         while wanted:
             began = time.perf_counter()
-            guesses = {i: [] if said[i] else self._guess(rows[i], depths[i] - 1, len(wanted)) for i in wanted}
+            guesses = {
+                i: [] if drafted[i] else self._guess(rows[i], depths[i] - 1, len(wanted)) for i in wanted
+            }
             logits = forward_all(
                 self.runners,
                 {
                     name: self._feed(
                         name,
-                        [(i, rows[i], said[i], guesses[i]) for i in wanted],
+                        [(i, rows[i], drafted[i], guesses[i]) for i in wanted],
                         () if kept else prefill.get(name, ()),
                     )
-                    for name in self.front
+                    for name in self.draft_models
                 },
             )
-            spots = [
-                Spot(rows[i], len(rows[i].tokens) + len(said[i]) + j)
+            positions = [
+                RowPosition(rows[i], len(rows[i].tokens) + len(drafted[i]) + j)
                 for i in wanted
                 for j in range(len(guesses[i]) + 1)
             ]
-            picked = self.settings.pick(logits[self.front[0]], spots).tolist()
+            picked = self.settings.pick(logits[self.draft_models[0]], positions).tolist()
             if alone:
-                self.pace.read.add(len(spots), time.perf_counter() - began)
-            keep = self._keep(rows, said, guesses, picked, order)
+                self.draft_length.read.add(len(positions), time.perf_counter() - began)
+            keep = self._keep(rows, drafted, guesses, picked, order)
             kept.append(some(logits, keep))
             wanted = [
-                i for i in wanted if len(said[i]) < depths[i] and said[i][-1] not in rows[i].request.eos
+                i for i in wanted if len(drafted[i]) < depths[i] and drafted[i][-1] not in rows[i].request.eos
             ]
-        return Drafts(said, _in_order(kept, order), self.front, len(kept))
+        return Drafts(drafted, _in_order(kept, order), self.draft_models, len(kept))
 
     def _keep(
         self,
         rows: Sequence[Row],
-        said: list[list[int]],
+        drafted: list[list[int]],
         guesses: Mapping[int, Sequence[int]],
         picked: Sequence[int],
         order: list[tuple[int, int]],
     ) -> list[int]:
-        """Append to `said` what the drafter agrees with and its own next token; what follows is forgotten.
-        -> which of the logits belong to it, their spots appended to `order`."""
+        """Append to `drafted` what the drafter agrees with and its own next token; what follows is forgotten.
+        -> which of the logits belong to it, their places appended to `order`."""
         keep, at = list[int](), 0
         for i, guess in guesses.items():
             own = picked[at : at + len(guess) + 1]
             new = own[: same_prefix(guess, own) + 1]
             if guess:
-                self.pace.guesses.add(len(new) - 1, min(len(guess), len(new)))
+                self.draft_length.guesses.add(len(new) - 1, min(len(guess), len(new)))
             ended = next((n for n, token in enumerate(new, 1) if token in rows[i].request.eos), len(new))
             new = new[:ended]
             keep += range(at, at + len(new))
-            order += [(i, len(said[i]) + j) for j in range(len(new))]
-            said[i] += new
+            order += [(i, len(drafted[i]) + j) for j in range(len(new))]
+            drafted[i] += new
             at += len(guess) + 1
-            for name in self.front:
-                unsaid = sum(len(self._spell(name, token)) for token in guess[len(new) - 1 :])
-                if unsaid:
+            for name in self.draft_models:
+                rejected = sum(len(self._spell(name, token)) for token in guess[len(new) - 1 :])
+                if rejected:
                     runner_rows = self.runners[name].rows
-                    runner_rows.rewind(i, runner_rows.lengths[i] - unsaid)
+                    runner_rows.rewind(i, runner_rows.lengths[i] - rejected)
         return keep
 
     def _feed(
@@ -207,16 +211,16 @@ class Drafter:
         parts: Sequence[tuple[int, Row, Sequence[int], Sequence[int]]],
         prefill: Sequence[Segment],
     ) -> Work:
-        """The work of one model: of every (index, row, said, guessed) the last token, which is the row's own
-        if nothing is said, and those guessed to follow it, with logits after each; then prompts."""
+        """The work of one model: of every (index, row, drafted, guessed) the last token, which is the row's
+        own if nothing is drafted, and those guessed to follow it, with logits after each; then prompts."""
         segments, keep, at = [], list[int](), 0
         as_they_are = self.runners[name].alignment.spelled is None
-        for index, row, said, guess in parts:
+        for index, row, drafted, guess in parts:
             if as_they_are:
-                ids = (said[-1] if said else row.ids[name][-1], *guess)
+                ids = (drafted[-1] if drafted else row.ids[name][-1], *guess)
                 keep += range(at, at + len(ids))
             else:
-                last = self._spell(name, said[-1]) if said else row.ids[name][-1:]
+                last = self._spell(name, drafted[-1]) if drafted else row.ids[name][-1:]
                 spelled = [last, *(self._spell(name, token) for token in guess)]
                 ids = tuple(i for token in spelled for i in token)
                 keep += accumulate((len(token) for token in spelled[1:]), initial=at + len(last) - 1)
@@ -227,8 +231,10 @@ class Drafter:
     def verification(
         self, name: str, rows: Sequence[Row], drafts: Drafts, prefill: Sequence[Segment]
     ) -> Work:
-        """What a model behind the front is fed: every row's last token and its drafts."""
-        parts = [(i, row, (), said) for i, (row, said) in enumerate(zip(rows, drafts.tokens, strict=True))]
+        """What a verifying model is fed: every row's last token and its drafts."""
+        parts = [
+            (i, row, (), drafted) for i, (row, drafted) in enumerate(zip(rows, drafts.tokens, strict=True))
+        ]
         return self._feed(name, parts, prefill)
 
     def closing(
@@ -239,63 +245,65 @@ class Drafter:
         open_rows: Sequence[int],
         prefill: Sequence[Segment],
     ) -> Work:
-        """What the front is fed where all drafts stood: the last of them, or the row's last token."""
+        """What a draft model is fed where all drafts are accepted: the last of them, or the row's last
+        token."""
         return self._feed(name, [(i, rows[i], drafts.tokens[i], ()) for i in open_rows], prefill)
 
     def _spell(self, name: str, token: int) -> Sequence[int]:
         return self.runners[name].alignment.spell(token)
 
     def _guess(self, row: Row, count: int, rows: int) -> list[int]:
-        """A passage for the drafter itself, if it is worth reading in a forward of so many rows."""
-        found = self.passage(row, min(count, PASSAGE))
-        return found if found and self.pace.guessing(rows, len(found)) else []
+        """Tokens of prompt lookup for the drafter itself, if they are worth reading with so many rows."""
+        found = self.look_up(row, min(count, PROMPT_LOOKUP_LENGTH))
+        return found if found and self.draft_length.guessing(rows, len(found)) else []
 
-    def passage(self, row: Row, count: int) -> list[int]:
-        """`count` tokens that followed the last few when they were said before; none if they are new."""
+    def look_up(self, row: Row, count: int) -> list[int]:
+        """Prompt lookup: `count` tokens that followed the last few when they occurred before; none if they
+        are new."""
         if not self.settings.lookup or count <= 0:
             return []
-        passages = self._passages.setdefault(row.ticket, Passages())
-        passages.extend(row.ids[self.lead][len(passages.ids) :])
-        found, size = passages.continuation(count), self.runners[self.lead].alignment.size
+        lookup = self._lookups.setdefault(row.ticket, PromptLookup())
+        lookup.extend(row.ids[self.target][len(lookup.ids) :])
+        found, size = lookup.continuation(count), self.runners[self.target].alignment.size
         for n, token in enumerate(found):
             if token >= size:
-                return found[:n]  # virtual tokens of a soft prompt are said by nobody
+                return found[:n]  # virtual tokens of a soft prompt are never generated
             if token in row.request.eos:
                 return found[: n + 1]
         return found
 
     def learn(self, drafts: Drafts, accepted: int, examined: int, seconds: StepSeconds | None) -> None:
         """Note how a step went; its times only where no prompts rode along."""
-        if examined and drafts.front:
-            self.pace.acceptance.add(accepted, examined)
+        if examined and drafts.draft_models:
+            self.draft_length.acceptance.add(accepted, examined)
         if seconds is None:
             return
         drafted = sum(map(len, drafts.tokens))
         if drafts.forwards:
-            drafting = sum(1 for said in drafts.tokens if said)
-            self.pace.saw_drafts(drafting, drafts.forwards, drafted, seconds.draft)
-        verified = self.pace.lookup if self._looking_up else self.pace.verify
+            drafting = sum(1 for own in drafts.tokens if own)
+            self.draft_length.saw_drafts(drafting, drafts.forwards, drafted, seconds.draft)
+        verified = self.draft_length.lookup if self._looking_up else self.draft_length.verify
         verified.add(drafted + len(drafts.tokens), seconds.verify)
         if seconds.closed:
-            self.pace.close.add(seconds.closed, seconds.close)
+            self.draft_length.close.add(seconds.closed, seconds.close)
 
-    def watch(self, rows: Sequence[Row], said: Sequence[Sequence[int]]) -> None:
-        """Note whether passages were right about what the proxy says next, drafts or not; `said` are the
-        tokens that come next in the rows, some of which may be given none."""
+    def watch(self, rows: Sequence[Row], chosen: Sequence[Sequence[int]]) -> None:
+        """Note whether prompt lookup was right about what the proxy chooses next, drafts or not; `chosen` are
+        the tokens that come next in the rows, some of which may be given none."""
         if not self.watches(len(rows)):
             return
-        held = asked = 0
-        for row, tokens in zip(rows, said, strict=True):
-            found = self.passage(row, PASSAGE)
-            stood = same_prefix(found, tokens)
-            held += stood
-            asked += min(stood + 1, len(found), len(tokens))
-        if asked:
-            self.pace.passages.add(held, asked)
+        accepted = examined = 0
+        for row, tokens in zip(rows, chosen, strict=True):
+            found = self.look_up(row, PROMPT_LOOKUP_LENGTH)
+            right = same_prefix(found, tokens)
+            accepted += right
+            examined += min(right + 1, len(found), len(tokens))
+        if examined:
+            self.draft_length.lookup_acceptance.add(accepted, examined)
 
     def forget(self, row: Row) -> None:
         """A row has finished."""
-        self._passages.pop(row.ticket, None)
+        self._lookups.pop(row.ticket, None)
 
 
 def _in_order(kept: Sequence[Mapping[str, Tensor]], order: Sequence[tuple[int, int]]) -> dict[str, Tensor]:

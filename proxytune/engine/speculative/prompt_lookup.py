@@ -1,9 +1,9 @@
-"""Passages said before, as drafts: prompt lookup, on the host and on the device.
+"""Prompt lookup (n-gram drafts), on the host and on the device.
 
 Where the last few tokens of a row occurred before, what followed them then is a guess at what follows now
-(n-gram drafts: Saxena 2023, "Prompt Lookup Decoding"; performance model: a step costs no forward more than
-plain decoding). The latest occurrence counts. A passage that runs into the end of the row is repeated from
-there on, which is what a row in a loop will say."""
+(Saxena 2023, "Prompt Lookup Decoding"; performance model: a step costs no forward more than plain decoding).
+The latest occurrence counts. A continuation that runs into the end of the row is repeated from there on: that
+is what a row in a loop will generate."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 NGRAM = 3
-"""How many tokens of a passage must have been said before for its continuation to be a draft."""
+"""How many tokens must have occurred before for what followed them to be a draft."""
 
 
 @dataclass
-class Passages:
+class PromptLookup:
     """Where the n-grams of a growing sequence of ids were last followed by something."""
 
     ids: list[int] = field(default_factory=list)
@@ -41,8 +41,8 @@ class Passages:
 
 
 def continuations(history: Tensor, known: Tensor, count: int) -> Tensor:
-    """`Passages.continuation` for rows that the host cannot see: ids [R, L > NGRAM], of which known[i] count
-    in row i -> [R, count], -1 in rows whose last n-gram is new."""
+    """`PromptLookup.continuation` for rows that the host cannot see: ids [R, L > NGRAM], of which known[i]
+    count in row i -> [R, count], -1 in rows whose last n-gram is new."""
     places = torch.arange(NGRAM, history.shape[1], device=history.device)  # of what follows an n-gram
     last = (known[:, None] + torch.arange(-NGRAM, 0, device=history.device)).clamp(min=0)
     same = places < known[:, None]  # [R, L - NGRAM]

@@ -15,13 +15,13 @@ from proxytune.config import Sampling, parse_alpha
 from proxytune.engine.cuda.attention import slots_of
 from proxytune.engine.cuda.sampling import cut
 from proxytune.engine.cuda.state import DeviceState, Widths, bans_of, sampling_needs
-from proxytune.engine.cuda.step import Said
+from proxytune.engine.cuda.step import StepOutput
 from proxytune.engine.kv.cache import CacheSpec, LayerShape
 from proxytune.engine.kv.pages import PAGE, PagedCache
 from proxytune.engine.logits import warp
 from proxytune.engine.request import Request, Row
-from proxytune.engine.sampling import Spot, pick
-from proxytune.engine.speculative.draft_length import Ahead, StepPace
+from proxytune.engine.sampling import RowPosition, pick
+from proxytune.engine.speculative.draft_length import Ahead, StepDraftLength
 
 VOCABULARY = 23
 CPU = torch.device("cpu")
@@ -95,9 +95,9 @@ def state_of(rows: Sequence[Row], room: int) -> DeviceState:
 def test_a_filled_state_picks_what_the_host_picks(made: list[tuple[Request, int]], seed: int) -> None:
     """Bans, ends, forced tokens, alpha and every sampler, for rows at any position, at three positions."""
     rows = []
-    for request, said in made:
-        row = Row(request, len(rows), 0, {"base": [*request.contexts["base"], *range(said)]})
-        row.tokens += range(said)
+    for request, length in made:
+        row = Row(request, len(rows), 0, {"base": [*request.contexts["base"], *range(length)]})
+        row.tokens += range(length)
         rows.append(row)
     state = state_of(rows, 6)
     batch, draw = state.views(6), sampling_needs(rows)
@@ -108,15 +108,15 @@ def test_a_filled_state_picks_what_the_host_picks(made: list[tuple[Request, int]
     alphas = batch.alpha(positions).tolist()
     ends = batch.sampler.ends(found).tolist()
     for index, row in enumerate(rows):
-        spots = [Spot(row, len(row.tokens) + j) for j in range(3)]
-        assert pick(logits[index], spots).tolist() == found[index].tolist()
-        assert alphas[index] == [row.request.alpha.at(spot.position) for spot in spots]
+        positions = [RowPosition(row, len(row.tokens) + j) for j in range(3)]
+        assert pick(logits[index], positions).tolist() == found[index].tolist()
+        assert alphas[index] == [row.request.alpha.at(at.position) for at in positions]
         assert ends[index] == [token in row.request.eos for token in found[index].tolist()]
         assert batch.last["base"][index] == row.ids["base"][-1]
         assert batch.offset["base"][index] + batch.position[index] == len(row.ids["base"]) - 1
-        held = state.caches["base"].tables[index]
+        pages = state.caches["base"].tables[index]
         table = batch.table["base"][index].tolist()
-        assert table[: len(held)] == held and set(table[len(held) :]) <= {state.caches["base"].spare}
+        assert table[: len(pages)] == pages and set(table[len(pages) :]) <= {state.caches["base"].spare}
     assert batch.limit[len(rows) :].tolist() == batch.position[len(rows) :].tolist()
 
 
@@ -160,15 +160,15 @@ def test_widths_come_in_powers_of_two() -> None:
 
 
 def test_what_a_step_says_survives_its_packing() -> None:
-    said = Said(
+    output = StepOutput(
         torch.tensor([1, 2]),
         torch.arange(8).view(2, 4),
         torch.arange(6).view(2, 3),
         torch.randn(2, 4, dtype=torch.float64),
     )
-    packed = said.packed()
+    packed = output.packed()
     assert packed.shape == (2, 12)
-    assert all(torch.equal(a, b) for a, b in zip(Said.unpacked(packed, 3), said, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(StepOutput.unpacked(packed, 3), output, strict=True))
 
 
 def test_slots() -> None:
@@ -178,63 +178,71 @@ def test_slots() -> None:
 
 
 @pytest.mark.parametrize("acceptance, per_token, want", [(0.9, 0.01, 8), (0.05, 0.3, 0), (0.6, 0.3, 1)])
-def test_pace_of_whole_steps(acceptance: float, per_token: float, want: int) -> None:
+def test_draft_length_of_whole_steps(acceptance: float, per_token: float, want: int) -> None:
     """Each length is timed first; then the one that gives most tokens per second is taken."""
-    pace, tried = StepPace(), list[int]()
+    draft_length, tried = StepDraftLength(), list[int]()
     for _ in range(40):
-        ahead = pace.choose(8, acceptance)
+        ahead = draft_length.choose(8, acceptance)
         tried.append(ahead.k)
-        pace.started += 1
-        pace.add(8, ahead, 1.0 + per_token * ahead.k)
+        draft_length.started += 1
+        draft_length.add(8, ahead, 1.0 + per_token * ahead.k)
         assert not ahead.lookup
     assert {0, 1, 3} <= set(tried[:8]) and set(tried[20:]) == {want}
-    assert StepPace().choose(128, 0.9) == Ahead(0), "too wide to try anything else first"
+    assert StepDraftLength().choose(128, 0.9) == Ahead(0), "too wide to try anything else first"
 
 
-def ride(pace: StepPace, acceptance: float | None, matched: float, held: float, rows: int = 4) -> list[Ahead]:
+def ride(
+    draft_length: StepDraftLength,
+    acceptance: float | None,
+    matched: float,
+    lookup_acceptance: float,
+    rows: int = 4,
+) -> list[Ahead]:
     """Forty steps on a machine on which the expert takes as long as a fifth of a plain step."""
     chosen = []
     for _ in range(40):
-        chosen.append(pace.choose(rows, acceptance, matched, held))
-        pace.started += 1
-        pace.add(rows, chosen[-1], 1.0 if chosen[-1].lookup else 1.0 + 0.2 * chosen[-1].k)
+        chosen.append(draft_length.choose(rows, acceptance, matched, lookup_acceptance))
+        draft_length.started += 1
+        draft_length.add(rows, chosen[-1], 1.0 if chosen[-1].lookup else 1.0 + 0.2 * chosen[-1].k)
     return chosen[20:]
 
 
-def test_passages_are_chosen_where_they_give_most() -> None:
-    assert set(ride(StepPace(), 0.1, 1.0, 0.9)) == {Ahead(6, lookup=True)}
-    assert set(ride(StepPace(), 0.1, 0.0, 0.9)) == {Ahead(0)}, "nothing was found"
-    assert set(ride(StepPace(), 0.9, 0.2, 0.9)) == {Ahead(6)}, "the expert does more for all rows"
-    assert set(ride(StepPace(), None, 0.5, 0.5)) == {Ahead(6, lookup=True)}
-    assert set(ride(StepPace(), None, 0.0, 0.0)) == {Ahead(0)}
-    assert {a.k for a in ride(StepPace(), None, 1.0, 0.9, rows=32)} == {3}, "up to where products are bound"
+def test_prompt_lookup_is_chosen_where_it_gives_most() -> None:
+    assert set(ride(StepDraftLength(), 0.1, 1.0, 0.9)) == {Ahead(6, lookup=True)}
+    assert set(ride(StepDraftLength(), 0.1, 0.0, 0.9)) == {Ahead(0)}, "nothing was found"
+    assert set(ride(StepDraftLength(), 0.9, 0.2, 0.9)) == {Ahead(6)}, "the expert does more for all rows"
+    assert set(ride(StepDraftLength(), None, 0.5, 0.5)) == {Ahead(6, lookup=True)}
+    assert set(ride(StepDraftLength(), None, 0.0, 0.0)) == {Ahead(0)}
+    assert {a.k for a in ride(StepDraftLength(), None, 1.0, 0.9, rows=32)} == {3}, (
+        "up to where products are bound"
+    )
 
 
-def test_slow_passages_are_tried_and_left() -> None:
+def test_slow_prompt_lookup_is_tried_and_left() -> None:
     """And come back to now and then: they may have been measured in a slow minute."""
 
-    def steps(pace: StepPace, count: int, slow: float) -> float:
+    def steps(draft_length: StepDraftLength, count: int, slow: float) -> float:
         looked_up = 0
         for _ in range(count):
-            ahead = pace.choose(4, None, 1.0, 0.5)
-            pace.started += 1
-            pace.add(4, ahead, slow if ahead.lookup else 1.0)
+            ahead = draft_length.choose(4, None, 1.0, 0.5)
+            draft_length.started += 1
+            draft_length.add(4, ahead, slow if ahead.lookup else 1.0)
             looked_up += ahead.lookup
         return looked_up / count
 
-    pace = StepPace()
-    assert 0 < steps(pace, 640, 3.0) < 0.05
-    steps(pace, 640, 1.1)
-    assert steps(pace, 640, 1.1) > 0.9
+    draft_length = StepDraftLength()
+    assert 0 < steps(draft_length, 640, 3.0) < 0.05
+    steps(draft_length, 640, 1.1)
+    assert steps(draft_length, 640, 1.1) > 0.9
 
 
 def test_no_retries_where_even_good_drafts_would_lose() -> None:
     def tries(per_token: float) -> int:
-        pace, found = StepPace(), 0
+        draft_length, found = StepDraftLength(), 0
         for step in range(2000):
-            ahead = pace.choose(8, 0.05)
-            pace.started += 1
-            pace.add(8, ahead, 1.0 + per_token * ahead.k)
+            ahead = draft_length.choose(8, 0.05)
+            draft_length.started += 1
+            draft_length.add(8, ahead, 1.0 + per_token * ahead.k)
             found += step >= 100 and ahead.k > 0
         return found
 

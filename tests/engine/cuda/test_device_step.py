@@ -23,7 +23,7 @@ from proxytune.engine.cuda.state import bucket
 from proxytune.engine.engine import Engine
 from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.request import Request
-from proxytune.engine.speculative.draft_length import Ahead, StepPace
+from proxytune.engine.speculative.draft_length import Ahead, StepDraftLength
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.models.loading import Models
 from proxytune.records import Completion
@@ -63,17 +63,17 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Steps]:
 
 @pytest.fixture(autouse=True)
 def any_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where passages are looked for, every step drafts in another way than the one before."""
+    """Where prompt lookup is tried, every step drafts in another way than the one before."""
     ways = cycle([Ahead(2), Ahead(3, lookup=True), Ahead(0), Ahead(6, lookup=True), Ahead(1)])
-    choose = StepPace.choose
+    choose = StepDraftLength.choose
 
-    def chosen(pace: StepPace, rows: int, acceptance: float | None, *passages: float) -> Ahead:
-        if passages[0] == 0.0:
-            return choose(pace, rows, acceptance, *passages)
+    def chosen(draft_length: StepDraftLength, rows: int, acceptance: float | None, *lookup: float) -> Ahead:
+        if lookup[0] == 0.0:
+            return choose(draft_length, rows, acceptance, *lookup)
         ahead = next(ways)
         return Ahead(0) if acceptance is None and not ahead.lookup else ahead
 
-    monkeypatch.setattr(StepPace, "choose", chosen)
+    monkeypatch.setattr(StepDraftLength, "choose", chosen)
 
 
 @pytest.mark.parametrize("k", [0, 1, 3, 6, None, "lookup", "any"])
@@ -110,7 +110,7 @@ def everything(found: list[Completion]) -> dict[tuple[str, int], tuple[Any, ...]
 def both(
     monkeypatch: pytest.MonkeyPatch, system: System, examples: Any, s: Sampling, k: Ways, **options: Any
 ) -> None:
-    """Steps on the device say what the engine's own steps say."""
+    """Steps on the device give the tokens of the engine's own steps."""
     role = options.pop("role", "proxy")
     steps = list[bool]()
     on_launch(monkeypatch, lambda *_: steps.append(True))
@@ -147,8 +147,8 @@ def test_one_model_alone(trio: System, monkeypatch: pytest.MonkeyPatch, k: Ways)
 
 
 @pytest.mark.parametrize("role", ["base", "proxy"])
-def test_passages_stand(trio: System, steps: Steps, role: str) -> None:
-    """Random models loop now and then, so that passages recur."""
+def test_prompt_lookup_is_accepted(trio: System, steps: Steps, role: str) -> None:
+    """Random models loop now and then, so that prompt lookup finds drafts."""
     d = decoder(trio, role, speculation=drafting("lookup"))
     list(d.stream(ragged(5, 1), Sampling(max_new_tokens=60)))
     assert steps.refused == 0 and d.stats.accepted > d.stats.examined / 2 > 20
@@ -156,27 +156,27 @@ def test_passages_stand(trio: System, steps: Steps, role: str) -> None:
 
 
 @pytest.mark.parametrize("k", [0, 3, "lookup", "any"])
-def test_the_device_knows_what_was_said(
+def test_the_device_knows_what_was_generated(
     trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps, k: Ways
 ) -> None:
-    """At every landing, for every row that goes on, while rows come, end, give way and change places, and
-    where drafts do not fit and the engine takes a step itself."""
-    checked, land = list[int](), DeviceLoop.land
+    """Whenever a step is collected, for every row that goes on, while rows come, end, give way and change
+    places, and where drafts do not fit and the engine takes a step itself."""
+    checked, collect = list[int](), DeviceLoop.collect
 
     def watched(loop: DeviceLoop) -> Any:
-        state, flight = loop.graphs.state, loop.flights[0]
+        state, step = loop.graphs.state, loop.in_flight[0]
         assert state is not None
-        if len(loop.flights) == 1:
-            batch = state.views(len(flight.rows))
-            for index, row in enumerate(flight.rows):
+        if len(loop.in_flight) == 1:
+            batch = state.views(len(step.rows))
+            for index, row in enumerate(step.rows):
                 known = int(batch.offset["base"][index] + 1 + batch.position[index])
-                said = batch.history[index, :known].tolist()
-                assert said[: len(row.ids["base"])] == row.ids["base"]
-                assert said[-1] == batch.last["base"][index]
+                history = batch.history[index, :known].tolist()
+                assert history[: len(row.ids["base"])] == row.ids["base"]
+                assert history[-1] == batch.last["base"][index]
                 checked.append(known)
-        return land(loop)
+        return collect(loop)
 
-    monkeypatch.setattr(DeviceLoop, "land", watched)
+    monkeypatch.setattr(DeviceLoop, "collect", watched)
     s = Sampling(max_new_tokens=40, temperature=0.6, n=2, stop=("3",))
     d = decoder(trio, kv_memory=kv_bytes(decoder(trio), 160), speculation=drafting(k))
     list(d.stream(ragged(9, 6, longest=12), s))
@@ -238,9 +238,9 @@ def test_ids_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("k", [1, 6])
 def test_rows_end_inside_a_draft(trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps, k: int) -> None:
-    """At a high temperature the drafter says end-of-sequence often, and limits are reached anywhere."""
+    """At a high temperature the drafter draws end-of-sequence often, and limits are reached anywhere."""
     d = decoder(trio, speculation=drafting(k))
-    same = trio.model_copy(update={"base": trio.expert})  # base = expert: nearly all drafts stand
+    same = trio.model_copy(update={"base": trio.expert})  # base = expert: nearly all drafts are accepted
     agreeing = decoder(same, speculation=drafting(k))
     for one, limit, alpha in ((d, 7, "1"), (agreeing, 9, "0")):
         check(one, ragged(3, 5), Sampling(max_new_tokens=limit, temperature=3.0, n=2), alpha)
@@ -340,7 +340,7 @@ def test_padding_writes_to_the_spare_page_alone(trio: System) -> None:
     assert engine.device is not None
     engine.step()
     state, caches = engine.device.graphs.state, [r.rows for r in d.ensemble.runners.values()]
-    assert state is not None and state.rows == 4 and engine.device.flights
+    assert state is not None and state.rows == 4 and engine.device.in_flight
     engine.step()
     alive = state.views(4).position < state.views(4).limit
     assert alive.tolist() == [True, True, False, False]
@@ -364,9 +364,9 @@ def test_the_host_is_one_step_late(trio: System, steps: Steps) -> None:
     engine.submit(Request(contexts, 1, 6, tag="first"))
     engine.step()
     engine.step()
-    assert engine.device is not None and len(engine.device.flights) == 1 and not heard
+    assert engine.device is not None and len(engine.device.in_flight) == 1 and not heard
     engine.step()
-    assert heard == ["first"] and len(engine.device.flights) == 1 and steps.ahead == 1
+    assert heard == ["first"] and len(engine.device.in_flight) == 1 and steps.ahead == 1
     engine.submit(Request(contexts, 2, 6, tag="second"))
     results = []
     while engine.busy:
@@ -385,7 +385,7 @@ def test_what_cannot_run_this_way(trio: System) -> None:
 
     assert device() and device("base") and device("base", s=Speculation(k=2))
     assert not device(trace=True)
-    assert not device(s=Speculation(pick=lambda logits, spots: logits.argmin(-1)))
+    assert not device(s=Speculation(pick=lambda logits, positions: logits.argmin(-1)))
 
 
 def test_a_refused_capture_leaves_the_engine_its_own_steps(

@@ -66,7 +66,7 @@ def test_graphs_change_nothing(
     for captured, parallel in ((set[str](), None), ({"cuda"}, False), ({"cuda"}, True)):
         monkeypatch.setattr(graphs, "CAPTURED", captured)
         d = decoder(in_dtype(trio, dtype), speculation=drafting(k))
-        made = d.ensemble.graphs(d.ensemble.front(d.speculation.drafter))
+        made = d.ensemble.graphs(d.ensemble.draft_models(d.speculation.drafter))
         made.parallel = parallel
         found.append(list(d.stream(ragged(20, 3), s)))
         assert made.refused is None and bool(made.made) == bool(captured)
@@ -90,14 +90,14 @@ def test_a_shared_pair_says_what_the_cpu_says(folders: dict[str, Path], k: int) 
     cpu = decoder(in_dtype(pair, "float32", "cpu"), speculation=Speculation(k=0))
     gpu = decoder(in_dtype(pair, "float32"), speculation=drafting(k))
     assert gpu.loaded["expert"].module is gpu.loaded["antiexpert"].module
-    assert gpu.ensemble.front() == ("expert", "antiexpert")
+    assert gpu.ensemble.draft_models() == ("expert", "antiexpert")
     assert tokens(gpu, examples, s) == tokens(cpu, examples, s)
     made = graphs_of(gpu)
     assert made.refused is None and {shape.ahead.k for shape in made._captured} == {k}
 
 
-def gap(d: Decoder, e: Example, said: Sequence[int], one: int, other: int) -> float:
-    """By how many standard deviations two tokens differ after `said`, in float64 with rounded weights."""
+def gap(d: Decoder, e: Example, response: Sequence[int], one: int, other: int) -> float:
+    """By how many standard deviations two tokens differ after `response`, in float64 with rounded weights."""
     contexts, views = d.contexts(e.prompt), {}
     for name in d.loaded:
         module = plain(d, name)
@@ -107,7 +107,7 @@ def gap(d: Decoder, e: Example, said: Sequence[int], one: int, other: int) -> fl
             if isinstance(layer, Int8Linear):
                 wide = dequantize(layer.weight, layer.weight_scale, torch.float64)
                 module.get_submodule(key).weight.data = wide.cpu()
-        views[name] = oracle.last_logits(module, [*contexts[name], *said])
+        views[name] = oracle.last_logits(module, [*contexts[name], *response])
     z = views["base"] + views["expert"] - views["antiexpert"]
     return float((z[one] - z[other]).abs() / z.std())
 
@@ -165,12 +165,12 @@ def test_an_int8_base_in_graphs_says_what_it_says_without(
     assert rows and max(rows) <= int8.MOST_ROWS
     monkeypatch.setattr(graphs, "CAPTURED", set[str]())
     eager = decoder(system, speculation=drafting(k))
-    said = tokens(eager, examples, s)
+    eagerly = tokens(eager, examples, s)
     assert graphs_of(eager).made == 0
     if dtype == "float32":
-        assert captured == said
+        assert captured == eagerly
     else:
-        check_near_ties(d, examples, captured, said)
+        check_near_ties(d, examples, captured, eagerly)
 
 
 def test_nothing_is_read_in_a_replayed_step(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ def silently(function: Callable[[], None]) -> None:
 @pytest.mark.parametrize("k", [0, 3, "lookup"])
 def test_replayed_steps_are_the_oracles(trio: System, k: Ways, parallel: bool | None) -> None:
     d = decoder(trio, speculation=drafting(k))
-    d.ensemble.graphs(d.ensemble.front(d.speculation.drafter)).parallel = parallel
+    d.ensemble.graphs(d.ensemble.draft_models(d.speculation.drafter)).parallel = parallel
     check(d, ragged(9, 2), Sampling(max_new_tokens=9))
     made = graphs_of(d)
     replays = sum(captured.graph.replays for captured in made._captured.values())  # type: ignore[attr-defined]
@@ -149,7 +149,7 @@ def test_making_a_graph_moves_nothing(trio: System) -> None:
     """Also in the middle of a batch: state and pages, all but the spare one, are what they were."""
     d = decoder(trio, speculation=drafting(1))
     stream = d.stream(ragged(3, 4), Sampling(max_new_tokens=30, min_new_tokens=20, n=2))
-    made, seen = d.ensemble.graphs(d.ensemble.front()), list[int]()
+    made, seen = d.ensemble.graphs(d.ensemble.draft_models()), list[int]()
 
     def watched(*_: object) -> None:
         assert made.state is not None
@@ -204,7 +204,7 @@ def test_models_beside_each_other(trio: System) -> None:
     """Branches beside the first wait for what came before, and the first waits for them at the end."""
     made = decoder(trio, speculation=drafting(1)).ensemble.graphs(("expert",))
     order = list[int]()
-    assert len(made.step.behind) == len(made._sides) == 2
+    assert len(made.step.verifiers) == len(made._sides) == 2
 
     def branch(number: int) -> Callable[[], dict[str, Tensor]]:
         return lambda: (order.append(number), {str(number): torch.tensor(number)})[1]

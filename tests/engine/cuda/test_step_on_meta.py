@@ -19,7 +19,7 @@ from proxytune.config import ExpertSpec, ModelSpec, Role, Sampling, System
 from proxytune.decoding.decoder import Decoder
 from proxytune.engine.cuda.sampling import SamplingNeeds
 from proxytune.engine.cuda.state import DeviceBatch
-from proxytune.engine.cuda.step import DeviceStep, Said
+from proxytune.engine.cuda.step import DeviceStep, StepOutput
 from proxytune.engine.speculative.draft_length import Ahead
 from proxytune.models.loading import Models
 from tests.support import adapters, tiny
@@ -71,11 +71,11 @@ def operations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     as_on_a_device(monkeypatch)
     call, found = DeviceStep.__call__, list[int]()
 
-    def watched(self: DeviceStep, batch: DeviceBatch, ahead: Ahead, draw: SamplingNeeds) -> Said:
+    def watched(self: DeviceStep, batch: DeviceBatch, ahead: Ahead, draw: SamplingNeeds) -> StepOutput:
         step, there = on_meta(monkeypatch, (self, batch))
         with OneDevice() as mode:
-            said = call(step, there, ahead, draw).packed()
-        assert said.is_meta and said.shape == (len(batch.position), 3 * ahead.k + 3)
+            output = call(step, there, ahead, draw).packed()
+        assert output.is_meta and output.shape == (len(batch.position), 3 * ahead.k + 3)
         found.append(mode.operations)
         raise Checked
 
