@@ -27,6 +27,7 @@ from benchmarks.tables import markdown
 from proxytune.engine.attention.attention import written_out
 from proxytune.engine.kernels.cpu_attention import attend_slots, why_not
 from proxytune.engine.kernels.linear import ONEDNN, TYPICAL, RowLinear
+from proxytune.engine.kernels.scores import ScoreRule
 
 SHAPES: tuple[tuple[int, int], ...] = (
     *((256, 256), (672, 256), (1538, 256)),
@@ -125,15 +126,11 @@ def _by_kernel(q: Tensor, slots: Sequence[Sequence[Tensor]], length: int) -> Way
                 tokens,
                 tokens,
                 tokens,
-                keys,
-                values,
+                (keys, values),
                 parts,
                 out,
-                scaling=size**-0.5,
-                window=None,
-                softcap=None,
-                sinks=None,
-                most=queries,
+                ScoreRule(),
+                queries,
             )
 
     return run

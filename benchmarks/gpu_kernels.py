@@ -35,6 +35,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
 from proxytune.engine.kernels.int8 import Int8Linear
 from proxytune.engine.kernels.paged_attention import gathered, paged_attention, supported, token_slots
+from proxytune.engine.kernels.scores import ScoreRule
 
 PAGE = 16
 NAME = "proxytune_benchmark"
@@ -89,10 +90,7 @@ def attend(
         values,
         pages.table,
         pages.lengths,
-        scaling=scaling,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
+        ScoreRule(scaling, sliding_window, softcap, s_aux),
     )
     return out.transpose(1, 2).flatten(0, 1)[None], None
 
@@ -202,7 +200,7 @@ def attention_speed(quick: bool) -> Iterator[dict[str, Any]]:
                 )
                 q = torch.randn(rows, heads, new, size, device="cuda", dtype=torch.bfloat16)
                 assert supported(q, *p.pools[0])
-                want = gathered(q, *p.pools[0], p.table, p.lengths, scaling=size**-0.5)
+                want = gathered(q, *p.pools[0], p.table, p.lengths)
                 error = (paged_attention(q, *p.pools[0], p.table, p.lengths) - want).abs().max().item()
                 found = {}
                 for splits in (None, 1, 8, 32):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from proxytune.engine.kernels import cpu_attention
 from proxytune.engine.kernels.cpu_attention import attend_slots, takes, why_not
+from proxytune.engine.kernels.scores import ScoreRule
 from tests.support.require import require_or_skip
 
 
@@ -74,15 +75,11 @@ class Case:
             self.query,
             self.key,
             self.value,
-            self.keys,
-            self.values,
+            (self.keys, self.values),
             torch.tensor(segments).T.contiguous(),
             self.out,
-            scaling=self.shape.key**-0.5,
-            window=self.shape.window,
-            softcap=self.shape.softcap,
-            sinks=self.sinks,
-            most=most,
+            ScoreRule(None, self.shape.window, self.shape.softcap, self.sinks),
+            most,
         )
 
     def check(self) -> None:

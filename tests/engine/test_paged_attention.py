@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from proxytune.engine.kernels import paged_attention as paged
+from proxytune.engine.kernels.scores import ScoreRule
 from proxytune.engine.kv.cache import CacheSpec, LayerShape, Placement
 from proxytune.engine.kv.pages import PAGE, PagedCache
 
@@ -82,6 +83,18 @@ def inputs(s: Shape, device: torch.device, seed: int = 0) -> dict[str, Any]:
     }
 
 
+def attended(arguments: dict[str, Any], scaling: float | None = None, splits: int | None = None) -> Tensor:
+    """The paged attention of these arguments."""
+    tensors, rule = split(arguments, scaling)
+    return paged.paged_attention(*tensors, rule, splits)
+
+
+def split(arguments: dict[str, Any], scaling: float | None) -> tuple[list[Tensor], ScoreRule]:
+    """The tensors, and what the scores are to be."""
+    tensors = [arguments[name] for name in ("query", "keys", "values", "table", "lengths")]
+    return tensors, ScoreRule(scaling, *(arguments[name] for name in ("window", "softcap", "sinks")))
+
+
 def written_out(arguments: dict[str, Any], scaling: float) -> Tensor:
     """Attention by its definition, one token and head at a time, in float64 on the CPU."""
     a = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in arguments.items()}
@@ -112,10 +125,11 @@ def compare(s: Shape, device: torch.device, seed: int = 0) -> None:
     scaling = 0.9 * s.key**-0.5
     assert paged.supported(arguments["query"], arguments["keys"], arguments["values"])
     want = written_out(arguments, scaling)
-    got = paged.paged_attention(**arguments, scaling=scaling, splits=s.splits)
+    got = attended(arguments, scaling, s.splits)
     assert got.shape == want.shape and got.dtype == s.dtype and got.device.type == device.type
     torch.testing.assert_close(got.cpu().double(), want, atol=TOLERANCE[s.dtype], rtol=TOLERANCE[s.dtype])
-    plain = paged.gathered(**arguments, scaling=scaling)
+    tensors, rule = split(arguments, scaling)
+    plain = paged.gathered(*tensors, rule)
     assert plain.transpose(1, 2).is_contiguous() and got.transpose(1, 2).is_contiguous()
     torch.testing.assert_close(plain.cpu().double(), want, atol=TOLERANCE[s.dtype], rtol=TOLERANCE[s.dtype])
 
@@ -207,20 +221,20 @@ def test_what_lies_beyond_a_row_is_never_read(kernels: torch.device) -> None:
     """Not even NaN gets through the kernel; numbers do not depend on it."""
     s = Shape(new=2, heads=4, lengths=(17, 30, 2))
     arguments = inputs(s, kernels)
-    clean = paged.paged_attention(**arguments)
+    clean = attended(arguments)
     for name in ("keys", "values"):
         pool = arguments[name]
         pool[pool == 3e4] = math.nan
-    assert torch.equal(paged.paged_attention(**arguments), clean)
+    assert torch.equal(attended(arguments), clean)
 
 
 def test_rows_do_not_depend_on_their_neighbours(kernels: torch.device) -> None:
     """With the splits given, a row alone has the same bits as in a batch."""
     arguments = inputs(Shape(new=2, heads=4, lengths=(50, 20, 0, 33)), kernels)
-    together = paged.paged_attention(**arguments, splits=2)
+    together = attended(arguments, splits=2)
     for row in range(4):
         one = {k: v[row : row + 1] if k in {"query", "table", "lengths"} else v for k, v in arguments.items()}
-        assert torch.equal(paged.paged_attention(**one, splits=2)[0], together[row])
+        assert torch.equal(attended(one, splits=2)[0], together[row])
 
 
 def test_strided_queries(kernels: torch.device) -> None:
@@ -230,9 +244,7 @@ def test_strided_queries(kernels: torch.device) -> None:
     flat = arguments["query"].transpose(0, 1).reshape(1, 4, 9, 16)  # [1, H, R * Q, D]
     seen = flat[0].reshape(4, 3, 3, 16).transpose(0, 1)
     assert not seen.is_contiguous()
-    assert torch.equal(
-        paged.paged_attention(**{**arguments, "query": seen}), paged.paged_attention(**arguments)
-    )
+    assert torch.equal(attended({**arguments, "query": seen}), attended(arguments))
 
 
 def test_what_the_kernel_leaves_to_the_gathered_path(kernels: torch.device) -> None:
@@ -244,7 +256,7 @@ def test_what_the_kernel_leaves_to_the_gathered_path(kernels: torch.device) -> N
     ):
         arguments = inputs(s, kernels)
         assert not paged.supported(*(arguments[n] for n in ("query", "keys", "values")))
-        got = paged.paged_attention(**arguments, scaling=0.1)
+        got = attended(arguments, 0.1)
         want = written_out(arguments, 0.1)
         torch.testing.assert_close(got.cpu().double(), want, atol=1e-5, rtol=1e-5)
     assert paged.supported(good["query"], good["keys"], good["values"])
@@ -296,5 +308,5 @@ def test_one_table_width_serves_all_lengths(kernels: torch.device) -> None:
     wide = inputs(Shape(lengths=(96, 90), spare_pages=0), kernels)
     for lengths in ((96, 90), (1, 50), (0, 90)):
         arguments = {**wide, "lengths": torch.tensor(lengths, device=kernels)}
-        got = paged.paged_attention(**arguments, splits=3, scaling=0.25)
+        got = attended(arguments, 0.25, 3)
         torch.testing.assert_close(got.cpu().double(), written_out(arguments, 0.25), atol=5e-6, rtol=5e-6)

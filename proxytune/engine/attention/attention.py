@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from proxytune.engine.attention.packed import MOST_TOKENS, Group, Packed
 from proxytune.engine.cuda.attention import DevicePacked
 from proxytune.engine.kernels.cpu_attention import attend_slots, takes
+from proxytune.engine.kernels.scores import ScoreRule
 from proxytune.engine.kv.cache import LayerShape
 from proxytune.engine.kv.slots import SlotCache
 
@@ -78,12 +79,12 @@ def attend(
     if packed is None:
         raise MissingContext(f"{type(module).__name__} does not forward keyword arguments to its attention")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    rule = ScoreRule(scaling, sliding_window, softcap, s_aux)
     if isinstance(packed, Discovery):
-        plain = softcap is None and s_aux is None
-        packed.see(layer, key, value, scaling, sliding_window, plain)
+        packed.see(layer, key, value, scaling, sliding_window, rule.plain)
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
     if isinstance(packed, DevicePacked):
-        return packed.attend(layer, query, key, value, sliding_window, scaling, softcap, s_aux), None
+        return packed.attend(layer, query, key, value, rule), None
     result = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])  # [T, H, Dv]
     result[packed.parts[-1].tokens.stop :] = 0  # of tokens that no row owns
     for part in packed.parts:
@@ -91,20 +92,7 @@ def attend(
         q, k, v, out = query[0, :, mine], key[0, :, mine], value[0, :, mine], result[mine]
         cache = part.cache
         if isinstance(cache, SlotCache) and takes(q, cache.spec.dtype):
-            scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-            attend_slots(
-                q,
-                k,
-                v,
-                *cache.pools(layer),
-                part.at.segments,
-                out,
-                scaling=scale,
-                window=sliding_window,
-                softcap=softcap,
-                sinks=s_aux,
-                most=MOST_TOKENS,
-            )
+            attend_slots(q, k, v, cache.pools(layer), part.at.segments, out, rule, MOST_TOKENS)
             groups = part.long_groups
         else:
             cache.write(layer, k, v, part.at)
@@ -113,10 +101,8 @@ def attend(
             keys, values = cache.read(layer, group.first, group.block, group.longest)
             rows = _gather(q, group)
             keys, values = keys.to(q.dtype), values.to(q.dtype)
-            if softcap is None and s_aux is None:
-                seen = _fused(rows, keys, values, group, sliding_window, scaling)
-            else:
-                seen = _explicit(rows, keys, values, group.mask(sliding_window, q), scaling, softcap, s_aux)
+            attend_rows = _fused if rule.plain else _explicit
+            seen = attend_rows(rows, keys, values, group, rule)
             _scatter(seen, group, out)
     return result[None], None
 
@@ -145,12 +131,10 @@ def _scatter(seen: Tensor, group: Group, result: Tensor) -> None:
     result[at] = by_token[rows].flatten(0, 1)
 
 
-def _fused(
-    q: Tensor, keys: Tensor, values: Tensor, group: Group, window: int | None, scaling: float | None
-) -> Tensor:
+def _fused(q: Tensor, keys: Tensor, values: Tensor, group: Group, rule: ScoreRule) -> Tensor:
     """SDPA, with grouped queries only where there are any and without a mask where causality says it all. For
     a few queries of each of several rows on a CPU, two products of matrices are faster."""
-    grouped = q.shape[1] != keys.shape[1]
+    grouped, window, scaling = q.shape[1] != keys.shape[1], rule.window, rule.scaling
     several = group.query <= FEW_QUERIES and (grouped or len(group.rows) >= SEVERAL_ROWS)
     if several and not q.is_cuda and q.dtype in EXACT:
         return written_out(q, keys, values, group.mask(window, q), scaling)
@@ -184,23 +168,13 @@ def written_out(
     return (scores.softmax(-1) @ values).reshape(rows, heads, queries, -1)
 
 
-def _explicit(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _explicit(q: Tensor, keys: Tensor, values: Tensor, group: Group, rule: ScoreRule) -> Tensor:
     """Attention written out, for what SDPA lacks: soft-capped scores (Gemma 2) and sinks (gpt-oss)."""
-    group = q.shape[1] // keys.shape[1]
-    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    scores = (
-        q @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    )  # [R, H, q, L]
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    sharing, mask, sinks = q.shape[1] // keys.shape[1], group.mask(rule.window, q), rule.sinks
+    keys, values = keys.repeat_interleave(sharing, 1), values.repeat_interleave(sharing, 1)
+    scores = q @ keys.transpose(-1, -2) * rule.scale(q.shape[-1])  # [R, H, q, L]
+    if rule.softcap is not None:
+        scores = torch.tanh(scores / rule.softcap) * rule.softcap
     if mask is not None:
         scores = scores + mask
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from proxytune.engine.kernels.paged_attention import paged_attention
+from proxytune.engine.kernels.scores import ScoreRule
 from proxytune.engine.kv.pages import PAGE, PagedCache
 
 
@@ -40,10 +41,7 @@ class DevicePacked:
         query: Tensor,  # [1, H, T, Dk]
         key: Tensor,  # [1, Hkv, T, Dk]
         value: Tensor,  # [1, Hkv, T, Dv]
-        window: int | None,
-        scaling: float | None,
-        softcap: float | None,
-        sinks: Tensor | None,
+        rule: ScoreRule,
     ) -> Tensor:
         """Store the new keys and values, and let the queries see them and what came before: -> [1, T, H,
         Dv]."""
@@ -55,17 +53,7 @@ class DevicePacked:
                 pool.flatten(0, 1).index_copy_(0, part.slots, lines.to(pool.dtype))
             rows, mine = part.lengths.shape[0], query[0, :, part.tokens]
             q = mine.reshape(query.shape[1], rows, mine.shape[1] // rows, -1).transpose(0, 1)  # [R, H, Q, D]
-            result = paged_attention(
-                q,
-                keys,
-                values,
-                part.table,
-                part.lengths,
-                scaling=scaling,
-                window=window,
-                softcap=softcap,
-                sinks=sinks,
-            )
+            result = paged_attention(q, keys, values, part.table, part.lengths, rule)
             results.append(result.transpose(1, 2).flatten(0, 1))  # [R * Q, H, Dv]
         return (results[0] if len(results) == 1 else torch.cat(results))[None]
 

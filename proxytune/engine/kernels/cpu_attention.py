@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from proxytune.engine.kernels.native import NotBuilt, library
+from proxytune.engine.kernels.scores import ScoreRule
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
@@ -66,22 +67,19 @@ def attend_slots(
     query: Tensor,  # [H, T, Dk]
     key: Tensor,  # [Hkv, T, Dk]
     value: Tensor,  # [Hkv, T, Dv]
-    keys: Tensor,  # [slots, Hkv, length, Dk], contiguous
-    values: Tensor,  # [slots, Hkv, length, Dv], contiguous
+    pools: tuple[Tensor, Tensor],  # [slots, Hkv, length, Dk] and [.., Dv], contiguous
     segments: Tensor,  # [4, S] int64 on the CPU: row, first token, tokens, length with them
     out: Tensor,  # [T, H, Dv], contiguous
-    *,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,  # [H]
+    rule: ScoreRule,
     most: int,
 ) -> None:
     """Write new keys and values into their rows' slots, and what the new tokens see to `out`; segments of
     more than `most` tokens are only written. All tensors have one dtype of DTYPES."""
     query, key, value = (t if t.stride(2) == 1 else t.contiguous() for t in (query, key, value))
+    (keys, values), sinks = pools, rule.sinks
     if sinks is not None:
         sinks = sinks.to(query.dtype).contiguous()
+    scaling = rule.scale(query.shape[2])
     rows = segments.data_ptr()
     step = segments.stride(0) * segments.itemsize
     call = Call(
@@ -90,7 +88,7 @@ def attend_slots(
         *(query.data_ptr(), key.data_ptr(), value.data_ptr()),
         *(*query.stride()[:2], *key.stride()[:2], *value.stride()[:2]),
         *(keys.data_ptr(), values.data_ptr(), keys.shape[2], out.data_ptr()),
-        *(scaling, softcap or 0.0, window or 0, None if sinks is None else sinks.data_ptr()),
+        *(scaling, rule.softcap or 0.0, rule.window or 0, None if sinks is None else sinks.data_ptr()),
         *(most, torch.get_num_threads()),
     )
     _built()[0][query.dtype](ctypes.byref(call))

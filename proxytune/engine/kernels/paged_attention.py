@@ -17,6 +17,9 @@ from subprocess import CalledProcessError
 import torch
 from torch import Tensor
 
+from proxytune.engine.kernels.scores import ScoreRule
+
+PLAIN = ScoreRule()
 MOST_NEW = 16
 """Most new tokens per row for the kernel."""
 WIDEST = 256
@@ -68,39 +71,19 @@ def paged_attention(
     values: Tensor,  # [pages, PAGE, Hkv, Dv]
     table: Tensor,  # [R, P] page numbers in order, padded with any valid page; int32 or int64
     lengths: Tensor,  # [R] tokens of each row, the new ones included; int32 or int64
-    *,
-    scaling: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,  # [H]
+    rule: ScoreRule = PLAIN,
     splits: int | None = None,
 ) -> Tensor:
     """Causal attention of the last Q tokens of every row -> [R, H, Q, Dv], a view of [R, Q, H, Dv].
 
-    `scaling` is Dk**-0.5 unless given. `window`: a token sees itself and the window - 1 before it. `softcap`:
-    scores become softcap * tanh(score / softcap) (Gemma 2). `sinks`: one more score per head that takes
-    weight but has no value (gpt-oss). A row of length 0, which pads a batch, gives zeros. `splits` cuts every
-    row's keys into that many parts that are added up; by default the shapes decide, so a result's last bits
-    depend on the batch, unless it is given."""
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    A row of length 0, which pads a batch, gives zeros. `splits` cuts every row's keys into that many parts
+    that are added up; by default the shapes decide, so a result's last bits depend on the batch, unless it is
+    given."""
     if not supported(query, keys, values):
-        return gathered(
-            query, keys, values, table, lengths, scaling=scaling, window=window, softcap=softcap, sinks=sinks
-        )
+        return gathered(query, keys, values, table, lengths, rule)
     from proxytune.engine.kernels.triton_attention import launch
 
-    return launch(
-        query,
-        keys,
-        values,
-        table,
-        lengths,
-        scaling=scaling,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        splits=splits,
-    )
+    return launch(query, keys, values, table, lengths, rule, splits)
 
 
 def gathered(
@@ -109,25 +92,21 @@ def gathered(
     values: Tensor,
     table: Tensor,
     lengths: Tensor,
-    *,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    rule: ScoreRule = PLAIN,
 ) -> Tensor:
     """`paged_attention` written out, in any dtype and on any device: copies every page in the table."""
-    kv_heads, new = keys.shape[2], query.shape[2]
+    kv_heads, new, sinks = keys.shape[2], query.shape[2], rule.sinks
     wide = torch.promote_types(query.dtype, torch.float32)
     k, v = (pool[table.long()].flatten(1, 2).transpose(1, 2).to(wide) for pool in (keys, values))
     grouped = query.reshape(query.shape[0], kv_heads, -1, *query.shape[2:]).to(wide)  # [R, Hkv, G, Q, Dk]
-    scores = grouped @ k[:, :, None].transpose(-1, -2) * scaling  # [R, Hkv, G, Q, L]
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = grouped @ k[:, :, None].transpose(-1, -2) * rule.scale(query.shape[-1])  # [R, Hkv, G, Q, L]
+    if rule.softcap is not None:
+        scores = torch.tanh(scores / rule.softcap) * rule.softcap
     at = lengths[:, None] - new + torch.arange(new, device=query.device)  # [R, Q]
     behind = at[..., None] - torch.arange(k.shape[2], device=query.device)  # [R, Q, L]
     visible = behind >= 0
-    if window is not None:
-        visible &= behind < window
+    if rule.window is not None:
+        visible &= behind < rule.window
     hidden = ~visible[:, None, None]
     scores = scores.masked_fill(hidden, float("-inf"))
     if sinks is not None:

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from proxytune.engine.kernels.scores import ScoreRule
+
 WIDE = 512
 """Programs to aim for: about four per multiprocessor of an H200. Fewer tiles than that are split along the
 keys."""
@@ -177,15 +179,12 @@ def launch(
     values: Tensor,
     table: Tensor,
     lengths: Tensor,
-    *,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    rule: ScoreRule,
     splits: int | None,
 ) -> Tensor:
     """The kernels on inputs for which `paged_attention.supported` holds; shapes are described there."""
     rows, heads, new, dk = query.shape
+    window, softcap, sinks = rule.window, rule.softcap, rule.sinks
     page, kv_heads, dv = keys.shape[1], keys.shape[2], values.shape[-1]
     group = heads // kv_heads
     dk_pad, dv_pad = (max(16, triton.next_power_of_2(size)) for size in (dk, dv))
@@ -202,7 +201,7 @@ def launch(
             query, keys, values, table, lengths, lengths if sinks is None else sinks,
             partial, maxima, sums, out,
             *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], table.stride(0),
-            heads, table.shape[1], splits, window or 0, scaling, softcap or 0.0,
+            heads, table.shape[1], splits, window or 0, rule.scale(dk), softcap or 0.0,
             GROUP=group, QUERY=new, PAGE=page, DK=dk, DK_PAD=dk_pad, DV=dv, DV_PAD=dv_pad,
             BLOCK_M=block_m, BLOCK_N=block_n, WINDOWED=window is not None, CAPPED=softcap is not None,
             SINKS=sinks is not None, DIRECT=direct,
