@@ -77,8 +77,8 @@ check: setup  ## format, lint, types, spelling and the tests that are not slow
 unit: setup  ## of `check`, the tests only
 	$(PYTEST)
 
-check-all: setup  ## the slow tests: the whole demo, the wheel, kill -9 and resume
-	$(PYTEST) -m slow
+check-all: setup  ## the slow tests, and the properties on all of their examples
+	PROXYTUNE_THOROUGH=1 $(PYTEST) -m "slow or thorough"
 
 fix: setup  ## format the code and mend what the linter can mend
 	$(BIN)/ruff check --fix .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from proxytune.analysis import failures, sweeps
@@ -29,33 +30,39 @@ def sweep_figures(found: sweeps.Sweep) -> list[Figure]:
     if len(numbers) > 1:
         x = charts.axis("at", "alpha", nice=False, padding=7)
         figures.append(
-            _against(
-                numbers, lambda p: p.value, x, lambda p: p.score, found.metric,
-                name=f"alpha-{task}", title=f"{task}: score against alpha", table=sweep_table(found),
-                system=found.source.system,
+            _against(numbers, _Curve(lambda p: p.value, x, lambda p: p.score, found.metric), Figure(
+                name=f"alpha-{task}", title=f"{task}: score against alpha",
+                table=sweep_table(found), layers=(),
                 caption=f"{numbers[0].n} examples; the area is a 95% interval; alpha 0 is the base alone",
-            )
+                system=found.source.system,
+            ))
         )  # fmt: skip
     if found.paper:
         figures.append(trade_off_figure(found))
     return figures
 
 
+@dataclass(frozen=True)
+class _Curve:
+    """What is drawn of the points of a sweep."""
+
+    at: Callable[[sweeps.SweepPoint], Any]
+    """Where a point lies along x."""
+    x: Any
+    """The axis."""
+    of: Callable[[sweeps.SweepPoint], Metric]
+    what: str
+    """What the metric is called."""
+
+
 def _against(
     points: Sequence[sweeps.SweepPoint],
-    at: Callable[[sweeps.SweepPoint], Any],
-    x: Any,
-    of: Callable[[sweeps.SweepPoint], Metric],
-    what: str,
-    *,
-    name: str,
-    title: str,
-    caption: str,
-    table: ReportTable,
-    system: str,
+    curve: _Curve,
+    figure: Figure,
     control: tuple[str, Metric] | None = None,
 ) -> Figure:
-    """A metric of the points, with its interval; `control` is a level that another run has."""
+    """The figure with a metric of the points and its interval; `control` is a level that another run has."""
+    x, of, what = curve.x, curve.of, curve.what
     unit = of(points[0]).unit
     bounds: dict[str, Any] = {"zero": True} if unit == "number" else {"domain": [0, 100]}
     y = charts.axis("value", visible(what) + ("" if unit == "number" else ", %"), **bounds)
@@ -64,8 +71,8 @@ def _against(
         metric = of(point)
         shown = percent(metric) if unit != "number" else bounded(metric, 1)
         data.append({
-            "at": at(point), "value": in_percent(metric.value, metric), "low": in_percent(metric.low, metric),
-            "high": in_percent(metric.high, metric),
+            "at": curve.at(point), "value": in_percent(metric.value, metric),
+            "low": in_percent(metric.low, metric), "high": in_percent(metric.high, metric),
             "label": f"alpha {point.alpha}; {visible(what)} {shown}; {point.n} examples",
         })  # fmt: skip
     layers: list[charts.Layer] = []
@@ -84,7 +91,7 @@ def _against(
         charts.line(data, x, y, "proxy"),
         charts.points(data, x, y, "proxy"),
     ]
-    return Figure(name=name, title=title, caption=caption, table=table, layers=tuple(layers), system=system)
+    return replace(figure, layers=tuple(layers))
 
 
 def trade_off_figure(found: sweeps.Sweep) -> Figure:
@@ -158,12 +165,12 @@ def skip_figures(found: sweeps.Skip) -> list[Figure]:
 
     def drawn(kind: Literal["score", "loops", "tokens"], what: str, title: str, caption: str) -> Figure:
         level = None if control is None else ("base, opener forced", getattr(control, kind))
-        return _against(
-            found.points, lambda p: "all" if p.until is None else str(p.until), x,
-            lambda p: getattr(p, kind), what,
-            name=f"skip-{kind}-{task}", title=title, caption=caption, table=table, control=level,
-            system=found.source.system,
-        )  # fmt: skip
+        name, system = f"skip-{kind}-{task}", found.source.system
+        figure = Figure(name=name, title=title, caption=caption, table=table, layers=(), system=system)
+        curve = _Curve(
+            lambda p: "all" if p.until is None else str(p.until), x, lambda p: getattr(p, kind), what
+        )
+        return _against(found.points, curve, figure, level)
 
     return [
         drawn("score", found.metric, f"{task}: score when the correction ends early",

@@ -25,6 +25,7 @@ from tests.support import oracle
 from tests.support.checkout import ROOT, WEIGHTS, environment
 from tests.support.on_device import as_on_a_device, on_launch
 from tests.support.require import require_demo
+from tests.support.tiers import slow
 
 CPU = torch.device("cpu")
 WANTED = {
@@ -53,12 +54,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.slow
 def test_every_ratio_is_there_and_positive(found: dict[str, Any]) -> None:
     assert set(found) == {"ratios", "rows", "environment"}
     assert set(found["ratios"]) >= WANTED
     assert all(math.isfinite(value) and value > 0 for value in found["ratios"].values())
 
 
+@pytest.mark.slow
 def test_every_row_says_what_the_oracle_says(found: dict[str, Any]) -> None:
     assert {row["case"] for row in found["rows"]} == set(cases_cpu.CASES)
     for row in found["rows"]:
@@ -66,6 +69,7 @@ def test_every_row_says_what_the_oracle_says(found: dict[str, Any]) -> None:
         assert row["widest_tie"] is None
 
 
+@pytest.mark.slow
 def test_every_figure_is_a_number(found: dict[str, Any]) -> None:
     optional = {"syncs_per_token", "acceptance", "accepted_per_step", "widest_tie", "dial", "versus_plain"}
     optional |= {"memory_mb"} if sys.platform != "linux" else set()
@@ -83,6 +87,7 @@ def test_every_figure_is_a_number(found: dict[str, Any]) -> None:
     assert made["copy_gb_per_s"] > 0 and made["packages"]["torch"] and made["systems"]["demo"]
 
 
+@pytest.mark.slow
 def test_the_tables_hold_every_ratio_and_case(found: dict[str, Any]) -> None:
     text = tables.as_text(found)
     assert all(f"`{name}`" in text for name in found["ratios"])
@@ -153,9 +158,10 @@ def test_the_gpu_cases_have_keys_with_the_prefix() -> None:
 
 BOTH_WAYS = [(case, way) for case in cases_cuda.cases("smoke") for way in (False, True)]
 BOTH_WAYS.remove(("trained_batch1", False))  # the smoke run has it
+MINIATURES = [slow(*one) if one[0] == "trained_batch1" else one for one in BOTH_WAYS]
 
 
-@pytest.mark.parametrize(("case", "on_device"), BOTH_WAYS)
+@pytest.mark.parametrize(("case", "on_device"), MINIATURES)
 def test_the_gpu_cases_run_in_miniature_on_the_cpu(
     case: str, on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

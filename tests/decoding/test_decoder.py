@@ -22,6 +22,7 @@ from proxytune.records import Example, Prompt
 from tests.support import decoders, tiny
 from tests.support.decoders import SAMPLERS, by_id, check, decoder, example, kv_bytes, plain, ragged
 from tests.support.memory import leave_free
+from tests.support.tiers import examples
 from tests.support.tiny import spec
 
 SPECULATIONS = {"plain": Speculation(k=0), "drafts of 3": Speculation(k=3), "adaptive": Speculation()}
@@ -207,7 +208,10 @@ def test_prompt_that_no_pool_can_hold(trio: System) -> None:
         decoder(trio, kv_memory=10)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.thorough
+@settings(
+    max_examples=examples(4, 10), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     lengths=st.lists(st.integers(0, 25), min_size=1, max_size=7),
     limit=st.integers(1, 14),

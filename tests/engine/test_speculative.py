@@ -30,6 +30,7 @@ from proxytune.options import DecodeOptions
 from proxytune.records import Completion
 from tests.support import tiny
 from tests.support.decoders import by_id, check, decoder, example, kv_bytes, ragged, use_pages
+from tests.support.tiers import examples, slow
 from tests.support.tiny import spec
 
 PLAIN = Speculation(k=0)
@@ -75,9 +76,14 @@ def pair(trio: System, tmp_path_factory: pytest.TempPathFactory) -> System:
     return trio.model_copy(update={"expert": None, "experts": experts})
 
 
-@pytest.mark.parametrize("p", [0.0, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("k", [1, 4, 15, None])
-def test_any_drafts_give_the_plain_tokens(p: float, k: int | None, trio: System) -> None:
+QUICK_DRAFTS = {(1, 0.0), (4, 0.5), (None, 0.9), (15, 1.0)}
+ANY_DRAFTS = [
+    (k, p) if (k, p) in QUICK_DRAFTS else slow(k, p) for k in (1, 4, 15, None) for p in (0.0, 0.5, 0.9, 1.0)
+]
+
+
+@pytest.mark.parametrize(("k", "p"), ANY_DRAFTS)
+def test_any_drafts_give_the_plain_tokens(k: int | None, p: float, trio: System) -> None:
     s = Sampling(max_new_tokens=24, temperature=0.7, top_k=40, n=2)
     plain = decoder(trio, speculation=PLAIN)
     want = run(plain, ragged(6, 2), s)
@@ -97,7 +103,10 @@ def test_any_drafts_give_the_plain_tokens(p: float, k: int | None, trio: System)
                 assert d.stats.row_steps < plain.stats.row_steps / min(k, 3) + 12
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.thorough
+@settings(
+    max_examples=examples(5, 15), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     k=st.one_of(st.none(), st.integers(0, 15)),
     p=st.floats(0, 1),
@@ -156,7 +165,8 @@ def letters(found: Found, longest: int = 1) -> list[str]:
     return sorted(text for text in texts if text.strip() and text.isascii())
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.thorough
+@settings(max_examples=examples(10, 25), deadline=None)
 @given(
     experts=st.sampled_from(
         [("trio", None), ("pair", None), ("pair", "expert"), ("pair", "expert2"), ("trio", LOOKUP)]
@@ -258,7 +268,7 @@ def test_preemption_between_drafts_says_what_the_oracle_says(
 
 
 @pytest.mark.parametrize("sampler", [{}, {"temperature": 0.9, "top_k": 50}], ids=str)
-@pytest.mark.parametrize("k", [1, 4, 15, None])
+@pytest.mark.parametrize("k", [slow(1), 4, slow(15), None])
 def test_drafts_end_with_the_context_window(k: int | None, sampler: dict[str, Any], tmp_path: Path) -> None:
     """The last position of the smallest window: no draft is fed beyond it, and none is missing before."""
     small = {"max_position_embeddings": 24}

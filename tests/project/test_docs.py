@@ -95,8 +95,14 @@ def check(arguments: list[str]) -> None:
 
 # What is run
 
+RUN = [
+    pytest.param(page, marks=() if name_of(page) in ("README.md", "docs/python.md") else pytest.mark.slow)
+    for page in PAGES
+    if demo_blocks(page)
+]
 
-@pytest.mark.parametrize("page", [p for p in PAGES if demo_blocks(p)], ids=name_of)
+
+@pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_the_demo_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_demo()
     monkeypatch.chdir(tmp_path)

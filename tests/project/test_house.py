@@ -18,7 +18,7 @@ from tests.support.checkout import ROOT
 from tests.support.require import require_or_skip
 
 SOURCES = sorted([*(ROOT / "proxytune").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
-MAX_FILE, MAX_FUNCTION = 450, 60
+MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 450, 60, 8
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -37,6 +37,37 @@ def test_files_and_functions_stay_small(path: Path) -> None:
         if f.end_lineno - f.lineno >= MAX_FUNCTION
     }
     assert long == {}
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """How many parameters a function has, self and cls left out."""
+    given = function.args
+    names = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
+
+
+def is_a_form(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether others decide its parameters: a Typer command, a Triton kernel, or an interface that hands over
+    more than is wanted."""
+    decorators = {ast.unparse(d).split("(")[0] for d in function.decorator_list}
+    others = function.args.kwarg is not None and function.args.kwarg.arg == "_"
+    return others or bool(decorators & {"grouped", "triton.jit", "analyze.command"})
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_more_than_eight_parameters_are_a_record(path: Path) -> None:
+    many = {f.name: parameters(f) for f in functions(path) if not is_a_form(f)}
+    assert {name: count for name, count in many.items() if count > MAX_PARAMETERS} == {}
+
+
+def test_no_class_name_stands_twice() -> None:
+    """A name has one meaning in the package."""
+    places: dict[str, list[str]] = {}
+    for path in (p for p in SOURCES if "proxytune" in p.relative_to(ROOT).parts):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -66,6 +97,22 @@ def test_every_dependency_is_constrained() -> None:
     }
     names = {re.split(r"[\[>=<~! ]", requirement)[0].lower() for requirement in asked}
     assert names - {"build"} <= pinned
+
+
+def test_the_oldest_constraints_are_the_lower_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(d for e in project["optional-dependencies"].values() for d in e)]
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    pins = {
+        name.lower().replace("_", "-"): version
+        for name, _, version in (line.strip().partition("==") for line in lines if "==" in line)
+        if not name.startswith("#")
+    }
+    for requirement in asked:
+        match = re.match(r"([\w.-]+)(?:\[\w+\])?>=([\d.]+)", requirement)
+        assert match is not None, requirement
+        pinned = pins[match[1].lower().replace("_", "-")]
+        assert pinned == match[2] or pinned.startswith(f"{match[2]}."), requirement
 
 
 def test_make_help_lists_the_targets() -> None:

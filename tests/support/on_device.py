@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from proxytune.decoding.decoder import Decoder
 from proxytune.engine.cuda import loop as device_loop
-from proxytune.engine.cuda.graphs import Graphs, Shape
+from proxytune.engine.cuda.graphs import Graphs, StepShape
 from proxytune.engine.cuda.loop import DeviceLoop
 from proxytune.engine.request import Row
 from proxytune.engine.speculative.drafter import LOOKUP, Speculation
@@ -49,12 +49,12 @@ def drafting(k: Ways) -> Speculation:
 
 
 def on_launch(
-    patch: pytest.MonkeyPatch, heard: Callable[[DeviceLoop, Sequence[Row], Shape, bool], object]
+    patch: pytest.MonkeyPatch, heard: Callable[[DeviceLoop, Sequence[Row], StepShape, bool], object]
 ) -> None:
     """Tell of every step on the device before it starts: its rows, its shape, and whether it runs ahead."""
     launch = DeviceLoop._launch
 
-    def watched(loop: DeviceLoop, rows: list[Row], shape: Shape, **options: bool) -> None:
+    def watched(loop: DeviceLoop, rows: list[Row], shape: StepShape, **options: bool) -> None:
         heard(loop, rows, shape, options.get("steady", False))
         launch(loop, rows, shape, **options)  # type: ignore[arg-type]
 

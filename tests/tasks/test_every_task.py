@@ -21,6 +21,7 @@ from proxytune.tasks import TASKS
 from tests.support import nine
 from tests.support.checkout import environment
 from tests.support.command_line import proxytune
+from tests.support.tiers import slow
 
 MODES = [(name, "generate") for name in TASKS] + [
     (name, "likelihood") for name, task in TASKS.items() if task.likelihood is not None
@@ -99,7 +100,7 @@ def test_a_killed_evaluation_ends_like_another(task: str, yaml: Path, tmp_path: 
 # Code that was stored without a verdict
 
 
-@pytest.mark.parametrize("task", ["humaneval", "ds1000"])
+@pytest.mark.parametrize("task", [slow("humaneval"), "ds1000"])
 def test_verdicts_come_later(task: str, box: Sandbox, yaml: Path, tmp_path: Path) -> None:
     asked = short_eval(task, "generate", yaml, tmp_path)
     blind = proxytune(*asked)

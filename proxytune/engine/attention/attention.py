@@ -29,7 +29,7 @@ NAME = "proxytune"
 
 
 @dataclass(frozen=True)
-class Asked:
+class LayerCall:
     """What one layer stores, where, and what it asks of attention."""
 
     shape: LayerShape
@@ -45,7 +45,7 @@ class Asked:
 class Discovery:
     """Takes the place of `Packed` in the one-token forward that learns what a model stores and asks for."""
 
-    layers: dict[int, Asked] = field(default_factory=dict)
+    layers: dict[int, LayerCall] = field(default_factory=dict)
     calls: int = 0
 
     def see(
@@ -54,7 +54,7 @@ class Discovery:
         """Note one layer's call."""
         self.calls += 1
         shape = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
-        self.layers[layer] = Asked(shape, key.device, key.dtype, scaling, window, plain)
+        self.layers[layer] = LayerCall(shape, key.device, key.dtype, scaling, window, plain)
 
 
 class MissingContext(RuntimeError):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from proxytune.engine.attention.attention import Asked, attend
+from proxytune.engine.attention.attention import LayerCall, attend
 from proxytune.engine.attention.packed import Packed
 from proxytune.engine.kernels.cpu_rows import rotate
 
@@ -40,7 +40,12 @@ class LlamaForward(nn.Module):
     in their place later (an adapter's layers) is used."""
 
     def __init__(
-        self, model: nn.Module, body: nn.Module, asked: Sequence[Asked], normed: Sequence[bool], window: int
+        self,
+        model: nn.Module,
+        body: nn.Module,
+        asked: Sequence[LayerCall],
+        normed: Sequence[bool],
+        window: int,
     ) -> None:
         """`asked` and `normed` are by layer: what it asks of attention, and whether it normalises queries and
         keys. `window`: most tokens that the model takes."""
@@ -51,7 +56,7 @@ class LlamaForward(nn.Module):
         """Cosines and sines [P, R] of the first positions."""
 
     @classmethod
-    def of(cls, model: nn.Module, asked: Sequence[Asked], window: int) -> LlamaForward | None:
+    def of(cls, model: nn.Module, asked: Sequence[LayerCall], window: int) -> LlamaForward | None:
         """None where the model consists of other parts, or does not run on the CPU alone."""
         body = getattr(model, getattr(model, "base_model_prefix", ""), None)
         if not isinstance(body, nn.Module) or _parts(body) != BODY or not hasattr(model, "lm_head"):

@@ -36,7 +36,7 @@ class Refused(Exception):
     """The step cannot be captured: some model waits for the device in it."""
 
 
-class Shape(NamedTuple):
+class StepShape(NamedTuple):
     """What a graph is made for."""
 
     rows: int
@@ -61,7 +61,7 @@ class Graphs:
         self.step, self.device, self.parallel = step, device, parallel
         self.refused: str | None = None
         self.state: DeviceState | None = None
-        self._captured: dict[Shape, Captured] = {}
+        self._captured: dict[StepShape, Captured] = {}
         self._pool: Any = None
         if device.type in CAPTURED:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -85,11 +85,11 @@ class Graphs:
         """How many graphs there are."""
         return len(self._captured)
 
-    def ready(self, shape: Shape) -> bool:
+    def ready(self, shape: StepShape) -> bool:
         """Whether `run` will not have to make a graph first."""
         return self.device.type not in CAPTURED or shape in self._captured
 
-    def run(self, shape: Shape) -> Tensor:
+    def run(self, shape: StepShape) -> Tensor:
         """One step of the first rows of the state -> its output, packed, on the device and not yet there.
 
         Raises Refused, with the state as it was, if the step cannot be captured."""
@@ -102,7 +102,7 @@ class Graphs:
         captured.graph.replay()
         return captured.output
 
-    def prepare(self, shape: Shape) -> None:
+    def prepare(self, shape: StepShape) -> None:
         """Make the graph of a shape, on a batch in which nothing moves. Large ones first: the small ones then
         find their memory in the pool."""
         assert self.state is not None
@@ -118,7 +118,7 @@ class Graphs:
         finally:
             self.state.moving.copy_(moving)
 
-    def _capture(self, shape: Shape, branches: Branches) -> Captured:
+    def _capture(self, shape: StepShape, branches: Branches) -> Captured:
         assert self.state is not None
         batch = self.state.views(shape.rows)
         output = torch.zeros(shape.rows, 3 * shape.ahead.k + 3, dtype=torch.long, device=self.device)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from proxytune.engine.cuda.graphs import Graphs, Refused, Shape
+from proxytune.engine.cuda.graphs import Graphs, Refused, StepShape
 from proxytune.engine.cuda.state import MOST_NEW, Widths, bucket, sampling_needs
 from proxytune.engine.cuda.step import StepOutput
 from proxytune.engine.kv.pages import PagedCache
@@ -56,7 +56,7 @@ class InFlightStep:
     rows: list[Row]
     waiting: int
     """Requests that waited when it was started."""
-    shape: Shape
+    shape: StepShape
     output: Tensor
     """Packed, in the host's memory; complete once `copied`."""
     copied: torch.cuda.Event | None
@@ -132,19 +132,19 @@ class DeviceLoop:
         state.fill(rows)
         try:
             for size in dict.fromkeys((bucket(most), bucket(len(rows)))):
-                if not self.graphs.ready(Shape(size, self.ahead, draw)):
-                    self.graphs.prepare(Shape(size, self.ahead, draw))
+                if not self.graphs.ready(StepShape(size, self.ahead, draw)):
+                    self.graphs.prepare(StepShape(size, self.ahead, draw))
         except Refused as reason:
             self.graphs.refused = str(reason)
             warnings.warn(f"decoding without CUDA graphs, which is slower: {reason}", stacklevel=2)
             return False
-        shape = Shape(bucket(len(rows)), self.ahead, draw)
+        shape = StepShape(bucket(len(rows)), self.ahead, draw)
         prompts = any(plan.prefill.values())
         self._launch(list(rows), shape, alone=not (prompts or self._prompts))
         self._prompts = prompts
         return True
 
-    def _launch(self, rows: list[Row], shape: Shape, *, alone: bool, steady: bool = False) -> None:
+    def _launch(self, rows: list[Row], shape: StepShape, *, alone: bool, steady: bool = False) -> None:
         began = time.perf_counter()
         on_device, copied = self.graphs.run(shape), None
         if on_device.is_cuda:
@@ -165,7 +165,7 @@ class DeviceLoop:
             return
         if all(row.request.max_new_tokens - len(row.tokens) <= 1 for row in last.rows):
             return  # the in-flight step chooses the last tokens
-        shape = Shape(last.shape.rows, self._choose(last.rows), last.shape.draw)
+        shape = StepShape(last.shape.rows, self._choose(last.rows), last.shape.draw)
         if not self.graphs.ready(shape):
             return
         targets = {

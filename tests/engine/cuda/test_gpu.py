@@ -15,7 +15,7 @@ from proxytune.config import Sampling, System
 from proxytune.decoding.decoder import Decoder
 from proxytune.engine.cuda import graphs
 from proxytune.engine.cuda import loop as device_loop
-from proxytune.engine.cuda.graphs import Graphs, Shape
+from proxytune.engine.cuda.graphs import Graphs, StepShape
 from proxytune.engine.kernels import int8
 from proxytune.engine.kernels.int8 import Int8Linear, dequantize
 from proxytune.engine.kv.pages import PagedCache
@@ -174,9 +174,9 @@ def test_an_int8_base_in_graphs_says_what_it_says_without(
 
 
 def test_nothing_is_read_in_a_replayed_step(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, replays = Graphs.run, list[Shape]()
+    run, replays = Graphs.run, list[StepShape]()
 
-    def watched(self: Graphs, shape: Shape) -> torch.Tensor:
+    def watched(self: Graphs, shape: StepShape) -> torch.Tensor:
         assert self.ready(shape)
         replays.append(shape)
         torch.cuda.set_sync_debug_mode("error")

@@ -20,7 +20,7 @@ from proxytune.config import Sampling, System
 from proxytune.decoding.decoder import Decoder
 from proxytune.engine.cuda import graphs
 from proxytune.engine.cuda import loop as device_loop
-from proxytune.engine.cuda.graphs import Refused, Shape
+from proxytune.engine.cuda.graphs import Refused, StepShape
 from proxytune.engine.cuda.sampling import SamplingNeeds
 from proxytune.engine.speculative.draft_length import Ahead
 from proxytune.engine.speculative.drafter import Speculation
@@ -157,7 +157,7 @@ def test_making_a_graph_moves_nothing(trio: System) -> None:
         before = [made.state.moving.clone(), made.state.history[:, :-1].clone()]
         before += [p[: c.spare].clone() for c in caches for p in c.pools(1)]
         for ahead in (Ahead(2), Ahead(3, lookup=True)):
-            made.prepare(Shape(made.state.rows, ahead, SamplingNeeds(True, True)))
+            made.prepare(StepShape(made.state.rows, ahead, SamplingNeeds(True, True)))
         after = [
             made.state.moving,
             made.state.history[:, :-1],
