@@ -73,8 +73,8 @@ def test_the_loss_is_the_weighted_mean() -> None:
     ids, weights = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[9.0, 1.0, 0.0, 3.0]])
     each = -torch.log_softmax(logits[0, :-1], -1)[range(3), [2, 3, 4]]
     expected = (each[0] + 3 * each[2]) / 4
-    assert torch.isclose(tune.weighted_loss(logits, tune.Batch(ids, weights, None)), expected)
-    nothing = tune.Batch(ids, torch.zeros(1, 4), None)
+    assert torch.isclose(tune.weighted_loss(logits, tune.TrainingBatch(ids, weights, None)), expected)
+    nothing = tune.TrainingBatch(ids, torch.zeros(1, 4), None)
     assert tune.weighted_loss(logits, nothing) == 0
 
 
