@@ -55,7 +55,7 @@ class Ensemble:
                 logits[t.expert].to(target.device),
                 logits[t.antiexpert].to(target.device),
                 t.weight,
-                self._shared(t),
+                self.shared_by(t),
             )
             for t in self.terms
         ]
@@ -110,7 +110,7 @@ class Ensemble:
         """Give back the memory of all captured steps; they are made anew when they are next needed."""
         self._graphs.clear()
 
-    def _shared(self, term: Term) -> Tensor | None:
+    def shared_by(self, term: Term) -> Tensor | None:
         known = [self.runners[name].alignment.shared for name in (term.expert, term.antiexpert)]
         masks = [mask for mask in known if mask is not None]
         return None if not masks else torch.stack(masks).all(0)

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
+from typing import TYPE_CHECKING
 
-from proxytune.engine.kv.cache import Rows
 from proxytune.engine.request import Plan, Request, Row, Segment
+
+if TYPE_CHECKING:
+    from proxytune.engine.kv.cache import Rows
 
 HEADROOM = 16
 """Tokens that every row must be able to grow by before another row is let in: fewer preemptions."""
@@ -69,7 +72,7 @@ class Scheduler:
                     for name, lengths in targets.items():
                         self.caches[name].reserve(lengths)
                     return Plan(decoding, depths, prefill)
-            self._preempt()
+            self.preempt()
 
     def finish(self, done: Iterable[int]) -> None:
         """Rows that ended: a waiting request with the same prompt takes the place over, or the place is
@@ -142,7 +145,7 @@ class Scheduler:
             lengths[segment.row] += len(segment.ids)
         return lengths
 
-    def _preempt(self) -> None:
+    def preempt(self) -> None:
         """The youngest row gives up its KV and waits again; what it has generated so far is kept."""
         youngest = max(range(len(self.rows)), key=lambda index: self.rows[index].ticket)
         row = self.rows[youngest]

@@ -46,7 +46,7 @@ def attend(dtype: str, new: int, group: int, key: int, value: int, **constants: 
     pointers |= dict.fromkeys(("table", "lengths"), "i64")
     pointers |= dict.fromkeys(("partial", "maxima", "sums"), "fp32")
     return Case(
-        triton_attention._attend,
+        triton_attention.attend_kernel,
         pointers,
         sizes | {"DV_PAD": value_pad, "BLOCK_M": m, "BLOCK_N": n} | flags | constants,
         warps,
@@ -59,7 +59,7 @@ def linear(dtype: str, rows: int, outputs: int, *, even: bool = True, biased: bo
     cut = triton_linear.blocks(rows, outputs, KINDS[dtype])
     constants = {"BLOCK_M": cut.rows, "BLOCK_N": cut.outputs, "BLOCK_K": cut.inputs}
     return Case(
-        triton_linear._linear,
+        triton_linear.linear_kernel,
         {"x": dtype, "out": dtype, "bias": dtype, "weight": "i8", "scale": "fp32"},
         constants | {"EVEN": even, "BIASED": biased, "WIDEN": False},
         cut.warps,
@@ -71,7 +71,7 @@ def combine(dtype: str, splits: int) -> Case:
     """`_combine` likewise."""
     pointers = {**dict.fromkeys(("partial", "maxima", "sums"), "fp32"), "out": dtype}
     constants = {"QUERY": 5, "DV": 128, "DV_PAD": 128, "SPLITS_PAD": splits}
-    return Case(triton_attention._combine, pointers, constants, 4, 3)
+    return Case(triton_attention.combine_kernel, pointers, constants, 4, 3)
 
 
 CASES = {

@@ -28,7 +28,7 @@ def make(layout: Layout, tokens: int, dtype: torch.dtype = torch.float64) -> Any
 
 def free(cache: PagedCache) -> list[int]:
     """The pages that no row has."""
-    return cache._free
+    return cache.free_pages
 
 
 def content(layer: int, part: int, numbers: Sequence[int]) -> torch.Tensor:
@@ -148,7 +148,7 @@ class Machine(RuleBasedStateMachine):
         tokens = self.cache.spec.tokens
         if isinstance(self.cache, PagedCache):
             owned = [page for table in self.cache.tables for page in table]
-            assert all(self.cache._owners[page] == owned.count(page) for page in range(self.cache.pages))
+            assert all(self.cache.owners[page] == owned.count(page) for page in range(self.cache.pages))
             assert sorted([*free(self.cache), *set(owned)]) == list(range(self.cache.pages))
             used = self.cache.pages - len(free(self.cache))
             assert used * PAGE <= self.cache.peak_bytes // self.cache.spec.bytes_per_token <= tokens
@@ -165,7 +165,7 @@ class Machine(RuleBasedStateMachine):
             self.model.pop()
         assert self.cache.lengths == []
         if isinstance(self.cache, PagedCache):
-            assert set(self.cache._owners) <= {0} and len(free(self.cache)) == self.cache.pages
+            assert set(self.cache.owners) <= {0} and len(free(self.cache)) == self.cache.pages
 
 
 class SlotMachine(Machine):

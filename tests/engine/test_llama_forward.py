@@ -146,7 +146,7 @@ def test_rotations_are_computed_as_far_as_they_are_needed() -> None:
         ids = [(7 * i * i + 3) % tiny.VOCABULARY for i in range(length)]
         got, want = once(family.llama_forward, family, ids), once(model, family, ids)
         assert (got - want).abs().max() <= 1e-12 * want.std()
-        assert family.llama_forward._turns is not None and len(family.llama_forward._turns[0]) == known
+        assert family.llama_forward.rotations is not None and len(family.llama_forward.rotations[0]) == known
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -32,7 +32,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def compiler() -> str:
     """What compiles here."""
     try:
-        return native._compiler()
+        return native.find_compiler()
     except NotBuilt as reason:
         require_or_skip("compiler", str(reason))
         raise
@@ -79,7 +79,7 @@ def test_a_cache_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_broken_library_says_what_to_do(source: Path, tmp_path: Path) -> None:
-    path = cache_folder() / "native" / f"thing-{native._digest(source, compiler())}.so"
+    path = cache_folder() / "native" / f"thing-{native.digest_of(source, compiler())}.so"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"broken")
     with pytest.raises(NotBuilt, match="delete it"):
@@ -87,12 +87,12 @@ def test_a_broken_library_says_what_to_do(source: Path, tmp_path: Path) -> None:
 
 
 def test_processors_and_flags_are_part_of_the_name(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = native._digest(source, "c++")
-    assert name == native._digest(source, "c++") != native._digest(source, "clang++")
-    monkeypatch.setattr(native, "_processor", lambda: "another")
-    other = native._digest(source, "c++")
+    name = native.digest_of(source, "c++")
+    assert name == native.digest_of(source, "c++") != native.digest_of(source, "clang++")
+    monkeypatch.setattr(native, "processor", lambda: "another")
+    other = native.digest_of(source, "c++")
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-g"))
-    assert len({name, other, native._digest(source, "c++")}) == 3
+    assert len({name, other, native.digest_of(source, "c++")}) == 3
 
 
 def test_the_threads_are_torchs_own() -> None:

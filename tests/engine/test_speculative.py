@@ -251,14 +251,14 @@ def test_preemption_between_drafts_says_what_the_oracle_says(
     plain = decoder(trio, speculation=PLAIN)
     coin = Coin(run(plain, examples, s), 0.9)
     gave_way: list[tuple[tuple[str, int], int]] = []
-    preempt = Scheduler._preempt
+    preempt = Scheduler.preempt
 
     def heard(scheduler: Scheduler) -> None:
         preempt(scheduler)
         row: Any = scheduler.waiting[0]
         gave_way.append((row.request.tag.where, len(row.tokens)))
 
-    monkeypatch.setattr(Scheduler, "_preempt", heard)
+    monkeypatch.setattr(Scheduler, "preempt", heard)
     how = Speculation(k=4, pick=coin, lookup=False)
     d = decoder(trio, kv_memory=kv_bytes(plain, 64), speculation=how)
     check(d, examples, s)

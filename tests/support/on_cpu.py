@@ -9,4 +9,4 @@ from proxytune.engine.kernels import cpu_rows
 
 def without_row_kernels(patch: pytest.MonkeyPatch) -> None:
     """Norms and rotations are torch's, as where there is no compiler."""
-    patch.setattr(cpu_rows, "_built", lambda name: None)
+    patch.setattr(cpu_rows, "built", lambda name: None)

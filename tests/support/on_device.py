@@ -52,13 +52,13 @@ def on_launch(
     patch: pytest.MonkeyPatch, heard: Callable[[DeviceLoop, Sequence[Row], StepShape, bool], object]
 ) -> None:
     """Tell of every step on the device before it starts: its rows, its shape, and whether it runs ahead."""
-    launch = DeviceLoop._launch
+    launch = DeviceLoop.launch
 
     def watched(loop: DeviceLoop, rows: list[Row], shape: StepShape, **options: bool) -> None:
         heard(loop, rows, shape, options.get("steady", False))
         launch(loop, rows, shape, **options)  # type: ignore[arg-type]
 
-    patch.setattr(DeviceLoop, "_launch", watched)
+    patch.setattr(DeviceLoop, "launch", watched)
 
 
 def graphs_of(d: Decoder) -> Graphs:

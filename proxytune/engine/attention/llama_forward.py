@@ -52,7 +52,7 @@ class LlamaForward(nn.Module):
         super().__init__()
         self.model, self.body = model, body
         self.asked, self.normed, self.window = asked, normed, window
-        self._turns: tuple[Tensor, Tensor] | None = None
+        self.rotations: tuple[Tensor, Tensor] | None = None
         """Cosines and sines [P, R] of the first positions."""
 
     @classmethod
@@ -94,12 +94,12 @@ class LlamaForward(nn.Module):
     def _rotation(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, R] of positions [T], in the dtype of x."""
         need = int(positions.max()) + 1
-        if self._turns is None or len(self._turns[0]) < need:
+        if self.rotations is None or len(self.rotations[0]) < need:
             most = max(need, self.window)  # beyond its window a model may turn otherwise
             turn: Any = self.body.rotary_emb
             cos, sin = turn(x, torch.arange(min(most, max(FIRST, 2 * need)))[None])
-            self._turns = cos[0], sin[0]
-        cos, sin = self._turns
+            self.rotations = cos[0], sin[0]
+        cos, sin = self.rotations
         return cos.index_select(0, positions), sin.index_select(0, positions)
 
     def _attention(

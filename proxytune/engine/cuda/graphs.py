@@ -61,11 +61,11 @@ class Graphs:
         self.step, self.device, self.parallel = step, device, parallel
         self.refused: str | None = None
         self.state: DeviceState | None = None
-        self._captured: dict[StepShape, Captured] = {}
+        self.captured: dict[StepShape, Captured] = {}
         self._pool: Any = None
         if device.type in CAPTURED:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._sides = [torch.cuda.Stream(device) for _ in step.verifiers]  # type: ignore[no-untyped-call]
+            self.sides = [torch.cuda.Stream(device) for _ in step.verifiers]  # type: ignore[no-untyped-call]
 
     def room_for(self, need: Widths, rows: int) -> DeviceState:
         """The state, at least so wide and with so many rows. New buffers make the graphs void."""
@@ -75,7 +75,7 @@ class Graphs:
                 need, rows = need.join(state.widths), max(rows, state.rows)
             caches = {n: r.cache for n, r in self.step.runners.items() if isinstance(r.cache, PagedCache)}
             size = self.step.runners[self.step.target].alignment.size
-            self._captured.clear()
+            self.captured.clear()
             self._pool = None  # it goes with its graphs
             self.state = state = DeviceState(caches, self.step.target, bucket(rows), need, size, self.device)
         return state
@@ -83,11 +83,11 @@ class Graphs:
     @property
     def made(self) -> int:
         """How many graphs there are."""
-        return len(self._captured)
+        return len(self.captured)
 
     def ready(self, shape: StepShape) -> bool:
         """Whether `run` will not have to make a graph first."""
-        return self.device.type not in CAPTURED or shape in self._captured
+        return self.device.type not in CAPTURED or shape in self.captured
 
     def run(self, shape: StepShape) -> Tensor:
         """One step of the first rows of the state -> its output, packed, on the device and not yet there.
@@ -96,9 +96,9 @@ class Graphs:
         assert self.state is not None
         if self.device.type not in CAPTURED:
             return self.step(self.state.views(shape.rows), shape.ahead, shape.draw).packed()
-        if shape not in self._captured:
+        if shape not in self.captured:
             self.prepare(shape)
-        captured = self._captured[shape]
+        captured = self.captured[shape]
         captured.graph.replay()
         return captured.output
 
@@ -110,11 +110,11 @@ class Graphs:
         self.state.moving.zero_()
         try:
             if self.parallel is None:
-                both = {True: self._capture(shape, self._forked), False: self._capture(shape, in_turn)}
+                both = {True: self._capture(shape, self.forked), False: self._capture(shape, in_turn)}
                 self.parallel = seconds(both[True].graph) < seconds(both[False].graph)
-                self._captured[shape] = both[self.parallel]
+                self.captured[shape] = both[self.parallel]
             else:
-                self._captured[shape] = self._capture(shape, self._forked if self.parallel else in_turn)
+                self.captured[shape] = self._capture(shape, self.forked if self.parallel else in_turn)
         finally:
             self.state.moving.copy_(moving)
 
@@ -131,7 +131,7 @@ class Graphs:
         try:
             with torch.cuda.stream(self._stream):
                 once()  # kernels are compiled and libraries make up their minds
-                _without_waiting(once)
+                without_waiting(once)
         finally:
             main.wait_stream(self._stream)  # before anybody changes the state
         graph = torch.cuda.CUDAGraph()
@@ -143,10 +143,10 @@ class Graphs:
         self._pool = self._pool or graph.pool()
         return Captured(graph, output)
 
-    def _forked(self, branches: Sequence[Callable[[], Logits]]) -> list[Logits]:
+    def forked(self, branches: Sequence[Callable[[], Logits]]) -> list[Logits]:
         """The first branch on this stream, the others beside it."""
         main, found = torch.cuda.current_stream(self.device), []
-        beside = list(zip(self._sides, branches[1:], strict=False))
+        beside = list(zip(self.sides, branches[1:], strict=False))
         for stream, branch in beside:
             stream.wait_stream(main)
             with torch.cuda.stream(stream):
@@ -168,7 +168,7 @@ def _refusing() -> Iterator[None]:
         raise Refused(str(error).splitlines()[0]) from error
 
 
-def _without_waiting(function: Callable[[], None]) -> None:
+def without_waiting(function: Callable[[], None]) -> None:
     """Run a function in which the host may not wait for the device; Refused if it does."""
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():

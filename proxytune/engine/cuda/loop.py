@@ -140,11 +140,11 @@ class DeviceLoop:
             return False
         shape = StepShape(bucket(len(rows)), self.ahead, draw)
         prompts = any(plan.prefill.values())
-        self._launch(list(rows), shape, alone=not (prompts or self._prompts))
+        self.launch(list(rows), shape, alone=not (prompts or self._prompts))
         self._prompts = prompts
         return True
 
-    def _launch(self, rows: list[Row], shape: StepShape, *, alone: bool, steady: bool = False) -> None:
+    def launch(self, rows: list[Row], shape: StepShape, *, alone: bool, steady: bool = False) -> None:
         began = time.perf_counter()
         on_device, copied = self.graphs.run(shape), None
         if on_device.is_cuda:
@@ -187,7 +187,7 @@ class DeviceLoop:
             scheduler.caches[name].reserve(lengths)
         if before != [len(table) for cache in state.caches.values() for table in cache.tables]:
             state.fill_tables()
-        self._launch(last.rows, shape, alone=True, steady=True)
+        self.launch(last.rows, shape, alone=True, steady=True)
 
     def collect(self) -> StepResult:
         """Read the oldest step, once the next is under way where it can be. The caches know its tokens from

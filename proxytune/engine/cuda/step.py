@@ -118,7 +118,7 @@ class DeviceStep:
         combined = self.combine(flat, batch.alpha(positions).flatten())  # [R * (k + 1), V]
         tokens = batch.sampler.pick(combined.view(rows, k + 1, size), positions, noise, draw)
         logprobs = log_probability(combined, tokens.flatten()).double().view(rows, k + 1)
-        return StepOutput(self._accept(batch, tokens, drafts), tokens, drafts, logprobs)
+        return StepOutput(self.accept(batch, tokens, drafts), tokens, drafts, logprobs)
 
     def _draft(
         self, batch: DeviceBatch, positions: Tensor, noise: Tensor | None, k: int, draw: SamplingNeeds
@@ -139,7 +139,7 @@ class DeviceStep:
         found = continuations(batch.history[:, :-1], batch.known(self.target), k)
         return found.masked_fill(found >= size, -1)  # virtual tokens of a soft prompt are never generated
 
-    def _accept(self, batch: DeviceBatch, tokens: Tensor, drafts: Tensor) -> Tensor:
+    def accept(self, batch: DeviceBatch, tokens: Tensor, drafts: Tensor) -> Tensor:
         """How many tokens [R] are accepted: up to the first that no draft predicted, to the end of the
         response and to its limit. The batch moves on by them."""
         agreed = (tokens[:, :-1] == drafts).long().cumprod(1).sum(1)

@@ -18,7 +18,7 @@ ROTATIONS = {torch.float32: "rotate_float32", torch.float64: "rotate_float64"}
 
 
 @cache
-def _built(name: str) -> Callable[..., None] | None:
+def built(name: str) -> Callable[..., None] | None:
     """A function of cpu_rows.cpp; None where it could not be compiled."""
     try:
         function = library("cpu_rows")[name]
@@ -33,7 +33,7 @@ def _built(name: str) -> Callable[..., None] | None:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[..., d] and a weight [d] -> [..., d]."""
     known = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
-    kernel = _built("rms_norm") if known else None
+    kernel = built("rms_norm") if known else None
     if kernel is None:
         return rms_norm_by_torch(x, weight.shape, weight, eps)
     size = weight.shape[0]
@@ -46,7 +46,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (Su et al. 2021), halves against halves: x [T, H, D], cos and sin [T, R] of
     one dtype, R <= D -> [T, H, D]. x may be overwritten."""
-    kernel = _built(ROTATIONS[x.dtype]) if x.dtype in ROTATIONS and x.device.type == "cpu" else None
+    kernel = built(ROTATIONS[x.dtype]) if x.dtype in ROTATIONS and x.device.type == "cpu" else None
     turned = cos.shape[-1]
     if kernel is None or not x.is_contiguous():
         rest = x[..., turned:]

@@ -41,8 +41,8 @@ def library(name: str) -> ctypes.CDLL:
     """The library of `name`.cpp beside this file (`cpu_attention`), compiled if it is not yet. NotBuilt
     where it cannot be; a second call raises anew."""
     source = Path(__file__).parent / f"{name}.cpp"
-    compiler = _compiler()
-    built = cache_folder() / "native" / f"{source.stem}-{_digest(source, compiler)}.so"
+    compiler = find_compiler()
+    built = cache_folder() / "native" / f"{source.stem}-{digest_of(source, compiler)}.so"
     if not built.exists():
         _compile(compiler, source, built)
     try:
@@ -51,7 +51,8 @@ def library(name: str) -> ctypes.CDLL:
         raise NotBuilt(f"{built} cannot be loaded ({error}): delete it to have it compiled again") from error
 
 
-def _compiler() -> str:
+def find_compiler() -> str:
+    """The C++ compiler: $CXX, or the first of COMPILERS that is there; NotBuilt without one."""
     asked = os.environ.get("CXX")
     for name in (asked,) if asked else COMPILERS:
         found = shutil.which(name)
@@ -61,14 +62,14 @@ def _compiler() -> str:
     raise NotBuilt(f"no C++ compiler found ({tried}): install one (apt-get install g++)")
 
 
-def _digest(source: Path, compiler: str) -> str:
+def digest_of(source: Path, compiler: str) -> str:
     """Of the source, the flags, the compiler and the processor that -march=native means."""
     digest = hashlib.sha256(source.read_bytes())
-    digest.update("\0".join((*FLAGS, compiler, platform.platform(), _processor())).encode())
+    digest.update("\0".join((*FLAGS, compiler, platform.platform(), processor())).encode())
     return digest.hexdigest()[:16]
 
 
-def _processor() -> str:
+def processor() -> str:
     """Name and instruction sets of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -75,7 +75,7 @@ def _store(
 
 
 @triton.jit
-def _attend(
+def attend_kernel(
     query, keys, values, table, lengths, sinks, partial, maxima, sums, out,
     q_row, q_head, q_token, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row,
     heads, pages, splits, window, scaling, softcap,
@@ -136,7 +136,7 @@ def _attend(
 
 
 @triton.jit
-def _combine(
+def combine_kernel(
     partial, maxima, sums, out, heads, splits,
     QUERY: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
 ):  # fmt: skip
@@ -197,7 +197,7 @@ def launch(
     partial = torch.empty(units, dv, dtype=torch.float32, device=query.device)
     maxima, sums = torch.empty(2, units, dtype=torch.float32, device=query.device)
     with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
-        _attend[(tiles, rows, splits)](
+        attend_kernel[(tiles, rows, splits)](
             query, keys, values, table, lengths, lengths if sinks is None else sinks,
             partial, maxima, sums, out,
             *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], table.stride(0),
@@ -210,7 +210,7 @@ def launch(
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if not direct:
-            _combine[(rows * heads * new,)](
+            combine_kernel[(rows * heads * new,)](
                 partial, maxima, sums, out, heads, splits,
                 QUERY=new, DV=dv, DV_PAD=dv_pad, SPLITS_PAD=triton.next_power_of_2(splits), num_warps=4,
             )  # fmt: skip

@@ -32,7 +32,7 @@ class Blocks(NamedTuple):
 
 
 @triton.jit
-def _linear(
+def linear_kernel(
     x, weight, scale, bias, out, rows, outputs, inputs, x_row,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr, BIASED: tl.constexpr, WIDEN: tl.constexpr,
@@ -83,7 +83,7 @@ def launch(
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(outputs, cut.outputs), triton.cdiv(rows, cut.rows))
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        _linear[grid](
+        linear_kernel[grid](
             x, weight, scale, scale if bias is None else bias, out, rows, outputs, inputs, x.stride(0),
             BLOCK_M=cut.rows, BLOCK_N=cut.outputs, BLOCK_K=cut.inputs,
             EVEN=inputs % cut.inputs == 0 and outputs % cut.outputs == 0, BIASED=bias is not None,

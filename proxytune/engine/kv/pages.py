@@ -25,8 +25,8 @@ class PagedCache:
         self.lengths: list[int] = []
         self.pages = spec.tokens // PAGE
         self.tables: list[list[int]] = []
-        self._free = list(range(self.pages - 1, -1, -1))
-        self._owners = [0] * self.pages
+        self.free_pages = list(range(self.pages - 1, -1, -1))
+        self.owners = [0] * self.pages
         self._peak_pages = 0
         self._tables_on: dict[object, Tensor] = {}
         self._pools = [
@@ -55,18 +55,18 @@ class PagedCache:
         need = sum(
             round_up(length, PAGE) // PAGE - have for length, have in zip(lengths, counts, strict=True)
         )
-        return need <= len(self._free)  # what rows hold beyond these lengths is given back first
+        return need <= len(self.free_pages)  # what rows hold beyond these lengths is given back first
 
     def reserve(self, lengths: Sequence[int]) -> None:
         for row, length in enumerate(lengths):
             self._release(row, round_up(length, PAGE) // PAGE)
         for table, length in zip(self.tables, lengths, strict=True):
             while len(table) * PAGE < length:
-                page = self._free.pop()
-                self._owners[page] = 1
+                page = self.free_pages.pop()
+                self.owners[page] = 1
                 table.append(page)
                 self._tables_on.clear()
-        self._peak_pages = max(self._peak_pages, self.pages - len(self._free))
+        self._peak_pages = max(self._peak_pages, self.pages - len(self.free_pages))
 
     def admit(self, source: int | None = None, length: int = 0) -> None:
         self.lengths.append(length)
@@ -76,7 +76,7 @@ class PagedCache:
             return
         whole, rest = divmod(length, PAGE)
         for page in self.tables[source][:whole]:
-            self._owners[page] += 1
+            self.owners[page] += 1
             self.tables[-1].append(page)
         if rest:  # the page in which both rows go on writing
             self.reserve(self.lengths)  # what rows hold beyond their lengths is given back first
@@ -89,16 +89,16 @@ class PagedCache:
         self.lengths[row] = length
         page, rest = divmod(length, PAGE)
         # the row will write after `length`, and other rows may read what is there
-        assert not rest or self._owners[self.tables[row][page]] == 1, "rewound into a shared page"
+        assert not rest or self.owners[self.tables[row][page]] == 1, "rewound into a shared page"
 
     def _release(self, row: int, keep: int) -> None:
         table = self.tables[row]
         if len(table) <= keep:
             return
         for page in table[keep:]:
-            self._owners[page] -= 1
-            if self._owners[page] == 0:
-                self._free.append(page)
+            self.owners[page] -= 1
+            if self.owners[page] == 0:
+                self.free_pages.append(page)
         del table[keep:]
         self._tables_on.clear()
 

@@ -93,7 +93,7 @@ def test_a_shared_pair_says_what_the_cpu_says(folders: dict[str, Path], k: int) 
     assert gpu.ensemble.draft_models() == ("expert", "antiexpert")
     assert tokens(gpu, examples, s) == tokens(cpu, examples, s)
     made = graphs_of(gpu)
-    assert made.refused is None and {shape.ahead.k for shape in made._captured} == {k}
+    assert made.refused is None and {shape.ahead.k for shape in made.captured} == {k}
 
 
 def gap(d: Decoder, e: Example, response: Sequence[int], one: int, other: int) -> float:
@@ -217,11 +217,11 @@ def test_memory_does_not_grow_with_requests(trio: System) -> None:
     serve([example("a" * 30, 0)])  # the longest prompt first: no later request makes the state wider
     for _ in range(2):
         workload()
-    made = set(graphs_of(d)._captured)
+    made = set(graphs_of(d).captured)
     allocated, reserved = memory()
     for _ in range(4):
         workload()
-    assert set(graphs_of(d)._captured) == made
+    assert set(graphs_of(d).captured) == made
     now_allocated, now_reserved = memory()
     # libraries make workspaces when they like; a leak of 4 KiB per request would be twice this slack
     assert now_allocated <= allocated + (4 << 20)

@@ -83,7 +83,7 @@ def recorded(graph: Recording, pool: object = None, stream: object = None) -> It
 def _recorded_in_place_of_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     as_on_a_device(monkeypatch)
     monkeypatch.setattr(graphs, "CAPTURED", {"cpu"})
-    monkeypatch.setattr(graphs, "_without_waiting", silently)
+    monkeypatch.setattr(graphs, "without_waiting", silently)
     for name, value in {
         "Stream": Stream,
         "current_stream": Stream,
@@ -111,11 +111,11 @@ def test_replayed_steps_are_the_oracles(trio: System, k: Ways, parallel: bool | 
     d.ensemble.graphs(d.ensemble.draft_models(d.speculation.drafter)).parallel = parallel
     check(d, ragged(9, 2), Sampling(max_new_tokens=9))
     made = graphs_of(d)
-    replays = sum(captured.graph.replays for captured in made._captured.values())  # type: ignore[attr-defined]
+    replays = sum(captured.graph.replays for captured in made.captured.values())  # type: ignore[attr-defined]
     assert replays > made.made and made.parallel in (False, True)
-    before = dict(made._captured)
+    before = dict(made.captured)
     check(d, ragged(6, 3), Sampling(max_new_tokens=7))  # another engine, the same graphs
-    assert all(made._captured[shape] is captured for shape, captured in before.items())
+    assert all(made.captured[shape] is captured for shape, captured in before.items())
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
@@ -129,7 +129,7 @@ def test_replayed_samples(trio: System, sampler: dict[str, Any]) -> None:
 def test_adaptive_lengths_have_a_graph_each(trio: System) -> None:
     d = decoder(trio, speculation=Speculation())
     check(d, ragged(3, 4), Sampling(max_new_tokens=40))
-    assert len({shape.ahead.k for shape in graphs_of(d)._captured}) > 1
+    assert len({shape.ahead.k for shape in graphs_of(d).captured}) > 1
 
 
 @pytest.mark.parametrize("name", ["lora", "prompt"])
@@ -177,21 +177,21 @@ def test_wider_requests_make_the_graphs_void(trio: System) -> None:
     d = decoder(trio, speculation=drafting(1), batch=2)
     check(d, ragged(2, 1, longest=5), Sampling(max_new_tokens=5))
     made = graphs_of(d)
-    state, shapes = made.state, set(made._captured)
+    state, shapes = made.state, set(made.captured)
     check(d, ragged(2, 2, longest=5), Sampling(max_new_tokens=5))
-    assert made.state is state and shapes <= set(made._captured)
+    assert made.state is state and shapes <= set(made.captured)
     check(d, ragged(2, 1, longest=90), Sampling(max_new_tokens=5))
     assert state is not None and made.state is not None and made.state.widths.pages > state.widths.pages
 
 
 def test_a_step_in_which_the_host_reads_is_refused(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
-    combine = graphs.DeviceStep._accept
+    combine = graphs.DeviceStep.accept
 
     def reading(self: Any, batch: Any, tokens: Tensor, drafts: Tensor) -> Tensor:
         assert tokens.max().item() >= 0
         return combine(self, batch, tokens, drafts)
 
-    monkeypatch.setattr(graphs.DeviceStep, "_accept", reading)
+    monkeypatch.setattr(graphs.DeviceStep, "accept", reading)
     d = decoder(trio, speculation=drafting(2))
     with pytest.warns(UserWarning, match="without CUDA graphs"):
         check(d, ragged(3, 1), Sampling(max_new_tokens=6))
@@ -204,11 +204,11 @@ def test_models_beside_each_other(trio: System) -> None:
     """Branches beside the first wait for what came before, and the first waits for them at the end."""
     made = decoder(trio, speculation=drafting(1)).ensemble.graphs(("expert",))
     order = list[int]()
-    assert len(made.step.verifiers) == len(made._sides) == 2
+    assert len(made.step.verifiers) == len(made.sides) == 2
 
     def branch(number: int) -> Callable[[], dict[str, Tensor]]:
         return lambda: (order.append(number), {str(number): torch.tensor(number)})[1]
 
-    found = made._forked([branch(0), branch(1), branch(2)])
+    found = made.forked([branch(0), branch(1), branch(2)])
     assert [list(logits) for logits in found] == [["0"], ["1"], ["2"]] and order == [1, 2, 0]
-    assert all(len(side.waited) == 1 for side in made._sides)
+    assert all(len(side.waited) == 1 for side in made.sides)
