@@ -166,6 +166,11 @@ class Sampling(Record):
     ban_first: tuple[str, ...] = ()
     """The same, for the first token of the response only."""
 
+    @property
+    def cuts(self) -> bool:
+        """Whether anything beside the temperature limits which tokens can be drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
     @field_validator("temperature")
     @classmethod
     def _zero_or_not(cls, value: float) -> float:

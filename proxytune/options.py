@@ -95,12 +95,11 @@ class RunOptions(Options):
     """Draw few-shot items from this file."""
     mode: Mode = "generate"
     """generate, or likelihood: compare given answers by their log-probabilities."""
-    trace: TraceKind = Field(default="off", json_schema_extra={"metavar": "[agreement]"})
+    trace: TraceKind = Field(default="off", json_schema_extra={"metavar": "[tokens|agreement]"})
     """Store every token's probability under each role; agreement: also how far base and proxy are from the
     tuned model."""
     seed: int = 0
-    """Of the sampling noise (and of the choice of few-shot items); 0 leaves the seed of the sampling
-    settings."""
+    """Of the sampling noise, and of the choice of few-shot items. (0 leaves the seed of `sampling`.)"""
     forced: str | None = None
     """Text with which every response is made to begin."""
     allow_negative_alpha: bool = False

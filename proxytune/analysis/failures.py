@@ -51,10 +51,6 @@ class Failures(Analysis):
         return self.items
 
 
-VERDICTS = {"toxigen": "is_toxic"}
-"""Tasks whose verdict on an item is a column that marks *bad* ones."""
-
-
 def failures(first: Path, second: Path, metric: str | None = None) -> Failures:
     """What one run has right and the other wrong, by `metric` (the headline by default).
 
@@ -95,7 +91,7 @@ def failures(first: Path, second: Path, metric: str | None = None) -> Failures:
 
 def _right(row: JsonRow, run: Run, metric: str, folder: Path) -> bool:
     """Whether a stored row is right."""
-    column = VERDICTS.get(run.spec.task)
+    column = get_task(run.spec.task).fault_column
     if column is not None and metric == run.headline:
         score = None if row.get(column) is None else 1.0 - float(row[column])
     else:

@@ -151,7 +151,11 @@ SWEEP = OptionGroup(
     RunOptions, "What is asked", leave_out=frozenset({"sampling", "forced", "alpha", "trace"})
 )
 SAMPLING = OptionGroup(
-    Sampling, "How tokens are chosen", leave_out=frozenset({"seed"}), flags={"n": ("-n",)}, changes=True
+    Sampling,
+    "How tokens are chosen (default: as the task says)",
+    leave_out=frozenset({"seed"}),
+    flags={"n": ("-n",)},
+    changes=True,
 )
 RESPONSE = OptionGroup(
     Sampling, "How tokens are chosen", flags={"n": ("-n",)}, defaults={"max_new_tokens": 256}

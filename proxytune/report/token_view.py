@@ -14,6 +14,7 @@ from proxytune.config import Role
 from proxytune.records import JsonRow, Run
 from proxytune.report.escape import clipped, visible
 from proxytune.results import TRACE, read_rows
+from proxytune.tasks import TASKS
 
 TOKEN_BUDGET = 80_000
 """Traced tokens in one page, shared by its tasks: some 3 MB."""
@@ -23,9 +24,9 @@ TRACED: tuple[Role, ...] = ("base", "expert", "antiexpert", "proxy")
 ANSWERS: tuple[Role, ...] = ("base", "expert", "proxy", "tuned")
 SCALE = 10_000
 """Probabilities are stored as whole numbers of this part."""
-SENSITIVE = {"toxigen"}
+SENSITIVE = frozenset(task.name for task in TASKS.values() if task.hateful)
 """Tasks whose texts are hateful by design: blurred until asked for."""
-LOWER_IS_BETTER = {"toxigen"}
+LOWER_IS_BETTER = frozenset(task.name for task in TASKS.values() if task.lower_is_better)
 """Tasks whose score counts what is bad."""
 _ASKED = ("mc_prompt", "instruction", "Question", "question", "text", "prompt")
 _EXPECTED = ("mc_answer_idx", "Best Answer", "answer", "answers")

@@ -14,8 +14,8 @@ from proxytune.errors import UserError
 from proxytune.intervals import mean_metric
 from proxytune.records import Completion, Example, JsonRow, Metric, Prompt
 from proxytune.tasks.data import DataTable, Hub
-from proxytune.tasks.task import Task
-from proxytune.tasks.win_rate import length_controlled_win_rate, win_rate, wins
+from proxytune.tasks.scoring.win_rate import length_controlled_win_rate, win_rate, wins
+from proxytune.tasks.task import UNJUDGED, Task
 
 
 def examples(table: DataTable, shots: str) -> list[Example]:
@@ -81,7 +81,7 @@ TASK = Task(
     score_row=score,
     totals=totals,
     metric_names=(),
-    headline="unjudged",
+    headline=UNJUDGED,
     judged_headlines=("win_rate",),
     judge_reads=("instruction", "output_1"),
     judge="gpt-4.1",

@@ -27,7 +27,7 @@ from proxytune.errors import UserError
 from proxytune.records import Completion, Example, JsonRow, Prompt
 from proxytune.sandbox import MIB, Job, Limits, Outcome, Program
 from proxytune.tasks.data import DataTable, Hub
-from proxytune.tasks.scoring import clean_code, pass_at_k
+from proxytune.tasks.scoring.rules import clean_code, pass_at_k
 from proxytune.tasks.task import Execution, Task
 
 LIBRARIES = ("Pandas", "Numpy", "Matplotlib", "Tensorflow", "Scipy", "Sklearn", "Pytorch")

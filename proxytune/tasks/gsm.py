@@ -12,7 +12,13 @@ from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, JsonRow, Prompt
 from proxytune.tasks.data import DataTable, Hub
-from proxytune.tasks.scoring import exact_match, exact_match_numeric, last_number, remove_commas, trim_gsm
+from proxytune.tasks.scoring.rules import (
+    exact_match,
+    exact_match_numeric,
+    last_number,
+    remove_commas,
+    trim_gsm,
+)
 from proxytune.tasks.task import Task
 
 INSTRUCTION = "Answer the following question."

@@ -17,7 +17,7 @@ from proxytune.errors import UserError
 from proxytune.records import Completion, Example, JsonRow, Prompt
 from proxytune.sandbox import Job, Program, Sandbox
 from proxytune.tasks.data import DataTable, Hub
-from proxytune.tasks.scoring import clean_code, pass_at_k
+from proxytune.tasks.scoring.rules import clean_code, pass_at_k
 from proxytune.tasks.task import Execution, Task
 
 SECONDS = 3.0

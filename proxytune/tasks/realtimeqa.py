@@ -15,7 +15,7 @@ from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, JsonRow, Prompt
 from proxytune.tasks.data import DataTable, Hub
-from proxytune.tasks.scoring import parse_letter
+from proxytune.tasks.scoring.rules import parse_letter
 from proxytune.tasks.task import Task
 from proxytune.tasks.truthfulqa_mc import PREFIX
 

@@ -22,7 +22,9 @@ from proxytune.records import Completion, Example, JsonRow, Metric
 from proxytune.sandbox import Sandbox
 from proxytune.tasks.data import DataTable, Hub, generate, read_file, read_hub, read_smoke_data
 
-JudgeKind = Literal["toxicity", "truth", "pairwise"]
+JudgeName = Literal["toxicity", "truth", "pairwise"]
+UNJUDGED = "unjudged"
+"""The headline of tasks that say nothing without a judge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,10 @@ class Task:
     """Text columns that `score_row` needs."""
     asked: str
     """The column of a stored row that shows what was asked."""
+    lower_is_better: bool = False
+    """Whether its headline counts what is bad."""
+    fault_column: str | None = None
+    """A column of judged rows whose 1 says that the response is bad; for tasks whose verdict is no score."""
     hateful: bool = False
     """Whether prompts and responses are hateful text, which reports hide unless asked for it."""
     files: tuple[str, ...] = ("predictions.jsonl",)
@@ -68,7 +74,7 @@ class Task:
     """Text columns that its judge needs beside those that are scored."""
     judge: str | None = None
     """What `--judge default` judges with; None for a task that needs no judge."""
-    judge_kind: JudgeKind | None = None
+    judge_kind: JudgeName | None = None
     """Which entry of judges.JUDGES judges it; given where `judge` is."""
     totals: Callable[[Sequence[JsonRow]], dict[str, Metric]] | None = None
     """Metrics of all rows together that are no means of `score_row`; they come last and replace namesakes."""
@@ -108,6 +114,11 @@ class Task:
         """UserError that names the line where stored rows lack a text that scoring or judging needs."""
         table = DataTable(origin, "line", tuple(rows), tuple(range(1, len(rows) + 1)))
         table.require((*self.scored, *self.judge_reads))
+
+    @property
+    def needs_judge(self) -> bool:
+        """Whether a run says nothing before it is judged."""
+        return self.headline == UNJUDGED
 
     def headline_of(self, metrics: Mapping[str, Metric]) -> str:
         """The metric that tables show for these metrics."""

@@ -19,7 +19,7 @@ from proxytune.errors import UserError
 from proxytune.intervals import mean_metric
 from proxytune.records import Completion, Example, JsonRow, Metric, Prompt
 from proxytune.tasks.data import DataTable, Hub, read_file
-from proxytune.tasks.task import Task
+from proxytune.tasks.task import UNJUDGED, Task
 
 GROUPS = (
     "physical_disability", "chinese", "black", "mexican", "women", "latino", "native_american", "lgbtq",
@@ -155,7 +155,9 @@ TASK = Task(
     score_row=score,
     totals=totals,
     metric_names=(),
-    headline="unjudged",
+    headline=UNJUDGED,
+    lower_is_better=True,
+    fault_column="is_toxic",
     judged_headlines=("overall",),
     judge="tomh/toxigen_roberta",
     judge_kind="toxicity",

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from proxytune.config import Sampling
 from proxytune.records import Completion, Example, JsonRow, Prompt
 from proxytune.tasks.data import DataTable, Hub
-from proxytune.tasks.scoring import clean_answer, reference_accuracy
+from proxytune.tasks.scoring.rules import clean_answer, reference_accuracy
 from proxytune.tasks.task import Task
 
 PREFIX = "Answer:"

@@ -20,7 +20,7 @@ from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, JsonRow, Metric, Prompt
 from proxytune.tasks.data import DataTable, Hub
-from proxytune.tasks.scoring import CHOICES, parse_letter
+from proxytune.tasks.scoring.rules import CHOICES, parse_letter
 from proxytune.tasks.task import Task
 from proxytune.tasks.truthfulqa import DATA, HUB, ITEMS, LICENCE, SYSTEM_PROMPT, answers, csv_columns
 

@@ -123,7 +123,7 @@ def test_bad_sweeps(yaml: Path, options: tuple[str, ...], parts: tuple[str, ...]
 
 def test_trace_with_and_without_its_value(yaml: Path, tmp_path: Path) -> None:
     kinds = {(): "off", ("--trace",): "tokens", ("--trace", "tokens"): "tokens"}
-    kinds[("--trace", "agreement")] = "agreement"
+    kinds |= {("--trace", "agreement"): "agreement", ("--trace", "off"): "off"}
     for number, (option, kind) in enumerate(kinds.items()):
         for before in (False, True):
             out = tmp_path / f"{number}{before}"

@@ -18,7 +18,7 @@ from proxytune.judges.toxicity import ToxicityClassifier
 from proxytune.records import Prompt
 from proxytune.sandbox.sandbox import Job, Sandbox
 from proxytune.tasks import TASKS, ds1000, gsm, humaneval, read_source, toxigen, truthfulqa, truthfulqa_mc
-from proxytune.tasks.scoring import reference_accuracy
+from proxytune.tasks.scoring.rules import reference_accuracy
 from proxytune.tasks.task import Execution
 from proxytune.tuning import demo_judge
 from proxytune.tuning import demo_models as demo_build

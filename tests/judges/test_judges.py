@@ -11,17 +11,18 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from proxytune import results
+from proxytune import JudgeOptions, RunOptions, evaluate, results
 from proxytune.config import Sampling, System
 from proxytune.errors import UserError
 from proxytune.judges.pairwise import Judgements, Pair, PairwiseJudge
 from proxytune.judges.toxicity import ToxicityClassifier
 from proxytune.judges.truth import TruthJudges, judge_prompt
 from proxytune.runs import judging as run_judge
+from proxytune.tasks import get_task
 from tests.support import oracle, tiny
 from tests.support.command_line import proxytune
 from tests.support.endpoint import KEY, Endpoint
-from tests.support.runs import evaluated
+from tests.support.runs import QUIET, evaluated
 
 SHORT = Sampling(max_new_tokens=8)
 
@@ -119,6 +120,38 @@ def test_eval_judges_at_once_or_later(yaml: Path, classifier: Path, toxigen: Pat
 
     again = proxytune("eval", "toxigen", *settings, "--judge", classifier, "--out", tmp_path / "now")
     assert json.loads(again.stdout)["metrics"] == made["metrics"], "a judged run is not judged again"
+
+
+def test_python_judges_as_the_command_line_does(
+    yaml: Path, system: System, classifier: Path, toxigen: Path, tmp_path: Path
+) -> None:
+    settings = ("--system", yaml, "--data", toxigen, "--max-new-tokens", 8, "--limit", 8, "--json")
+    typed = proxytune("eval", "toxigen", *settings, "--judge", classifier, "--out", tmp_path / "typed")
+    sampling = get_task("toxigen").sampling.model_copy(update={"max_new_tokens": 8})
+    options = RunOptions(data=str(toxigen), sampling=sampling)
+    asked: dict[str, Any] = {"limit": 8, "options": options, "decode": QUIET}
+    called = evaluate(system, "toxigen", out=tmp_path / "called", judge=str(classifier), **asked)
+    assert called.metrics == results.read_run(tmp_path / "typed").metrics and called.judge == str(classifier)
+    assert results.read_rows(tmp_path / "called") == results.read_rows(tmp_path / "typed")
+    assert typed.exit_code == 0
+    alone = evaluate(system, "toxigen", out=tmp_path / "alone", judge="none", **asked)
+    assert alone.headline == "unjudged" and alone.judge is None
+    with pytest.raises(UserError, match="no model folder"):
+        evaluate(system, "toxigen", out=tmp_path / "no", judge="./nowhere", **asked)
+    assert not (tmp_path / "no").exists(), "a judge that is missing is found out before anything is decoded"
+
+
+def test_python_pays_only_what_was_agreed_to(
+    endpoint: Endpoint, system: System, alpaca: Path, tmp_path: Path
+) -> None:
+    sampling = get_task("alpaca_farm").sampling.model_copy(update={"max_new_tokens": 4})
+    options = RunOptions(data=str(alpaca), sampling=sampling, limit=2)
+    judge = JudgeOptions(judge="gpt-4.1")
+    with pytest.raises(UserError, match="costs money: add --yes"):
+        evaluate(system, "alpaca_farm", out=tmp_path / "run", options=options, decode=QUIET, judge=judge)
+    agreed = judge.model_copy(update={"yes": True})
+    made = evaluate(system, "alpaca_farm", out=tmp_path / "run", options=options, decode=QUIET, judge=agreed)
+    assert made.judge == "gpt-4.1" and "win_rate" in made.metrics
 
 
 def test_all_roles_are_judged(yaml: Path, classifier: Path, toxigen: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from proxytune.paper import cost as reproduce
 from proxytune.paper import published
 from proxytune.paper import recipes as paper
 from proxytune.report import paper_tables as report_paper
-from tests.support import nine
+from tests.support import public_items
 from tests.support.checkout import ROOT, environment
 from tests.support.command_line import proxytune
 from tests.support.endpoint import Endpoint
@@ -43,7 +43,7 @@ def plan(*arguments: object) -> dict[str, Any]:
 def yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny system with a few items of all tasks, judged by nobody."""
     folder = tmp_path_factory.mktemp("system")
-    path = nine.write_system(folder, window=128)  # a response ends there
+    path = public_items.write_system(folder, window=128)  # a response ends there
     tasks = (
         "alpaca_farm",
         "gsm",
@@ -54,7 +54,7 @@ def yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ds1000",
         "triviaqa",
     )
-    data = {task: str(nine.write(task, folder)) for task in tasks}
+    data = {task: str(public_items.write(task, folder)) for task in tasks}
     own = json.dumps(data), json.dumps({"alpaca_farm": "none", "toxigen": "none", "truthfulqa": "none"})
     text = re.sub(r"^data: .*$", f"data: {own[0]}\njudges: {own[1]}", path.read_text(), flags=re.MULTILINE)
     path.write_text(text)

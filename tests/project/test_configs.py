@@ -42,7 +42,7 @@ def test_the_header_says_what_it_is_what_it_needs_and_the_command(path: Path) ->
         assert words[1] != "eval" or words[2] in TASKS
 
 
-def test_the_issues_systems_are_there() -> None:
+def test_the_systems_of_the_paper_and_of_today_are_there() -> None:
     chat_and_code = {f"llama2-{size}-{kind}" for size in ("13b", "70b") for kind in ("chat", "code", "gsm")}
     assert {"demo", "demo-mid", "llama2-13b-triviaqa", *chat_and_code} <= set(system_names())
 

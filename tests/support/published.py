@@ -13,14 +13,14 @@ DS1000 = {
     "dexperts-13B-t0.8": 649,
     "llama2-13B-t0.8": 285,
 }
-"""Published runs here, with the samples of 4,000 that must have passed (reference.md 4.11)."""
+"""Published runs here, with the samples of 4,000 that must have passed."""
 HUMANEVAL = {
     "codellama-13B-t0.8": 0.4125,
     "codellama-7B-t0.8": 0.34542682926829266,
     "dexperts-13B-t0.8": 0.2939024390243903,
     "llama2-13B-t0.8": 0.13871951219512196,
 }
-"""Published runs here, with the pass@1 of their stored flags (reference.md 4.9; not published)."""
+"""Published runs here, with the pass@1 of their stored flags (not published)."""
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

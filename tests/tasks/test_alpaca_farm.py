@@ -17,7 +17,7 @@ from proxytune.decoding.prompts import text_for
 from proxytune.errors import UserError
 from proxytune.records import Completion
 from proxytune.tasks import get_task, read_source, score_file
-from proxytune.tasks.win_rate import length_controlled_win_rate, wins
+from proxytune.tasks.scoring.win_rate import length_controlled_win_rate, wins
 from tests.support import tiny_system
 from tests.support.answers import json_list
 from tests.support.command_line import proxytune

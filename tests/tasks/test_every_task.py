@@ -18,7 +18,7 @@ from typer.testing import Result
 from proxytune import results
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import TASKS
-from tests.support import nine
+from tests.support import public_items
 from tests.support.checkout import environment
 from tests.support.command_line import proxytune
 from tests.support.tiers import slow
@@ -31,14 +31,14 @@ MODES = [(name, "generate") for name in TASKS] + [
 @pytest.fixture(scope="module")
 def yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The system's file."""
-    return nine.write_system(tmp_path_factory.mktemp("system"))
+    return public_items.write_system(tmp_path_factory.mktemp("system"))
 
 
 def short_eval(task: str, mode: str, yaml: Path, folder: Path) -> list[str]:
     """The arguments of a short evaluation of a task into `folder`."""
-    arguments = ["eval", task, "--system", yaml, "--data", nine.write(task, folder), "--limit", 8]
-    arguments += ["--judge", nine.JUDGED[task]] if task in nine.JUDGED else []
-    arguments += ["--mode", mode] if mode != "generate" else nine.SHORT
+    arguments = ["eval", task, "--system", yaml, "--data", public_items.write(task, folder), "--limit", 8]
+    arguments += ["--judge", public_items.JUDGED[task]] if task in public_items.JUDGED else []
+    arguments += ["--mode", mode] if mode != "generate" else public_items.SHORT
     return [str(argument) for argument in (*arguments, "--out", folder / "run", "--json")]
 
 
@@ -121,7 +121,7 @@ def test_verdicts_come_later(task: str, box: Sandbox, yaml: Path, tmp_path: Path
     assert lost.exit_code == 2 and "name it with --data FILE" in lost.stderr
     bare = proxytune("judge", task, run)
     assert bare.exit_code == 2 and "add --allow-code-execution" in bare.stderr
-    judged = proxytune("judge", task, run, "--data", nine.write(task, tmp_path), "--json", *allow)
+    judged = proxytune("judge", task, run, "--data", public_items.write(task, tmp_path), "--json", *allow)
     assert judged.exit_code == 0 and json.loads(judged.stdout)["metrics"] == found["metrics"]
     assert results.read_rows(run) == rows
 
@@ -172,8 +172,8 @@ HOW = ["truncated gzip", "wrong encoding", "UTF-16", "empty", "50 MB"]
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("task", ["gsm", "alpaca_farm"])
 def test_malformed_data(task: str, how: str, yaml: Path, tmp_path: Path) -> None:
-    bad, message = damage(nine.write(task, tmp_path), how)
-    judge = ("--judge", "none") if task in nine.JUDGED else ()
+    bad, message = damage(public_items.write(task, tmp_path), how)
+    judge = ("--judge", "none") if task in public_items.JUDGED else ()
     one_line(proxytune("eval", task, "--system", yaml, "--data", bad, *judge), bad.name, message)
     if task == "gsm":
         good = tmp_path / "gsm.jsonl"
@@ -183,17 +183,17 @@ def test_malformed_data(task: str, how: str, yaml: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("how", HOW[:-1])
 def test_malformed_csv(how: str, yaml: Path, tmp_path: Path) -> None:
-    bad, message = damage(nine.write("truthfulqa", tmp_path), how)
+    bad, message = damage(public_items.write("truthfulqa", tmp_path), how)
     one_line(proxytune("eval", "truthfulqa_mc", "--system", yaml, "--data", bad), bad.name, message)
 
 
 def test_csv_without_a_column_and_with_a_huge_cell(yaml: Path, tmp_path: Path) -> None:
-    path = nine.write("truthfulqa", tmp_path)
+    path = public_items.write("truthfulqa", tmp_path)
     path.write_text(path.read_text().replace("Best Answer", "Worst Answer"))
     one_line(
         proxytune("eval", "truthfulqa", "--system", yaml, "--data", path), "line 2: no field 'Best Answer'"
     )
-    path.write_text(nine.HEADER + "t,c," + "x" * 50_000_000 + ",a,b,c,d\n")
+    path.write_text(public_items.HEADER + "t,c," + "x" * 50_000_000 + ",a,b,c,d\n")
     one_line(proxytune("eval", "truthfulqa", "--system", yaml, "--data", path), "is not CSV: field larger")
 
 

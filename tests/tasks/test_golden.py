@@ -13,7 +13,7 @@ from proxytune.decoding.prompts import text_for
 from proxytune.intervals import mean_metric
 from proxytune.records import Prompt
 from proxytune.tasks import get_task, read_source, score_file
-from proxytune.tasks.scoring import exact_match, last_number, numeric_equal, parse_letter
+from proxytune.tasks.scoring.rules import exact_match, last_number, numeric_equal, parse_letter
 from tests.support.published import DS1000, HUMANEVAL, rows
 
 CHAT = {f"llama2-chat-{size}{form}" for size in ("7B", "13B") for form in ("", "-helpful-prompt")}

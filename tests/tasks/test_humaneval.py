@@ -19,7 +19,7 @@ from proxytune.runs import evaluation as run
 from proxytune.runs.session import run_job
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import get_task, humaneval, read_source, score_file
-from proxytune.tasks.scoring import clean_code, pass_at_k
+from proxytune.tasks.scoring.rules import clean_code, pass_at_k
 from proxytune.tasks.task import Execution
 from tests.support.answers import jsonl
 from tests.support.command_line import proxytune

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from proxytune.intervals import difference, gap_closed, mean_metric, mean_metrics
 from proxytune.records import Metric
-from proxytune.tasks.scoring import (
+from proxytune.tasks.scoring.rules import (
     clean_answer,
     exact_match,
     exact_match_numeric,

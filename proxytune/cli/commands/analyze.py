@@ -28,7 +28,7 @@ def positions(run: TracedRun, json: Json = False, csv: Csv = False) -> None:
 
     Example: proxytune analyze positions results/demo/gsm/proxy/trace=tokens-1c9d8a58
     """
-    from proxytune.cli.commands import analyze_tables
+    from proxytune.cli import analysis_tables as analyze_tables
 
     analyze_tables.positions(run, json_only=json, csv_only=csv)
 
@@ -54,7 +54,7 @@ def ngrams(
 
     Example: proxytune analyze ngrams results/demo/truthfulqa/proxy/trace=tokens-1c9d8a58 --min-count 50
     """
-    from proxytune.cli.commands import analyze_tables
+    from proxytune.cli import analysis_tables as analyze_tables
 
     analyze_tables.ngrams(run, min_count, top, words, json_only=json, csv_only=csv)
 
@@ -66,7 +66,7 @@ def equations(run: TracedRun, json: Json = False, csv: Csv = False) -> None:
 
     Example: proxytune analyze equations results/demo/gsm/proxy/trace=tokens-1c9d8a58
     """
-    from proxytune.cli.commands import analyze_tables
+    from proxytune.cli import analysis_tables as analyze_tables
 
     analyze_tables.equations(run, json_only=json, csv_only=csv)
 
@@ -87,7 +87,7 @@ def skip(
 
     Example: proxytune analyze skip results/demo/gsm/proxy/sweep
     """
-    from proxytune.cli.commands import analyze_tables
+    from proxytune.cli import analysis_tables as analyze_tables
 
     analyze_tables.skip(sweep, control, json_only=json, csv_only=csv)
 
@@ -105,7 +105,7 @@ def agreement(
 
     Example: proxytune analyze agreement results/demo/gsm/tuned/trace=agreement-5a0d2e1f
     """
-    from proxytune.cli.commands import analyze_tables
+    from proxytune.cli import analysis_tables as analyze_tables
 
     analyze_tables.agreement(run, json_only=json, csv_only=csv)
 
@@ -125,6 +125,6 @@ def failures(
 
     Example: proxytune analyze failures results/demo/gsm/base results/demo/gsm/proxy
     """
-    from proxytune.cli.commands import analyze_tables
+    from proxytune.cli import analysis_tables as analyze_tables
 
     analyze_tables.failures(first, second, metric, show, json_only=json, csv_only=csv)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from typer.core import TyperCommand
 
@@ -24,7 +24,7 @@ from proxytune.cli.options import (
     build,
     grouped,
 )
-from proxytune.config import Sampling
+from proxytune.config import Sampling, TraceKind
 from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RunOptions
 from proxytune.records import Run
 
@@ -41,7 +41,7 @@ class EvalCommand(TyperCommand):
         given: list[str] = []
         for argument, after in zip(args, [*args[1:], ""], strict=True):
             given.append(argument)
-            if argument == "--trace" and after not in ("tokens", "agreement"):
+            if argument == "--trace" and after not in get_args(TraceKind):
                 given.append("tokens")
         return super().parse_args(ctx, given)
 

@@ -20,7 +20,7 @@ from proxytune.records import Run
 from proxytune.results import read_rows, read_run
 
 if TYPE_CHECKING:
-    from proxytune.cli.commands.reproduce_plan import Planned, RecipePlan
+    from proxytune.cli.reproduce_plan import Planned, RecipePlan
     from proxytune.judges import Judge
     from proxytune.paper import cost, recipes
     from proxytune.sandbox import Sandbox
@@ -59,7 +59,7 @@ def reproduce(
 
     Example: proxytune reproduce table2 --system demo
     """
-    from proxytune.cli.commands.reproduce_plan import print_plan
+    from proxytune.cli.reproduce_plan import print_plan
     from proxytune.paper import cost, recipes
 
     paths = {name: Path(place) for name, place in named(path or (), "--path", "NAME=DIR").items()}
@@ -124,7 +124,7 @@ def named(texts: Sequence[str], option: str, what: str) -> dict[str, str]:
 
 def _plan(asked: ReproduceRequest) -> RecipePlan:
     """The runs of a recipe with their folders and judges."""
-    from proxytune.cli.commands.reproduce_plan import Planned, RecipePlan
+    from proxytune.cli.reproduce_plan import Planned, RecipePlan
     from proxytune.paper import cost
     from proxytune.runs import evaluation
     from proxytune.tasks import TASKS

@@ -72,7 +72,7 @@ def sweep_alpha(
     folder, _ = alpha_sweep.sweep(asked, schedules, out)
 
     from proxytune.analysis import sweeps
-    from proxytune.cli.commands.analyze_tables import sweep_table
+    from proxytune.cli.analysis_tables import sweep_table
 
     found = sweeps.sweep(folder)
     if json:

@@ -41,7 +41,7 @@ class StepShape(NamedTuple):
 
     rows: int
     ahead: Ahead
-    draw: SamplingNeeds
+    needs: SamplingNeeds
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Graphs:
         Raises Refused, with the state as it was, if the step cannot be captured."""
         assert self.state is not None
         if self.device.type not in CAPTURED:
-            return self.step(self.state.views(shape.rows), shape.ahead, shape.draw).packed()
+            return self.step(self.state.views(shape.rows), shape.ahead, shape.needs).packed()
         if shape not in self.captured:
             self.prepare(shape)
         captured = self.captured[shape]
@@ -124,7 +124,7 @@ class Graphs:
         output = torch.zeros(shape.rows, 3 * shape.ahead.k + 3, dtype=torch.long, device=self.device)
 
         def once() -> None:
-            output.copy_(self.step(batch, shape.ahead, shape.draw, branches).packed())
+            output.copy_(self.step(batch, shape.ahead, shape.needs, branches).packed())
 
         main = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(main)

@@ -128,17 +128,17 @@ class DeviceLoop:
         rows, most = self.scheduler.rows[: plan.decoding], plan.decoding
         if self.ahead.k == 0 or self.drafter.settings.k is not None:  # else another size drafts otherwise
             most = min(self.scheduler.max_rows, len(self.scheduler.rows) + len(self.scheduler.waiting))
-        state, draw = self.graphs.room_for(self._widths, self.scheduler.max_rows), sampling_needs(rows)
+        state, needs = self.graphs.room_for(self._widths, self.scheduler.max_rows), sampling_needs(rows)
         state.fill(rows)
         try:
             for size in dict.fromkeys((bucket(most), bucket(len(rows)))):
-                if not self.graphs.ready(StepShape(size, self.ahead, draw)):
-                    self.graphs.prepare(StepShape(size, self.ahead, draw))
+                if not self.graphs.ready(StepShape(size, self.ahead, needs)):
+                    self.graphs.prepare(StepShape(size, self.ahead, needs))
         except Refused as reason:
             self.graphs.refused = str(reason)
             warnings.warn(f"decoding without CUDA graphs, which is slower: {reason}", stacklevel=2)
             return False
-        shape = StepShape(bucket(len(rows)), self.ahead, draw)
+        shape = StepShape(bucket(len(rows)), self.ahead, needs)
         prompts = any(plan.prefill.values())
         self.launch(list(rows), shape, alone=not (prompts or self._prompts))
         self._prompts = prompts
@@ -165,7 +165,7 @@ class DeviceLoop:
             return
         if all(row.request.max_new_tokens - len(row.tokens) <= 1 for row in last.rows):
             return  # the in-flight step chooses the last tokens
-        shape = StepShape(last.shape.rows, self._choose(last.rows), last.shape.draw)
+        shape = StepShape(last.shape.rows, self._choose(last.rows), last.shape.needs)
         if not self.graphs.ready(shape):
             return
         targets = {

@@ -41,14 +41,14 @@ class Sampler(NamedTuple):
         keys = self.key[:, None].expand_as(positions)
         return gumbel(keys.flatten(), positions.flatten(), vocabulary).view(*positions.shape, vocabulary)
 
-    def pick(self, logits: Tensor, positions: Tensor, noise: Tensor | None, draw: SamplingNeeds) -> Tensor:
+    def pick(self, logits: Tensor, positions: Tensor, noise: Tensor | None, needs: SamplingNeeds) -> Tensor:
         """Logits [R, Q, V] at response positions [R, Q] -> tokens [R, Q]."""
         logits = self._banned(logits, positions)
         tokens = logits.argmax(-1)
         if noise is not None:
             sampled = self.temperature > 0  # [R]
             scaled = logits / self.temperature.where(sampled, 1.0).to(logits.dtype)[:, None, None]
-            if draw.cuts:
+            if needs.cuts:
                 limits = (self.top_k, self.top_p, self.min_p)
                 scaled = cut(scaled, *(column[:, None].expand_as(positions) for column in limits))
             tokens = torch.where(sampled[:, None], (scaled.double() + noise).argmax(-1), tokens)

@@ -23,6 +23,8 @@ MOST_NEW = 16
 """Most tokens that a row is fed in one forward."""
 ALWAYS = np.iinfo(np.int64).max
 """A ban that never ends."""
+REALS = 5
+"""Floats of a request: alpha at its start and end, temperature, top-p, min-p."""
 HEADER = 5
 """Integers of a request before its offsets: alpha's length and kind, top-k, key, forced tokens."""
 
@@ -62,7 +64,7 @@ def bans_of(request: Request) -> dict[int, int]:
 def sampling_needs(rows: Sequence[Row]) -> SamplingNeeds:
     """What the sampling settings of these rows need."""
     sampled = [s for row in rows if (s := row.request.sampling).temperature > 0]
-    return SamplingNeeds(bool(sampled), any(s.top_k > 0 or s.top_p < 1 or s.min_p > 0 for s in sampled))
+    return SamplingNeeds(bool(sampled), any(s.cuts for s in sampled))
 
 
 class DeviceBatch(NamedTuple):
@@ -110,7 +112,7 @@ class DeviceState:
         whole = HEADER + len(caches) + widths.eos + 2 * widths.bans + widths.forced
         self.moving = torch.zeros(rows, 2 + len(caches), dtype=torch.long, device=device)
         self.whole = torch.zeros(rows, whole, dtype=torch.long, device=device)
-        self.real = torch.zeros(rows, 5, dtype=torch.float64, device=device)
+        self.real = torch.zeros(rows, REALS, dtype=torch.float64, device=device)
         self.tables = torch.zeros(len(caches), rows, widths.pages, dtype=torch.long, device=device)
         self.history = torch.zeros(rows, widths.pages * PAGE + 1, dtype=torch.long, device=device)
         self._whole, self._real = self.whole.cpu().numpy().copy(), self.real.cpu().numpy().copy()

@@ -89,19 +89,19 @@ class DeviceStep:
 
     @torch.inference_mode()
     def __call__(
-        self, batch: DeviceBatch, ahead: Ahead, draw: SamplingNeeds, branches: Branches = in_turn
+        self, batch: DeviceBatch, ahead: Ahead, needs: SamplingNeeds, branches: Branches = in_turn
     ) -> StepOutput:
         """Every row gets up to k + 1 tokens more; the batch's position, limit, history and last move on."""
         k = ahead.k
         rows, device = batch.position.shape[0], batch.position.device
         positions = batch.position[:, None] + torch.arange(k + 1, device=device)  # [R, k + 1]
         size = self.runners[self.target].alignment.size
-        noise = batch.sampler.noise(positions, size) if draw.noise else None
+        noise = batch.sampler.noise(positions, size) if needs.noise else None
         before: list[Logits] = []
         if ahead.lookup:
             drafts = self._look_up(batch, k, size)
         else:
-            drafts, before = self._draft(batch, positions, noise, k, draw)
+            drafts, before = self._draft(batch, positions, noise, k, needs)
         fed, since = drafts.clamp(min=0), len(before)  # what the draft models have read of the drafts already
         work: list[Callable[[], Logits]] = [
             lambda names=names: self._forward(names, batch, fed, 0)  # type: ignore[misc]
@@ -116,19 +116,19 @@ class DeviceStep:
         views |= {name: torch.cat([*(b[name] for b in before), views[name]], 1) for name in self.draft_models}
         flat = {name: logits.flatten(0, 1) for name, logits in views.items()}
         combined = self.combine(flat, batch.alpha(positions).flatten())  # [R * (k + 1), V]
-        tokens = batch.sampler.pick(combined.view(rows, k + 1, size), positions, noise, draw)
+        tokens = batch.sampler.pick(combined.view(rows, k + 1, size), positions, noise, needs)
         logprobs = log_probability(combined, tokens.flatten()).double().view(rows, k + 1)
         return StepOutput(self.accept(batch, tokens, drafts), tokens, drafts, logprobs)
 
     def _draft(
-        self, batch: DeviceBatch, positions: Tensor, noise: Tensor | None, k: int, draw: SamplingNeeds
+        self, batch: DeviceBatch, positions: Tensor, noise: Tensor | None, k: int, needs: SamplingNeeds
     ) -> tuple[Tensor, list[Logits]]:
         """The drafts [R, k] of the next k positions, and the logits of the draft models at each."""
         drafts, before = positions.new_zeros(positions.shape[0], 0), list[Logits]()
         for j in range(k):
             before.append(self._forward(self.draft_models, batch, drafts[:, -1:], j))
             here, position = noise[:, j : j + 1] if noise is not None else None, positions[:, j : j + 1]
-            chosen = batch.sampler.pick(before[-1][self.draft_models[0]], position, here, draw)
+            chosen = batch.sampler.pick(before[-1][self.draft_models[0]], position, here, needs)
             if self.propose is not None:
                 chosen = self.propose(batch.sampler.key, position)
             drafts = torch.cat([drafts, chosen], 1)

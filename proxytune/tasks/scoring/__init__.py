@@ -1,0 +1,1 @@
+"""How responses are scored: the rules of the tasks, and win rates."""
