@@ -117,7 +117,7 @@ def distinct(found: Sequence[Section]) -> list[Section]:
 
 def asset(name: str) -> str:
     """A file of proxytune/report_page."""
-    return (Path(__file__).parent / "page" / name).read_text(encoding="utf-8")
+    return (Path(__file__).parent / "assets" / name).read_text(encoding="utf-8")
 
 
 def _hash(script: str) -> str:
