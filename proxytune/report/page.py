@@ -116,7 +116,7 @@ def distinct(found: Sequence[Section]) -> list[Section]:
 
 
 def asset(name: str) -> str:
-    """A file of proxytune/report_page."""
+    """A file of proxytune/report/assets."""
     return (Path(__file__).parent / "assets" / name).read_text(encoding="utf-8")
 
 
