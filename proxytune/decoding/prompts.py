@@ -59,7 +59,25 @@ def context(spec: ModelSpec, tokenizer: Tokenizer, form: Form, prompt: Prompt) -
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(f"a prompt is not valid Unicode: {error.reason} at character {error.start}") from None
-    return tuple(tokenizer.encode(text, add_special_tokens=spec.chat != "tokenizer"))
+    if spec.chat == "tokenizer":
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+    return tuple(opened(tokenizer, text))
+
+
+def opened(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that a response is to follow, with the special tokens that the tokenizer puts before
+    it. The beginning-of-sequence token is there once. An end-of-sequence token is not, unless the text has
+    it: a tokenizer that was saved with `add_eos_token` puts one behind every text."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=True)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        del ids[0]
+    if eos is not None and ids[-1:] == [eos]:
+        own = tokenizer.encode(text, add_special_tokens=False)[-1:] == [eos]
+        while len(ids) > 1 and ids[-1] == eos:
+            ids.pop()
+        ids += [eos] * own
+    return ids
 
 
 def form_of(model: str, role: Role) -> Form:

@@ -16,17 +16,30 @@ def cut(text: str, stops: Sequence[str]) -> str:
 
 
 def stop_predicate(text_of: ResponseText, stops: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
-    """Whether a response contains a stop string, looked for in its text, however it was tokenised.
+    """Whether a response ends in a stop string: in its text, however it was tokenised, or as a special token,
+    which the text does not show.
 
-    Only as many last tokens are decoded as a stop string that ends in the newest one can span. A token is at
-    least a byte; a few more tokens cover letters whose bytes are cut."""
+    Only as many last tokens are decoded as a stop string that ends in the newest one can span: a token with
+    text is at least a byte. The first of them begins a letter: decoders that spell letters in bytes lose a
+    whole run of bytes that begins within one."""
     if not stops:
         return None
-    reach = max(len(stop.encode("utf-8")) for stop in stops) + 8
+    tokenizer = text_of.tokenizer
+    reach = max(len(stop.encode("utf-8")) for stop in stops)
+    hidden = {
+        index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    ends = {index for index, text in hidden.items() if text in stops}
 
     def ended(tokens: Sequence[int]) -> bool:
-        tail = text_of(tokens[-reach:])
-        return any(stop in tail for stop in stops)
+        start, left = len(tokens), reach
+        while start > 0 and left > 0:
+            start -= 1
+            left -= tokens[start] not in hidden
+        while start > 0 and "\ufffd" in decode(tokenizer, tokens[start : start + 1]):
+            start -= 1
+        tail = text_of(tokens[start:])
+        return tokens[-1] in ends or any(stop in tail for stop in stops)
 
     return ended
 

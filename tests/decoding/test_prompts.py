@@ -51,6 +51,28 @@ def test_text_of_every_form(chat: Chat, form: Form, prompt: Prompt, want: str) -
     assert text_for(chat, form, prompt, tiny.tokenizer(chat_template=TEMPLATE)) == want
 
 
+@pytest.mark.parametrize("chat", ["none", "llama2", "tokenizer"])
+def test_a_context_never_ends_before_the_response(chat: Chat) -> None:
+    """A tokenizer that was saved with add_eos_token gives the contexts of one that was not."""
+    plain, closing = tiny.tokenizer(TEMPLATE), tiny.tokenizer(TEMPLATE, add_eos=True)
+    assert closing.encode("a")[-1] == closing.eos_token_id
+    spec = ModelSpec(model="m", chat=chat)
+    for prompt in (WITH, WITHOUT, SYSTEM):
+        want = context(spec, plain, "direct", prompt)
+        assert context(spec, closing, "direct", prompt) == want and want[-1] != plain.eos_token_id
+
+
+def test_special_tokens_of_the_text_are_kept_and_the_first_is_there_once() -> None:
+    spec, bos, eos = ModelSpec(model="m"), BYTES.bos_token_id, BYTES.eos_token_id
+
+    def ids(text: str, add_eos: bool = False) -> tuple[int, ...]:
+        return context(spec, tiny.tokenizer(add_eos=add_eos), "direct", Prompt(text, text))
+
+    assert ids("<s>ab") == ids("ab") and ids("ab").count(bos) == 1
+    assert ids("ab</s>")[-2:] == (ids("b")[-1], eos) == ids("ab</s>", add_eos=True)[-2:]
+    assert ids("", add_eos=True) == ids("") == (bos,)
+
+
 def test_a_missing_template_is_an_error() -> None:
     with pytest.raises(UserError, match="needs a chat template"):
         text_for("tokenizer", "direct", WITH, tiny.tokenizer())
@@ -161,6 +183,27 @@ def first_end(words: PreTrainedTokenizerFast, ids: Sequence[int], stops: Sequenc
     return next((n for n in range(1, len(ids) + 1) if ended(ids[:n])), None)
 
 
+def test_a_special_token_is_a_stop_string() -> None:
+    """The end of turn of a chat model, which the text of a response does not show."""
+    words = tiny.tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    end = words.convert_tokens_to_ids("<|im_end|>")
+    ids = [*words.encode("yes", add_special_tokens=False), end, *words.encode("no", add_special_tokens=False)]
+    assert first_end(words, ids, ["<|im_end|>"]) == 4 and ResponseText(words)(ids[:4]) == "yes"
+    assert (
+        first_end(words, ids, ["<|im_end|>", "ye"]) == 2 and first_end(words, ids, ["<|im_start|>"]) is None
+    )
+
+
+@pytest.mark.parametrize("letters", ["中" * 9, "é" * 30, "🍎" * 5, "ab" + "한" * 7, "x"])
+@pytest.mark.parametrize("stop", ["\n", "\n\n", "中\n"])
+def test_stops_are_seen_amid_letters_that_are_spelt_in_bytes(letters: str, stop: str) -> None:
+    """A run of bytes is one text to such a decoder: it must not be cut within a letter."""
+    words = metaspace()
+    ids = words.convert_tokens_to_ids([f"<0x{b:02X}>" for b in (letters + stop + letters).encode()])
+    assert first_end(words, ids, [stop]) == len((letters + stop).encode())
+
+
 def test_no_stops_no_predicate() -> None:
     assert stop_predicate(TEXT, ()) is None
 
@@ -269,6 +312,8 @@ def test_special_tokens_are_not_text() -> None:
     ids = [BYTES.get_vocab()["a"], 0, 1, BYTES.get_vocab()["b"], 2]
     assert TEXT(ids) == "ab"
     assert first_end(BYTES, ids, ["ab"]) == 4
+    many = [ids[0], *[0] * 40, ids[3]]
+    assert first_end(BYTES, many, ["ab"]) == 42, "however many stand in between"
 
 
 def test_single_tokens() -> None:

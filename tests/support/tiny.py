@@ -17,9 +17,10 @@ VOCABULARY = 259  # <pad> <s> </s> and one token per byte
 
 
 def tokenizer(
-    chat_template: str | None = None, swapped: tuple[str, str] | None = None
+    chat_template: str | None = None, swapped: tuple[str, str] | None = None, *, add_eos: bool = False
 ) -> PreTrainedTokenizerFast:
-    """One token per byte; `<s>` is put first. `swapped` exchanges the ids of two tokens."""
+    """One token per byte; `<s>` is put first. `swapped` exchanges the ids of two tokens. `add_eos` puts
+    `</s>` behind every text, as a tokenizer does that was saved with add_eos_token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     if swapped:
@@ -28,7 +29,9 @@ def tokenizer(
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    single = "<s> $A </s>" if add_eos else "<s> $A"
+    special = [("<s>", 1), ("</s>", 2)]
+    raw.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
     return PreTrainedTokenizerFast(
         tokenizer_object=raw,
         bos_token="<s>",
