@@ -266,6 +266,8 @@ def test_a_killed_process_is_continued(
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # a shell that runs the tests in the background has its children ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for_rows(tmp_path / "killed" / results.PREDICTIONS, 4, process)
     process.send_signal(how)
