@@ -414,7 +414,7 @@ def main(arguments: list[str] | None = None) -> int:
         why = "--device cpu" if options.device == "cpu" else "no CUDA device"
         print(
             f"benchmarks/gpu_kernels.py: {why}: this measures kernels that run on a GPU only. "
-            "Tests that need none: tests/engine/test_paged_attention.py and tests/engine/test_int8.py",
+            "Tests that need none: tests/engine/kernels/ (paged_attention, int8)",
             file=sys.stderr,
         )
         return 2
