@@ -209,6 +209,11 @@ def test_bad_alphas_are_refused_before_anything_is_written(system: System, tmp_p
     assert not (tmp_path / "x").exists()
 
 
+def lines_in(folder: Path) -> int:
+    """Rows that the runs of a sweep have stored so far."""
+    return sum(path.read_bytes().count(b"\n") for path in folder.rglob("predictions.jsonl"))
+
+
 @pytest.mark.slow
 def test_kill_9_loses_nothing(yaml: Path, system: System, models: Models, tmp_path: Path) -> None:
     """Killed again and again at any moment, the sweep ends as one that was left alone."""
@@ -222,11 +227,10 @@ def test_kill_9_loses_nothing(yaml: Path, system: System, models: Models, tmp_pa
     kills = 0
     for _ in range(40):
         process = subprocess.Popen([sys.executable, "-c", code], env=environment(), stderr=subprocess.DEVNULL)
-        stored = sum(1 for path in (tmp_path / "k").rglob("predictions.jsonl") for _ in path.open())
+        stored = lines_in(tmp_path / "k")
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
-            now = sum(1 for path in (tmp_path / "k").rglob("predictions.jsonl") for _ in path.open())
-            if now > stored + 60:
+            if lines_in(tmp_path / "k") > stored + 60:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
                 break
