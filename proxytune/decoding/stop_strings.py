@@ -36,9 +36,11 @@ def stop_predicate(text_of: ResponseText, stops: Sequence[str]) -> Callable[[Seq
         while start > 0 and left > 0:
             start -= 1
             left -= tokens[start] not in hidden
-        while start > 0 and "\ufffd" in decode(tokenizer, tokens[start : start + 1]):
-            start -= 1
         tail = text_of(tokens[start:])
+        if start > 0 and "\ufffd" in tail:
+            while start > 0 and "\ufffd" in decode(tokenizer, tokens[start : start + 1]):
+                start -= 1
+            tail = text_of(tokens[start:])
         return tokens[-1] in ends or any(stop in tail for stop in stops)
 
     return ended

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +90,7 @@ class Loaded:
         """Rows of the output head."""
         return int(self.module.config.get_text_config().vocab_size)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Ids that it can generate: the head without its padding rows."""
         return size_of(self.tokenizer, self.vocabulary)
