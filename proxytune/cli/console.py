@@ -18,6 +18,7 @@ from proxytune.options import CodeOptions
 from proxytune.records import Run
 
 if TYPE_CHECKING:
+    from proxytune.models import Models
     from proxytune.runs import judging
     from proxytune.sandbox import Sandbox
     from proxytune.tasks import Task
@@ -92,14 +93,26 @@ def show_loading(name: str, spec: ModelSpec) -> None:
     say(f"loading {name}: {spec.model or spec.adapter}")
 
 
+def models_of(system: System, *, trust_remote_code: bool = False) -> Models:
+    """The models of a system, each named on stderr when it is loaded."""
+    from proxytune.models import Models
+
+    return Models(system, trust_remote_code=trust_remote_code, on_load=show_loading)
+
+
 def sandbox_for(task: Task, code: CodeOptions) -> Sandbox | None:
     """The sandbox that was allowed, named on stderr."""
     from proxytune.runs import verdicts
 
     found = verdicts.open_sandbox(task, code)
     if found is not None:
-        say(f"code runs in the sandbox '{found.backend}'")
+        name_sandbox(found)
     return found
+
+
+def name_sandbox(sandbox: Sandbox) -> None:
+    """Name on stderr the sandbox in which code will run."""
+    say(f"code runs in the sandbox '{sandbox.backend}'")
 
 
 def asked_on_terminal() -> bool:

@@ -120,11 +120,10 @@ def _run_all(
 ) -> dict[str, tuple[list[Run], list[Extra]]]:
     """Task -> the runs of all roles, and the extra lines."""
     from proxytune.demo import world
-    from proxytune.models import Models
     from proxytune.tasks import get_task
 
     system, runs = load_system("demo"), DemoRuns(limit, root, sandbox)
-    models = Models(system, on_load=console.show_loading)
+    models = console.models_of(system)
     found = dict[str, tuple[list[Run], list[Extra]]]()
     for task in (t for t in world.TASKS if get_task(t).execute is None or sandbox is not None):
         own = [runs.run(models, task, role) for role in ROLES if role in system.roles]
@@ -135,7 +134,7 @@ def _run_all(
         found[task] = (own, extras)
     middle: System | None = load_system("demo-mid") if "demo-mid" in system_names() else None
     if middle is not None:
-        middle_models = Models(middle, on_load=console.show_loading)
+        middle_models = console.models_of(middle)
         for task, (_, extras) in found.items():
             extras.append(Extra(MIDDLE, "tuned_mid", runs.run(middle_models, task, "tuned")))
     return found

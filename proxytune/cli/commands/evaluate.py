@@ -72,11 +72,9 @@ def evaluate(
     get_task(task, run.mode)  # an unknown task must not wait for torch
     if as_ != "all":
         made.require(as_)
+
     judge = judge.model_copy(update={"code": code, "seed": run.seed})
-
-    from proxytune.models import Models
-
-    models = Models(made, trust_remote_code=trust_remote_code, on_load=console.show_loading)
+    models = console.models_of(made, trust_remote_code=trust_remote_code)
     asked = prepared(models, task, with_sampling(task, run, sampling), decode, judge)
     if as_ == "all":
         print_all(list(asked.run_all(out).values()), json_only=json)
@@ -106,7 +104,7 @@ def prepared(
     made = evaluation.Evaluation(models.system, task, run, decode, judge, console.dialogue(), models)
     made.check()
     if made.sandbox is not None:
-        console.say(f"code runs in the sandbox '{made.sandbox.backend}'")
+        console.name_sandbox(made.sandbox)
     elif get_task(task, run.mode).execute is not None:
         console.say(f"note: {console.NOT_ALLOWED}")
     return made

@@ -213,12 +213,11 @@ def _run(
     one: cost.SystemPlan, runs: Sequence[Planned], asked: ReproduceRequest, sandbox: Sandbox | None
 ) -> None:
     """All runs of a system; each model is loaded once, the tuned one when the others have gone."""
-    from proxytune.models import Models
     from proxytune.runs import evaluation, session
 
     if not runs:
         return
-    models = Models(one.system, on_load=console.show_loading)
+    models = console.models_of(one.system)
     before: Role | None = None
     for planned in runs:
         if planned.role == "tuned" and before != "tuned":

@@ -62,12 +62,11 @@ def sweep_alpha(
     get_task(task, run.mode)  # an unknown task must not wait for torch
     made.require("proxy")
 
-    from proxytune.models import Models
     from proxytune.runs import alpha_sweep
 
     schedules = alpha_sweep.parse_alphas(alphas)
     judge = judge.model_copy(update={"code": code, "seed": run.seed})
-    models = Models(made, trust_remote_code=trust_remote_code, on_load=console.show_loading)
+    models = console.models_of(made, trust_remote_code=trust_remote_code)
     asked = prepared(models, task, with_sampling(task, run, sampling), decode, judge)
     folder, _ = alpha_sweep.sweep(asked, schedules, out)
 
