@@ -50,6 +50,10 @@ SMALL = GIB
 """Bytes of weights under which loading takes no time worth a progress bar."""
 
 
+SOME_TEXT = "The water in the kettle was boiling, so she took two cups from the shelf and called her brother."
+"""What a model's packed and plain logits are compared on."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """One model, ready to be given a cache."""
@@ -199,15 +203,15 @@ class Models:
             self.on_load(name, spec)
         if spec.model is None:
             return self._load_adapter_on(self._host(name, spec), name, spec)
+        tokenizer = load_tokenizer(spec, trust_remote_code=self.trust_remote_code)
         module = load_module(spec, trust_remote_code=self.trust_remote_code)
         virtual = None
         if spec.adapter is not None:
             module, virtual = attach_for_good(module, spec)
         packed = use_row_linears(module)  # after the weights have got their last values
         use_row_norms(module)
-        family = examine(module)
+        family = examine(module, tokenizer.encode(SOME_TEXT, add_special_tokens=False))
         _refuse_soft_prompt_on_reference(name, family, virtual)
-        tokenizer = load_tokenizer(spec, trust_remote_code=self.trust_remote_code)
         size = bytes_of(module) + packed + (virtual.nbytes if virtual is not None else 0)
         return Loaded(name, spec, module, tokenizer, family, Adapters(), None, size, virtual=virtual)
 
