@@ -106,7 +106,11 @@ class RowLinear(nn.Linear):
             return x.new_empty(*x.shape[:-1], self.out_features)
         shape = x.shape[:-1]
         if filled > rows:
-            x = pad(x.reshape(rows, self.in_features), (0, 0, 0, filled - rows))
+            x = x.reshape(rows, self.in_features)
+            if rows == 1:  # whatever the further rows hold: to repeat one is cheaper than to add zeros
+                x = x.expand(filled, -1).contiguous()
+            else:
+                x = pad(x, (0, 0, 0, filled - rows))
         out: Tensor = ONEDNN[0](x, weight, self.bias, "none", [], "")
         return (out[:rows] if filled > rows else out).view(*shape, self.out_features)
 
