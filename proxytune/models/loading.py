@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from proxytune import hub
 from proxytune.config import DEMO_SCHEME, ExpertSpec, ModelSpec, Role, System
 from proxytune.engine.attention import Forward
-from proxytune.engine.kernels import use_row_linears, use_row_norms
+from proxytune.engine.kernels import int4, use_row_linears, use_row_norms
 from proxytune.engine.runners import VocabMap
 from proxytune.errors import UserError, needs_extra
 from proxytune.models.adapters import (
@@ -33,7 +33,6 @@ from proxytune.models.adapters import (
     bytes_of,
     first_line,
 )
-from proxytune.models.int8 import Int8Config
 from proxytune.models.memory import (
     GIB,
     SMALLER,
@@ -45,6 +44,7 @@ from proxytune.models.memory import (
 )
 from proxytune.models.support import UNBOUNDED, Family, examine
 from proxytune.models.vocabulary import Tokenizer, align, size_of
+from proxytune.models.weight_only import WeightOnlyConfig
 
 SMALL = GIB
 """Bytes of weights under which loading takes no time worth a progress bar."""
@@ -313,11 +313,15 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
     return module
 
 
-def _quantization(spec: ModelSpec) -> Int8Config | BitsAndBytesConfig | None:
+def _quantization(spec: ModelSpec) -> WeightOnlyConfig | BitsAndBytesConfig | None:
     if spec.quantization == "none":
         return None
     if spec.quantization == "int8":
-        return Int8Config()
+        return WeightOnlyConfig(8)
+    if spec.quantization == "int4":
+        if (reason := int4.why_not()) is not None:
+            raise UserError(f"'{spec.model}' cannot be loaded with quantization int4: {reason}")
+        return WeightOnlyConfig(4)
     needs_extra(f"quantization {spec.quantization}", "bitsandbytes", "quantized")
     logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # a warning per layer and forward
     if spec.quantization == "8bit":

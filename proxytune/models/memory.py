@@ -12,7 +12,7 @@ from transformers import logging as transformers_logging
 
 from proxytune.config import ModelSpec
 from proxytune.errors import UserError
-from proxytune.models.int8 import bytes_needed
+from proxytune.models.weight_only import bytes_needed
 
 GIB = 2**30
 
@@ -40,8 +40,8 @@ def weights_needed(spec: ModelSpec, config: Any, remote: bool) -> float:
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
     transformers_logging.set_verbosity(level)
     dtype = (config.dtype or torch.float32) if spec.dtype == "auto" else getattr(torch, spec.dtype)
-    if spec.quantization == "int8":
-        return float(bytes_needed(skeleton, dtype.itemsize))
+    if spec.quantization in ("int8", "int4"):
+        return float(bytes_needed(skeleton, dtype.itemsize, 8 if spec.quantization == "int8" else 4))
     numbers: int = sum(p.numel() for p in skeleton.parameters())
     per_number = {"none": dtype.itemsize, "8bit": 1.0, "4bit": 0.5}[spec.quantization]
     return float(numbers * per_number)

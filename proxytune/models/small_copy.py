@@ -118,7 +118,13 @@ def _narrower(text: Any) -> None:
         text.word_embed_proj_dim = text.hidden_size
 
 
-FEED_FORWARD = {"intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner"}
+FEED_FORWARD = {
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "ffn_dim",
+    "n_inner",
+}
 """What families call the inner width of a feed-forward layer."""
 
 

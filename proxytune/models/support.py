@@ -21,8 +21,8 @@ from proxytune.engine.attention import NAME, Discovery, Forward, LlamaForward, M
 from proxytune.engine.kv import CacheSpec, LayerShape, SlotCache
 from proxytune.engine.runners import ModelRunner, ReferenceRunner, VocabMap, feed
 from proxytune.errors import UserError
-from proxytune.models.int8 import Int8Quantizer
 from proxytune.models.small_copy import NoCopy, small_copy
+from proxytune.models.weight_only import WeightOnlyQuantizer
 
 AttentionInterface.register(NAME, attend)
 
@@ -35,8 +35,8 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 fine. It stays far below, and a wrong window, position or mask far above."""
 COARSE = 0.25
 """Largest divergence of packed from plain distributions where rounding is coarse, as a share of that between
-neighbouring positions of a text. Rounding gives up to 0.01 in bfloat16 and 0.1 with 8-bit activations, a wrong
-position 1 and more (SmolLM2 135M, Gemma 3 270M)."""
+neighbouring positions of a text. Rounding gives up to 0.01 in bfloat16 and 0.1 with 8-bit activations, a
+wrong position 1 and more (SmolLM2 135M, Gemma 3 270M)."""
 
 ANOTHER_MAKE = (RuntimeError, ValueError, TypeError, AttributeError, IndexError)
 """What a part raises that is tried out and is not what it was taken for."""
@@ -129,8 +129,10 @@ class Trial:
             ids = [list(text[:first]), list(text[first : first + second])]
         plain = [plain_logits(model, row) for row in ids]
         quantizer = getattr(model, "hf_quantizer", None)
-        others = quantizer is not None and not isinstance(quantizer, Int8Quantizer)
-        coarse = others or model.dtype not in TOLERANCE
+        exact = quantizer is None or (
+            isinstance(quantizer, WeightOnlyQuantizer) and quantizer.quantization_config.bits == 8
+        )
+        coarse = not exact or model.dtype not in TOLERANCE
         return cls(ids, plain, coarse, COARSE if coarse else TOLERANCE[model.dtype])
 
     def apart(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:

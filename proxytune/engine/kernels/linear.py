@@ -107,10 +107,8 @@ class RowLinear(nn.Linear):
         shape = x.shape[:-1]
         if filled > rows:
             x = x.reshape(rows, self.in_features)
-            if rows == 1:  # whatever the further rows hold: to repeat one is cheaper than to add zeros
-                x = x.expand(filled, -1).contiguous()
-            else:
-                x = pad(x, (0, 0, 0, filled - rows))
+            # whatever the further rows hold: to repeat one is cheaper than to add zeros
+            x = x.expand(filled, -1).contiguous() if rows == 1 else pad(x, (0, 0, 0, filled - rows))
         out: Tensor = ONEDNN[0](x, weight, self.bias, "none", [], "")
         return (out[:rows] if filled > rows else out).view(*shape, self.out_features)
 
@@ -141,9 +139,7 @@ def use_row_linears(model: nn.Module) -> int:
         if layer.weight.dtype in (torch.float32, torch.bfloat16) and layer.weight.device.type == "cpu"
     ]
     users = Counter(
-        parameter.data_ptr()
-        for module in model.modules()
-        for parameter in module.parameters(recurse=False)
+        parameter.data_ptr() for module in model.modules() for parameter in module.parameters(recurse=False)
     )
     taken = 0
     while places:  # no list may hold on to a layer whose weights are laid out anew

@@ -12,7 +12,6 @@ from proxytune.engine.kernels import linear
 from proxytune.engine.kernels.linear import RowLinear, unpack_linears, use_row_linears
 from tests.support import tiny
 
-
 NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """How far a product of a few hundred standard normal numbers may be from that in float64."""
 
