@@ -1,5 +1,6 @@
 """RMS norms for decoding in float32 or bfloat16 on a CPU: one call instead of the eight operations that a
-model of transformers is written in, or the six of torch's own. With a few rows their number is what they cost."""
+model of transformers is written in, or the six of torch's own. With a few rows their number is what they
+cost."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ class RowNorm(nn.RMSNorm):
 
 def use_row_norms(model: nn.Module) -> None:
     """Put RowNorm in the place of every module on the CPU that computes the same in float32 or bfloat16.
-    Which ones do is tried out: norms that add one to their weight or subtract the mean look alike from outside."""
+
+    Which ones do is tried out: norms that add one to their weight or subtract the mean look alike from
+    outside."""
     for path, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
