@@ -24,8 +24,9 @@ from proxytune.engine.kernels.linear import use_row_linears
 from proxytune.engine.kernels.norm import use_row_norms
 from proxytune.errors import UserError
 from proxytune.models.adapters import Adapters
+from proxytune.models.checkpoint import resolve
 from proxytune.models.int8 import random_int8
-from proxytune.models.loading import Loaded, Models, resolve
+from proxytune.models.loading import Loaded, Models
 from proxytune.models.support import examine
 from proxytune.options import DecodeOptions
 

@@ -7,7 +7,7 @@ shares the antiexpert's weights."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,11 +16,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+)
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from proxytune import hub
-from proxytune.config import DEMO_SCHEME, ExpertSpec, ModelSpec, Role, System
+from proxytune.config import ExpertSpec, ModelSpec, Role, System
 from proxytune.engine.attention import Forward
 from proxytune.engine.kernels import use_row_linears, use_row_norms
 from proxytune.engine.runners import VocabMap
@@ -33,6 +39,16 @@ from proxytune.models.adapters import (
     bytes_of,
     first_line,
 )
+from proxytune.models.checkpoint import (
+    Source,
+    check_config,
+    check_config_files,
+    check_weights,
+    gguf_config,
+    locate,
+    reading,
+)
+from proxytune.models.facts import ModelFacts, model_facts
 from proxytune.models.int8 import Int8Config
 from proxytune.models.memory import (
     GIB,
@@ -41,10 +57,11 @@ from proxytune.models.memory import (
     free_memory,
     give_back,
     placed_by_us,
-    weights_needed,
+    skeleton_of,
+    weights_of,
 )
 from proxytune.models.support import UNBOUNDED, Family, examine
-from proxytune.models.vocabulary import Tokenizer, align, size_of
+from proxytune.models.vocabulary import Difference, Tokenizer, align, difference, size_of
 
 SMALL = GIB
 """Bytes of weights under which loading takes no time worth a progress bar."""
@@ -128,6 +145,7 @@ class Models:
     on_load: Callable[[str, ModelSpec], None] | None = None
     """Hears of every model before it is loaded: loading is slow, and people want to see what goes on."""
     _loaded: dict[str, Loaded] = field(default_factory=dict)
+    _tokenizers: dict[tuple[str | None, str | None, bool], Tokenizer] = field(default_factory=dict)
 
     def terms(self) -> list[tuple[str, str, float]]:
         """Per expert: its name, its antiexpert's name, its weight."""
@@ -168,10 +186,11 @@ class Models:
         needs: dict[str, float] = {}
         for name, spec in specs.items():
             if spec.model is not None:
-                config = load_config(spec, trust_remote_code=self.trust_remote_code)
-                if placed_by_us(spec, config):
-                    remote = spec.trust_remote_code or self.trust_remote_code
-                    needs[name] = weights_needed(spec, config, remote)
+                remote = spec.trust_remote_code or self.trust_remote_code
+                need = check_checkpoint(spec, trust_remote_code=remote)
+                if need is not None:
+                    needs[name] = need
+        self._check_vocabularies(list(names))
         everywhere = "auto" if any(spec.device_map == "auto" for spec in specs.values()) else None
         free = free_memory(everywhere)
         if len(needs) > 1 and sum(needs.values()) > free:
@@ -180,6 +199,49 @@ class Models:
                 f"the weights of {parts} = {sum(needs.values()) / GIB:.1f} GiB do not fit into the "
                 f"{free / GIB:.1f} GiB that are free: {SMALLER}"
             )
+
+    def _check_vocabularies(self, names: Sequence[str]) -> None:
+        """UserError that names the first ids at which the vocabularies of these models differ."""
+        target, *others = names
+        first, size = self.tokenizer(target), self._head(target)
+        for name in others:
+            second = self.tokenizer(name)
+            if second is not first:
+                align(first, size_of(first, size), second, self._head(name), name, self.system.vocab)
+
+    def tokenizer(self, name: str) -> Tokenizer:
+        """The tokenizer of the model of that name; it needs no weights. Models of one checkpoint share it."""
+        if name in self._loaded:
+            return self._loaded[name].tokenizer
+        spec = self._own(name)
+        key = spec.model, spec.revision, spec.trust_remote_code
+        if key not in self._tokenizers:
+            self._tokenizers[key] = load_tokenizer(spec, trust_remote_code=self.trust_remote_code)
+        return self._tokenizers[key]
+
+    def difference(self, name: str, target: str = "base") -> Difference | None:
+        """Where the vocabulary of a model differs from that of `target`; it needs no weights."""
+        first, size = self.tokenizer(target), self._head(target)
+        return difference(first, size_of(first, size), self.tokenizer(name), self._head(name), name)
+
+    def facts(self, name: str) -> ModelFacts:
+        """What is known of the model of that name: of the loaded one, or else by its configuration."""
+        spec = self._own(name)
+        config = load_config(spec, trust_remote_code=self.trust_remote_code)
+        loaded = self._loaded[name].family if name in self._loaded else None
+        return model_facts(spec, config, loaded, spec.trust_remote_code or self.trust_remote_code)
+
+    def _head(self, name: str) -> int:
+        """Rows of the output head of the model of that name, from its configuration."""
+        if name in self._loaded:
+            return self._loaded[name].vocabulary
+        config = load_config(self._own(name), trust_remote_code=self.trust_remote_code)
+        return int(config.get_text_config().vocab_size)
+
+    def _own(self, name: str) -> ModelSpec:
+        """The spec that names the checkpoint of a model: the antiexpert's for an adapter on it."""
+        spec = self.spec(name)
+        return spec if spec.model is not None else self.spec(self._host(name, spec))
 
     def spec(self, name: str) -> ModelSpec:
         """The spec of the model of that name."""
@@ -207,7 +269,7 @@ class Models:
         use_row_norms(module)
         family = examine(module)
         _refuse_soft_prompt_on_reference(name, family, virtual)
-        tokenizer = load_tokenizer(spec, trust_remote_code=self.trust_remote_code)
+        tokenizer = self.tokenizer(name)
         size = bytes_of(module) + packed + (virtual.nbytes if virtual is not None else 0)
         return Loaded(name, spec, module, tokenizer, family, Adapters(), None, size, virtual=virtual)
 
@@ -237,54 +299,52 @@ class Models:
         )
 
 
-def resolve(location: str) -> str:
-    """demo://NAME -> the folder that ships with proxytune. UserError for a local folder that is missing, and
-    for a hub id that is not on disk while the hub cannot be reached."""
-    if location.startswith(DEMO_SCHEME):
-        folder = Path(__file__).parent.parent / "demo" / "weights" / location.removeprefix(DEMO_SCHEME)
-        if not folder.is_dir():
-            raise UserError(f"no demo model '{location}' at {folder}. Make the demo models: make demo-models")
-        return str(folder)
-    looks_local = location.startswith(("/", "./", "../", "~")) or location.count("/") > 1
-    if looks_local and not Path(location).expanduser().is_dir():
-        raise UserError(f"no model folder '{location}'")
-    if looks_local:
-        return str(Path(location).expanduser())
-    if not Path(location).is_dir():
-        hub.require(location)
-    return location
+def check_checkpoint(spec: ModelSpec, *, trust_remote_code: bool) -> float | None:
+    """UserError for a checkpoint that its small files and headers show to be unfit. Returns the bytes of its
+    weights; None where they say nothing of the memory that is free to us."""
+    assert spec.model is not None
+    config = load_config(spec, trust_remote_code=trust_remote_code)
+    with reading(f"the model '{spec.model}'"):
+        skeleton = skeleton_of(config, trust_remote_code)
+    promised = sum(parameter.numel() for parameter in skeleton.parameters())
+    check_weights(locate(spec.model), config, promised, spec.model)
+    return weights_of(spec, config, skeleton) if placed_by_us(spec, config) else None
 
 
 def load_tokenizer(spec: ModelSpec, *, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer that lies beside a model."""
     assert spec.model is not None
-    try:
+    source = locate(spec.model)
+    with reading(f"the tokenizer of '{spec.model}'"):
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve(spec.model),
+            source.location,
             revision=spec.revision,
             trust_remote_code=spec.trust_remote_code or trust_remote_code,
+            gguf_file=source.tokenizer_gguf,
         )
-        tokenizer.model_max_length = UNBOUNDED  # our own check of the length names the numbers
-        return tokenizer
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the tokenizer of '{spec.model}': {first_line(error)}") from None
+        words = len(tokenizer.get_vocab())
+    if not words:
+        raise UserError(f"cannot load the tokenizer of '{spec.model}': it has no tokens")
+    tokenizer.model_max_length = UNBOUNDED  # our own check of the length names the numbers
+    return tokenizer
 
 
 def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a spec in evaluation mode. UserError if it cannot be found, is no safetensors or does not
     fit."""
     assert spec.model is not None
-    location = resolve(spec.model)
+    source = locate(spec.model)
     remote = spec.trust_remote_code or trust_remote_code
-    quantization = _quantization(spec)
+    quantization = _quantization(spec, source)
     config = load_config(spec, trust_remote_code=trust_remote_code)
     try:
         size = check_memory(spec, config, remote)
         (disable_progress_bar if size < SMALL else enable_progress_bar)()
         module, report = AutoModelForCausalLM.from_pretrained(
-            location,
+            source.location,
             config=config,
             revision=spec.revision,
+            gguf_file=source.gguf,
             trust_remote_code=remote,
             use_safetensors=True,
             dtype=spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype),
@@ -309,7 +369,16 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
     return module
 
 
-def _quantization(spec: ModelSpec) -> Int8Config | BitsAndBytesConfig | None:
+def _quantization(spec: ModelSpec, source: Source) -> Any:
+    """What transformers is told of the weights; None for plain ones."""
+    if source.gguf is not None:
+        if spec.quantization != "none":
+            raise UserError(
+                f"'{spec.model}': the weights of a GGUF file are unpacked, so `quantization: "
+                f"{spec.quantization}` needs a checkpoint in safetensors"
+            )
+        # packed blocks would need a kernel that is downloaded, and are no plain layers
+        return GgufConfig(dequantize=True)
     if spec.quantization == "none":
         return None
     if spec.quantization == "int8":
@@ -328,16 +397,21 @@ def _quantization(spec: ModelSpec) -> Int8Config | BitsAndBytesConfig | None:
 
 
 def load_config(spec: ModelSpec, *, trust_remote_code: bool = False) -> Any:
-    """A model's configuration. UserError if there is none."""
+    """A model's configuration. UserError if there is none, or none that can be meant."""
     assert spec.model is not None
-    try:
-        return AutoConfig.from_pretrained(
-            resolve(spec.model),
-            revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code or trust_remote_code,
-        )
-    except BAD_CHECKPOINT as error:
-        raise UserError(f"cannot load the model '{spec.model}': {first_line(error)}") from None
+    source = locate(spec.model)
+    check_config_files(source, spec.model)
+    with reading(f"the model '{spec.model}'"):
+        if source.gguf is not None:
+            config = gguf_config(Path(source.location) / source.gguf)
+        else:
+            config = AutoConfig.from_pretrained(
+                source.location,
+                revision=spec.revision,
+                trust_remote_code=spec.trust_remote_code or trust_remote_code,
+            )
+    check_config(config, spec.model)
+    return config
 
 
 def _refuse_soft_prompt_on_reference(name: str, family: Family, virtual: Tensor | None) -> None:
