@@ -21,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from proxytune import hub
-from proxytune.config import DEMO_SCHEME
+from proxytune.config import DEMO_SCHEME, ModelSpec
 from proxytune.errors import UserError, needs_extra
 from proxytune.models.adapters import BAD_CHECKPOINT, first_line
+from proxytune.models.memory import placed_by_us, skeleton_of, weights_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = "*.bin", "*.pt", "*.pth"
@@ -105,7 +106,7 @@ def locate(model: str) -> Source:
     return Source(location, name)
 
 
-def gguf_config(path: Path) -> Any:
+def _gguf_config(path: Path) -> Any:
     """The configuration that a GGUF file holds. transformers reads the file's whole vocabulary for it, which
     takes seconds, so it is kept while the file is the same."""
     stat = path.stat()
@@ -137,7 +138,37 @@ def reading(what: str) -> Iterator[None]:
         raise UserError(f"cannot load {what}: {kind}{first_line(error)}") from error
 
 
-def check_config_files(source: Source, model: str) -> None:
+def check_checkpoint(spec: ModelSpec, *, trust_remote_code: bool) -> float | None:
+    """UserError for a checkpoint that its small files and headers show to be unfit. Returns the bytes of its
+    weights; None where they say nothing of the memory that is free to us."""
+    assert spec.model is not None
+    config = load_config(spec, trust_remote_code=trust_remote_code)
+    with reading(f"the model '{spec.model}'"):
+        skeleton = skeleton_of(config, trust_remote_code)
+    promised = sum(parameter.numel() for parameter in skeleton.parameters())
+    _check_weights(locate(spec.model), config, promised, spec.model)
+    return weights_of(spec, config, skeleton) if placed_by_us(spec, config) else None
+
+
+def load_config(spec: ModelSpec, *, trust_remote_code: bool = False) -> Any:
+    """A model's configuration. UserError if there is none, or none that can be meant."""
+    assert spec.model is not None
+    source = locate(spec.model)
+    _check_config_files(source, spec.model)
+    with reading(f"the model '{spec.model}'"):
+        if source.gguf is not None:
+            config = _gguf_config(Path(source.location) / source.gguf)
+        else:
+            config = AutoConfig.from_pretrained(
+                source.location,
+                revision=spec.revision,
+                trust_remote_code=spec.trust_remote_code or trust_remote_code,
+            )
+    _check_config(config, spec.model)
+    return config
+
+
+def _check_config_files(source: Source, model: str) -> None:
     """UserError for a folder without a configuration, and for small files that are no JSON objects."""
     folder = source.folder
     if folder is None or source.gguf is not None:
@@ -187,7 +218,7 @@ def _check_sizes(content: Mapping[str, Any], model: str) -> None:
             raise _field(model, key, value, f"must be 0 to {most}")
 
 
-def check_config(config: Any, model: str) -> None:
+def _check_config(config: Any, model: str) -> None:
     """UserError for a configuration whose fields cannot be meant."""
     text = config.get_text_config()
     for key, least in _COUNTS.items():
@@ -207,7 +238,7 @@ def _field(model: str, key: str, value: object, why: str) -> UserError:
     return UserError(f"cannot load the model '{model}': {key} in config.json is {value!r:.60}, and {why}")
 
 
-def check_weights(source: Source, config: Any, promised: int, model: str) -> None:
+def _check_weights(source: Source, config: Any, promised: int, model: str) -> None:
     """UserError for a folder whose weights are absent, pickled, cut or damaged, or far fewer than the
     configuration promises (in numbers). Reads headers only."""
     folder = source.folder

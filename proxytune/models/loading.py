@@ -11,13 +11,11 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -41,10 +39,8 @@ from proxytune.models.adapters import (
 )
 from proxytune.models.checkpoint import (
     Source,
-    check_config,
-    check_config_files,
-    check_weights,
-    gguf_config,
+    check_checkpoint,
+    load_config,
     locate,
     reading,
 )
@@ -56,9 +52,6 @@ from proxytune.models.memory import (
     check_memory,
     free_memory,
     give_back,
-    placed_by_us,
-    skeleton_of,
-    weights_of,
 )
 from proxytune.models.support import UNBOUNDED, Family, examine
 from proxytune.models.vocabulary import Difference, Tokenizer, align, difference, size_of
@@ -299,18 +292,6 @@ class Models:
         )
 
 
-def check_checkpoint(spec: ModelSpec, *, trust_remote_code: bool) -> float | None:
-    """UserError for a checkpoint that its small files and headers show to be unfit. Returns the bytes of its
-    weights; None where they say nothing of the memory that is free to us."""
-    assert spec.model is not None
-    config = load_config(spec, trust_remote_code=trust_remote_code)
-    with reading(f"the model '{spec.model}'"):
-        skeleton = skeleton_of(config, trust_remote_code)
-    promised = sum(parameter.numel() for parameter in skeleton.parameters())
-    check_weights(locate(spec.model), config, promised, spec.model)
-    return weights_of(spec, config, skeleton) if placed_by_us(spec, config) else None
-
-
 def load_tokenizer(spec: ModelSpec, *, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer that lies beside a model."""
     assert spec.model is not None
@@ -394,24 +375,6 @@ def _quantization(spec: ModelSpec, source: Source) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
-
-
-def load_config(spec: ModelSpec, *, trust_remote_code: bool = False) -> Any:
-    """A model's configuration. UserError if there is none, or none that can be meant."""
-    assert spec.model is not None
-    source = locate(spec.model)
-    check_config_files(source, spec.model)
-    with reading(f"the model '{spec.model}'"):
-        if source.gguf is not None:
-            config = gguf_config(Path(source.location) / source.gguf)
-        else:
-            config = AutoConfig.from_pretrained(
-                source.location,
-                revision=spec.revision,
-                trust_remote_code=spec.trust_remote_code or trust_remote_code,
-            )
-    check_config(config, spec.model)
-    return config
 
 
 def _refuse_soft_prompt_on_reference(name: str, family: Family, virtual: Tensor | None) -> None:
