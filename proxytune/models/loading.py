@@ -29,6 +29,7 @@ from proxytune.engine.attention import Forward
 from proxytune.engine.kernels import use_row_linears, use_row_norms
 from proxytune.engine.runners import VocabMap
 from proxytune.errors import UserError, needs_extra
+from proxytune.models import adapters
 from proxytune.models.adapters import (
     BAD_CHECKPOINT,
     Adapters,
@@ -138,7 +139,7 @@ class Models:
     on_load: Callable[[str, ModelSpec], None] | None = None
     """Hears of every model before it is loaded: loading is slow, and people want to see what goes on."""
     _loaded: dict[str, Loaded] = field(default_factory=dict)
-    _tokenizers: dict[tuple[str | None, str | None, bool], Tokenizer] = field(default_factory=dict)
+    _tokenizers: dict[tuple[object, ...], Tokenizer] = field(default_factory=dict)
 
     def terms(self) -> list[tuple[str, str, float]]:
         """Per expert: its name, its antiexpert's name, its weight."""
@@ -178,6 +179,8 @@ class Models:
         specs = {name: self.spec(name) for name in names if name not in self._loaded}
         needs: dict[str, float] = {}
         for name, spec in specs.items():
+            if spec.adapter is not None:
+                _check_adapter(spec.adapter)
             if spec.model is not None:
                 remote = spec.trust_remote_code or self.trust_remote_code
                 need = check_checkpoint(spec, trust_remote_code=remote)
@@ -207,7 +210,7 @@ class Models:
         if name in self._loaded:
             return self._loaded[name].tokenizer
         spec = self._own(name)
-        key = spec.model, spec.revision, spec.trust_remote_code
+        key = spec.model, spec.adapter, spec.revision, spec.trust_remote_code
         if key not in self._tokenizers:
             self._tokenizers[key] = load_tokenizer(spec, trust_remote_code=self.trust_remote_code)
         return self._tokenizers[key]
@@ -218,11 +221,16 @@ class Models:
         return difference(first, size_of(first, size), self.tokenizer(name), self._head(name), name)
 
     def facts(self, name: str) -> ModelFacts:
-        """What is known of the model of that name: of the loaded one, or else by its configuration."""
+        """What is known of the model of that name: of the loaded one, or else by its configuration. UserError
+        for a checkpoint or an adapter that its small files show to be unfit."""
         spec = self._own(name)
-        config = load_config(spec, trust_remote_code=self.trust_remote_code)
+        remote = spec.trust_remote_code or self.trust_remote_code
+        if spec.adapter is not None:
+            _check_adapter(spec.adapter)
+        check_checkpoint(spec, trust_remote_code=remote)
+        config = load_config(spec, trust_remote_code=remote)
         loaded = self._loaded[name].family if name in self._loaded else None
-        return model_facts(spec, config, loaded, spec.trust_remote_code or self.trust_remote_code)
+        return model_facts(spec, config, loaded, remote)
 
     def _head(self, name: str) -> int:
         """Rows of the output head of the model of that name, from its configuration."""
@@ -232,9 +240,12 @@ class Models:
         return int(config.get_text_config().vocab_size)
 
     def _own(self, name: str) -> ModelSpec:
-        """The spec that names the checkpoint of a model: the antiexpert's for an adapter on it."""
+        """The spec of a model with its checkpoint named: an adapter's is the antiexpert's."""
         spec = self.spec(name)
-        return spec if spec.model is not None else self.spec(self._host(name, spec))
+        if spec.model is not None:
+            return spec
+        host = self.spec(self._host(name, spec))
+        return host.model_copy(update={"adapter": spec.adapter, "chat": spec.chat})
 
     def spec(self, name: str) -> ModelSpec:
         """The spec of the model of that name."""
@@ -290,6 +301,11 @@ class Models:
             shared_with=host_name,
             virtual=virtual,
         )
+
+
+def _check_adapter(folder: str) -> None:
+    """UserError for an adapter whose folder is none that we run; reads no weights."""
+    adapters._config(folder)
 
 
 def load_tokenizer(spec: ModelSpec, *, trust_remote_code: bool = False) -> Tokenizer:
