@@ -138,15 +138,19 @@ def reading(what: str) -> Iterator[None]:
         raise UserError(f"cannot load {what}: {kind}{first_line(error)}") from error
 
 
-def check_checkpoint(spec: ModelSpec, *, trust_remote_code: bool) -> float | None:
+def check_checkpoint(
+    spec: ModelSpec, *, trust_remote_code: bool, may_lack_weights: bool = False
+) -> float | None:
     """UserError for a checkpoint that its small files and headers show to be unfit. Returns the bytes of its
     weights; None where they say nothing of the memory that is free to us."""
     assert spec.model is not None
     config = load_config(spec, trust_remote_code=trust_remote_code)
     with reading(f"the model '{spec.model}'"):
         skeleton = skeleton_of(config, trust_remote_code)
-    promised = sum(parameter.numel() for parameter in skeleton.parameters())
-    _check_weights(locate(spec.model), config, promised, spec.model)
+    source = locate(spec.model)
+    if not may_lack_weights or _has_weights(source):
+        promised = sum(parameter.numel() for parameter in skeleton.parameters())
+        _check_weights(source, config, promised, spec.model)
     return weights_of(spec, config, skeleton) if placed_by_us(spec, config) else None
 
 
@@ -250,6 +254,12 @@ def _check_weights(source: Source, config: Any, promised: int, model: str) -> No
             f"cannot load the model '{model}': its files hold {found:,} numbers, and config.json describes a "
             f"model of {promised:,}"
         )
+
+
+def _has_weights(source: Source) -> bool:
+    """Whether files of weights lie in the folder, of whatever kind."""
+    kinds = "*.safetensors", INDEX, f"*{GGUF}", *PICKLED
+    return source.folder is not None and any(path for kind in kinds for path in source.folder.glob(kind))
 
 
 def _weight_files(folder: Path, model: str) -> list[Path]:

@@ -227,7 +227,7 @@ class Models:
         remote = spec.trust_remote_code or self.trust_remote_code
         if spec.adapter is not None:
             _check_adapter(spec.adapter)
-        check_checkpoint(spec, trust_remote_code=remote)
+        check_checkpoint(spec, trust_remote_code=remote, may_lack_weights=True)
         config = load_config(spec, trust_remote_code=remote)
         loaded = self._loaded[name].family if name in self._loaded else None
         return model_facts(spec, config, loaded, remote)
