@@ -48,7 +48,7 @@ def check_role(models: Models, name: str, findings: Findings, *, weights: bool) 
     spec = models.spec(name)
     known: dict[str, Any] = {}
     if weights:
-        findings.attempt(name, partial(models.get, name))
+        findings.attempt(name, partial(_load, models, name))
     facts = findings.attempt(name, partial(models.facts, name))
     if facts is not None:
         known = facts.model_dump(exclude={"layers"})
@@ -68,6 +68,11 @@ def check_role(models: Models, name: str, findings: Findings, *, weights: bool) 
         chat=spec.chat,
         **known,
     )
+
+
+def _load(models: Models, name: str) -> None:
+    models.check([name])
+    models.get(name)
 
 
 def _words(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -97,6 +102,7 @@ def _contexts(
         findings.note(
             name, "its context ends in an end-of-sequence token: it may have nothing to say after it"
         )
-    if spec.chat == "none" and getattr(tokenizer, "chat_template", None) and name != "base":
+    tuned = name == "tuned" or name.startswith("expert")
+    if tuned and spec.chat == "none" and getattr(tokenizer, "chat_template", None):
         findings.note(name, "its tokenizer has a chat template, and `chat: none` sends it plain prompts")
     return tuple(shown)

@@ -93,7 +93,7 @@ def _vocabularies(models: Models, roles: Sequence[RoleCheck], findings: Findings
         ids = ", ".join(f"{i} ({token!r}, {other!r} there)" for i, token, other in differs.first)
         findings.note(
             "vocabulary",
-            f"{len(differs.ids)} ids of the {role.name} are combined by token or left to the base: {ids}",
+            f"{len(differs.ids)} ids of the {role.name} are matched by token, or left to the base: {ids}",
         )
         eos = role.special.get("eos")
         if eos is not None and eos[0] not in models.tokenizer("base").get_vocab():

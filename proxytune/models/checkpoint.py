@@ -44,7 +44,7 @@ or it is None."""
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckpointSource:
     """Where transformers finds a checkpoint."""
 
     location: str
@@ -60,9 +60,10 @@ class Source:
 
     @property
     def tokenizer_gguf(self) -> str | None:
-        """The GGUF file if the tokenizer has to be rebuilt from it: a tokenizer.json beside it is exact, and
-        the rebuilt one may split text otherwise."""
-        beside = self.folder is not None and (self.folder / "tokenizer.json").is_file()
+        """The GGUF file if the tokenizer has to be rebuilt from it: one whose files lie beside it is exact,
+        and a rebuilt one may split text otherwise."""
+        files = "tokenizer.json", "tokenizer_config.json"
+        beside = self.folder is not None and all((self.folder / name).is_file() for name in files)
         return None if beside else self.gguf
 
 
@@ -91,11 +92,11 @@ def resolve(location: str) -> str:
     return location
 
 
-def locate(model: str) -> Source:
-    """The Source of a spec's `model`. UserError if it is not there, or is a GGUF file that cannot be read."""
+def locate(model: str) -> CheckpointSource:
+    """Where a spec's `model` is. UserError if it is not there, or is a GGUF file that cannot be read."""
     location = resolve(model)
     if Path(model).suffix.lower() != GGUF:
-        return Source(location)
+        return CheckpointSource(location)
     name = Path(model).name
     if GGUF_PART.search(name):
         raise UserError(f"'{model}' is one of several parts: join them with llama-gguf-split --merge")
@@ -103,7 +104,7 @@ def locate(model: str) -> Source:
         if file.read(4) != b"GGUF":
             raise UserError(f"cannot load the model '{model}': it does not begin as a GGUF file does")
     needs_extra(f"'{model}', a GGUF file,", "gguf", "gguf")
-    return Source(location, name)
+    return CheckpointSource(location, name)
 
 
 def _gguf_config(path: Path) -> Any:
@@ -117,7 +118,7 @@ def _gguf_config(path: Path) -> Any:
 def _read_gguf_config(path: Path, changed: int, size: int) -> Any:
     try:
         return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except BAD_CHECKPOINT as error:
+    except Exception as error:  # a parser of binary data: as in `reading`
         raise ValueError(
             f"{first_line(error)}. If transformers cannot read it, take the safetensors checkpoint that the "
             "file was made from"
@@ -172,7 +173,7 @@ def load_config(spec: ModelSpec, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def _check_config_files(source: Source, model: str) -> None:
+def _check_config_files(source: CheckpointSource, model: str) -> None:
     """UserError for a folder without a configuration, and for small files that are no JSON objects."""
     folder = source.folder
     if folder is None or source.gguf is not None:
@@ -242,7 +243,7 @@ def _field(model: str, key: str, value: object, why: str) -> UserError:
     return UserError(f"cannot load the model '{model}': {key} in config.json is {value!r:.60}, and {why}")
 
 
-def _check_weights(source: Source, config: Any, promised: int, model: str) -> None:
+def _check_weights(source: CheckpointSource, config: Any, promised: int, model: str) -> None:
     """UserError for a folder whose weights are absent, pickled, cut or damaged, or far fewer than the
     configuration promises (in numbers). Reads headers only."""
     folder = source.folder
@@ -256,7 +257,7 @@ def _check_weights(source: Source, config: Any, promised: int, model: str) -> No
         )
 
 
-def _has_weights(source: Source) -> bool:
+def _has_weights(source: CheckpointSource) -> bool:
     """Whether files of weights lie in the folder, of whatever kind."""
     kinds = "*.safetensors", INDEX, f"*{GGUF}", *PICKLED
     return source.folder is not None and any(path for kind in kinds for path in source.folder.glob(kind))

@@ -39,7 +39,7 @@ from proxytune.models.adapters import (
     first_line,
 )
 from proxytune.models.checkpoint import (
-    Source,
+    CheckpointSource,
     check_checkpoint,
     load_config,
     locate,
@@ -366,7 +366,7 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
     return module
 
 
-def _quantization(spec: ModelSpec, source: Source) -> Any:
+def _quantization(spec: ModelSpec, source: CheckpointSource) -> Any:
     """What transformers is told of the weights; None for plain ones."""
     if source.gguf is not None:
         if spec.quantization != "none":
