@@ -21,7 +21,7 @@ def check_machine() -> tuple[MachineCheck, list[Finding]]:
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
-    if not cuda and threads + load > 1.5 * cores:
+    if not cuda and threads > 1 and threads + load > 1.5 * cores:
         notes.append(
             f"{threads} threads on {cores} cores under a load of {load:.1f} wait for each other: --threads "
             f"{max(1, min(threads, int(cores - load)))} may be faster"

@@ -107,9 +107,9 @@ def _vocabularies(models: Models, roles: Sequence[RoleCheck], findings: Findings
 
 def _memory(models: Models, roles: Sequence[RoleCheck]) -> MemoryCheck:
     own = {
-        role.name: role.weights or 0
+        role.name: role.weights
         for role in roles
-        if role.shared_with is None or models.spec(role.name).model is None
+        if role.weights is not None and (role.shared_with is None or models.spec(role.name).model is None)
     }
     together = [role for role in roles if role.name != "tuned" or len(roles) == 1]
     total = sum(own.get(role.name, 0) for role in together)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from proxytune import hub
 from proxytune.config import DEMO_SCHEME, ModelSpec
@@ -161,6 +161,9 @@ def load_config(spec: ModelSpec, *, trust_remote_code: bool = False) -> Any:
     source = locate(spec.model)
     _check_config_files(source, spec.model)
     with reading(f"the model '{spec.model}'"):
+        if source.folder is None:  # of the hub: only transformers knows where its files are
+            content, _ = PreTrainedConfig.get_config_dict(source.location, revision=spec.revision)
+            _check_sizes(content, spec.model)
         if source.gguf is not None:
             config = _gguf_config(Path(source.location) / source.gguf)
         else:

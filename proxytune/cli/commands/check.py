@@ -11,7 +11,7 @@ from proxytune.cli.options import Json, RemoteCode, SystemArgument, Vocab
 from proxytune.errors import UserError
 
 if TYPE_CHECKING:
-    from proxytune.checks import SystemCheck
+    from proxytune.checks import RoleCheck, SystemCheck
 
 
 def check(
@@ -97,7 +97,7 @@ def _print_words(found: SystemCheck) -> None:
             role.name,
             "?" if role.tokens is None else role.tokens,
             "?" if role.head is None else role.head,
-            *(_special(role.special.get(name)) for name in ("bos", "eos", "pad")),
+            *(_special(role, name) for name in ("bos", "eos", "pad")),
             role.chat,
             found.vocabulary.get(role.name, ""),
         )
@@ -107,8 +107,9 @@ def _print_words(found: SystemCheck) -> None:
     print()
 
 
-def _special(token: tuple[str, int] | None) -> str:
-    return "none" if token is None else f"{token[0]} ({token[1]})"
+def _special(role: RoleCheck, name: str) -> str:
+    token = role.special.get(name)
+    return ("none" if role.special else "?") if token is None else f"{token[0]} ({token[1]})"
 
 
 def _print_memory(found: SystemCheck) -> None:
@@ -116,7 +117,9 @@ def _print_memory(found: SystemCheck) -> None:
     memory = found.memory
     parts = ", ".join(f"{name} {_size(count)}" for name, count in memory.weights.items())
     shared = [f"{role.name} shares {role.shared_with}'s" for role in found.roles if role.shared_with]
-    print(f"weights     {_size(memory.total)} of the proxy ({'; '.join([parts, *shared])})")
+    unknown = [f"{role.name} not known" for role in found.roles if role.weights is None]
+    listed = "; ".join(part for part in (parts, *shared, *unknown) if part)
+    print(f"weights     {_size(memory.total)} of the models that decode together ({listed})")
     batch = f"{_size(memory.kv_batch)} for {memory.sequences} sequences of {memory.length} tokens"
     print(f"KV cache    {_size(memory.kv_per_token)} per token; {batch}")
     print(f"free        {_size(memory.free)}")
