@@ -8,7 +8,8 @@ from proxytune.lazy import door
 
 if TYPE_CHECKING:
     from proxytune.decoding.decoder import Decoder, DecodeStats
+    from proxytune.decoding.sample import sample_context
 
-__all__ = ["DecodeStats", "Decoder"]
+__all__ = ["DecodeStats", "Decoder", "sample_context"]
 
-__getattr__ = door(__name__, {"Decoder": "decoder", "DecodeStats": "decoder"})
+__getattr__ = door(__name__, {"Decoder": "decoder", "DecodeStats": "decoder", "sample_context": "sample"})

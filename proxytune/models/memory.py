@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from proxytune.config import ModelSpec
@@ -34,11 +34,22 @@ SMALLER = "use a smaller dtype, quantization: int8 or 4bit, or a device_map over
 
 def weights_needed(spec: ModelSpec, config: Any, remote: bool) -> float:
     """Bytes that a model's weights will take, from its configuration alone."""
+    return weights_of(spec, config, skeleton_of(config, remote))
+
+
+def skeleton_of(config: Any, remote: bool) -> PreTrainedModel:
+    """The model of a configuration without weights."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
-    transformers_logging.set_verbosity(level)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def weights_of(spec: ModelSpec, config: Any, skeleton: PreTrainedModel) -> float:
+    """Bytes that the weights of a skeleton will take as `spec` has them loaded."""
     dtype = (config.dtype or torch.float32) if spec.dtype == "auto" else getattr(torch, spec.dtype)
     if spec.quantization in ("int8", "int4"):
         return float(bytes_needed(skeleton, dtype.itemsize, 8 if spec.quantization == "int8" else 4))
