@@ -183,6 +183,7 @@ class Decoder:
                 kv_peak=self.ensemble.runners[name].rows.peak_bytes,
                 shared_with=model.shared_with,
                 path=model.family.path,
+                tokenizer=model.tokenizer_from,
             )
             for name, model in self.loaded.items()
         }
@@ -194,6 +195,7 @@ class Decoder:
             for name, model in self.loaded.items()
             if model.family.path == "reference"
         ]
+        notes += [note for model in self.loaded.values() for note in model.notes]
         on_cpu = any(
             model.family.path == "packed" and model.module.device.type == "cpu"
             for model in self.loaded.values()
@@ -206,13 +208,12 @@ class Decoder:
         """Ids that every model sees before the response; experts that only watch see what they see in the
         proxy."""
         role: Role = "proxy" if self.agreement else self.role
-        return {
-            name: (
-                *model.virtual_ids,
-                *context(model.spec, model.tokenizer, form_of(name, role), prompt),
-            )
-            for name, model in self.loaded.items()
-        }
+        contexts = {}
+        for name, model in self.loaded.items():
+            ids = context(model.spec, model.tokenizer, form_of(name, role), prompt)
+            model.require_rows(ids)
+            contexts[name] = (*model.virtual_ids, *ids)
+        return contexts
 
     def stream(
         self,

@@ -7,7 +7,7 @@ shares the antiexpert's weights."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,13 +25,23 @@ from proxytune.engine.attention import Forward
 from proxytune.engine.kernels import use_row_linears, use_row_norms
 from proxytune.engine.runners import VocabMap
 from proxytune.errors import UserError, needs_extra
-from proxytune.models.adapters import (
+from proxytune.models.adapter_files import (
     BAD_CHECKPOINT,
+    adapter_notes,
+    brings_tokenizer,
+    first_line,
+    own_template,
+    read_adapter,
+    tokenizer_source,
+)
+from proxytune.models.adapters import (
     Adapters,
     AdapterSwitch,
     attach_for_good,
     bytes_of,
-    first_line,
+    logits_by,
+    probe_text,
+    require_effect,
 )
 from proxytune.models.int8 import Int8Config
 from proxytune.models.memory import (
@@ -69,15 +79,32 @@ class Loaded:
     shared_with: str | None = None
     virtual: Tensor | None = None
     """Embeddings [n, d] of a soft prompt that precedes every context of this model."""
+    tokenizer_from: str | None = None
+    """The folder of its adapter, where the tokenizer or its template came from there."""
+    notes: tuple[str, ...] = ()
+    """What a user should know about what was loaded."""
 
     @property
     def forward(self) -> Forward:
-        """The module's own forward, or LlamaForward, where its adapters act on spans of the tokens (or there
-        are none); otherwise its own with this model's adapter, and no other, in force."""
-        if self.adapters.peft is None:
-            forward: Forward = self.family.llama_forward or self.module
+        """The module's own forward, or LlamaForward; with this model's adapter in force where peft switches
+        it, and none elsewhere (adapters that act on spans of the tokens are told in every forward)."""
+        forward: Forward = self.family.llama_forward or self.module
+        if self.adapters.peft is None or self.adapter is None:
             return forward
-        return AdapterSwitch(self.module, self.adapters.peft, self.adapter)
+        return AdapterSwitch(forward, self.adapters.peft, self.adapter)
+
+    def logits(self, ids: list[int]) -> Tensor:
+        """Logits [V] after a text, on the path that this model takes."""
+        return logits_by(self.forward, self.family, self.device, ids, self.adapters.lora, self.adapter)
+
+    def require_rows(self, ids: Sequence[int]) -> None:
+        """UserError for a token that the tokenizer has and the model has not."""
+        known = self.module.get_input_embeddings().weight.shape[0]
+        if (most := max(ids, default=0)) >= known:
+            raise UserError(
+                f"a prompt of the {self.name} has token {most} ({self.tokenizer.convert_ids_to_tokens(most)!r}), "
+                f"and the model has {known}: save its adapter with its embeddings (save_embedding_layers=True)"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -200,16 +227,30 @@ class Models:
         if spec.model is None:
             return self._load_adapter_on(self._host(name, spec), name, spec)
         module = load_module(spec, trust_remote_code=self.trust_remote_code)
-        virtual = None
+        virtual, notes = None, list[str]()
         if spec.adapter is not None:
-            module, virtual = attach_for_good(module, spec)
+            files = read_adapter(spec.adapter)
+            module, virtual = attach_for_good(module, files, merge=spec.quantization == "none")
+            notes = adapter_notes(name, spec, files, spec.model)
         packed = use_row_linears(module)  # after the weights have got their last values
         use_row_norms(module)
         family = examine(module)
         _refuse_soft_prompt_on_reference(name, family, virtual)
         tokenizer = load_tokenizer(spec, trust_remote_code=self.trust_remote_code)
         size = bytes_of(module) + packed + (virtual.nbytes if virtual is not None else 0)
-        return Loaded(name, spec, module, tokenizer, family, Adapters(), None, size, virtual=virtual)
+        return Loaded(
+            name,
+            spec,
+            module,
+            tokenizer,
+            family,
+            Adapters(),
+            None,
+            size,
+            virtual=virtual,
+            tokenizer_from=tokenizer_source(spec),
+            notes=tuple(notes),
+        )
 
     def _host(self, name: str, spec: ModelSpec) -> str:
         own = next((anti for expert, anti, _ in self.terms() if expert == name), None)
@@ -222,19 +263,37 @@ class Models:
     def _load_adapter_on(self, host_name: str, name: str, spec: ModelSpec) -> Loaded:
         """An expert as an adapter on its antiexpert: one set of weights for both."""
         host = self.get(host_name)
-        attached = host.adapters.attach(host.module, spec, name, packed=host.family.path == "packed")
+        assert spec.adapter is not None
+        files = read_adapter(spec.adapter)
+        ids = probe_text(host.module, files)
+        before = host.logits(ids)
+        attached = host.adapters.attach(host.module, files, name, packed=host.family.path == "packed")
         virtual = attached.virtual
         _refuse_soft_prompt_on_reference(name, host.family, virtual)
-        adapter = None if virtual is not None else name
-        return replace(
+        on_host = spec.model_copy(update={"model": host.spec.model, "revision": host.spec.revision})
+        source = tokenizer_source(spec)
+        found = replace(
             host,
             name=name,
             spec=spec,
-            adapter=adapter,
+            tokenizer=host.tokenizer
+            if source is None
+            else load_tokenizer(on_host, trust_remote_code=self.trust_remote_code),
+            adapter=None if virtual is not None else name,
             weights=attached.bytes,
             shared_with=host_name,
             virtual=virtual,
+            tokenizer_from=source,
+            notes=tuple(adapter_notes(name, spec, files, host.spec.model)),
         )
+        if virtual is None:
+            require_effect(files, before, found.logits(ids))
+        if not torch.equal(before, host.logits(ids)):
+            raise UserError(
+                f"adapter '{spec.adapter}' changes the {host_name}, whose weights it shares: give the expert its own "
+                "`model`"
+            )
+        return found
 
 
 def resolve(location: str) -> str:
@@ -256,18 +315,23 @@ def resolve(location: str) -> str:
 
 
 def load_tokenizer(spec: ModelSpec, *, trust_remote_code: bool = False) -> Tokenizer:
-    """The tokenizer that lies beside a model."""
+    """The tokenizer that lies beside a model, or beside its adapter where one does."""
     assert spec.model is not None
+    beside = spec.adapter is not None and brings_tokenizer(spec.adapter)
+    place = str(Path(spec.adapter or "").expanduser()) if beside else resolve(spec.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve(spec.model),
-            revision=spec.revision,
+            place,
+            revision=None if beside else spec.revision,
             trust_remote_code=spec.trust_remote_code or trust_remote_code,
         )
-        tokenizer.model_max_length = UNBOUNDED  # our own check of the length names the numbers
-        return tokenizer
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the tokenizer of '{spec.model}': {first_line(error)}") from None
+        named = spec.adapter if beside else spec.model
+        raise UserError(f"cannot load the tokenizer of '{named}': {first_line(error)}") from None
+    tokenizer.model_max_length = UNBOUNDED  # our own check of the length names the numbers
+    if spec.adapter is not None and (template := own_template(spec.adapter)) is not None:
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -284,7 +284,7 @@ def bad_adapter(folders: dict[str, Path], case: str, target: Path) -> Path:
             weights.write_bytes(weights.read_bytes()[:200])
         case "another size":
             save_file(
-                {k: torch.zeros(t.shape[0], t.shape[1] + 1) for k, t in load_file(weights).items()}, weights
+                {k: torch.ones(t.shape[0], t.shape[1] + 1) for k, t in load_file(weights).items()}, weights
             )
         case "no adapter":
             (target / "adapter_config.json").unlink()
