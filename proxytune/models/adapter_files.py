@@ -9,8 +9,9 @@ import importlib.metadata
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from proxytune import hub
 from proxytune.config import ModelSpec
@@ -40,8 +41,26 @@ SOFT_PROMPT = "prompt_embeddings"
 """The one tensor of a soft prompt."""
 REWRITES = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Ways to begin a LoRA that take something away from the weights below it."""
-PLAIN_EFFECT = {"LORA", "ADALORA"}
-"""Kinds whose forward in peft is more than that of their layers, but only for training or on request."""
+KINDS = {
+    "LORA",
+    "ADALORA",
+    "BOFT",
+    "DELORA",
+    "FOURIERFT",
+    "HRA",
+    "IA3",
+    "LN_TUNING",
+    "LOHA",
+    "LOKR",
+    "MISS",
+    "OFT",
+    "RANDLORA",
+    "TRAINABLE_TOKENS",
+    "VBLORA",
+    "VERA",
+}
+"""Kinds that are known to act token by token in their layers alone, merged or beside the weights: others need
+PEFT's own forward, or look at the whole text."""
 
 
 @dataclass(frozen=True)
@@ -169,9 +188,6 @@ def _config(location: str, written: Path) -> Any:
 
 def _refuse_kind(location: str, config: Any) -> None:
     """UserError for an adapter that acts through PEFT's own forward, which is not ours."""
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-    from peft.tuners.tuners_utils import BaseTuner
-
     kind = config.peft_type.value
     if config.is_prompt_learning:
         if kind not in SOFT_PROMPTS:
@@ -182,12 +198,10 @@ def _refuse_kind(location: str, config: Any) -> None:
             f"adapter '{location}' is an activated LoRA (alora_invocation_tokens), which acts in PEFT's own "
             "forward only, behind its invocation tokens: train it without them"
         )
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING[kind]
-    in_layers = issubclass(tuner, BaseTuner) and tuner.forward is BaseTuner.forward
-    if not in_layers and kind not in PLAIN_EFFECT:
+    if kind not in KINDS:
         raise UserError(
-            f"adapter '{location}' is {kind}, which acts in PEFT's own forward only: LoRA and prompt tuning are "
-            "supported"
+            f"adapter '{location}' is {kind}, which is not run here: LoRA and prompt tuning are supported. Merge "
+            "it into its model with peft (merge_and_unload), where it can be, and give that folder as `model`"
         )
 
 
@@ -224,10 +238,10 @@ def rows_in(model: PreTrainedModel) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def embeddings_of(model: PreTrainedModel) -> dict[str, bool]:
-    """Where a model's embeddings and head are -> whether it is the embeddings."""
-    tables = {id(model.get_input_embeddings()): True, id(model.get_output_embeddings()): False}
-    return {path: tables[id(module)] for path, module in model.named_modules() if id(module) in tables}
+def embeddings_of(model: PreTrainedModel) -> list[str]:
+    """Where in a model its embeddings and its head are."""
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [path for path, module in model.named_modules() if any(module is table for table in tables)]
 
 
 def rows_of(files: AdapterFiles, model: PreTrainedModel) -> int | None:
@@ -241,23 +255,56 @@ def rows_of(files: AdapterFiles, model: PreTrainedModel) -> int | None:
     return found
 
 
-def skeleton_of(files: AdapterFiles, kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
-    """A model without weights, with embeddings as large as the adapter's are."""
+def check_adapter(location: str, config: Any, *, shared: bool, remote: bool = False) -> AdapterFiles:
+    """The adapter of a folder, checked against the configuration of its model, before either's weights are
+    read. `shared`: the antiexpert runs on that model too. UserError in one line."""
+    files = read_adapter(location)
+    make = partial(AutoModelForCausalLM.from_config, trust_remote_code=remote)
+    if shared:
+        with torch.device("meta"):
+            refuse_to_share(files, make(copy.deepcopy(config)))
+    check_fit(files, skeleton_of(files, make, config))
+    return files
+
+
+def skeleton_of(files: AdapterFiles, make: Callable[[Any], PreTrainedModel], config: Any) -> PreTrainedModel:
+    """A model without weights, with embeddings as large as the adapter's are. UserError if the adapter does
+    not bring all rows of them."""
     own = copy.deepcopy(config)  # peft writes the number of replicated layers into it
     with torch.device("meta"):
-        skeleton = kind(own)
+        skeleton = make(own)
         rows = rows_of(files, skeleton)
         if rows is None or rows == rows_in(skeleton):
             return skeleton
+        _require_tables(files, skeleton, rows)
         own.get_text_config().vocab_size = rows
-        return kind(own)
+        return make(own)
+
+
+def _require_tables(files: AdapterFiles, model: PreTrainedModel, rows: int) -> None:
+    """UserError unless the embeddings and the head (one of them, where they are one tensor) are in the
+    adapter's file with so many rows."""
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    lacking = [
+        path
+        for path in embeddings_of(model)
+        if not any(
+            key.startswith(f"{PREFIX}{path}.") and shape[0] == rows for key, shape in files.shapes.items()
+        )
+    ]
+    if len(lacking) > int(tied):
+        raise UserError(
+            f"adapter '{files.location}' was trained on {rows} tokens, and the model has {rows_in(model)}; its file "
+            f"has no rows for {lacking[0]}: save the adapter with save_embedding_layers=True"
+        )
 
 
 def check_fit(files: AdapterFiles, skeleton: PreTrainedModel, name: str = "default") -> Any:
     """PEFT's model around the skeleton. UserError unless every tensor of the adapter's file has a place in it,
     of its shape, and every place gets one."""
     from peft import PeftModel
-    from peft.utils import set_peft_model_state_dict
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
     config = copy.deepcopy(files.config)
     if str(getattr(config, "init_lora_weights", "")).startswith(REWRITES):
@@ -272,6 +319,7 @@ def check_fit(files: AdapterFiles, skeleton: PreTrainedModel, name: str = "defau
     try:
         with quiet():
             peft = PeftModel(skeleton, config, adapter_name=name, low_cpu_mem_usage=True)
+            wanted = get_peft_model_state_dict(peft, adapter_name=name, save_embedding_layers=False)
             report = set_peft_model_state_dict(peft, shapes, adapter_name=name, low_cpu_mem_usage=True)
     except KeyError as error:
         raise _lacking(files, str(error.args[0])) from None
@@ -283,11 +331,8 @@ def check_fit(files: AdapterFiles, skeleton: PreTrainedModel, name: str = "defau
             f"place in it, '{unused[0]}' first. Give the model that it was made for; a name with the prefix of a "
             "wrapper (_orig_mod, module) was saved from the wrapper and not from the model"
         )
-    if files.soft_prompt:
-        missing = sorted({SOFT_PROMPT} - set(shapes))
-    else:
-        missing = sorted(key for key in report.missing_keys if f".{name}" in key)
-    if missing:
+    missing = sorted(set(wanted) - set(shapes))
+    if missing and (files.soft_prompt or any(f".{name}" in key for key in report.missing_keys)):
         raise _lacking(files, missing[0])
     return peft
 

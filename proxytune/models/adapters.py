@@ -7,6 +7,7 @@ forward instead. A soft prompt leaves the weights alone: it is a table of embedd
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,10 @@ from proxytune.models.adapter_files import (
 )
 from proxytune.models.support import Family, plain_logits, probe_ids
 
+ROUNDING = 0.02
+"""By how much logits may differ, in standard deviations of them, when nothing has changed: kernels on a GPU do
+not add up in the same order twice."""
+
 Pairs = dict[str, tuple[Tensor, Tensor, float]]
 """LoRA weights by the path of the layer: A [r, in], B [out, r], scale."""
 
@@ -70,7 +75,8 @@ class Adapters:
         if files.soft_prompt:
             virtual = _soft_prompt(module, files)
             return Attached(virtual.nbytes, virtual)
-        pairs = _plain_lora(module, files, skeleton) if packed and self.peft is None else None
+        weights = _without_tables(module, files)
+        pairs = _plain_lora(module, weights, skeleton) if packed and self.peft is None else None
         if pairs is not None and self._place(module, name, pairs):
             return Attached(sum(down.nbytes + up.nbytes for down, up, _ in pairs.values()))
         if self.layers:
@@ -79,7 +85,7 @@ class Adapters:
                 "weights: give its expert its own `model`"
             )
         before = bytes_of(module)
-        self.peft = _by_peft(module, files, name, self.peft, _without_tables(module, files))
+        self.peft = _by_peft(module, files, name, self.peft, weights)
         self.peft.base_model.disable_adapter_layers()
         return Attached(bytes_of(module) - before)
 
@@ -156,6 +162,7 @@ def attach_for_good(
     before = plain_logits(module, ids)
     _resize(module, files)
     peft = _by_peft(module, files, "default", None, files.tensors())
+    _one_configuration(module)
     after = plain_logits(module, ids)
     require_effect(files, before, after)
     if merge:
@@ -189,6 +196,15 @@ def logits_by(
 def probe_text(module: PreTrainedModel, files: AdapterFiles) -> list[int]:
     """Ids on which an adapter must show: with the tokens that it trains by name."""
     return [*probe_ids(module)[0], *(token for token in files.special_ids if token < rows_in(module))]
+
+
+def require_untouched(files: AdapterFiles, host: str, before: Tensor, now: Tensor) -> None:
+    """UserError if an adapter has changed the model called `host`, on whose weights it sits."""
+    if float((now - before).abs().max()) > ROUNDING * float(before.std()):
+        raise UserError(
+            f"adapter '{files.location}' changes the {host}, whose weights it shares: give the expert its own "
+            "`model`"
+        )
 
 
 def require_effect(files: AdapterFiles, without: Tensor, with_it: Tensor) -> None:
@@ -253,29 +269,20 @@ def _adds_a_bias(layer: Any) -> bool:
     return any(own.values()) and getattr(layer.get_base_layer(), "bias", None) is None
 
 
+def _one_configuration(module: PreTrainedModel) -> None:
+    """Give repeated layers the model's configuration in place of copies, which would not hear of the attention
+    that is chosen later."""
+    text = module.config.get_text_config()
+    for part in module.modules():
+        if type(getattr(part, "config", None)) is type(text):
+            part.config = text
+
+
 def _resize(module: PreTrainedModel, files: AdapterFiles) -> None:
     """Make the embeddings and the head as large as the adapter's are, which brings their rows."""
     rows = rows_of(files, module)
-    if rows is None or rows == rows_in(module):
-        return
-    for path in _tables_to_fill(module):
-        if not any(
-            shape[0] == rows and key.startswith(f"{PREFIX}{path}.") for key, shape in files.shapes.items()
-        ):
-            raise UserError(
-                f"adapter '{files.location}' was trained on {rows} tokens, and the model has {rows_in(module)}; its "
-                f"file has no rows for {path}: save the adapter with save_embedding_layers=True"
-            )
-    module.resize_token_embeddings(rows, mean_resizing=False)
-
-
-def _tables_to_fill(module: PreTrainedModel) -> list[str]:
-    """The embeddings, and the head unless it is the same tensor."""
-    weights = [
-        (path, module.get_submodule(path).weight.data_ptr())  # type: ignore[operator, union-attr]
-        for path in embeddings_of(module)
-    ]
-    return [path for path, _ in (weights if len({w for _, w in weights}) > 1 else weights[:1])]
+    if rows is not None and rows != rows_in(module):
+        module.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def bytes_of(module: nn.Module) -> int:
@@ -338,15 +345,14 @@ def _soft_prompt(module: PreTrainedModel, files: AdapterFiles) -> Tensor:
     return prompt[0].detach().to(module.get_input_embeddings().weight)
 
 
-def _plain_lora(module: PreTrainedModel, files: AdapterFiles, skeleton: Any) -> Pairs | None:
+def _plain_lora(module: PreTrainedModel, weights: Mapping[str, Tensor], skeleton: Any) -> Pairs | None:
     """The weights of a LoRA adapter by the layers of PEFT's skeleton, which says what the configuration
     means; None if it is more than plain LoRA on linear layers."""
     from peft.tuners.lora.layer import Linear
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    weights = files.tensors()
-    pairs: Pairs = {}
+    unused, pairs = dict(weights), Pairs()
     for path, layer in skeleton.get_base_model().named_modules():
         if isinstance(layer, AuxiliaryTrainingWrapper):
             return None
@@ -354,9 +360,9 @@ def _plain_lora(module: PreTrainedModel, files: AdapterFiles, skeleton: Any) -> 
             continue
         plain = type(layer) is Linear and not layer.lora_variant and not layer.lora_bias.get("default")
         keys = [f"{PREFIX}{path}.lora_{side}.weight" for side in "AB"]
-        if not plain or not all(key in weights for key in keys):
+        if not plain or not all(key in unused for key in keys):
             return None
         where = next(module.get_submodule(path).parameters()).device
-        down, up = (weights.pop(key).to(where, module.dtype) for key in keys)
+        down, up = (unused.pop(key).to(where, module.dtype) for key in keys)
         pairs[path] = down, up, float(layer.scaling["default"])
-    return None if weights else pairs
+    return None if unused else pairs

@@ -42,6 +42,7 @@ from proxytune.models.adapters import (
     logits_by,
     probe_text,
     require_effect,
+    require_untouched,
 )
 from proxytune.models.int8 import Int8Config
 from proxytune.models.memory import (
@@ -288,11 +289,7 @@ class Models:
         )
         if virtual is None:
             require_effect(files, before, found.logits(ids))
-        if not torch.equal(before, host.logits(ids)):
-            raise UserError(
-                f"adapter '{spec.adapter}' changes the {host_name}, whose weights it shares: give the expert its own "
-                "`model`"
-            )
+        require_untouched(files, host_name, before, host.logits(ids))
         return found
 
 
