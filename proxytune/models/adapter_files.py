@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -200,8 +200,8 @@ def _refuse_kind(location: str, config: Any) -> None:
         )
     if kind not in KINDS:
         raise UserError(
-            f"adapter '{location}' is {kind}, which is not run here: LoRA and prompt tuning are supported. Merge "
-            "it into its model with peft (merge_and_unload), where it can be, and give that folder as `model`"
+            f"adapter '{location}' is {kind}, which is not run here: LoRA and prompt tuning are supported. "
+            "Merge it into its model with peft (merge_and_unload), and give that folder as `model`"
         )
 
 
@@ -213,7 +213,10 @@ def brings_tokenizer(location: str) -> bool:
 def own_template(location: str) -> str | None:
     """The chat template beside an adapter, in a file of its own."""
     found = adapter_file(location, "chat_template.jinja")
-    return None if found is None else found.read_text(encoding="utf-8")
+    try:
+        return None if found is None else found.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read '{found}': {error.reason} at byte {error.start}") from None
 
 
 def refuse_to_share(files: AdapterFiles, model: PreTrainedModel) -> None:
@@ -295,14 +298,14 @@ def _require_tables(files: AdapterFiles, model: PreTrainedModel, rows: int) -> N
     ]
     if len(lacking) > int(tied):
         raise UserError(
-            f"adapter '{files.location}' was trained on {rows} tokens, and the model has {rows_in(model)}; its file "
-            f"has no rows for {lacking[0]}: save the adapter with save_embedding_layers=True"
+            f"adapter '{files.location}' was trained on {rows} tokens, and the model has {rows_in(model)}; "
+            f"its file has no rows for {lacking[0]}: save the adapter with save_embedding_layers=True"
         )
 
 
 def check_fit(files: AdapterFiles, skeleton: PreTrainedModel, name: str = "default") -> Any:
-    """PEFT's model around the skeleton. UserError unless every tensor of the adapter's file has a place in it,
-    of its shape, and every place gets one."""
+    """PEFT's model around the skeleton. UserError unless every tensor of the adapter's file has a place of
+    its shape in it, and every place gets one."""
     from peft import PeftModel
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -312,9 +315,10 @@ def check_fit(files: AdapterFiles, skeleton: PreTrainedModel, name: str = "defau
     ids = files.special_ids
     if ids and ids[-1] >= rows_in(skeleton):
         raise UserError(
-            f"adapter '{files.location}' trains token {ids[-1]}, and the model has {rows_in(skeleton)}: save the "
-            "adapter with the embeddings that it was trained on (save_embedding_layers=True)"
+            f"adapter '{files.location}' trains token {ids[-1]}, and the model has {rows_in(skeleton)}: save "
+            "the adapter with the embeddings that it was trained on (save_embedding_layers=True)"
         )
+    tables = embeddings_of(skeleton)
     shapes = {key: torch.empty(shape, device="meta") for key, shape in files.shapes.items()}
     try:
         with quiet():
@@ -325,11 +329,12 @@ def check_fit(files: AdapterFiles, skeleton: PreTrainedModel, name: str = "defau
         raise _lacking(files, str(error.args[0])) from None
     except BAD_ADAPTER as error:
         raise files.broken(error) from None
-    if unused := sorted(set(report.unexpected_keys) - ({SOFT_PROMPT} if files.soft_prompt else set())):
+    known = {SOFT_PROMPT} if files.soft_prompt else _twins(files, tables)
+    if unused := sorted(set(report.unexpected_keys) - known):
         raise UserError(
-            f"adapter '{files.location}' does not fit the model: {len(unused)} of its {len(shapes)} weights have no "
-            f"place in it, '{unused[0]}' first. Give the model that it was made for; a name with the prefix of a "
-            "wrapper (_orig_mod, module) was saved from the wrapper and not from the model"
+            f"adapter '{files.location}' does not fit the model: {len(unused)} of its {len(shapes)} weights "
+            f"have no place in it, '{unused[0]}' first. Give the model that it was made for; if the names "
+            "have the prefix of a wrapper (_orig_mod, module), save it from the model inside"
         )
     missing = sorted(set(wanted) - set(shapes))
     if missing and (files.soft_prompt or any(f".{name}" in key for key in report.missing_keys)):
@@ -337,10 +342,17 @@ def check_fit(files: AdapterFiles, skeleton: PreTrainedModel, name: str = "defau
     return peft
 
 
+def _twins(files: AdapterFiles, tables: Sequence[str]) -> set[str]:
+    """Rows of tokens that peft wrote once for the embeddings and once for the head tied to them, and
+    reads once."""
+    rows = [f"{PREFIX}{path}.token_adapter.trainable_tokens_delta" for path in tables]
+    return set(rows) if all(key in files.shapes for key in rows) else set()
+
+
 def _lacking(files: AdapterFiles, key: str) -> UserError:
     return UserError(
-        f"adapter '{files.location}' lacks weights of its configuration, '{key}' first: its file is damaged, or "
-        "its layers have other names than the model's"
+        f"adapter '{files.location}' lacks weights that its configuration promises, '{key}' first: its file "
+        "is damaged, or its layers have other names than the model's"
     )
 
 

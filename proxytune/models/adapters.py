@@ -16,16 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from proxytune.engine.attention import Discovery, Forward
-from proxytune.engine.kv import CacheSpec, SlotCache
-from proxytune.engine.runners import (
-    ModelRunner,
-    ReferenceRunner,
-    SharedLora,
-    SpanLora,
-    SpanMismatch,
-    VocabMap,
-    feed,
-)
+from proxytune.engine.runners import SharedLora, SpanLora, SpanMismatch
 from proxytune.errors import UserError
 from proxytune.models.adapter_files import (
     BAD_ADAPTER,
@@ -39,11 +30,8 @@ from proxytune.models.adapter_files import (
     rows_of,
     skeleton_of,
 )
-from proxytune.models.support import Family, plain_logits, probe_ids
-
-ROUNDING = 0.02
-"""By how much logits may differ, in standard deviations of them, when nothing has changed: kernels on a GPU do
-not add up in the same order twice."""
+from proxytune.models.in_force import probe_text, require_effect
+from proxytune.models.support import plain_logits
 
 Pairs = dict[str, tuple[Tensor, Tensor, float]]
 """LoRA weights by the path of the layer: A [r, in], B [out, r], scale."""
@@ -69,13 +57,13 @@ class Adapters:
 
     def attach(self, module: PreTrainedModel, files: AdapterFiles, name: str, *, packed: bool) -> Attached:
         """Put an adapter on the module under `name`. `packed`: the module runs through our attention, where
-        models can share a forward. UserError if it is no adapter for this module and whoever else is on it."""
+        models can share a forward. UserError if it cannot sit there beside those who do."""
         refuse_to_share(files, module)
         skeleton = check_fit(files, skeleton_of(files, type(module), module.config))
         if files.soft_prompt:
             virtual = _soft_prompt(module, files)
             return Attached(virtual.nbytes, virtual)
-        weights = _without_tables(module, files)
+        weights = _without_tables(module, files, skeleton)
         pairs = _plain_lora(module, weights, skeleton) if packed and self.peft is None else None
         if pairs is not None and self._place(module, name, pairs):
             return Attached(sum(down.nbytes + up.nbytes for down, up, _ in pairs.values()))
@@ -172,53 +160,6 @@ def attach_for_good(
     return module, None
 
 
-def logits_by(
-    forward: Forward,
-    family: Family,
-    device: torch.device,
-    ids: list[int],
-    lora: SharedLora | None = None,
-    adapter: str | None = None,
-) -> Tensor:
-    """Logits [V] after a text, on the path that a model takes and with the adapter that it runs with."""
-    everything = VocabMap(1 << 40)  # cuts nothing
-    if family.path == "reference":
-        plain = ReferenceRunner(forward, everything, family.window, device, len(ids), cached=False)
-        plain.rows.admit()
-        return feed(plain, {0: ids})[0]
-    cache = SlotCache(CacheSpec(family.layers, 2 * len(ids), family.dtype, family.devices))
-    runner = ModelRunner(forward, cache, everything, family.window, device, lora=lora, adapter=adapter)
-    cache.admit()
-    cache.reserve([len(ids)])
-    return feed(runner, {0: ids})[0]
-
-
-def probe_text(module: PreTrainedModel, files: AdapterFiles) -> list[int]:
-    """Ids on which an adapter must show: with the tokens that it trains by name."""
-    return [*probe_ids(module)[0], *(token for token in files.special_ids if token < rows_in(module))]
-
-
-def require_untouched(files: AdapterFiles, host: str, before: Tensor, now: Tensor) -> None:
-    """UserError if an adapter has changed the model called `host`, on whose weights it sits."""
-    if float((now - before).abs().max()) > ROUNDING * float(before.std()):
-        raise UserError(
-            f"adapter '{files.location}' changes the {host}, whose weights it shares: give the expert its own "
-            "`model`"
-        )
-
-
-def require_effect(files: AdapterFiles, without: Tensor, with_it: Tensor) -> None:
-    """UserError unless an adapter changes a logit of a text."""
-    width = min(without.shape[-1], with_it.shape[-1])
-    if not bool(with_it.isfinite().all()) and bool(without.isfinite().all()):
-        raise UserError(
-            f"adapter '{files.location}' makes logits that are no numbers: its weights are damaged"
-        )
-    if torch.equal(without[..., :width], with_it[..., :width]):
-        why = ": its B weights are all zero, as before the first step of training" if files.zero else ""
-        raise UserError(f"adapter '{files.location}' changes no logit of the model{why}")
-
-
 def _merged(module: PreTrainedModel, peft: Any) -> PreTrainedModel:
     """The module with the adapter in its weights, but for layers where that would reach further than the
     adapter: a tensor that another module uses too (a tied head, a layer that is there twice). These keep it
@@ -270,8 +211,8 @@ def _adds_a_bias(layer: Any) -> bool:
 
 
 def _one_configuration(module: PreTrainedModel) -> None:
-    """Give repeated layers the model's configuration in place of copies, which would not hear of the attention
-    that is chosen later."""
+    """Give repeated layers the model's configuration in place of copies, which would not hear of the
+    attention that is chosen later."""
     text = module.config.get_text_config()
     for part in module.modules():
         if type(getattr(part, "config", None)) is type(text):
@@ -311,17 +252,19 @@ def _by_peft(
     return peft.eval()
 
 
-def _without_tables(module: PreTrainedModel, files: AdapterFiles) -> dict[str, Tensor]:
+def _without_tables(module: PreTrainedModel, files: AdapterFiles, skeleton: Any) -> dict[str, Tensor]:
     """The weights of an adapter without the model's own embeddings, which PEFT saves beside them where they
     are trained or a token was added. UserError if these are not what the antiexpert has."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     weights = files.tensors()
     for path in embeddings_of(module):
         own = _below(module.get_submodule(path))
-        for key in [key for key in weights if key.startswith(f"{PREFIX}{path}.")]:
-            inner = key.removeprefix(f"{PREFIX}{path}.")
-            if inner not in {"base_layer.weight", "original_module.weight"}:
-                continue
-            if not torch.equal(weights.pop(key).to(own.weight), own.weight):
+        trained = isinstance(skeleton.get_base_model().get_submodule(path), AuxiliaryTrainingWrapper)
+        inner = ["base_layer.weight", "original_module.weight", "token_adapter.base_layer.weight"]
+        for table in inner if trained else [*inner, "weight"]:
+            found = weights.pop(f"{PREFIX}{path}.{table}", None)
+            if found is not None and not torch.equal(found.to(own.weight), own.weight):
                 raise UserError(
                     f"adapter '{files.location}' has other embeddings ({path}) than the antiexpert: give the "
                     "expert its own `model`"

@@ -34,16 +34,8 @@ from proxytune.models.adapter_files import (
     read_adapter,
     tokenizer_source,
 )
-from proxytune.models.adapters import (
-    Adapters,
-    AdapterSwitch,
-    attach_for_good,
-    bytes_of,
-    logits_by,
-    probe_text,
-    require_effect,
-    require_untouched,
-)
+from proxytune.models.adapters import Adapters, AdapterSwitch, attach_for_good, bytes_of
+from proxytune.models.in_force import logits_by, probe_text, require_effect, require_untouched
 from proxytune.models.int8 import Int8Config
 from proxytune.models.memory import (
     GIB,
@@ -103,8 +95,9 @@ class Loaded:
         known = self.module.get_input_embeddings().weight.shape[0]
         if (most := max(ids, default=0)) >= known:
             raise UserError(
-                f"a prompt of the {self.name} has token {most} ({self.tokenizer.convert_ids_to_tokens(most)!r}), "
-                f"and the model has {known}: save its adapter with its embeddings (save_embedding_layers=True)"
+                f"a prompt of the {self.name} has token {most} "
+                f"({self.tokenizer.convert_ids_to_tokens(most)!r}), and the model has {known} tokens: use "
+                "the tokenizer that it was made with, or save its adapter with save_embedding_layers=True"
             )
 
     @property
