@@ -25,7 +25,7 @@ from proxytune.engine.kernels.norm import use_row_norms
 from proxytune.errors import UserError
 from proxytune.models.adapters import Adapters
 from proxytune.models.checkpoint import resolve
-from proxytune.models.loading import Loaded, Models
+from proxytune.models.roles import Loaded, Models, WeightSource
 from proxytune.models.support import examine
 from proxytune.models.weight_only import random_int8
 from proxytune.options import DecodeOptions
@@ -201,7 +201,9 @@ def in_memory(plain: Mapping[str, PreTrainedModel], adapter: str | None = None) 
         own = twin(module)
         use_row_linears(own)
         use_row_norms(own)
-        loaded[role] = Loaded(role, spec, own, tokenizer, examine(own), Adapters(), None, read_bytes(own))
+        source = WeightSource(role, None, None, str(own.dtype), "none", "None", False)
+        size = read_bytes(own)
+        loaded[role] = Loaded(role, spec, own, tokenizer, examine(own), Adapters(), None, size, 0, source)
     return Models(system, _loaded=loaded)
 
 

@@ -119,6 +119,8 @@ class RoleMemory(BaseModel):
     """The role whose weights these are (an adapter on them adds only its own bytes)."""
     path: Literal["packed", "reference"] = "packed"
     """packed: batched forwards with our KV cache. reference: the slow exact path for other model families."""
+    tokenizer: str | None = None
+    """The adapter's folder, where the tokenizer or its chat template came from there."""
 
 
 _QUOTIENTS = ("acceptance", "accepted_per_step", "tokens_per_step")

@@ -22,7 +22,7 @@ from tests.support.endpoint import KEY, Endpoint, serving
 from tests.support.require import REFERENCE, require_or_skip
 
 if TYPE_CHECKING:
-    from proxytune.models.loading import Models
+    from proxytune.models.roles import Models
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def models(system: System) -> Models:
     """The models of the tiny system, loaded once."""
-    from proxytune.models.loading import Models
+    from proxytune.models.roles import Models
 
     return Models(system)
 

@@ -179,16 +179,22 @@ class Decoder:
 
     @property
     def memory(self) -> dict[str, RoleMemory]:
-        """Bytes per model: weights, and KV at its fullest so far."""
-        return {
-            name: RoleMemory(
-                weights=model.weights,
+        """Bytes per model: weights, counted for the first of those that share them, and KV at its fullest so
+        far."""
+        owners: dict[int, str] = {}
+        for name, model in sorted(self.loaded.items(), key=lambda item: item[1].own > 0):
+            owners.setdefault(id(model.module), name)  # one without an adapter, where there is one
+        memory = {}
+        for name, model in self.loaded.items():
+            owner = owners[id(model.module)]
+            memory[name] = RoleMemory(
+                weights=model.own + (model.weights if owner == name else 0),
                 kv_peak=self.ensemble.runners[name].rows.peak_bytes,
-                shared_with=model.shared_with,
+                shared_with=None if owner == name else owner,
                 path=model.family.path,
+                tokenizer=model.tokenizer_from,
             )
-            for name, model in self.loaded.items()
-        }
+        return memory
 
     def notes(self) -> list[str]:
         """What a user should know about how the models are run."""
@@ -197,6 +203,7 @@ class Decoder:
             for name, model in self.loaded.items()
             if model.family.path == "reference"
         ]
+        notes += [note for model in self.loaded.values() for note in model.notes]
         on_cpu = any(
             model.family.path == "packed" and model.module.device.type == "cpu"
             for model in self.loaded.values()
@@ -209,13 +216,12 @@ class Decoder:
         """Ids that every model sees before the response; experts that only watch see what they see in the
         proxy."""
         role: Role = "proxy" if self.agreement else self.role
-        return {
-            name: (
-                *model.virtual_ids,
-                *context(model.spec, model.tokenizer, form_of(name, role), prompt),
-            )
-            for name, model in self.loaded.items()
-        }
+        contexts = {}
+        for name, model in self.loaded.items():
+            ids = context(model.spec, model.tokenizer, form_of(name, role), prompt)
+            model.require_rows(ids)
+            contexts[name] = (*model.virtual_ids, *ids)
+        return contexts
 
     def stream(
         self,

@@ -8,8 +8,8 @@ from proxytune.lazy import door
 
 if TYPE_CHECKING:
     from proxytune.models.checkpoint import load_config, resolve
-    from proxytune.models.loading import Loaded, Models
     from proxytune.models.memory import free_memory, weights_needed
+    from proxytune.models.roles import Loaded, Models
     from proxytune.models.vocabulary import Tokenizer
 
 __all__ = ["Loaded", "Models", "Tokenizer", "free_memory", "load_config", "resolve", "weights_needed"]
@@ -17,8 +17,8 @@ __all__ = ["Loaded", "Models", "Tokenizer", "free_memory", "load_config", "resol
 __getattr__ = door(
     __name__,
     {
-        "Loaded": "loading",
-        "Models": "loading",
+        "Loaded": "roles",
+        "Models": "roles",
         "Tokenizer": "vocabulary",
         "free_memory": "memory",
         "load_config": "checkpoint",

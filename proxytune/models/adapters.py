@@ -6,24 +6,33 @@ forward instead. A soft prompt leaves the weights alone: it is a table of embedd
 
 from __future__ import annotations
 
-import os
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from proxytune.config import ModelSpec
-from proxytune.engine.attention import Discovery
+from proxytune.engine.attention import Discovery, Forward
+from proxytune.engine.kernels import dense, show_weights
 from proxytune.engine.runners import SharedLora, SpanLora, SpanMismatch
 from proxytune.errors import UserError
-
-BAD_CHECKPOINT = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError)
-"""What transformers and peft raise for a checkpoint that is absent, damaged or needs a missing package."""
+from proxytune.models.adapter_files import (
+    BAD_ADAPTER,
+    PREFIX,
+    AdapterFiles,
+    check_fit,
+    embeddings_of,
+    quiet,
+    refuse_to_share,
+    rows_in,
+    rows_of,
+    skeleton_of,
+)
+from proxytune.models.in_force import probe_text, require_effect
+from proxytune.models.support import plain_logits
 
 Pairs = dict[str, tuple[Tensor, Tensor, float]]
 """LoRA weights by the path of the layer: A [r, in], B [out, r], scale."""
@@ -47,29 +56,27 @@ class Adapters:
     lora: SharedLora = field(default_factory=SharedLora)
     layers: dict[str, SpanLora] = field(default_factory=dict)
 
-    def attach(self, module: PreTrainedModel, spec: ModelSpec, name: str, *, packed: bool) -> Attached:
-        """Put the adapter of `spec` on the module under `name`. `packed`: the module runs through our
-        attention, where models can share a forward. UserError if the folder is no adapter for it."""
-        folder = spec.adapter or ""
-        config = _config(folder)
-        if config.is_prompt_learning:
-            virtual = _soft_prompt(module, folder, name)
+    def attach(self, module: PreTrainedModel, files: AdapterFiles, name: str, *, packed: bool) -> Attached:
+        """Put an adapter on the module under `name`. `packed`: the module runs through our attention, where
+        models can share a forward. UserError if it cannot sit there beside those who do."""
+        refuse_to_share(files, module)
+        skeleton = check_fit(files, skeleton_of(files, type(module), module.config))
+        if files.soft_prompt:
+            virtual = _soft_prompt(module, files)
             return Attached(virtual.nbytes, virtual)
-        if getattr(config, "bias", "none") != "none":
-            raise UserError(
-                f"adapter '{folder}' changes biases (bias: {config.bias}), which the antiexpert shares: "
-                "give the expert its own `model`"
-            )
-        pairs = _plain_lora(module, folder, name) if packed and self.peft is None else None
+        weights = _without_tables(module, files, skeleton)
+        pairs = _plain_lora(module, weights, skeleton) if packed and self.peft is None else None
         if pairs is not None and self._place(module, name, pairs):
             return Attached(sum(down.nbytes + up.nbytes for down, up, _ in pairs.values()))
         if self.layers:
             raise UserError(
-                f"adapter '{folder}' is no plain LoRA and cannot stand beside the others on these weights: "
-                "give its expert its own `model`"
+                f"adapter '{files.location}' is no plain LoRA and cannot stand beside the others on these "
+                "weights: give its expert its own `model`"
             )
         before = bytes_of(module)
-        self.peft = _by_peft(module, folder, name, self.peft)
+        show_weights(module)
+        self.peft = _by_peft(module, files, name, self.peft, weights)
+        self.peft.base_model.disable_adapter_layers()
         return Attached(bytes_of(module) - before)
 
     def _place(self, module: PreTrainedModel, name: str, pairs: Pairs) -> bool:
@@ -113,34 +120,112 @@ class Adapters:
 
 @dataclass(frozen=True)
 class AdapterSwitch:
-    """A forward that first puts one adapter, or none, in force: several roles on one set of weights."""
+    """A forward with one adapter in force: between such forwards none is, so that whoever else runs on the
+    weights feels nothing of it."""
 
-    module: PreTrainedModel
+    forward: Forward
     peft: Any
-    adapter: str | None
+    adapter: str
 
     def __call__(self, **arguments: Any) -> Any:
-        """The module's forward under this role's adapter."""
+        """The forward under this role's adapter."""
         tuner = self.peft.base_model
-        if self.adapter is None:
+        tuner.set_adapter(self.adapter)
+        tuner.enable_adapter_layers()
+        try:
+            return self.forward(**arguments)
+        finally:
             tuner.disable_adapter_layers()
-        else:
-            tuner.set_adapter(self.adapter)
-            tuner.enable_adapter_layers()
-        return self.module(**arguments)
 
 
-def attach_for_good(module: PreTrainedModel, spec: ModelSpec) -> tuple[PreTrainedModel, Tensor | None]:
-    """A model of its own with its adapter, merged into the weights except into quantised ones; and the soft
-    prompt if it is one."""
-    folder = spec.adapter or ""
-    if _config(folder).is_prompt_learning:
-        return module, _soft_prompt(module, folder, "default")
-    peft = _by_peft(module, folder, "default", None)
-    if spec.quantization == "none":
-        merged: PreTrainedModel = peft.merge_and_unload()
-        return merged, None
+def attach_for_good(
+    module: PreTrainedModel, files: AdapterFiles, *, merge: bool
+) -> tuple[PreTrainedModel, Tensor | None]:
+    """A model of its own with its adapter; and the soft prompt if it is one. With `merge`, the adapter goes
+    into the weights where that is exact; elsewhere, and without, it stays beside them. UserError if it
+    changes nothing."""
+    skeleton = skeleton_of(files, type(module), module.config)
+    check_fit(files, skeleton)
+    if files.soft_prompt:
+        return module, _soft_prompt(module, files)
+    ids = probe_text(module, files)
+    before = plain_logits(module, ids)
+    _resize(module, files)
+    peft = _by_peft(module, files, "default", None, files.tensors())
+    _one_configuration(module)
+    after = plain_logits(module, ids)
+    require_effect(files, before, after)
+    if merge:
+        module = _merged(module, peft)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
     return module, None
+
+
+def _merged(module: PreTrainedModel, peft: Any) -> PreTrainedModel:
+    """The module with the adapter in its weights, but for layers where that would reach further than the
+    adapter: a tensor that another module uses too (a tied head, a layer that is there twice). These keep it
+    beside their weights, as PEFT's own forward has it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
+    shared = _shared_places(module)
+    beside = {path for path, layer in layers.items() if _place_of(path, shared) or _adds_a_bias(layer)}
+    with quiet():
+        if not beside:
+            merged: PreTrainedModel = peft.merge_and_unload()
+            return merged
+        for path, layer in layers.items():
+            if path not in beside:
+                layer.merge()
+    return module
+
+
+def _shared_places(module: nn.Module) -> set[str]:
+    """Paths of modules, of the outermost of PEFT's where there are some, that use a tensor which a module at
+    another path uses too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    places: dict[str, str] = {}
+    users: defaultdict[int, set[str]] = defaultdict(set)
+    for path, part in module.named_modules(remove_duplicate=False):
+        place = places.get(path.rpartition(".")[0])
+        if place is None and isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            place = path
+        if place is not None:
+            places[path] = place
+        for parameter in part.parameters(recurse=False):
+            if parameter.data_ptr():
+                users[parameter.data_ptr()].add(place or path)
+    return {place for found in users.values() if len(found) > 1 for place in found}
+
+
+def _place_of(path: str, places: set[str]) -> bool:
+    """Whether a path is one of these places or lies in it."""
+    return any(path == place or path.startswith(f"{place}.") for place in places)
+
+
+def _adds_a_bias(layer: Any) -> bool:
+    """Whether a LoRA has a bias (lora_bias) and the layer below it has none that could take it up."""
+    own = getattr(layer, "lora_bias", None) or {}
+    return any(own.values()) and getattr(layer.get_base_layer(), "bias", None) is None
+
+
+def _one_configuration(module: PreTrainedModel) -> None:
+    """Give repeated layers the model's configuration in place of copies, which would not hear of the
+    attention that is chosen later."""
+    text = module.config.get_text_config()
+    for part in module.modules():
+        if type(getattr(part, "config", None)) is type(text):
+            part.config = text
+
+
+def _resize(module: PreTrainedModel, files: AdapterFiles) -> None:
+    """Make the embeddings and the head as large as the adapter's are, which brings their rows."""
+    rows = rows_of(files, module)
+    if rows is not None and rows != rows_in(module):
+        module.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def bytes_of(module: nn.Module) -> int:
@@ -149,86 +234,81 @@ def bytes_of(module: nn.Module) -> int:
     return sum(unique.values())
 
 
-def first_line(error: BaseException) -> str:
-    """An exception's message in one line of readable length."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
-def _config(folder: str) -> Any:
-    """The adapter's configuration; UserError if it is none that we run."""
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
-    from peft import PeftConfig
-
-    if not (Path(folder) / "adapter_config.json").is_file() and Path(folder).exists():
-        raise UserError(f"no adapter_config.json in '{folder}': is it a PEFT folder?")
-    if Path(folder).exists() and not (Path(folder) / "adapter_model.safetensors").is_file():
-        raise UserError(f"no adapter_model.safetensors in '{folder}': pickled weights are not loaded")
-    try:
-        config = PeftConfig.from_pretrained(folder)
-    except BAD_CHECKPOINT as error:
-        raise UserError(f"cannot load the adapter '{folder}': {first_line(error)}") from None
-    if config.is_prompt_learning and config.peft_type not in {"PROMPT_TUNING", "P_TUNING"}:
-        raise UserError(
-            f"adapter '{folder}' is {config.peft_type.value}: LoRA and prompt tuning are supported"
-        )
-    return config
-
-
-def _by_peft(module: nn.Module, folder: str, name: str, peft: Any | None) -> Any:
+def _by_peft(
+    module: nn.Module, files: AdapterFiles, name: str, peft: Any | None, weights: dict[str, Tensor]
+) -> Any:
     """PEFT's model around the module, with one adapter more."""
     from peft import PeftModel
+    from peft.utils import set_peft_model_state_dict
 
+    files.config.inference_mode = True
     try:
-        if peft is not None:
-            peft.load_adapter(folder, adapter_name=name)
-            return peft
-        return PeftModel.from_pretrained(module, folder, adapter_name=name).eval()
-    except BAD_CHECKPOINT as error:
-        raise UserError(f"cannot load the adapter '{folder}': {first_line(error)}") from None
+        with quiet():
+            if peft is None:
+                peft = PeftModel(module, files.config, adapter_name=name)
+            else:
+                peft.add_adapter(name, files.config)
+            set_peft_model_state_dict(peft, weights, adapter_name=name)
+    except BAD_ADAPTER as error:
+        raise files.broken(error) from None
+    return peft.eval()
 
 
-def _soft_prompt(module: PreTrainedModel, folder: str, name: str) -> Tensor:
+def _without_tables(module: PreTrainedModel, files: AdapterFiles, skeleton: Any) -> dict[str, Tensor]:
+    """The weights of an adapter without the model's own embeddings, which PEFT saves beside them where they
+    are trained or a token was added. UserError if these are not what the antiexpert has."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    weights = files.tensors()
+    for path in embeddings_of(module):
+        own = _below(module.get_submodule(path))
+        trained = isinstance(skeleton.get_base_model().get_submodule(path), AuxiliaryTrainingWrapper)
+        inner = ["base_layer.weight", "original_module.weight", "token_adapter.base_layer.weight"]
+        for table in inner if trained else [*inner, "weight"]:
+            found = weights.pop(f"{PREFIX}{path}.{table}", None)
+            if found is not None and not torch.equal(found.to(dense(own)), dense(own)):
+                raise UserError(
+                    f"adapter '{files.location}' has other embeddings ({path}) than the antiexpert: give the "
+                    "expert its own `model`"
+                )
+    return weights
+
+
+def _below(layer: Any) -> Any:
+    """The model's own layer below what PEFT has put around it."""
+    while (
+        inner := getattr(layer, "base_layer", None) or getattr(layer, "original_module", None)
+    ) is not None:
+        layer = inner
+    return layer
+
+
+def _soft_prompt(module: PreTrainedModel, files: AdapterFiles) -> Tensor:
     """The embeddings [n, d] of a soft prompt, as the module's own are kept; the module itself is left
     alone."""
-    prompt: Tensor = _by_peft(module, folder, name, None).get_prompt(batch_size=1)
+    prompt: Tensor = _by_peft(module, files, "default", None, files.tensors()).get_prompt(batch_size=1)
     return prompt[0].detach().to(module.get_input_embeddings().weight)
 
 
-def _plain_lora(module: PreTrainedModel, folder: str, name: str) -> Pairs | None:
-    """The weights of a LoRA adapter, read by PEFT into a skeleton of the model; None if it is more than
-    plain LoRA on linear layers."""
-    from peft import PeftModel, load_peft_weights
+def _plain_lora(module: PreTrainedModel, weights: Mapping[str, Tensor], skeleton: Any) -> Pairs | None:
+    """The weights of a LoRA adapter by the layers of PEFT's skeleton, which says what the configuration
+    means; None if it is more than plain LoRA on linear layers."""
     from peft.tuners.lora.layer import Linear
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    with torch.device("meta"):
-        skeleton = type(module)(module.config)
-    try:
-        # PEFT says which layers and scales the configuration means; nothing is computed in the skeleton
-        PeftModel(skeleton, _config(folder), adapter_name=name, low_cpu_mem_usage=True)
-        weights = load_peft_weights(folder, device="cpu")
-    except BAD_CHECKPOINT as error:
-        raise UserError(f"cannot load the adapter '{folder}': {first_line(error)}") from None
-    pairs: Pairs = {}
-    for path, layer in skeleton.named_modules():
-        if isinstance(layer, ModulesToSaveWrapper):
+    unused, pairs = dict(weights), Pairs()
+    for path, layer in skeleton.get_base_model().named_modules():
+        if isinstance(layer, AuxiliaryTrainingWrapper):
             return None
         if not isinstance(layer, BaseTunerLayer):
             continue
-        plain = type(layer) is Linear and not layer.lora_variant and not layer.lora_bias.get(name)
-        if not plain:
+        plain = type(layer) is Linear and not layer.lora_variant and not layer.lora_bias.get("default")
+        keys = [f"{PREFIX}{path}.lora_{side}.weight" for side in "AB"]
+        if not plain or not all(key in unused for key in keys):
             return None
-        where = next(module.get_submodule(path).parameters()).device
-        keys = [f"base_model.model.{path}.lora_{side}.weight" for side in "AB"]
-        shapes = [layer.lora_A[name].weight.shape, layer.lora_B[name].weight.shape]
-        for key, shape in zip(keys, shapes, strict=True):
-            if key not in weights or weights[key].shape != shape:
-                raise UserError(
-                    f"cannot load the adapter '{folder}': size mismatch or no weights for {path} "
-                    f"(wanted {tuple(shape)})"
-                )
-        down, up = (weights[key].to(where, module.dtype) for key in keys)
-        pairs[path] = down, up, float(layer.scaling[name])
-    return pairs
+        weights_in = module.get_submodule(path).parameters()
+        where = next((parameter.device for parameter in weights_in), torch.device("cpu"))  # none: packed
+        down, up = (unused.pop(key).to(where, module.dtype) for key in keys)
+        pairs[path] = down, up, float(layer.scaling["default"])
+    return None if unused else pairs

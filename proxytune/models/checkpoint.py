@@ -23,7 +23,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from proxytune import hub
 from proxytune.config import DEMO_SCHEME, ModelSpec
 from proxytune.errors import UserError, needs_extra
-from proxytune.models.adapters import BAD_CHECKPOINT, first_line
+from proxytune.models.adapter_files import BAD_CHECKPOINT, first_line
 from proxytune.models.memory import placed_by_us, skeleton_of, weights_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

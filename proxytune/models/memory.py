@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
@@ -72,6 +73,14 @@ def free_memory(where: str | None = None) -> int:
     give_back()
     gpus = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
     return sum(gpus) + cpu if where == "auto" else gpus[0]
+
+
+def leave_the_file(module: nn.Module) -> None:
+    """Copy what a module on the CPU still reads from its checkpoint's file. transformers maps the whole file
+    into memory, and a small tensor keeps the pages of all that lies elsewhere by now."""
+    for parameter in module.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def give_back() -> None:

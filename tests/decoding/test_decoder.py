@@ -17,7 +17,7 @@ from proxytune.engine.request import Work
 from proxytune.engine.runners.runner import ModelRunner
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
-from proxytune.models.loading import Models
+from proxytune.models.roles import Models
 from proxytune.records import Example, Prompt
 from tests.support import decoders, tiny
 from tests.support.decoders import SAMPLERS, by_id, check, decoder, example, kv_bytes, plain, ragged

@@ -14,7 +14,7 @@ from proxytune.config import Sampling, System
 from proxytune.decoding.prompts import context
 from proxytune.engine.divergence import kl_divergence
 from proxytune.errors import UserError
-from proxytune.models.loading import Models
+from proxytune.models.roles import Models
 from proxytune.options import RunOptions
 from proxytune.results import read_traces
 from proxytune.runs import evaluation as run

@@ -24,7 +24,10 @@ from proxytune.engine.request import Segment, Work
 from proxytune.engine.runners.runner import ModelRunner, forward_all
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
-from proxytune.models.loading import Models, load_module
+from proxytune.models.checkpoint import load_config
+from proxytune.models.loading import load_module
+from proxytune.models.memory import weights_needed
+from proxytune.models.roles import Models
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion
 from tests.support import oracle, tiny
@@ -284,7 +287,7 @@ def bad_adapter(folders: dict[str, Path], case: str, target: Path) -> Path:
             weights.write_bytes(weights.read_bytes()[:200])
         case "another size":
             save_file(
-                {k: torch.zeros(t.shape[0], t.shape[1] + 1) for k, t in load_file(weights).items()}, weights
+                {k: torch.ones(t.shape[0], t.shape[1] + 1) for k, t in load_file(weights).items()}, weights
             )
         case "no adapter":
             (target / "adapter_config.json").unlink()
@@ -337,11 +340,45 @@ def test_memory_of_every_role_is_recorded(folders: dict[str, Path]) -> None:
     d = Decoder(Models(system(folders, spec(folders["anti"]))), "proxy")
     assert {name: m.kv_peak for name, m in d.memory.items()} == {"base": 0, "expert": 0, "antiexpert": 0}
     list(d.stream(ragged(6, 3), GREEDY))
+    owners = {m.shared_with or name for name, m in d.memory.items()}
+    assert owners == {"base", "expert"}  # the antiexpert is the expert's checkpoint
     for name, m in d.memory.items():
         cache = d.ensemble.runners[name].rows
         cached = sum(len(d.contexts(e.prompt)[name]) for e in ragged(6, 3))
         assert m.kv_peak >= cached * cache.spec.bytes_per_token and m.path == "packed"  # type: ignore[attr-defined]
-        assert m.weights == sum(p.nbytes for p in d.loaded[name].module.parameters()) + buffers(d, name)
+        whole = sum(p.nbytes for p in d.loaded[name].module.parameters()) + buffers(d, name)
+        assert m.weights == (whole if m.shared_with is None else 0)
+
+
+def test_a_checkpoint_is_in_memory_once(folders: dict[str, Path], tmp_path: Path) -> None:
+    """However it is named, for as many roles as there are, with the tokens of models of their own."""
+    link = tmp_path / "link"
+    link.symlink_to(folders["anti"])
+    copied = shutil.copytree(folders["anti"], tmp_path / "copy")
+    one, same = spec(folders["anti"]), spec(link, chat="llama2")
+    shared = Decoder(Models(System(base=one, expert=same, antiexpert=one)), "proxy")
+    apart = Decoder(Models(System(base=one, expert=spec(copied, chat="llama2"), antiexpert=one)), "proxy")
+    assert len({id(model.module) for model in shared.loaded.values()}) == 1
+    assert len({id(model.module) for model in apart.loaded.values()}) == 2
+    assert sum(m.weights > 0 for m in shared.memory.values()) == 1
+    assert tokens(shared) == tokens(apart)
+    check(shared, ragged(3, 3), GREEDY)
+    other = ModelSpec(model=str(folders["anti"]), dtype="float32")
+    models = Models(System(base=one, expert=other, antiexpert=one.model_copy(update={"dtype": "auto"})))
+    loaded = {name: models.get(name) for name in ("base", "expert", "antiexpert")}
+    assert loaded["expert"].module is not loaded["base"].module is loaded["antiexpert"].module
+    models.release(["antiexpert"])
+    assert models.get("base").module is loaded["antiexpert"].module
+
+
+def test_what_is_shared_counts_once_before_it_is_loaded(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = spec(folders["anti"])
+    need = weights_needed(one, load_config(one), False)
+    leave_free(monkeypatch, int(1.5 * need))
+    models = Models(System(base=one, expert=one, antiexpert=one))
+    models.check(["base", "expert", "antiexpert"])
 
 
 def buffers(d: Decoder, name: str) -> int:

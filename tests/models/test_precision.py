@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from proxytune.config import DType, ModelSpec, Sampling, System
 from proxytune.decoding.decoder import Decoder
-from proxytune.models.loading import Models
+from proxytune.models.roles import Models
 from proxytune.options import DecodeOptions
 from proxytune.records import Example
 from tests.support import oracle, tiny

@@ -17,7 +17,7 @@ from proxytune import results
 from proxytune.config import Sampling, System, load_system
 from proxytune.decoding.decoder import Decoder
 from proxytune.errors import UserError
-from proxytune.models.loading import Models
+from proxytune.models.roles import Models
 from proxytune.options import DecodeOptions, RunOptions
 from proxytune.records import Completion, Example, Prompt
 from proxytune.runs import evaluation as run

@@ -20,7 +20,7 @@ from proxytune.decoding.decoder import Decoder
 from proxytune.engine.request import Work
 from proxytune.engine.runners.runner import ModelRunner
 from proxytune.errors import UserError
-from proxytune.models.loading import Models
+from proxytune.models.roles import Models
 from proxytune.options import DecodeOptions, RunOptions
 from proxytune.records import Completion, Run
 from proxytune.runs import alpha_sweep as run_sweep

@@ -14,7 +14,7 @@ from proxytune.decoding.decoder import Decoder
 from proxytune.decoding.prompts import noise_key
 from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.speculative.drafter import Speculation
-from proxytune.models.loading import Models
+from proxytune.models.roles import Models
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion, Example, Prompt
 from tests.support import oracle

@@ -18,7 +18,7 @@ from proxytune.engine.cuda.graphs import Graphs, StepShape
 from proxytune.engine.cuda.loop import DeviceLoop
 from proxytune.engine.request import Row
 from proxytune.engine.speculative.drafter import LOOKUP, Speculation
-from proxytune.models.loading import Loaded
+from proxytune.models.roles import Loaded
 from tests.support.decoders import use_pages
 
 Ways = int | Literal["lookup", "any"] | None

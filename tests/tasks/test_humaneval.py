@@ -250,7 +250,7 @@ def test_a_run_with_and_without_leave_to_execute(box: Sandbox, trio: System, tmp
     data = jsonl(tmp_path / "t.jsonl", [{**ADD, "task_id": f"HumanEval/{i}"} for i in range(2)])
     sampling = TASK.sampling.model_copy(update={"n": 10, "max_new_tokens": 4, "ban": ()})
     job = run.plan(trio, "humaneval", "proxy", RunOptions(data=str(data), sampling=sampling))
-    from proxytune.models.loading import Models
+    from proxytune.models.roles import Models
 
     models = Models(trio)
     blind = run_job(job, tmp_path / "blind", models, QUIET)

@@ -61,7 +61,7 @@ ONEDNN_DTYPES = _onednn_dtypes()
 
 
 class RowLinear(nn.Linear):
-    """nn.Linear for few rows at a time. Where it is `packed`, its `weight` is None."""
+    """nn.Linear for few rows at a time. Where it is `packed`, its `weight` is None until it is asked for."""
 
     packed: Tensor | None = None
     """The weights in oneDNN's layout, which only oneDNN reads."""
@@ -80,11 +80,16 @@ class RowLinear(nn.Linear):
                 self.packed = ONEDNN[1](self.weight, TYPICAL)
             self.register_parameter("weight", None)
 
-    def unpack(self) -> None:
-        """Take the weights back, for who wants to read them or to put others in their place."""
-        if self.packed is not None:
-            self.weight = nn.Parameter(self.packed.to_dense(), requires_grad=False)
-            self.packed = None
+    def show(self) -> None:
+        """Put the weights beside their layout, for who reads them in every forward (an adapter of PEFT's)."""
+        self.weight = nn.Parameter(dense(self), requires_grad=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, which will get other weights, has the plain ones: oneDNN's layout is opaque to torch."""
+        if self.packed is None:
+            return {**self.__dict__}
+        weight = nn.Parameter(dense(self), requires_grad=False)
+        return {**self.__dict__, "packed": None, "_parameters": {**self._parameters, "weight": weight}}
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -156,11 +161,16 @@ def use_row_linears(model: nn.Module) -> int:
     return taken
 
 
-def unpack_linears(model: nn.Module) -> int:
-    """Give every packed layer its weights back. -> how many bytes no longer lie in oneDNN's layout."""
-    given = 0
+def dense(layer: nn.Module) -> Tensor:
+    """The weights of a layer, in whichever layout it has them."""
+    if isinstance(layer, RowLinear) and layer.packed is not None:
+        return layer.packed.to_dense()
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight
+
+
+def show_weights(model: nn.Module) -> None:
+    """Put the weights of every packed layer beside their layout: what computes with that goes on."""
     for module in model.modules():
         if isinstance(module, RowLinear) and module.packed is not None:
-            module.unpack()
-            given += module.weight.nbytes
-    return given
+            module.show()

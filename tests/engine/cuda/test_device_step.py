@@ -25,7 +25,7 @@ from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.request import Request
 from proxytune.engine.speculative.draft_length import Ahead, StepDraftLength
 from proxytune.engine.speculative.drafter import Speculation
-from proxytune.models.loading import Models
+from proxytune.models.roles import Models
 from proxytune.records import Completion
 from tests.support import adapters, decoders, tiny
 from tests.support.adapters import on_anti

@@ -24,7 +24,7 @@ from proxytune.engine.cuda.graphs import Refused, StepShape
 from proxytune.engine.cuda.sampling import SamplingNeeds
 from proxytune.engine.speculative.draft_length import Ahead
 from proxytune.engine.speculative.drafter import Speculation
-from proxytune.models.loading import Models
+from proxytune.models.roles import Models
 from tests.support import adapters, decoders
 from tests.support.adapters import on_anti
 from tests.support.decoders import SAMPLERS, check, decoder, ragged

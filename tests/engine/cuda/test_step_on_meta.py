@@ -21,7 +21,7 @@ from proxytune.engine.cuda.sampling import SamplingNeeds
 from proxytune.engine.cuda.state import DeviceBatch
 from proxytune.engine.cuda.step import DeviceStep, StepOutput
 from proxytune.engine.speculative.draft_length import Ahead
-from proxytune.models.loading import Models
+from proxytune.models.roles import Models
 from tests.support import adapters, tiny
 from tests.support.adapters import on_anti
 from tests.support.decoders import SAMPLERS, ragged

@@ -14,8 +14,10 @@ from proxytune.decoding.decoder import Decoder
 from proxytune.engine.kernels import int4
 from proxytune.engine.kernels.int4 import GROUP, Int4Linear, in_groups
 from proxytune.errors import UserError
-from proxytune.models.loading import Models, load_config, load_module
+from proxytune.models.checkpoint import load_config
+from proxytune.models.loading import load_module
 from proxytune.models.memory import weights_needed
+from proxytune.models.roles import Models
 from tests.support import tiny
 from tests.support.decoders import GREEDY, ragged
 

@@ -20,8 +20,10 @@ from proxytune.decoding.decoder import Decoder
 from proxytune.engine.kernels.int8 import CHUNK, MOST_ROWS, Int8Linear, dequantize, quantize
 from proxytune.errors import UserError
 from proxytune.models import weight_only
-from proxytune.models.loading import Models, load_config, load_module
+from proxytune.models.checkpoint import load_config
+from proxytune.models.loading import load_module
 from proxytune.models.memory import weights_needed
+from proxytune.models.roles import Models
 from proxytune.models.weight_only import random_int8
 from tests.support import tiny
 from tests.support.decoders import GREEDY, ragged, tokens

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from proxytune.engine.kernels import linear
-from proxytune.engine.kernels.linear import RowLinear, unpack_linears, use_row_linears
+from proxytune.engine.kernels.linear import RowLinear, dense, show_weights, use_row_linears
 from tests.support import tiny
 
 NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -57,8 +57,24 @@ def test_weights_lie_in_one_layout_and_come_back(dtype: torch.dtype) -> None:
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert type(model.lm_head) is RowLinear
     assert (got - want).abs().max() < (1e-4 if dtype == torch.float32 else 0.1)
-    assert unpack_linears(model) == packed
+    show_weights(model)
     assert {n: torch.equal(p, before[n]) for n, p in model.named_parameters()} == dict.fromkeys(before, True)
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, got)  # still by the same kernels
+
+
+def test_a_copy_has_weights_of_its_own() -> None:
+    """PEFT copies a layer and then loads other weights into the copy."""
+    fast = RowLinear.over(nn.Linear(256, 512)).requires_grad_(False)
+    weight, x = fast.weight.clone(), torch.randn(1, 8, 256)
+    fast.pack()
+    with torch.inference_mode():
+        before = fast(x)
+        other = copy.deepcopy(fast)
+        other.load_state_dict({"weight": weight + 1, "bias": fast.bias})
+        assert torch.equal(fast(x), before) and torch.equal(dense(fast), weight)
+        assert (other(x) - (x.sum(-1, keepdim=True) + before)).abs().max() < 1e-3
+        assert fast.weight is None and torch.equal(dense(other), weight + 1)
 
 
 def test_small_and_exact_models_are_left_alone() -> None:

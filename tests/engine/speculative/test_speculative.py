@@ -25,7 +25,7 @@ from proxytune.engine.scheduler import Scheduler
 from proxytune.engine.speculative.draft_length import DraftLength, LatencyTable
 from proxytune.engine.speculative.drafter import LOOKUP, Speculation, same_prefix
 from proxytune.errors import UserError
-from proxytune.models.loading import Models
+from proxytune.models.roles import Models
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion
 from tests.support import tiny
