@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from proxytune.config import ModelSpec, Record
 from proxytune.engine.kv import CacheSpec
 from proxytune.errors import UserError
+from proxytune.models.adapters import first_line
 from proxytune.models.memory import skeleton_of, weights_of
 from proxytune.models.small_copy import NoCopy
 from proxytune.models.support import UNBOUNDED, Family, context_window, examine_config
@@ -72,7 +73,7 @@ def _family_of(kind: type[PreTrainedModel], config: Any) -> Family | str:
     try:
         return examine_config(kind, config)
     except NoCopy as reason:
-        return f"unknown: {reason}"
+        return first_line(reason)  # what raised it can be of several lines
     except UserError as error:
         return str(error)
 

@@ -19,7 +19,7 @@ from proxytune.decoding.decoder import Decoder
 from proxytune.errors import UserError
 from proxytune.models.checkpoint import load_config, locate, resolve
 from proxytune.models.facts import kv_per_token, model_facts
-from proxytune.models.roles import Models
+from proxytune.models.loading import Models
 from proxytune.models.support import examine
 from tests.support import gguf_files, tiny
 from tests.support.decoders import tokens
@@ -219,7 +219,7 @@ def test_facts_without_weights_are_those_of_the_loaded_model(family: str) -> Non
 def test_a_model_too_wide_for_a_copy_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxytune.models.small_copy.MOST_NUMBERS", 1000)
     facts = model_facts(ModelSpec(model="unused"), tiny.build("llama").config, None, False)
-    assert facts.path == "unknown" and "small copy would still have" in facts.reason
+    assert facts.path == "unknown" and "its small copy would still have" in facts.reason
 
 
 # GGUF
