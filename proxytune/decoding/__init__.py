@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from proxytune.lazy import door
 
 if TYPE_CHECKING:
-    from proxytune.decoding.decoder import Decoder, DecodeStats
+    from proxytune.decoding.call import DecodeStats
+    from proxytune.decoding.decoder import Decoder
 
 __all__ = ["DecodeStats", "Decoder"]
 
-__getattr__ = door(__name__, {"Decoder": "decoder", "DecodeStats": "decoder"})
+__getattr__ = door(__name__, {"Decoder": "decoder", "DecodeStats": "call"})

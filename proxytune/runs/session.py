@@ -140,7 +140,7 @@ class Session:
             progress.note(note)
         counts = {example.id: self.job.responses(example) for example in todo}
         n = len(self.job.data.examples)
-        progress.begin(n, len(done), self.scores_so_far(), lambda: decoder.stats.generated_tokens)
+        progress.begin(n, len(done), self.scores_so_far(), decoder.work)
         saved = time.monotonic()
         try:
             for example, completions in whole_examples(self._stream(decoder, todo), todo, counts):
