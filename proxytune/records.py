@@ -16,6 +16,8 @@ FinishReason = Literal["eos", "stop", "length", "nan"]
 """`nan`: the logits after the last token were no numbers, or infinite, so the response could not go on."""
 FAULTS = frozenset({"nan"})
 """Reasons that are faults: their example has no score."""
+FAULT = "fault"
+"""The column of a stored row that has the reason, where its example ended in one."""
 JsonRow = dict[str, Any]
 """An object of a JSON-lines file: an item of public data, a stored prediction."""
 SCHEMA = 1

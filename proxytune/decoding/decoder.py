@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from proxytune import cpu_load
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.decoding.call import DecodeStats, RunningStream, Scored, ScoringTexts, Tag
 from proxytune.decoding.prompts import context, form_of, noise_key
@@ -159,6 +160,8 @@ class Decoder:
         )
         if on_cpu and (reason := why_not()) is not None:
             notes.append(f"attention on the CPU goes through torch, which is slower: {reason}")
+        if all(model.device.type == "cpu" for model in self.loaded.values()):
+            notes += filter(None, [cpu_load.advice(torch.get_num_threads(), cpu_load.read())])
         return notes
 
     def contexts(self, prompt: Prompt) -> dict[str, tuple[int, ...]]:
