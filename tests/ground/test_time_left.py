@@ -6,23 +6,25 @@ import random
 
 import pytest
 
-from proxytune.time_left import Work
+from proxytune.time_left import WorkSoFar
 
 
 def test_nothing_is_estimated_from_nothing() -> None:
-    assert Work(open=((0, 20),), unread=1).seconds_left() is None
-    assert Work(scoring=True, unread=5).seconds_left() is None
-    assert Work().seconds_left() == 0.0
+    assert WorkSoFar(open=((0, 20),), unread=1).seconds_left() is None
+    assert WorkSoFar(scoring=True, unread=5).seconds_left() is None
+    assert WorkSoFar().seconds_left() == 0.0
 
 
 def test_before_the_first_end_all_responses_are_long() -> None:
-    work = Work(open=((10, 100), (30, 100)), decode_seconds=4.0)
+    work = WorkSoFar(open=((10, 100), (30, 100)), decode_seconds=4.0)
     assert work.tokens_per_second == 10 and work.seconds_left() == pytest.approx(16.0)
 
 
 def test_prompts_that_wait_are_counted() -> None:
     """Two were read in 6 seconds, and three wait."""
-    work = Work(open=((10, 10), (10, 10), *[(0, 0)] * 3), unread=3, decode_seconds=2.0, prefill_seconds=6.0)
+    work = WorkSoFar(
+        open=((10, 10), (10, 10), *[(0, 0)] * 3), unread=3, decode_seconds=2.0, prefill_seconds=6.0
+    )
     assert work.seconds_left() == pytest.approx(9.0)
 
 
@@ -45,7 +47,7 @@ def test_the_estimate_is_about_right_from_early_on(rows: int) -> None:
         running = [row for row in running if row[0] > row[1]]
         done, tokens = done + len(ended), tokens + sum(row[0] for row in ended)
         left = tuple((row[1], 400) for row in (*running, *waiting))
-        work = Work(done, tokens, left, decode_seconds=seconds)
+        work = WorkSoFar(done, tokens, left, decode_seconds=seconds)
         found = work.seconds_left()
         assert found is not None
         estimates.append((seconds, found))

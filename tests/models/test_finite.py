@@ -64,7 +64,7 @@ def test_a_damaged_adapter(tmp_path: Path) -> None:
     adapter = ExpertSpec(adapter=str(tmp_path / name), dtype="float64")
     models = Models(System(base=spec(folder), expert=adapter, antiexpert=spec(folder)))
     models.get("antiexpert")
-    with pytest.raises(UserError, match=f"{name}' has NaN .* layers\\.1\\..*lora_B"):
+    with pytest.raises(UserError, match=f"{name}' has NaN.*layers[.]1[.].*lora_B"):
         models.get("expert")
 
 
@@ -88,7 +88,5 @@ def test_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_has_no_numbers_is_not_looked_at() -> None:
     with torch.device("meta"):
-        refuse_broken_weights(nn.Linear(3, 3), "meta")
-    whole_numbers = nn.Module()
-    whole_numbers.weight = nn.Parameter(torch.ones(3, dtype=torch.uint8), requires_grad=False)
-    refuse_broken_weights(whole_numbers, "packed")
+        refuse_broken_weights(nn.Linear(3, 3).named_parameters(), "offloaded")
+    refuse_broken_weights([("packed", torch.ones(3, dtype=torch.uint8))], "quantised")

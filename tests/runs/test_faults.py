@@ -79,18 +79,15 @@ def test_log_probabilities(half: System, tmp_path: Path) -> None:
     json.dumps(rows, allow_nan=False)
 
 
-def test_the_command_line_says_it(half: System, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_says_it(half: System, tmp_path: Path) -> None:
     path = tmp_path / "half.yaml"
     path.write_text(yaml.safe_dump({"base": {"model": half.base.model, "dtype": "float64"}}))
-    code, out, err = proxytune("generate", "a z", "--system", str(path), "--as", "base", "--json")
-    assert code == 0 and json.loads(out)["responses"][0]["finish_reason"] == "nan"
-    assert "note: the logits became NaN or infinite" in err
-    items = questions(tmp_path)
-    code, out, err = proxytune(
-        "eval", "gsm", "--system", str(path), "--as", "base", "--data", items, "--out", str(tmp_path / "o"),
-        "--max-new-tokens", "6",
-    )  # fmt: skip
-    assert code == 0 and "faulty" in out and "33.3" in out
+    said = proxytune("generate", "a z", "--system", path, "--as", "base", "--json")
+    assert said.exit_code == 0 and json.loads(said.stdout)["responses"][0]["finish_reason"] == "nan"
+    assert "note: the logits became NaN or infinite" in said.stderr
+    system = ("--system", path, "--as", "base", "--max-new-tokens", "6")
+    said = proxytune("eval", "gsm", *system, "--data", questions(tmp_path), "--out", tmp_path / "o")
+    assert said.exit_code == 0 and "faulty" in said.stdout and "33.3" in said.stdout
 
 
 def test_in_python(half: System) -> None:
