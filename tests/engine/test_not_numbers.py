@@ -12,6 +12,8 @@ from torch import Tensor
 
 from proxytune.config import Sampling, System, parse_alpha
 from proxytune.decoding.decoder import Decoder
+from proxytune.engine.attention.attention import cleared
+from proxytune.engine.attention.packed import Group
 from proxytune.engine.likelihood import Continuation, likelihoods
 from proxytune.engine.logits import found_probability
 from proxytune.engine.sampling import RowPosition
@@ -149,3 +151,15 @@ def test_what_is_no_distribution() -> None:
     found = found_probability(logits, torch.tensor([0, 0, 0, 0, 0]))
     assert found.isnan().tolist() == [False, True, True, True, False]
     assert found[4] == -INF  # a token that cannot come is no fault
+
+
+def test_what_is_left_behind_a_row_is_cleared() -> None:
+    """Where looking at the result would wait for a device."""
+    lines = torch.randn(4, 2, 9, 3)
+    group = Group(1, rows=[3, 5, 6], starts=[0, 1, 2], lengths=[9, 4, 7])
+    found = cleared(lines, group)
+    for place, length in ((0, 9), (2, 4), (3, 7)):
+        assert torch.equal(found[place, :, :length], lines[place, :, :length])
+        assert not found[place, :, length:].any()
+    lines[2, :, 4:], lines[1] = NAN, INF
+    assert torch.equal(cleared(lines, group)[[0, 2, 3]], found[[0, 2, 3]])
