@@ -9,7 +9,8 @@ from proxytune.lazy import door
 if TYPE_CHECKING:
     from proxytune.decoding.call import DecodeStats
     from proxytune.decoding.decoder import Decoder
+    from proxytune.decoding.sample import sample_context
 
-__all__ = ["DecodeStats", "Decoder"]
+__all__ = ["DecodeStats", "Decoder", "sample_context"]
 
-__getattr__ = door(__name__, {"Decoder": "decoder", "DecodeStats": "call"})
+__getattr__ = door(__name__, {"Decoder": "decoder", "DecodeStats": "call", "sample_context": "sample"})
