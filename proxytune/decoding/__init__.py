@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from proxytune.lazy import door
 
 if TYPE_CHECKING:
-    from proxytune.decoding.decoder import Decoder, DecodeStats
+    from proxytune.decoding.call import DecodeStats
+    from proxytune.decoding.decoder import Decoder
     from proxytune.decoding.sample import sample_context
 
 __all__ = ["DecodeStats", "Decoder", "sample_context"]
 
-__getattr__ = door(__name__, {"Decoder": "decoder", "DecodeStats": "decoder", "sample_context": "sample"})
+__getattr__ = door(__name__, {"Decoder": "decoder", "DecodeStats": "call", "sample_context": "sample"})

@@ -24,6 +24,7 @@ from proxytune.models.adapter_files import adapter_notes, read_adapter, tokenize
 from proxytune.models.adapters import Adapters, AdapterSwitch, attach_for_good, bytes_of
 from proxytune.models.checkpoint import check_checkpoint, load_config
 from proxytune.models.facts import ModelFacts, model_facts
+from proxytune.models.finite import refuse_broken_weights
 from proxytune.models.in_force import logits_by, probe_text, require_effect, require_untouched
 from proxytune.models.loading import load_module, load_tokenizer
 from proxytune.models.memory import GIB, SMALLER, free_memory, give_back, leave_the_file
@@ -303,6 +304,7 @@ class Models:
             files = read_adapter(spec.adapter)
             module, virtual = attach_for_good(module, files, merge=spec.quantization == "none")
             notes = adapter_notes(name, spec, files, spec.model)
+        refuse_broken_weights(module.named_parameters(), str(spec.model))
         packed = use_row_linears(module)  # after the weights have got their last values
         use_row_norms(module)
         if packed or spec.quantization != "none":
@@ -357,6 +359,7 @@ class Models:
         ids = probe_text(host.module, files)
         before = host.logits(ids)
         attached = host.adapters.attach(host.module, files, name, packed=host.family.path == "packed")
+        refuse_broken_weights(host.adapters.weights(host.module, name), spec.adapter)
         virtual = attached.virtual
         _refuse_soft_prompt_on_reference(name, host.family, virtual)
         found = replace(

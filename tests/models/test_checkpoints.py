@@ -19,7 +19,7 @@ from proxytune.decoding.decoder import Decoder
 from proxytune.errors import UserError
 from proxytune.models.checkpoint import load_config, locate, resolve
 from proxytune.models.facts import kv_per_token, model_facts
-from proxytune.models.loading import Models
+from proxytune.models.roles import Models
 from proxytune.models.support import examine
 from tests.support import gguf_files, tiny
 from tests.support.decoders import tokens

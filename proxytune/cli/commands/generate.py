@@ -138,6 +138,8 @@ def _stream(speaker: Speaker, role: Role, *, json_only: bool) -> None:
     on_text = printer.hear if printer else None
     stream = decoder.stream([speaker.example], sampling, alpha=alpha, on_text=on_text)
     found = sorted(stream, key=lambda completion: completion.sample)
+    if any(completion.fault for completion in found):
+        console.say(f"note: {NOT_NUMBERS}")
     if json_only:
         console.print_json({"as": role, "responses": [_as_json(completion) for completion in found]})
     elif printer is not None:
@@ -153,6 +155,12 @@ def _one_of_each(as_: str, sampling: Sampling) -> None:
         raise UserError(f"--compare shows one response of each role: leave -n {sampling.n} out")
     if as_ not in ("proxy", "all"):
         raise UserError(f"--compare shows all roles: leave --as {as_} out")
+
+
+NOT_NUMBERS = (
+    "the logits became NaN or infinite, and the response ends there: try `dtype: float32` or bfloat16 in the "
+    "system's file (float16 overflows)"
+)
 
 
 class _Printer:
