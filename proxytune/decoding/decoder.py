@@ -15,8 +15,8 @@ import torch
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.decoding.prompts import context, form_of, noise_key
 from proxytune.decoding.response_text import ResponseText
-from proxytune.decoding.stop_strings import cut, single_tokens, stop_predicate
-from proxytune.decoding.streaming import TextStream
+from proxytune.decoding.stop_strings import StopStrings, single_tokens
+from proxytune.decoding.streaming import TextStream, final_text, stop_predicate
 from proxytune.engine import Continuation, Engine, Ensemble, Request, Result, Speculation, Term, likelihoods
 from proxytune.engine.kernels import why_not
 from proxytune.engine.kv import CacheSpec, KVCache, PagedCache, SlotCache
@@ -250,13 +250,14 @@ class Decoder:
         """As `stream`, for every example under all of its alphas at once, which share the prompt's KV.
 
         `on_text` does not say which alpha a text is of."""
-        streams: dict[tuple[str, int], TextStream] = {}
+        stops = StopStrings(self.text_of, sampling.stop)
+        streams: dict[tuple[AlphaSchedule, str, int], TextStream] = {}
 
         def hear(request: Request, token: int) -> None:
             assert isinstance(request.tag, Tag) and on_text is not None
             if token in request.eos:
                 return
-            stream = streams.setdefault(request.tag.where, TextStream(self.text_of, sampling.stop))
+            stream = streams.setdefault((request.tag.alpha, *request.tag.where), TextStream(stops))
             on_text(*request.tag.where, stream.push(token))
 
         engine = Engine(
@@ -267,7 +268,7 @@ class Decoder:
             on_token=hear if on_text is not None else None,
             speculation=self.speculation,
         )
-        for request in self._requests(asked, sampling, task, forced):
+        for request in self._requests(asked, sampling, stops, task, forced):
             engine.submit(request)
         before, seconds = self.stats, 0.0
         while engine.busy:
@@ -276,12 +277,11 @@ class Decoder:
             seconds += time.perf_counter() - began
             self.stats = before.after(engine, seconds)
             for result in results:
-                completion = self._completion(result, sampling)
-                where = (completion.example_id, completion.sample)
-                if on_text is not None and where in streams:
-                    on_text(*where, streams.pop(where).finish())
-                assert isinstance(result.request.tag, Tag)
-                yield result.request.tag.alpha, completion
+                completion, tag = self._completion(result, stops), result.request.tag
+                assert isinstance(tag, Tag)
+                if on_text is not None and (tag.alpha, *tag.where) in streams:
+                    on_text(*tag.where, streams.pop((tag.alpha, *tag.where)).finish())
+                yield tag.alpha, completion
 
     def likelihoods(
         self,
@@ -344,13 +344,13 @@ class Decoder:
         self,
         asked: Sequence[tuple[Example, Sequence[AlphaSchedule]]],
         sampling: Sampling,
+        stops: StopStrings,
         task: str,
         forced: str | None,
     ) -> Iterator[Request]:
         eos = self._eos()
         banned = single_tokens(self.tokenizer, sampling.ban, self._size)
         first = single_tokens(self.tokenizer, sampling.ban_first, self._size)
-        stop = stop_predicate(self.text_of, sampling.stop)
         opener = tuple(self.tokenizer.encode(forced, add_special_tokens=False)) if forced else ()
         for example, alphas in asked:
             contexts = self.contexts(example.prompt)
@@ -365,7 +365,7 @@ class Decoder:
                     banned=banned,
                     banned_first=first,
                     forced=opener,
-                    stop=stop,
+                    stop=stop_predicate(stops),
                     tag=Tag(example, sample, alpha),
                 )
 
@@ -378,7 +378,7 @@ class Decoder:
             ids |= {mine for eos in own_eos(self.loaded[term.expert]) for mine in alignment.spelt_by(eos)}
         return frozenset(token for token in ids if token < self._size)  # padding is never generated
 
-    def _completion(self, result: Result, sampling: Sampling) -> Completion:
+    def _completion(self, result: Result, stops: StopStrings) -> Completion:
         tag = result.request.tag
         assert isinstance(tag, Tag)
         reason: FinishReason = result.finish_reason  # type: ignore[assignment]
@@ -386,7 +386,7 @@ class Decoder:
         return Completion(
             example_id=tag.example.id,
             sample=tag.sample,
-            text=cut(self.text_of(body), sampling.stop),
+            text=final_text(stops, body),
             token_ids=result.tokens,
             finish_reason=reason,
             logprob=result.logprob,
