@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
 from proxytune.config import RunSpec
 
-FinishReason = Literal["eos", "stop", "length"]
+FinishReason = Literal["eos", "stop", "length", "template"]
+"""`template`: a chat template has no text for this example, which was not asked."""
 JsonRow = dict[str, Any]
 """An object of a JSON-lines file: an item of public data, a stored prediction."""
 SCHEMA = 1
@@ -79,6 +80,8 @@ class Completion:
     """Sum of the log-probabilities (natural) of the tokens under the combined distribution, before bans and
     warping."""
     trace: tuple[TracedToken, ...] = ()
+    remark: str | None = None
+    """Why it is not what was asked for: a window that was full first, or what failed."""
 
 
 class Metric(BaseModel):
@@ -196,6 +199,8 @@ class Run(BaseModel):
     judge: str | None = None
     """Who judged the responses: a model, or several."""
     cost: Cost = Cost()
+    notes: tuple[str, ...] = ()
+    """What a reader of the figures should know: how prompts were changed, which responses failed."""
     started: str
     finished: str | None = None
     made: Provenance

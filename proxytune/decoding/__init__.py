@@ -8,7 +8,20 @@ from proxytune.lazy import door
 
 if TYPE_CHECKING:
     from proxytune.decoding.decoder import Decoder, DecodeStats
+    from proxytune.decoding.prompts import templated
+    from proxytune.decoding.remarks import notes_on, stored_response
+    from proxytune.decoding.templates import TemplateFault
 
-__all__ = ["DecodeStats", "Decoder"]
+__all__ = ["DecodeStats", "Decoder", "TemplateFault", "notes_on", "stored_response", "templated"]
 
-__getattr__ = door(__name__, {"Decoder": "decoder", "DecodeStats": "decoder"})
+__getattr__ = door(
+    __name__,
+    {
+        "DecodeStats": "decoder",
+        "Decoder": "decoder",
+        "TemplateFault": "templates",
+        "notes_on": "remarks",
+        "stored_response": "remarks",
+        "templated": "prompts",
+    },
+)

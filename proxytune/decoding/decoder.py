@@ -13,18 +13,20 @@ from itertools import product
 import torch
 
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
+from proxytune.decoding.completions import ResultReader, failed
 from proxytune.decoding.prompts import context, form_of, noise_key
 from proxytune.decoding.response_text import ResponseText
 from proxytune.decoding.stop_strings import StopStrings, single_tokens
-from proxytune.decoding.streaming import TextStream, final_text, stop_predicate
-from proxytune.engine import Continuation, Engine, Ensemble, Request, Result, Speculation, Term, likelihoods
+from proxytune.decoding.streaming import TextStream, stop_predicate
+from proxytune.decoding.templates import TemplateFault
+from proxytune.engine import Continuation, Engine, Ensemble, Request, Speculation, Term, likelihoods
 from proxytune.engine.kernels import why_not
 from proxytune.engine.kv import CacheSpec, KVCache, PagedCache, SlotCache
 from proxytune.engine.runners import ModelRunner, ReferenceRunner, Runner
 from proxytune.errors import UserError
 from proxytune.models import Loaded, Models, free_memory
 from proxytune.options import DecodeOptions
-from proxytune.records import Completion, Example, FinishReason, Prompt, RoleMemory, TracedToken
+from proxytune.records import Completion, Example, Prompt, RoleMemory
 
 MAX_ROWS = 128
 """Rows decoded together unless set otherwise: past that, matrix products are compute-bound everywhere we
@@ -122,6 +124,8 @@ class Decoder:
         self.text_of = ResponseText(head.tokenizer)
         self.max_batch = how.batch or MAX_ROWS
         self.stats = DecodeStats()
+        self.remarks: list[str] = []
+        """What was done to prompts that a reader of the responses should know; it comes as they are read."""
         self._size = head.size
         pool = self._pool_tokens(how.kv_memory)
         runners = {name: self._runner(model, pool) for name, model in self.loaded.items()}
@@ -202,17 +206,28 @@ class Decoder:
             notes.append(f"attention on the CPU goes through torch, which is slower: {reason}")
         return notes
 
-    def contexts(self, prompt: Prompt) -> dict[str, tuple[int, ...]]:
+    def contexts(self, prompt: Prompt, of: str = "") -> dict[str, tuple[int, ...]]:
         """Ids that every model sees before the response; experts that only watch see what they see in the
-        proxy."""
-        role: Role = "proxy" if self.agreement else self.role
+        proxy. TemplateFault, which names the model and what the prompt is `of`, where a chat template
+        fails."""
         return {
-            name: (
-                *model.virtual_ids,
-                *context(model.spec, model.tokenizer, form_of(name, role), prompt),
-            )
+            name: (*model.virtual_ids, *self._context(model, prompt, of))
             for name, model in self.loaded.items()
         }
+
+    def _context(self, model: Loaded, prompt: Prompt, of: str) -> tuple[int, ...]:
+        role: Role = "proxy" if self.agreement else self.role
+        template = f"the chat template of the {model.name}"
+
+        def say(what: str) -> None:
+            if f"{template} {what}" not in self.remarks:
+                self.remarks.append(f"{template} {what}")
+
+        try:
+            return context(model.spec, model.tokenizer, form_of(model.name, role), prompt, say)
+        except TemplateFault as fault:
+            message = f"{template} fails{of and f' on {of}'}: {fault}"
+            raise TemplateFault(message, of_these_texts=fault.of_these_texts) from None
 
     def stream(
         self,
@@ -251,7 +266,11 @@ class Decoder:
 
         `on_text` does not say which alpha a text is of."""
         stops = StopStrings(self.text_of, sampling.stop)
+        windows = {name: runner.window for name, runner in self.ensemble.runners.items()}
+        alone = self.role != "proxy" and not self.agreement
+        reader = ResultReader(stops, windows, alone)
         streams: dict[tuple[AlphaSchedule, str, int], TextStream] = {}
+        unasked: list[tuple[AlphaSchedule, Completion]] = []
 
         def hear(request: Request, token: int) -> None:
             assert isinstance(request.tag, Tag) and on_text is not None
@@ -268,8 +287,9 @@ class Decoder:
             on_token=hear if on_text is not None else None,
             speculation=self.speculation,
         )
-        for request in self._requests(asked, sampling, stops, task, forced):
+        for request in self._requests(asked, sampling, stops, task, forced, unasked):
             engine.submit(request)
+        yield from unasked
         before, seconds = self.stats, 0.0
         while engine.busy:
             began = time.perf_counter()
@@ -277,8 +297,9 @@ class Decoder:
             seconds += time.perf_counter() - began
             self.stats = before.after(engine, seconds)
             for result in results:
-                completion, tag = self._completion(result, stops), result.request.tag
+                tag = result.request.tag
                 assert isinstance(tag, Tag)
+                completion = reader.completion(result, *tag.where)
                 if on_text is not None and (tag.alpha, *tag.where) in streams:
                     on_text(*tag.where, streams.pop((tag.alpha, *tag.where)).finish())
                 yield tag.alpha, completion
@@ -289,12 +310,13 @@ class Decoder:
         texts: Callable[[Example], Sequence[str]],
         *,
         alpha: AlphaSchedule | None = None,
+        task: str = "",
     ) -> Iterator[Completion]:
         """The log-probability of each of an example's texts after its prompt, as numbered completions.
 
         A text is tokenised as a continuation; nothing follows it (no end-of-sequence)."""
         strength = self.models.system.alpha if alpha is None else alpha
-        for _, completion in self.likelihood_sweep(examples, texts, [strength]):
+        for _, completion in self.likelihood_sweep(examples, texts, [strength], task):
             yield completion
 
     def likelihood_sweep(
@@ -302,12 +324,14 @@ class Decoder:
         examples: Sequence[Example],
         texts: Callable[[Example], Sequence[str]],
         alphas: Sequence[AlphaSchedule],
+        task: str = "",
     ) -> Iterator[tuple[AlphaSchedule, Completion]]:
-        """As `likelihoods`, under all alphas from one pass of forwards."""
+        """As `likelihoods`, under all alphas from one pass of forwards. An example without a context has no
+        log-probability: then nothing is computed."""
         items = [
             Continuation(contexts, self._continued(text), Scored(example, number, text))
             for example in examples
-            for contexts in [self.contexts(example.prompt)]
+            for contexts in [self.contexts(example.prompt, f"example {example.id} of {task}")]
             for number, text in enumerate(texts(example))
         ]
         before, began = self.stats.seconds, time.perf_counter()
@@ -347,14 +371,24 @@ class Decoder:
         stops: StopStrings,
         task: str,
         forced: str | None,
+        unasked: list[tuple[AlphaSchedule, Completion]],
     ) -> Iterator[Request]:
+        """What is to be decoded. `unasked` gets the responses to examples for which a chat template has no
+        text."""
         eos = self._eos()
         banned = single_tokens(self.tokenizer, sampling.ban, self._size)
         first = single_tokens(self.tokenizer, sampling.ban_first, self._size)
         opener = tuple(self.tokenizer.encode(forced, add_special_tokens=False)) if forced else ()
         for example, alphas in asked:
-            contexts = self.contexts(example.prompt)
-            for alpha, sample in product(alphas, range(sampling.n)):
+            responses = list(product(alphas, range(sampling.n)))
+            try:
+                contexts = self.contexts(example.prompt, task)
+            except TemplateFault as fault:
+                if not fault.of_these_texts:
+                    raise
+                unasked += [(alpha, failed(example.id, sample, str(fault))) for alpha, sample in responses]
+                continue
+            for alpha, sample in responses:
                 yield Request(
                     contexts=contexts,
                     key=noise_key(sampling.seed, task, example.id, sample),
@@ -377,45 +411,6 @@ class Decoder:
             alignment = self.ensemble.runners[term.expert].alignment
             ids |= {mine for eos in own_eos(self.loaded[term.expert]) for mine in alignment.spelt_by(eos)}
         return frozenset(token for token in ids if token < self._size)  # padding is never generated
-
-    def _completion(self, result: Result, stops: StopStrings) -> Completion:
-        tag = result.request.tag
-        assert isinstance(tag, Tag)
-        reason: FinishReason = result.finish_reason  # type: ignore[assignment]
-        body = result.tokens[:-1] if reason == "eos" else result.tokens
-        return Completion(
-            example_id=tag.example.id,
-            sample=tag.sample,
-            text=final_text(stops, body),
-            token_ids=result.tokens,
-            finish_reason=reason,
-            logprob=result.logprob,
-            trace=self._traced(result),
-        )
-
-    def _traced(self, result: Result) -> tuple[TracedToken, ...]:
-        def shown(token: int) -> str:
-            text = self.text_of([token])
-            if text and "\ufffd" not in text:  # else a part of a letter, as others are
-                return text
-            return str(self.tokenizer.convert_ids_to_tokens(token))
-
-        single = self.role != "proxy" and not self.agreement  # then the combination is the model itself
-        return tuple(
-            TracedToken(
-                text=shown(item.token),
-                id=item.token,
-                probability={
-                    name: p for name, p in item.probability.items() if not (single and name == "proxy")
-                },
-                top={
-                    name: shown(token) for name, token in item.top.items() if not (single and name == "proxy")
-                },
-                alpha=item.alpha,
-                divergence=dict(item.divergence),
-            )
-            for item in result.trace
-        )
 
 
 def own_eos(model: Loaded) -> set[int]:

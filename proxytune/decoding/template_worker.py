@@ -1,7 +1,7 @@
 """Renders chat templates, in a process of its own: a template is a program that comes with a checkpoint.
 
-templates.py starts this file. Every line of stdin is a question, every line of stdout its answer, JSON both. A
-template that does not end is ended by the kernel, whatever it is doing; one that wants too much memory gets
+templates.py starts this file. Every line of stdin is a question, every line of stdout its answer, JSON both.
+A template that does not end is ended by the kernel, whatever it is doing; one that wants too much memory gets
 none. The process imports no torch, and ends with its stdin.
 """
 

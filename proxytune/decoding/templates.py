@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from proxytune.errors import UserError
 from proxytune.models import Tokenizer
 
-Messages = Sequence[dict[str, str]]
+Message = dict[str, str]
+"""`role` and `content`."""
 
 SECONDS = 5
 """CPU time in which a template must be rendered. Usual ones take a thousandth of a second."""
@@ -36,13 +37,14 @@ CHARACTERS = 1 << 23
 class TemplateFault(UserError):
     """A chat template that gives no text for some messages, and why."""
 
-    def __init__(self, reason: str, *, refused: bool = False) -> None:
-        """`refused`: the template raised this itself (`raise_exception`)."""
+    def __init__(self, reason: str, *, refused: bool = False, of_these_texts: bool = False) -> None:
+        """`refused`: the template raised this itself (`raise_exception`). `of_these_texts`: it has a text for
+        other messages of the same roles."""
         super().__init__(reason)
-        self.refused = refused
+        self.refused, self.of_these_texts = refused, of_these_texts
 
 
-def render(tokenizer: Tokenizer, messages: Messages) -> str:
+def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
     """The messages in the chat template of a tokenizer, up to where the assistant speaks. TemplateFault, with
     the reason in one line, where there is no such text."""
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
@@ -67,7 +69,7 @@ def render(tokenizer: Tokenizer, messages: Messages) -> str:
     return text
 
 
-def _rendered_by_its_own_code(tokenizer: Tokenizer, messages: Messages) -> str:
+def _rendered_by_its_own_code(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
     """For tokenizers that are no user of Jinja: theirs is code that was trusted when it was loaded."""
     try:
         text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from functools import cache
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from proxytune.decoding.response_text import ResponseText, decode
 from proxytune.decoding.stop_strings import StopStrings, cut, single_tokens
-from proxytune.decoding.streaming import TextStream, final_text, stop_predicate
+from proxytune.decoding.streaming import TextStream, stop_predicate
 from proxytune.errors import UserError
 from tests.support import tiny
 

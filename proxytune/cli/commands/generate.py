@@ -145,6 +145,15 @@ def _stream(speaker: Speaker, role: Role, *, json_only: bool) -> None:
     else:
         for completion in found:
             print(f"--- {completion.sample + 1}\n{completion.text}")
+    _say_notes(decoder, found)
+
+
+def _say_notes(decoder: Decoder, found: Sequence[Completion]) -> None:
+    """What a reader of the responses should know, on stderr."""
+    from proxytune.decoding import notes_on, stored_response
+
+    for note in (*decoder.remarks, *notes_on([stored_response(completion) for completion in found])):
+        console.say(f"note: {note}")
 
 
 def _one_of_each(as_: str, sampling: Sampling) -> None:
@@ -188,9 +197,9 @@ def _compare(speaker: Speaker, *, json_only: bool) -> None:
             models.release(keep=[role])
         alpha = speaker.alpha_of(role, speaker.alpha if role == "proxy" else None)
         trace: TraceKind = "tokens" if role == "proxy" else "off"
-        [found[role]] = speaker.decoder(role).stream(
-            [speaker.example], speaker.sampling, alpha=alpha, trace=trace
-        )
+        decoder = speaker.decoder(role)
+        [found[role]] = decoder.stream([speaker.example], speaker.sampling, alpha=alpha, trace=trace)
+        _say_notes(decoder, [found[role]])
     tokens = response_tokens(found["proxy"])
     changed = [place for place, token in enumerate(tokens) if is_changed(token)]
     if json_only:
