@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,11 +13,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from proxytune.decoding.response_text import ResponseText, decode
+from proxytune.decoding.response_text import BROKEN, ResponseText, decode
 from proxytune.decoding.stop_strings import StopStrings, cut, single_tokens
-from proxytune.decoding.streaming import TextStream, stop_predicate
+from proxytune.decoding.streaming import TextStream, final_text, stop_predicate
 from proxytune.errors import UserError
 from tests.support import tiny
+from tests.support.tiers import examples
 
 BYTES = tiny.tokenizer()
 TEXT = ResponseText(BYTES)
@@ -59,6 +63,181 @@ def metaspace() -> PreTrainedTokenizerFast:
         ]
     )
     return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+
+
+def gemma_like() -> PreTrainedTokenizerFast:
+    """Bytes are a fallback, and a leading space is kept."""
+    words = ["a", "▁", "▁▁", "\n", "é", *(f"<0x{b:02X}>" for b in range(256))]
+    raw = Tokenizer(
+        models.BPE({w: i for i, w in enumerate(["<unk>", *words])}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+
+
+def word_pieces() -> PreTrainedTokenizerFast:
+    """BERT-like: spaces between tokens come from the decoder, which also takes some away."""
+    words = ["[UNK]", "a", "##b", "##é", ".", ",", "n't", "do", "中"]
+    raw = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    raw.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]")
+
+
+def word_ends() -> PreTrainedTokenizerFast:
+    """GPT-1-like: a token that ends a word shows its space once another follows."""
+    words = ["a", "b", "a</w>", "b</w>", "é", "é</w>"]
+    raw = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], end_of_word_suffix="</w>"))
+    raw.decoder = decoders.BPEDecoder("</w>")
+    return PreTrainedTokenizerFast(tokenizer_object=raw)
+
+
+def unigrams() -> PreTrainedTokenizerFast:
+    """T5-like."""
+    words = [("<unk>", 0.0), ("▁", -1.0), ("a", -1.0), ("▁a", -1.0), ("▁é", -2.0), ("中", -2.0)]
+    raw = Tokenizer(models.Unigram(words, unk_id=0))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=raw)
+
+
+FAMILIES = {
+    "bytes": tiny.tokenizer,
+    "merged bytes": lambda: merging(["\n\n", "Que", "é中", "中文"]),
+    "metaspace": metaspace,
+    "gemma": gemma_like,
+    "word pieces": word_pieces,
+    "word ends": word_ends,
+    "unigrams": unigrams,
+}
+END, OTHER = "<|im_end|>", "<|x|>"
+
+
+@cache
+def text_of(family: str) -> ResponseText:
+    """A family's text, with two special tokens more."""
+    words = FAMILIES[family]()
+    words.add_special_tokens({"additional_special_tokens": [END, OTHER]})
+    return ResponseText(words)
+
+
+@cache
+def pieces_of_letters(family: str) -> list[int]:
+    """Tokens that are a part of a letter."""
+    text = text_of(family)
+    return [i for i in range(len(text.tokenizer)) if BROKEN in text([i])]
+
+
+STOPS: list[tuple[str, ...]] = [
+    (),
+    ("a",),
+    ("\n", "é"),
+    (END,),
+    (f"{END}\n", "ab"),
+    (f"a{END}",),
+    (f"{OTHER} a", "中"),
+]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=examples(60, 600), deadline=None)
+@given(seed=st.integers(0, 2**32), length=st.sampled_from([1, 5, 17, 40, 90]), stops=st.sampled_from(STOPS))
+def test_any_tokens_are_streamed_as_their_text(
+    family: str, seed: int, length: int, stops: tuple[str, ...]
+) -> None:
+    """In every family of tokenizers: no piece is taken back, and stops are seen at the right token."""
+    text, draw = text_of(family), random.Random(seed)
+    broken, share = pieces_of_letters(family), draw.choice([0.0, 0.9])
+    ids = [
+        draw.choice(broken) if broken and draw.random() < share else draw.randrange(len(text.tokenizer))
+        for _ in range(length)
+    ]
+    watched = StopStrings(text, stops)
+    stream, ended, shown, fed = TextStream(watched), stop_predicate(watched), "", list[int]()
+    for token in ids:
+        fed.append(token)
+        shown += stream.push(token)
+        if ended is not None and ended(fed):
+            break
+    assert shown + stream.finish() == final_text(watched, fed)
+    if not watched.marks:
+        assert final_text(watched, fed) == cut(text(fed), stops)
+        want = next((n for n in range(1, length + 1) if any(s in text(ids[:n]) for s in stops)), length)
+        assert len(fed) == want
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_text_is_the_decoders(family: str) -> None:
+    """Of all that is whole letters."""
+    text, draw = text_of(family), random.Random(1)
+    words, anchor = text.tokenizer, text.tokenizer.encode("a", add_special_tokens=False)
+    whole = [i for i in range(len(words)) if i not in pieces_of_letters(family)]
+    letters = [words.encode(letter, add_special_tokens=False) for letter in "aé中"]
+    for _ in range(200):
+        parts = [draw.choice(letters) if draw.random() < 0.5 else [draw.choice(whole)] for _ in range(12)]
+        ids = [index for part in parts for index in part]
+        assert text(ids) == decode(words, [*anchor, *ids]).removeprefix(decode(words, anchor))
+
+
+def test_bytes_that_are_no_letter_cost_no_other() -> None:
+    """A decoder with byte fallback alone gives U+FFFD for every byte beside them."""
+    for family in ("metaspace", "gemma"):
+        text = text_of(family)
+        ids = text.tokenizer.convert_tokens_to_ids([f"<0x{b:02X}>" for b in "กขc".encode()])
+        assert text(ids) == "กขc" and text(ids[:5]) == "ก\ufffd" and text(ids[1:]) == "\ufffd\ufffdขc"
+        stream = TextStream(StopStrings(text, ()))
+        assert [stream.push(index) for index in ids] == ["", "", "ก", "", "", "ข", "c"]
+
+
+MIXED = [
+    (["yes", END, "\n", "no"], [f"{END}\n"], 3, "yes"),
+    (["yes", "\n", END, "no"], [f"\n{END}"], 3, "yes"),
+    (["yes", END, "x", "\n", END, "\n", "no"], [f"{END}\n"], 6, "yesx\n"),
+    (["yes", OTHER, END, OTHER, "\n", "no"], [f"{END}\n"], 5, "yes"),  # one that no stop string names
+    (["yes", END, OTHER, "no"], [f"{END}{OTHER}", OTHER], 3, "yes"),
+    (["a", END, "b", "no"], ["ab", f"{END}x"], 3, ""),
+    (["yes", END, " Question", ":", "no"], [f"{END} Question:"], 4, "yes"),
+    (["yes", *"<|im_end|>", "no"], [END], 11, "yes"),  # spelt out
+    (["yes", END, "\n"], [f"\n{END}", f"{OTHER}\n"], None, "yes\n"),
+]
+
+
+@pytest.mark.parametrize("parts, stops, count, said", MIXED)
+@pytest.mark.parametrize("spelt", ["words", "letters"])
+def test_stops_of_special_tokens_and_text(
+    spelt: str, parts: list[str], stops: list[str], count: int | None, said: str
+) -> None:
+    words = merging(["yes", "no", " Question"]) if spelt == "words" else tiny.tokenizer()
+    words.add_special_tokens({"additional_special_tokens": [END, OTHER]})
+    spellings = [words.encode(part, add_special_tokens=False) for part in parts]
+    if spelt == "words":
+        named = {decode(words, [i]): i for i in range(len(words) - 2)}
+        spellings = [
+            [named[part]] if part in named else ids for part, ids in zip(parts, spellings, strict=True)
+        ]
+        assert all(len(ids) == 1 for ids in spellings)
+    ids = [index for part in spellings for index in part]
+    want = None if count is None else sum(map(len, spellings[:count]))
+    assert first_end(words, ids, stops) == want
+    assert final_text(StopStrings(ResponseText(words), stops), ids[:want]) == said
+
+
+def test_the_cost_of_a_token_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens are decoded with each, also where no letter ever ends."""
+    longest = 0
+
+    def counted(words: Any, ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return decode(words, ids)
+
+    text = ResponseText(BYTES)
+    monkeypatch.setattr("proxytune.decoding.response_text.decode", counted)
+    for token in (BYTES.get_vocab()["a"], pieces_of_letters("bytes")[-1]):
+        ended = stop_predicate(StopStrings(text, ["x" * 30]))
+        assert ended is not None
+        for n in range(1, 400):
+            assert not ended([token] * n)
+    assert 8 <= longest <= 20
 
 
 def test_a_response_keeps_its_leading_space() -> None:
