@@ -79,9 +79,9 @@ def _rendered_by_its_own_code(tokenizer: Tokenizer, messages: Sequence[Message])
 
 
 def _line(text: str) -> str:
-    """The first line of a message, not too long."""
+    """The first line of a message, not too long; what cannot be printed or stored is spelt out."""
     lines = text.strip().splitlines() or ["no reason given"]
-    return lines[0][:300]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in lines[0][:300])
 
 
 class _Worker:

@@ -92,7 +92,9 @@ def test_an_interrupted_question_does_not_answer_the_next(monkeypatch: pytest.Mo
 BROKEN = {
     "{% if %}": "TemplateSyntaxError: Expected an expression",
     "{{ messages[0].a.b }}": "UndefinedError: 'dict object' has no attribute 'a'",
-    "{{ raise_exception('Only\nwith tools') }}": "^Only$",
+    "{{ raise_exception('Only\nwith tools') }}": r"^Only$",
+    "{{ raise_exception('red \x1b[31m \\ud800 é') }}": r"^red \\x1b\[31m \\ud800 é$",
+    "{{ raise_exception('') }}": r"^no reason given$",
     "{{ messages.__class__.__mro__ }}": "SecurityError",
 }
 
