@@ -14,11 +14,14 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 from rich.text import Text
 
+from proxytune.time_left import Work
+
 LOG_SECONDS = 10.0
 
 
 class Progress:
-    """Examples done, tokens per second, time left and the running score of one run; a context manager."""
+    """Examples done, tokens per second (of decoding alone) or seconds per item, time left and the running
+    score of one run; a context manager."""
 
     def __init__(self, title: str, score: str, shown: bool = True) -> None:
         self.title = title
@@ -26,7 +29,8 @@ class Progress:
         self.shown = shown
         self.total = self.done = self.here = 0
         self.scores: list[float] = []
-        self.tokens: Callable[[], int] = int
+        self.work: Callable[[], Work] = Work
+        self._left: float | None = None
         self.began = time.monotonic()
         self._bar: Bar | None = None
         self._ended = threading.Event()
@@ -37,12 +41,12 @@ class Progress:
         if self.shown:
             self._line(f"note: {text}")
 
-    def begin(self, total: int, done: int, scores: Sequence[float], tokens: Callable[[], int]) -> None:
+    def begin(self, total: int, done: int, scores: Sequence[float], work: Callable[[], Work]) -> None:
         """Start the clock for `total` examples, of which `done` with these scores are from before.
 
-        `tokens` gives how many were generated so far in this session.
+        `work` gives what is known of the sequences of this session.
         """
-        self.total, self.done, self.scores, self.tokens = total, done, list(scores), tokens
+        self.total, self.done, self.scores, self.work = total, done, list(scores), work
         self.began = time.monotonic()
         console = Console(stderr=True)
         if self.shown and console.is_terminal:
@@ -70,13 +74,23 @@ class Progress:
 
     def line(self, *, ended: bool = False) -> str:
         """The state in one line."""
-        seconds = max(time.monotonic() - self.began, 1e-9)
-        parts = [f"{self.done}/{self.total}", f"{self.tokens() / seconds:.0f} tokens/s"]
-        if self.here and not ended:
-            parts.append(f"{clock(seconds / self.here * (self.total - self.done))} left")
+        parts, work = [f"{self.done}/{self.total}"], self.work()
+        if work.scoring and self.here:
+            parts.append(f"{work.prefill_seconds / self.here:.2f} s/item")
+        if work.tokens_per_second is not None:
+            parts.append(f"{work.tokens_per_second:.0f} tokens/s")
+        if not ended and (left := self._seconds_left(work)) is not None:
+            parts.append(f"{clock(left)} left")
         if self.scores:
             parts.append(f"{self.score} {sum(self.scores) / len(self.scores):.3f}")
-        return ", ".join([*parts, clock(seconds)] if ended else parts)
+        return ", ".join([*parts, clock(time.monotonic() - self.began)] if ended else parts)
+
+    def _seconds_left(self, work: Work) -> float | None:
+        """The estimate, or an earlier one that was lower: what is shown never grows."""
+        found = work.seconds_left()
+        if found is not None:
+            self._left = found if self._left is None else min(self._left, found)
+        return self._left
 
     def _line(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)

@@ -12,8 +12,13 @@ from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
 from proxytune.config import RunSpec
 
-FinishReason = Literal["eos", "stop", "length", "template"]
-"""`template`: a chat template has no text for this example, which was not asked."""
+FinishReason = Literal["eos", "stop", "length", "nan", "template"]
+"""`nan`: the logits after the last token were no numbers, or infinite, so the response could not go on.
+`template`: a chat template has no text for the example, which was not asked."""
+FAULTS = frozenset({"nan", "template"})
+"""Reasons that are faults: their example has no score."""
+FAULT = "fault"
+"""The column of a stored row that has the reason, where its example ended in one."""
 JsonRow = dict[str, Any]
 """An object of a JSON-lines file: an item of public data, a stored prediction."""
 SCHEMA = 1
@@ -83,6 +88,11 @@ class Completion:
     remark: str | None = None
     """Why it is not what was asked for: a window that was full first, or what failed."""
 
+    @property
+    def fault(self) -> str | None:
+        """Why the response, or its log-probability, is none; None where it is one."""
+        return self.finish_reason if self.finish_reason in FAULTS else None
+
 
 class Metric(BaseModel):
     """A figure with its 95% bootstrap interval over examples."""
@@ -135,7 +145,9 @@ class Cost(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seconds: float = 0.0
-    """Decoding time over all sessions of the run, without loading."""
+    """Prefill and decoding over all sessions of the run, without loading."""
+    prefill_seconds: float = 0.0
+    """The part of them that went to prompts. Runs of versions before 0.2.0 have 0 here."""
     prompt_tokens: int = 0
     generated_tokens: int = 0
     memory: dict[str, RoleMemory] = {}
@@ -160,9 +172,14 @@ class Cost(BaseModel):
         return {name: value for name, value in content.items() if name not in _QUOTIENTS}
 
     @property
+    def decode_seconds(self) -> float:
+        """Decoding alone."""
+        return max(self.seconds - self.prefill_seconds, 0.0)
+
+    @property
     def tokens_per_second(self) -> float | None:
-        """Generated tokens per second, or None before anything was generated."""
-        return self.generated_tokens / self.seconds if self.seconds else None
+        """Generated tokens per second of decoding, or None before anything was generated."""
+        return self.generated_tokens / self.decode_seconds if self.decode_seconds else None
 
     @computed_field  # type: ignore[prop-decorator]
     @property

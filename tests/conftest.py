@@ -14,6 +14,7 @@ import torch
 if not torch.cuda.is_available():  # before anything imports triton: its kernels run on CPU tensors then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from proxytune import cpu_load
 from proxytune.config import System, load_system
 from proxytune.errors import UserError
 from proxytune.sandbox.sandbox import Sandbox
@@ -30,6 +31,13 @@ def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Tests are of the CPU, on a machine with a GPU too, unless they are marked."""
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def _on_an_idle_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else runs beside the tests is not noted in what commands print."""
+    idle = cpu_load.CpuLoad(cores=1024, waiting=0.0, runnable=0.0, machine_cores=1024)
+    monkeypatch.setattr(cpu_load, "read", lambda: idle)
 
 
 @pytest.fixture(scope="session")

@@ -66,10 +66,15 @@ def print_run(run: Run, folder: Path, *, json_only: bool) -> None:
     print(f"{run.spec.system.name} as {run.spec.role} on {run.spec.task}: {run.n} examples{remark}")
     for name, metric in sorted(run.metrics.items(), key=lambda pair: pair[0] != run.headline):
         print(f"  {name:22} {tables.percent(metric)}")
+    cost, memory = run.cost, tables.size(row.memory)
     if row.ms_per_token is not None:
-        tokens, seconds = run.cost.generated_tokens, run.cost.seconds
-        memory = tables.size(row.memory)
-        print(f"  {tokens} tokens in {seconds:.1f} s ({row.ms_per_token:.2f} ms each), memory {memory}")
+        prefill = f", prompts {cost.prefill_seconds:.1f} s" if cost.prefill_seconds else ""
+        print(
+            f"  {cost.generated_tokens} tokens in {cost.decode_seconds:.1f} s ({row.ms_per_token:.2f} ms "
+            f"each){prefill}, memory {memory}"
+        )
+    if row.ms_per_item is not None:
+        print(f"  {run.n} items in {cost.seconds:.1f} s ({row.ms_per_item:.1f} ms each), memory {memory}")
     if run.cost.acceptance is not None and run.cost.tokens_per_step is not None:
         print(
             f"  speculation: {run.cost.acceptance:.0%} of drafts accepted, "

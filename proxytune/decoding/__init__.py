@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from proxytune.lazy import door
 
 if TYPE_CHECKING:
-    from proxytune.decoding.decoder import Decoder, DecodeStats
+    from proxytune.decoding.call import DecodeStats
+    from proxytune.decoding.decoder import Decoder
     from proxytune.decoding.prompts import templated
     from proxytune.decoding.remarks import notes_on, stored_response
     from proxytune.decoding.templates import TemplateFault
@@ -17,7 +18,7 @@ __all__ = ["DecodeStats", "Decoder", "TemplateFault", "notes_on", "stored_respon
 __getattr__ = door(
     __name__,
     {
-        "DecodeStats": "decoder",
+        "DecodeStats": "call",
         "Decoder": "decoder",
         "TemplateFault": "templates",
         "notes_on": "remarks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,11 @@ from proxytune.decoding.stop_strings import StopStrings
 from proxytune.decoding.streaming import final_text
 from proxytune.engine import Result
 from proxytune.records import Completion, FinishReason, TracedToken
+
+NOT_NUMBERS = (
+    "the logits became NaN or infinite: try `dtype: float32` or bfloat16 in the system's file (float16 "
+    "overflows)"
+)
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,13 @@ class ResultReader:
             finish_reason=reason,
             logprob=result.logprob,
             trace=self._traced(result),
-            remark=self._cut_short(result) if reason == "length" else None,
+            remark=self._remark(result),
         )
+
+    def _remark(self, result: Result) -> str | None:
+        if result.finish_reason == "nan":
+            return NOT_NUMBERS
+        return self._cut_short(result) if result.finish_reason == "length" else None
 
     def _cut_short(self, result: Result) -> str | None:
         """Which window was full before the limit that was asked for, where one was."""
@@ -69,6 +80,7 @@ class ResultReader:
         return str(self.stops.text_of.tokenizer.convert_ids_to_tokens(token))
 
 
-def failed(example_id: str, sample: int, why: str) -> Completion:
-    """The response to an example for which a chat template has no text."""
-    return Completion(example_id, sample, "", (), finish_reason="template", logprob=0.0, remark=why)
+def failed(example_id: str, sample: int, why: str, text: str = "") -> Completion:
+    """The response to an example for which a chat template has no text; `text` is one that was to be
+    scored."""
+    return Completion(example_id, sample, text, (), finish_reason="template", logprob=math.nan, remark=why)

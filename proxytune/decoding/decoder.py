@@ -5,15 +5,20 @@ traces."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from itertools import product
+from typing import TypeVar
 
 import torch
 
+from proxytune import cpu_load
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
-from proxytune.decoding.completions import ResultReader, failed
+from proxytune.decoding.call import DecodeStats, RunningStream, Scored, ScoringTexts, Tag
+from proxytune.decoding.completions import NOT_NUMBERS, ResultReader, failed
 from proxytune.decoding.prompts import context, form_of, noise_key
 from proxytune.decoding.response_text import ResponseText
 from proxytune.decoding.stop_strings import StopStrings, single_tokens
@@ -27,6 +32,7 @@ from proxytune.errors import UserError
 from proxytune.models import Loaded, Models, free_memory
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion, Example, Prompt, RoleMemory
+from proxytune.time_left import Work
 
 MAX_ROWS = 128
 """Rows decoded together unless set otherwise: past that, matrix products are compute-bound everywhere we
@@ -38,57 +44,9 @@ KV_SHARE_GPU = 0.85
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 512}
 """Prompt tokens per model and step: on a GPU few, so that a step stays about as long as a decode step."""
 
+Found = TypeVar("Found")
 OnText = Callable[[str, int, str], None]
 """Hears of (example id, sample, new text)."""
-
-
-@dataclass
-class DecodeStats:
-    """What decoding took so far."""
-
-    seconds: float = 0.0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    preemptions: int = 0
-    row_steps: int = 0
-    drafted: int = 0
-    examined: int = 0
-    accepted: int = 0
-
-    def after(self, engine: Engine, seconds: float) -> DecodeStats:
-        """These figures and those of an engine that ran for so long."""
-        counts = {name: getattr(self, name) + count for name, count in vars(engine.counts).items()}
-        preemptions = self.preemptions + engine.scheduler.preemptions
-        return DecodeStats(seconds=self.seconds + seconds, preemptions=preemptions, **counts)
-
-
-@dataclass(frozen=True)
-class Tag:
-    """What a request carries through the engine."""
-
-    example: Example
-    sample: int
-    alpha: AlphaSchedule
-
-    @property
-    def where(self) -> tuple[str, int]:
-        """What names the response within a call."""
-        return self.example.id, self.sample
-
-    def __repr__(self) -> str:
-        return self.example.id
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What a given text carries through the engine."""
-
-    example: Example
-    number: int
-    text: str
-
-    def __repr__(self) -> str:
-        return f"{self.example.id}, text {self.number + 1}"
 
 
 class Decoder:
@@ -126,6 +84,8 @@ class Decoder:
         self.stats = DecodeStats()
         self.remarks: list[str] = []
         """What was done to prompts that a reader of the responses should know; it comes as they are read."""
+        self._running: RunningStream | None = None
+        self._scoring: ScoringTexts | None = None
         self._size = head.size
         pool = self._pool_tokens(how.kv_memory)
         runners = {name: self._runner(model, pool) for name, model in self.loaded.items()}
@@ -204,6 +164,8 @@ class Decoder:
         )
         if on_cpu and (reason := why_not()) is not None:
             notes.append(f"attention on the CPU goes through torch, which is slower: {reason}")
+        if all(model.device.type == "cpu" for model in self.loaded.values()):
+            notes += filter(None, [cpu_load.advice(torch.get_num_threads(), cpu_load.read())])
         return notes
 
     def contexts(self, prompt: Prompt, of: str = "") -> dict[str, tuple[int, ...]]:
@@ -229,6 +191,15 @@ class Decoder:
             message = f"{template} fails{of and f' on {of}'}: {fault}"
             raise TemplateFault(message, of_these_texts=fault.of_these_texts) from None
 
+    def _contexts_or_why(self, example: Example, task: str) -> dict[str, tuple[int, ...]] | str:
+        """The contexts of an example, or why it alone has none."""
+        try:
+            return self.contexts(example.prompt, task)
+        except TemplateFault as fault:
+            if not fault.of_these_texts:
+                raise
+            return str(fault)
+
     def stream(
         self,
         examples: Sequence[Example],
@@ -247,10 +218,10 @@ class Decoder:
         not fit."""
         strength = self.models.system.alpha if alpha is None else alpha
         asked = [(example, (strength,)) for example in examples]
-        for _, completion in self.sweep(
-            asked, sampling, task=task, trace=trace, forced=forced, on_text=on_text
-        ):
-            yield completion
+        found = self.sweep(asked, sampling, task=task, trace=trace, forced=forced, on_text=on_text)
+        with closing(found):
+            for _, completion in found:
+                yield completion
 
     def sweep(
         self,
@@ -261,7 +232,7 @@ class Decoder:
         trace: TraceKind = "off",
         forced: str | None = None,
         on_text: OnText | None = None,
-    ) -> Iterator[tuple[AlphaSchedule, Completion]]:
+    ) -> Generator[tuple[AlphaSchedule, Completion], None, None]:
         """As `stream`, for every example under all of its alphas at once, which share the prompt's KV.
 
         `on_text` does not say which alpha a text is of."""
@@ -279,30 +250,46 @@ class Decoder:
             stream = streams.setdefault((request.tag.alpha, *request.tag.where), TextStream(stops))
             on_text(*request.tag.where, stream.push(token))
 
-        engine = Engine(
+        self._running = running = RunningStream(self._engine(trace, hear if on_text is not None else None))
+        engine = running.engine
+        before = self.stats
+        try:
+            for request in self._requests(asked, sampling, stops, task, forced, unasked):
+                running.submit(request)
+            yield from unasked
+            while engine.busy:
+                results = engine.step()
+                self.stats = before.after(engine)
+                for result in results:
+                    tag = result.request.tag
+                    assert isinstance(tag, Tag)
+                    running.ended(result)
+                    completion = reader.completion(result, *tag.where)
+                    if on_text is not None and (tag.alpha, *tag.where) in streams:
+                        on_text(*tag.where, streams.pop((tag.alpha, *tag.where)).finish())
+                    yield tag.alpha, completion
+        finally:
+            engine.close()
+
+    def _engine(self, trace: TraceKind, on_token: Callable[[Request, int], None] | None) -> Engine:
+        return Engine(
             self.ensemble,
             max_rows=self.max_batch,
             prefill_tokens=PREFILL_TOKENS.get(self.loaded[self.target].device.type, 512),
             trace=trace != "off",
-            on_token=hear if on_text is not None else None,
+            on_token=on_token,
             speculation=self.speculation,
         )
-        for request in self._requests(asked, sampling, stops, task, forced, unasked):
-            engine.submit(request)
-        yield from unasked
-        before, seconds = self.stats, 0.0
-        while engine.busy:
-            began = time.perf_counter()
-            results = engine.step()
-            seconds += time.perf_counter() - began
-            self.stats = before.after(engine, seconds)
-            for result in results:
-                tag = result.request.tag
-                assert isinstance(tag, Tag)
-                completion = reader.completion(result, *tag.where)
-                if on_text is not None and (tag.alpha, *tag.where) in streams:
-                    on_text(*tag.where, streams.pop((tag.alpha, *tag.where)).finish())
-                yield tag.alpha, completion
+
+    def cancel(self, example_id: str, sample: int | None = None) -> bool:
+        """End a response of the stream that is going on, or all responses to an example: between two of its
+        completions, or from `on_text`. They have no completion. -> False if none was left to end."""
+        return self._running is not None and self._running.cancel(example_id, sample)
+
+    def work(self) -> Work:
+        """What is known of the responses, or texts, of the call that is going on."""
+        found = self._scoring if self._running is None else self._running
+        return Work() if found is None else found.work()
 
     def likelihoods(
         self,
@@ -316,8 +303,10 @@ class Decoder:
 
         A text is tokenised as a continuation; nothing follows it (no end-of-sequence)."""
         strength = self.models.system.alpha if alpha is None else alpha
-        for _, completion in self.likelihood_sweep(examples, texts, [strength], task):
-            yield completion
+        found = self.likelihood_sweep(examples, texts, [strength], task)
+        with closing(found):
+            for _, completion in found:
+                yield completion
 
     def likelihood_sweep(
         self,
@@ -325,25 +314,29 @@ class Decoder:
         texts: Callable[[Example], Sequence[str]],
         alphas: Sequence[AlphaSchedule],
         task: str = "",
-    ) -> Iterator[tuple[AlphaSchedule, Completion]]:
-        """As `likelihoods`, under all alphas from one pass of forwards. An example without a context has no
-        log-probability: then nothing is computed."""
-        items = [
-            Continuation(contexts, self._continued(text), Scored(example, number, text))
-            for example in examples
-            for contexts in [self.contexts(example.prompt, f"example {example.id} of {task}")]
-            for number, text in enumerate(texts(example))
-        ]
-        before, began = self.stats.seconds, time.perf_counter()
-        for found in likelihoods(self.ensemble, items, alphas):
-            self.stats.seconds = before + time.perf_counter() - began
-            tag, ids = found.continuation.tag, found.continuation.ids
+    ) -> Generator[tuple[AlphaSchedule, Completion], None, None]:
+        """As `likelihoods`, under all alphas from one pass of forwards."""
+        items, unasked = list[Continuation](), list[Completion]()
+        for example in examples:
+            contexts = self._contexts_or_why(example, task)
+            for number, text in enumerate(texts(example)):
+                if isinstance(contexts, str):
+                    unasked.append(failed(example.id, number, contexts, text))
+                else:
+                    items.append(Continuation(contexts, self._continued(text), Scored(example, number, text)))
+        yield from product(alphas, unasked)
+        self._running, self._scoring = None, ScoringTexts(len(items))
+        found = likelihoods(self.ensemble, items, alphas)
+        while (result := self._timed(found)) is not None:
+            tag, ids = result.continuation.tag, result.continuation.ids
             assert isinstance(tag, Scored)
             self.stats.prompt_tokens += (
-                len(found.continuation.contexts[self.target]) if tag.number == 0 else 0
+                len(result.continuation.contexts[self.target]) if tag.number == 0 else 0
             )
             self.stats.generated_tokens += len(ids)
-            for alpha, logprobs in zip(alphas, found.logprobs, strict=True):
+            for alpha, logprobs in zip(alphas, result.logprobs, strict=True):
+                logprob = float(logprobs.double().sum())
+                faulty = math.isnan(logprob)
                 yield (
                     alpha,
                     Completion(
@@ -351,10 +344,21 @@ class Decoder:
                         sample=tag.number,
                         text=tag.text,
                         token_ids=ids,
-                        finish_reason="length",
-                        logprob=float(logprobs.double().sum()),
+                        finish_reason="nan" if faulty else "length",
+                        logprob=logprob,
+                        remark=NOT_NUMBERS if faulty else None,
                     ),
                 )
+
+    def _timed(self, found: Iterator[Found]) -> Found | None:
+        """The next of the texts that are scored, its time counted."""
+        assert self._scoring is not None
+        began = time.perf_counter()
+        result = next(found, None)
+        seconds = time.perf_counter() - began
+        self.stats.seconds += seconds
+        self._scoring.add(seconds, ended=result is not None)
+        return result
 
     def _continued(self, text: str) -> tuple[int, ...]:
         """The ids of a text that goes on after other text: SentencePiece would add a space before it."""
@@ -380,15 +384,11 @@ class Decoder:
         first = single_tokens(self.tokenizer, sampling.ban_first, self._size)
         opener = tuple(self.tokenizer.encode(forced, add_special_tokens=False)) if forced else ()
         for example, alphas in asked:
-            responses = list(product(alphas, range(sampling.n)))
-            try:
-                contexts = self.contexts(example.prompt, task)
-            except TemplateFault as fault:
-                if not fault.of_these_texts:
-                    raise
-                unasked += [(alpha, failed(example.id, sample, str(fault))) for alpha, sample in responses]
-                continue
-            for alpha, sample in responses:
+            contexts = self._contexts_or_why(example, task)
+            for alpha, sample in product(alphas, range(sampling.n)):
+                if isinstance(contexts, str):
+                    unasked.append((alpha, failed(example.id, sample, contexts)))
+                    continue
                 yield Request(
                     contexts=contexts,
                     key=noise_key(sampling.seed, task, example.id, sample),

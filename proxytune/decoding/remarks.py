@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from proxytune.records import Completion, JsonRow
+from proxytune.records import FAULTS, Completion, JsonRow
 
 MANY = 0.5
 """Share of empty responses above which something is likely to be wrong."""
+
+REMARKED = {"template": "were not asked", "nan": "have no end", "length": "were cut short"}
+"""Why a response is not what was asked for -> what is said of such responses."""
 
 
 def stored_response(completion: Completion) -> JsonRow:
@@ -22,17 +25,16 @@ def stored_response(completion: Completion) -> JsonRow:
 
 
 def notes_on(responses: Sequence[JsonRow]) -> list[str]:
-    """What a reader should know of generated responses."""
+    """What a reader should know of stored responses."""
     n, notes = len(responses), []
-    remarked = [row for row in responses if row.get("remark")]
-    for reason, what in (("template", "were not asked and count as empty"), ("length", "were cut short")):
-        remarks = [row["remark"] for row in remarked if row["finish_reason"] == reason]
+    for reason, what in REMARKED.items():
+        remarks = [row["remark"] for row in responses if row["finish_reason"] == reason and row.get("remark")]
         if remarks:
             [(most, _)] = Counter(remarks).most_common(1)
             notes.append(f"{len(remarks)} of {n} responses {what}: {most}")
-    asked = [row for row in responses if row["finish_reason"] != "template"]
-    empty = sum(not row["text"].strip() for row in asked)
-    if empty > MANY * len(asked):
+    sound = [row for row in responses if row["finish_reason"] not in FAULTS]
+    empty = sum(not row["text"].strip() for row in sound)
+    if empty > MANY * len(sound):
         notes.append(
             f"{empty} of {n} responses are empty: a model that was tuned on a chat template may end at once "
             "without it (`chat: tokenizer` in the system's YAML), and a stop string may come first"

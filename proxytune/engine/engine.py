@@ -6,6 +6,7 @@ that are fed with it; a step without drafts is plain decoding."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from proxytune.engine.cuda.loop import DeviceLoop, steps_on_device
 from proxytune.engine.ensemble import Ensemble
-from proxytune.engine.logits import largest, log_probability, some
+from proxytune.engine.logits import found_probability, largest, log_probability, some
 from proxytune.engine.request import Plan, Request, Result, Row, TokenTrace, Work
 from proxytune.engine.runners.runner import forward_all
 from proxytune.engine.sampling import RowPosition, pick
@@ -30,6 +31,7 @@ from proxytune.engine.speculative.drafter import (
     StepSeconds,
     same_prefix,
 )
+from proxytune.engine.timing import PrefillShare, work_clock
 from proxytune.errors import UserError
 
 Number = TypeVar("Number", int, float)
@@ -40,6 +42,7 @@ class Chosen(NamedTuple):
 
     token: int
     logprob: float
+    """NaN where the logits are no distribution: then the token means nothing."""
     trace: TokenTrace | None
 
 
@@ -47,6 +50,10 @@ class Chosen(NamedTuple):
 class Counts:
     """What an engine has done so far."""
 
+    seconds: float = 0.0
+    """In steps."""
+    prefill_seconds: float = 0.0
+    """The part of them that went to prompts."""
     prompt_tokens: int = 0
     generated_tokens: int = 0
     row_steps: int = 0
@@ -58,7 +65,10 @@ class Counts:
 
 
 class Engine:
-    """Decodes requests in one continuous batch."""
+    """Decodes requests in one continuous batch.
+
+    The caches outlive it. Every way out empties them: the last result, `close`, an exception, and another
+    engine that begins on the same models."""
 
     def __init__(
         self,
@@ -82,10 +92,21 @@ class Engine:
         self._spell = {name: runner.alignment.spell for name, runner in runners.items()}
         self.scheduler = Scheduler(caches, max_rows, prefill_tokens, longest)
         draft_models = ensemble.draft_models(settings.drafter)
+        self._clock = work_clock(runner.device.type for runner in runners.values())
         self.drafter = Drafter(
-            runners, draft_models, ensemble.target, settings, draft_length or ensemble.draft_length
+            runners,
+            draft_models,
+            ensemble.target,
+            settings,
+            draft_length or ensemble.draft_length,
+            clock=self._clock,
         )
         self.counts = Counts()
+        self._prefill = PrefillShare()
+        self._holds = self._lost = self._stepping = False
+        """Whether the caches are its own; whether it lost rows to another; whether it is within a step."""
+        self._cancelled: set[int] = set()
+        """Tickets of rows that were cancelled within this step."""
         self.device: DeviceLoop | None = None
         if not trace and steps_on_device(runners, settings):
             self.device = DeviceLoop(
@@ -95,10 +116,11 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any request is under way or waiting."""
-        return bool(self.scheduler.rows or self.scheduler.waiting)
+        return bool(self.scheduler.rows or self.scheduler.waiting or self._lost)
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; UserError if a model's context window or KV pool cannot hold it even alone."""
+    def submit(self, request: Request) -> int:
+        """Queue a request -> its ticket. UserError if a model's context window or KV pool cannot hold it even
+        alone."""
         for name, runner in self.ensemble.runners.items():
             prompt = len(request.contexts[name])
             room = runner.window - prompt
@@ -118,42 +140,111 @@ class Engine:
                     f"request {request.tag!r} needs KV memory for {need} tokens of the {name}, but its pool "
                     f"holds {runner.rows.capacity}: raise --kv-memory or lower --max-new-tokens"
                 )
-        self.scheduler.submit(request)
+        if not self._holds:
+            self.ensemble.claim(self)
+            self._holds = True
+        ticket = self.scheduler.submit(request)
         if self.device is not None:
             self.device.expect(request)
         self.counts.prompt_tokens += len(request.contexts[self.ensemble.target])
+        return ticket
+
+    def cancel(self, ticket: int) -> bool:
+        """End a sequence between two steps, or from a callback within one: its KV is free for others, and it
+        has no result. -> False if it has ended already."""
+        row = self.scheduler.find(ticket)
+        if row is None or ticket in self._cancelled:
+            return False
+        if self._stepping:
+            self._cancelled.add(ticket)
+        else:
+            self._remove(row)
+        return True
+
+    def _remove(self, row: Row) -> None:
+        self.drafter.forget(row)
+        self.scheduler.remove(row)
+
+    def close(self) -> None:
+        """End all sequences, without results, and give back what they have in the caches."""
+        self._forget()
+        self._lost = False
+        if self._holds:
+            self.ensemble.clear_caches()
+
+    def evict(self) -> None:
+        """Another takes the caches."""
+        if self._stepping:
+            raise RuntimeError("a callback of a stream cannot start another one on the same models")
+        self._lost, self._holds = self.busy, False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.scheduler.forget()
+        self.drafter.forget_all()
+        self._cancelled.clear()
+        if self.device is not None:
+            self.device.abandon()
 
     def step(self) -> list[Result]:
         """Every decoding row gets a token or more, and some waiting prompts are prefilled. -> what
-        finished. Steps on the device are read by the call after the one that starts them, or later."""
-        device = self.device
+        finished. Steps on the device are read by the call after the one that starts them, or later. An
+        exception ends all sequences."""
+        if self._lost:
+            raise RuntimeError("this stream was cut off: another one was started on the same models")
+        self._stepping, began = True, time.perf_counter()
+        try:
+            results, prefill = self._step()
+            for row in filter(None, map(self.scheduler.find, self._cancelled)):
+                self._remove(row)
+            self._cancelled.clear()
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._stepping = False
+        seconds = time.perf_counter() - began
+        self.counts.seconds += seconds
+        self.counts.prefill_seconds += seconds * prefill
+        return results
+
+    def _step(self) -> tuple[list[Result], float]:
+        """-> what finished, and the share of prompts in the time that it took."""
+        device, models = self.device, len(self.ensemble.runners)
         if device is not None and device.in_flight:
-            return self._collect(device)
+            results, tokens = self._collect(device)
+            return results, self._prefill.collected(models * tokens)
         plan = self.scheduler.plan(self.drafter.depths if device is None else device.depths)
-        rows = self.scheduler.rows[: plan.decoding]
-        if not rows or (device is not None and device.start(plan)):
+        rows, prompts = self.scheduler.rows[: plan.decoding], sum(map(plan.prompt_tokens, plan.prefill))
+        started = bool(rows) and device is not None and device.start(plan)
+        if started or not rows:
             forward_all(self.ensemble.runners, {n: Work(s, ()) for n, s in plan.prefill.items()})
-            return []
-        began = time.perf_counter()
+            if not started:
+                return [], self._prefill.alone(prompts)
+            self._prefill.started(prompts)
+            return [], 0.0
+        began = self._clock()
         drafts = self.drafter.draft(rows, plan.depths, plan.prefill)
-        drafted = time.perf_counter()
+        drafted = self._clock()
         views = self._verify(plan, rows, drafts)
         chosen = self._accept(rows, drafts, views)
-        verified = time.perf_counter()
+        verified = self._clock()
         closed = self._close(plan, rows, drafts, views, chosen)
-        seconds = StepSeconds(drafted - began, verified - drafted, time.perf_counter() - verified, closed)
-        self._learn(rows, drafts, chosen, None if any(plan.prefill.values()) else seconds)
-        return self._advance(rows, chosen)
+        seconds = StepSeconds(drafted - began, verified - drafted, self._clock() - verified, closed)
+        self._learn(rows, drafts, chosen, None if prompts else seconds)
+        fed = models * (len(rows) + sum(map(len, drafts.tokens)))
+        return self._advance(rows, chosen), self._prefill.together(prompts, fed)
 
-    def _collect(self, device: DeviceLoop) -> list[Result]:
-        """Take in the output of a step on the device."""
+    def _collect(self, device: DeviceLoop) -> tuple[list[Result], int]:
+        """Take in the output of a step on the device. -> what finished, and how many tokens it fed."""
         tokens, logprobs, drafts = device.collect()
         chosen = [
             [Chosen(token, logprob, None) for token, logprob in zip(*own, strict=True)]
             for own in zip(tokens, logprobs, strict=True)
         ]
         self._learn(self.scheduler.rows, drafts, chosen, None)
-        return self._advance(self.scheduler.rows, chosen)
+        fed = len(chosen) + sum(map(len, drafts.tokens))
+        return self._advance(self.scheduler.rows, chosen), fed
 
     def _learn(
         self,
@@ -242,7 +333,7 @@ class Engine:
         strength = torch.tensor(alphas, dtype=torch.float64, device=device)
         combined = self.ensemble.combine(logits, strength, all_moved=0.0 not in alphas)
         tokens = pick(combined, positions)
-        logprobs = log_probability(combined, tokens).tolist()
+        logprobs = found_probability(combined, tokens).tolist()
         ids: list[int] = tokens.tolist()
         traces = self._traces(combined, logits, tokens, alphas) if self.trace else [None] * len(ids)
         return [Chosen(*item) for item in zip(ids, logprobs, traces, strict=True)]
@@ -263,14 +354,17 @@ class Engine:
 
     def _advance(self, rows: Sequence[Row], chosen: Sequence[Sequence[Chosen]]) -> list[Result]:
         """Append the chosen tokens to their rows, up to where a response ends; take the drafts back."""
-        results, done = [], []
+        ended, done = list[tuple[int, Result]](), list[int]()
         for index, (row, tokens) in enumerate(zip(rows, chosen, strict=True)):
-            if not tokens:
-                continue  # it came after the step was started
+            if not tokens or row.ticket in self._cancelled:
+                continue  # it came after the step was started, or a callback before this row ended it
             self.counts.row_steps += 1
             reason = next((found for item in tokens if (found := self._append(row, item))), None)
+            if row.ticket in self._cancelled:
+                continue
             if reason is not None:
-                results.append(Result(row.request, tuple(row.tokens), reason, row.logprob, tuple(row.trace)))
+                result = Result(row.request, tuple(row.tokens), reason, row.logprob, tuple(row.trace))
+                ended.append((row.ticket, result))
                 self.drafter.forget(row)
                 done.append(index)
                 continue
@@ -280,12 +374,12 @@ class Engine:
                 if kept.lengths[index] > known:
                     kept.rewind(index, known)
         self.scheduler.finish(done)
-        return results
+        return [result for ticket, result in ended if ticket not in self._cancelled]
 
     def _append(self, row: Row, item: Chosen) -> str | None:
-        """One token more; -> why the response ends with it, if it does."""
-        if item.logprob != item.logprob:
-            raise FloatingPointError(f"logits of request {row.request.tag!r} are not numbers (overflow?)")
+        """One token more; -> why the response ends with it, if it does, or before it."""
+        if math.isnan(item.logprob):
+            return "nan"
         row.tokens.append(item.token)
         row.logprob += item.logprob
         if item.trace is not None:
@@ -295,6 +389,8 @@ class Engine:
         self.counts.generated_tokens += 1
         if self.on_token is not None:
             self.on_token(row.request, item.token)
+        if row.ticket in self._cancelled:
+            return "cancelled"
         return finish_reason(row) or self._full(row)
 
     def _full(self, row: Row) -> str | None:

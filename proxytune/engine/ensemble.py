@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +32,14 @@ class Term:
     weight: float = 1.0
 
 
+class Holder(Protocol):
+    """What has rows in the caches of an ensemble."""
+
+    def evict(self) -> None:
+        """Another takes the caches: its rows are gone."""
+        ...
+
+
 @dataclass(frozen=True)
 class Ensemble:
     """Models that decode together: logits = target + alpha * sum of the terms. One model alone has no
@@ -46,6 +56,22 @@ class Ensemble:
     """What its engines have measured so far."""
     _graphs: dict[tuple[tuple[str, ...], Propose | None], Graphs] = field(default_factory=dict)
     """By draft models: they outlive the engine that made them."""
+    _holders: list[weakref.ref[Holder]] = field(default_factory=list)
+    """Who has rows in the caches: nobody, or one."""
+
+    def claim(self, holder: Holder | None) -> None:
+        """Empty all caches for `holder`, or for rows that nobody keeps. Whoever had rows in them loses them:
+        an abandoned stream must not block the next one."""
+        before = [found for reference in self._holders if (found := reference()) is not None]
+        for other in before:
+            other.evict()
+        self._holders[:] = [] if holder is None else [weakref.ref(holder)]
+        self.clear_caches()
+
+    def clear_caches(self) -> None:
+        """Free the rows of every model."""
+        for runner in self.runners.values():
+            runner.rows.clear()
 
     def combine(self, logits: Mapping[str, Tensor], alpha: Tensor, *, all_moved: bool = False) -> Tensor:
         """Logits [B, V] per model, alpha [B] -> [B, V] on the target's device; `all_moved`: no alpha is 0."""

@@ -7,6 +7,7 @@ time."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,13 +16,17 @@ from torch import Tensor
 
 from proxytune.config import AlphaSchedule
 from proxytune.engine.ensemble import Ensemble
-from proxytune.engine.logits import largest, log_probability
+from proxytune.engine.logits import found_probability, largest
 from proxytune.engine.request import Segment, Work
 from proxytune.engine.runners.runner import Runner
 from proxytune.errors import UserError
 
 POSITIONS = 1024
 """Positions whose logits exist at the same time."""
+TOKENS = 2048
+"""Tokens of contexts per forward, and about as many per batch."""
+WORTH_SHARING = 16
+"""Tokens with which all contexts of a batch begin that are worth a forward of their own."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Likelihood:
     """How probable every token of a continuation is."""
 
     continuation: Continuation
-    logprobs: Tensor  # [alphas, tokens], natural logarithm, before bans and warping
+    logprobs: Tensor  # [alphas, tokens], natural logarithm, before bans and warping; NaN for broken logits
     greedy: Tensor  # [alphas] bool: whether greedy decoding would give exactly this
 
 
@@ -48,49 +53,67 @@ def likelihoods(
     alphas: Sequence[AlphaSchedule],
     *,
     positions: int = POSITIONS,
+    tokens: int = TOKENS,
 ) -> Iterator[Likelihood]:
-    """Score every continuation under every alpha, in the order given; neighbours with equal contexts share
-    them.
+    """Score every continuation under every alpha, in the order given; equal contexts among neighbours, and
+    what all of them begin with, are computed once.
 
     Raises UserError if a context window or KV pool cannot hold an item.
     """
-    for item in items:
+    measured = [Measured.of(ensemble, item) for item in items]
+    for item in measured:
         _check(ensemble, item)
-    batch: list[Continuation] = []
-    for item in items:
-        if batch and not _joins(ensemble, batch, item, positions):
-            yield from _score(ensemble, batch, alphas, positions)
-            batch = []
-        batch.append(item)
-    if batch:
-        yield from _score(ensemble, batch, alphas, positions)
+    start = 0
+    while start < len(measured):
+        batch = _batch(ensemble, measured, start, positions, tokens)
+        start += len(batch)
+        ensemble.claim(None)
+        try:
+            found = list(_score(ensemble, batch, alphas, positions, tokens))
+        finally:
+            ensemble.clear_caches()
+        yield from found
 
 
-def _fed(runner: Runner, item: Continuation) -> tuple[list[int], list[int]]:
-    """What a model is fed after its context but for the last id, and where in it logits are wanted.
+@dataclass(frozen=True)
+class Measured:
+    """A continuation as every model is fed it."""
 
-    Logits after the context's last id are for the first token, and so on; the last token is only predicted.
-    """
+    item: Continuation
+    fed: Mapping[str, list[int]]
+    """After the context but for the last id; the last token is only predicted."""
+    ends: Mapping[str, list[int]]
+    """Where in it logits are wanted: those after the context's last id are for the first token, and so on."""
+    lengths: Mapping[str, int]
+    """Tokens in the KV cache."""
+
+    @classmethod
+    def of(cls, ensemble: Ensemble, item: Continuation) -> Measured:
+        fed, ends, lengths = {}, {}, {}
+        for name, runner in ensemble.runners.items():
+            fed[name], ends[name] = _fed(runner, item.ids)
+            lengths[name] = len(item.contexts[name]) + len(fed[name])
+        return cls(item, fed, ends, lengths)
+
+
+def _fed(runner: Runner, tokens: Sequence[int]) -> tuple[list[int], list[int]]:
+    """What a model is fed of these tokens of the base, and after how many of its ids each is predicted."""
     ids: list[int] = []
     ends = [0]
-    for token in item.ids[:-1]:
+    for token in tokens[:-1]:
         ids += runner.alignment.spell(token)
         ends.append(len(ids))
     return ids, ends
 
 
-def _lengths(ensemble: Ensemble, name: str, batch: Sequence[Continuation]) -> list[int]:
-    runner = ensemble.runners[name]
-    return [len(item.contexts[name]) + len(_fed(runner, item)[0]) for item in batch]
-
-
-def _check(ensemble: Ensemble, item: Continuation) -> None:
+def _check(ensemble: Ensemble, measured: Measured) -> None:
+    item = measured.item
     if not item.ids:
         raise UserError(f"the continuation of {item.tag!r} is empty")
     for name, runner in ensemble.runners.items():
         if not item.contexts[name]:
             raise UserError(f"the context of {item.tag!r} is empty for the {name}")
-        need = _lengths(ensemble, name, [item])[0]
+        need = measured.lengths[name]
         if need > runner.window:
             raise UserError(
                 f"{item.tag!r} has {need} tokens for the {name}, whose context window is {runner.window}"
@@ -102,71 +125,156 @@ def _check(ensemble: Ensemble, item: Continuation) -> None:
             )
 
 
-def _joins(ensemble: Ensemble, batch: Sequence[Continuation], item: Continuation, positions: int) -> bool:
-    """Whether one more item keeps the logits and every KV pool within bounds."""
-    joined = [*batch, item]
-    if sum(len(i.ids) for i in joined) > positions:
-        return False
-    return all(r.rows.fits(_lengths(ensemble, name, joined)) for name, r in ensemble.runners.items())
+def _batch(
+    ensemble: Ensemble, items: Sequence[Measured], start: int, positions: int, tokens: int
+) -> Sequence[Measured]:
+    """As many items from `start` on as keep logits, tokens of contexts and every KV pool within bounds, one
+    at least."""
+    end, logits, fed = start, 0, 0
+    before: Continuation | None = None
+    while end < len(items):
+        item = items[end].item
+        logits += len(item.ids)
+        fed += max(_new_tokens(before, item, name) for name in ensemble.runners)
+        if end > start and (logits > positions or fed > tokens):
+            break
+        before, end = item, end + 1
+
+    def fits(count: int) -> bool:
+        return all(
+            runner.rows.fits([item.lengths[name] for item in items[start : start + count]])
+            for name, runner in ensemble.runners.items()
+        )
+
+    most = end - start
+    if not fits(most):  # fewer rows need less: the largest number that fits
+        most = bisect_left(range(1, most), True, key=lambda count: not fits(count + 1)) + 1
+    return items[start : start + most]
+
+
+def _new_tokens(before: Continuation | None, item: Continuation, name: str) -> int:
+    """Tokens of a context that are not computed for the item before it."""
+    if before is None:
+        return len(item.contexts[name])
+    shared = same_start((before.contexts[name], item.contexts[name]))
+    whole = len(item.contexts[name])
+    return whole - shared if shared == whole or shared >= WORTH_SHARING else whole
+
+
+def same_start(sequences: Sequence[tuple[int, ...]]) -> int:
+    """How many ids all sequences begin with."""
+    first, last = min(sequences), max(sequences)  # all others lie between them
+    return next(
+        (at for at, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]),
+        min(len(first), len(last)),
+    )
 
 
 def _score(
-    ensemble: Ensemble, batch: Sequence[Continuation], alphas: Sequence[AlphaSchedule], positions: int
+    ensemble: Ensemble,
+    batch: Sequence[Measured],
+    alphas: Sequence[AlphaSchedule],
+    positions: int,
+    tokens: int,
 ) -> Iterator[Likelihood]:
-    """One batch: prefill every context once, feed the continuations, combine per alpha."""
-    for name, runner in ensemble.runners.items():
-        _prefill(runner, name, batch, positions)
-        runner.rows.reserve(_lengths(ensemble, name, batch))
-    try:
-        if len(batch) > 1 or len(batch[0].ids) <= positions:
-            yield from _whole(ensemble, batch, alphas)
-        else:
-            yield _in_pieces(ensemble, batch[0], alphas, positions)
-    finally:
-        for runner in ensemble.runners.values():
-            while runner.rows.lengths:
-                runner.rows.drop(len(runner.rows.lengths) - 1)
+    """One batch in empty caches: prefill every context once, feed the continuations, combine per alpha."""
+    rows = {name: _prefill(runner, name, batch, tokens) for name, runner in ensemble.runners.items()}
+    if len(batch) > 1 or len(batch[0].item.ids) <= positions:
+        yield from _whole(ensemble, batch, rows, alphas)
+    else:
+        yield _in_pieces(ensemble, batch[0].item, alphas, positions)
 
 
-def _prefill(runner: Runner, name: str, batch: Sequence[Continuation], chunk: int) -> None:
-    """One row per item with its context but for the last id; items with the context of an earlier one fork
-    its row."""
-    first: dict[tuple[int, ...], int] = {}
-    for row, item in enumerate(batch):
-        context = item.contexts[name]
-        source = first.setdefault(context, row)
-        if source != row:
+def _prefill(runner: Runner, name: str, batch: Sequence[Measured], tokens: int) -> list[int]:
+    """A row for every item that has its context but for the last id. -> the rows, by item.
+
+    Contexts that differ get the first rows; the items that have the context of an earlier one fork its row.
+    What all contexts begin with is computed in the first of them, and forked too."""
+    contexts = [measured.item.contexts[name] for measured in batch]
+    first = dict.fromkeys(contexts)  # distinct, in order
+    pending = [context[:-1] for context in first]
+    shared = same_start(pending) if len(pending) > 1 else 0
+    shared = shared if shared >= WORTH_SHARING else 0
+    runner.rows.admit()
+    if shared:
+        _feed(runner, [(0, pending[0][:shared])], tokens)
+    for _ in pending[1:]:
+        runner.rows.admit(0, shared) if shared else runner.rows.admit()
+    _feed(runner, [(row, context[shared:]) for row, context in enumerate(pending)], tokens)
+    place, rows = {context: row for row, context in enumerate(first)}, list[int]()
+    taken = set[int]()
+    for context in contexts:
+        source = place[context]
+        if source in taken:
             runner.rows.admit(source, len(context) - 1)
-            continue
-        runner.rows.admit()
-        for start in range(0, len(context) - 1, chunk):
-            piece = context[start : min(start + chunk, len(context) - 1)]
-            lengths = list(runner.rows.lengths)
-            lengths[row] += len(piece)
-            runner.rows.reserve(lengths)
-            runner.forward(Work([Segment(row, piece)], []))
+            rows.append(len(runner.rows.lengths) - 1)
+        else:
+            taken.add(source)
+            rows.append(source)
+    lengths = list(runner.rows.lengths)
+    for row, measured in zip(rows, batch, strict=True):
+        lengths[row] = measured.lengths[name]
+    runner.rows.reserve(lengths)
+    return rows
+
+
+def _feed(runner: Runner, parts: Sequence[tuple[int, Sequence[int]]], tokens: int) -> None:
+    """Feed these ids to rows, ascending, as many tokens in a forward as are allowed."""
+    lengths = list(runner.rows.lengths)
+    for row, ids in parts:
+        lengths[row] += len(ids)
+    runner.rows.reserve(lengths)
+    segments, room = list[Segment](), tokens
+    for row, ids in parts:
+        at = 0
+        while at < len(ids):
+            piece = tuple(ids[at : at + room])
+            segments.append(Segment(row, piece))
+            at, room = at + len(piece), room - len(piece)
+            if room == 0:
+                runner.forward(Work(segments, []))
+                segments, room = [], tokens
+    if segments:
+        runner.forward(Work(segments, []))
 
 
 def _whole(
-    ensemble: Ensemble, batch: Sequence[Continuation], alphas: Sequence[AlphaSchedule]
+    ensemble: Ensemble,
+    batch: Sequence[Measured],
+    rows: Mapping[str, Sequence[int]],
+    alphas: Sequence[AlphaSchedule],
 ) -> Iterator[Likelihood]:
-    logits = {}
-    for name, runner in ensemble.runners.items():
-        segments, keep, start = [], [], 0
-        for row, item in enumerate(batch):
-            ids, ends = _fed(runner, item)
-            segments.append(Segment(row, (item.contexts[name][-1], *ids)))
-            keep += [start + end for end in ends]
-            start += 1 + len(ids)
-        logits[name] = runner.forward(Work(segments, keep))
-    targets = [token for item in batch for token in item.ids]
-    offsets = [position for item in batch for position in range(len(item.ids))]
+    logits = {name: _continued(runner, name, batch, rows[name]) for name, runner in ensemble.runners.items()}
+    targets = [token for measured in batch for token in measured.item.ids]
+    offsets = [position for measured in batch for position in range(len(measured.item.ids))]
     logprobs, greedy = _under_alphas(ensemble, logits, targets, offsets, alphas)
     start = 0
-    for item in batch:
-        mine = slice(start, start + len(item.ids))
-        yield Likelihood(item, logprobs[:, mine], greedy[:, mine].all(1))
+    for measured in batch:
+        mine = slice(start, start + len(measured.item.ids))
+        yield Likelihood(measured.item, logprobs[:, mine], greedy[:, mine].all(1))
         start = mine.stop
+
+
+def _continued(runner: Runner, name: str, batch: Sequence[Measured], rows: Sequence[int]) -> Tensor:
+    """Feed the continuations to their rows, which a forward takes in ascending order. -> logits [positions of
+    all items, V], item by item."""
+    order = sorted(range(len(batch)), key=rows.__getitem__)
+    segments, keep, start = list[Segment](), list[int](), 0
+    places = list[tuple[int, int]]()  # item, and where its logits begin
+    for index in order:
+        measured = batch[index]
+        ids = (measured.item.contexts[name][-1], *measured.fed[name])
+        segments.append(Segment(rows[index], ids))
+        places.append((index, len(keep)))
+        keep += [start + end for end in measured.ends[name]]
+        start += len(ids)
+    logits = runner.forward(Work(segments, keep))
+    if order == list(range(len(batch))):
+        return logits
+    by_item = [
+        at for index, first in sorted(places) for at in range(first, first + len(batch[index].item.ids))
+    ]
+    return logits[torch.tensor(by_item, device=logits.device)]
 
 
 def _in_pieces(
@@ -179,7 +287,7 @@ def _in_pieces(
         logits = {}
         for name, runner in ensemble.runners.items():
             before = item.contexts[name][-1:] if start == 0 else runner.alignment.spell(item.ids[start - 1])
-            ids, ends = _fed(runner, Continuation(item.contexts, piece))
+            ids, ends = _fed(runner, piece)
             keep = [len(before) - 1 + end for end in ends]
             logits[name] = runner.forward(Work([Segment(0, (*before, *ids))], keep))
         offsets = list(range(start, start + len(piece)))
@@ -195,13 +303,14 @@ def _under_alphas(
     offsets: Sequence[int],
     alphas: Sequence[AlphaSchedule],
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of every target, and whether it is the first choice: two [alphas, tokens]."""
+    """Log-probability of every target, NaN where the logits are no distribution, and whether it is the first
+    choice: two [alphas, tokens]."""
     device = logits[ensemble.target].device
     tokens = torch.tensor(targets, device=device)
     logprobs, greedy = [], []
     for schedule in alphas:
         strength = torch.tensor([schedule.at(at) for at in offsets], dtype=torch.float64, device=device)
         combined = ensemble.combine(logits, strength)
-        logprobs.append(log_probability(combined, tokens))
+        logprobs.append(found_probability(combined, tokens))
         greedy.append(largest(combined) == tokens)
     return torch.stack(logprobs), torch.stack(greedy)

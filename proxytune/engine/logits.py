@@ -146,6 +146,12 @@ def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
     return -cross_entropy(logits, tokens, reduction="none")
 
 
+def found_probability(logits: Tensor, tokens: Tensor) -> Tensor:
+    """As `log_probability`, but NaN in every row whose logits are no distribution: a NaN or +inf is among
+    them, or all are -inf."""
+    return log_probability(logits, tokens).masked_fill(~logits.amax(-1).isfinite(), float("nan"))
+
+
 def largest(logits: Tensor) -> Tensor:
     """The first of the largest logits per row, [B, V] -> [B]. On the CPU it is numpy's, which uses vector
     instructions: torch's takes ten times as long."""

@@ -80,6 +80,10 @@ class Plan:
     depths: tuple[int, ...]
     prefill: Mapping[str, tuple[Segment, ...]]
 
+    def prompt_tokens(self, name: str) -> int:
+        """How many tokens of prompts a model is fed."""
+        return sum(len(segment.ids) for segment in self.prefill[name])
+
 
 class Segment(NamedTuple):
     """New tokens of one row; they continue at the row's length."""

@@ -48,9 +48,26 @@ class Scheduler:
         self.preemptions = 0
         self._tickets = 0
 
-    def submit(self, request: Request) -> None:
-        """Queue a request."""
+    def submit(self, request: Request) -> int:
+        """Queue a request. -> its ticket."""
         self.waiting.append(self._fresh(request))
+        return self._tickets
+
+    def find(self, ticket: int) -> Row | None:
+        """The row of a ticket, under way or waiting; None once it has left."""
+        return next((row for row in (*self.rows, *self.waiting) if row.ticket == ticket), None)
+
+    def remove(self, row: Row) -> None:
+        """A row leaves before its end, and its KV is free at once."""
+        if row in self.rows:
+            self._drop(self.rows.index(row))
+        else:
+            self.waiting.remove(row)
+
+    def forget(self) -> None:
+        """No row is under way or waits. What they have in the caches is the caller's to clear."""
+        self.rows.clear()
+        self.waiting.clear()
 
     def _fresh(self, request: Request) -> Row:
         self._tickets += 1

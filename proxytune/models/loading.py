@@ -33,6 +33,7 @@ from proxytune.models.adapters import (
     bytes_of,
     first_line,
 )
+from proxytune.models.finite import refuse_broken_weights
 from proxytune.models.int8 import Int8Config
 from proxytune.models.memory import (
     GIB,
@@ -203,6 +204,7 @@ class Models:
         virtual = None
         if spec.adapter is not None:
             module, virtual = attach_for_good(module, spec)
+        refuse_broken_weights(module, str(spec.model))
         packed = use_row_linears(module)  # after the weights have got their last values
         use_row_norms(module)
         family = examine(module)
@@ -223,6 +225,7 @@ class Models:
         """An expert as an adapter on its antiexpert: one set of weights for both."""
         host = self.get(host_name)
         attached = host.adapters.attach(host.module, spec, name, packed=host.family.path == "packed")
+        refuse_broken_weights(host.module, str(spec.adapter), among=f".{name}.")
         virtual = attached.virtual
         _refuse_soft_prompt_on_reference(name, host.family, virtual)
         adapter = None if virtual is not None else name

@@ -107,7 +107,7 @@ def score_table(rows: Sequence[RoleRow]) -> ReportTable:
         TableRow(
             (
                 visible(name), *_score_cells(row.score), row.cells[3], size(row.memory),
-                "" if row.ms_per_token is None else f"{row.ms_per_token:.2f}", str(row.n),
+                row.speed, str(row.n),
             ),
             "strong" if row.role == "proxy" else "",
         )

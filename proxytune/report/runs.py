@@ -21,11 +21,12 @@ def cost_table(root: Path, found: Found) -> ReportTable:
     cells = []
     for folder, run in found:
         row, cost = role_rows([run])[0], run.cost
-        speed = cost.tokens_per_second
+        speed = cost.tokens_per_second if run.spec.mode == "generate" else None
         cells.append((
             str(folder.relative_to(root)), row.label,
             run.spec.alpha.text if run.spec.role == "proxy" else "", str(run.n),
-            percent(run.metrics[run.headline]), f"{cost.seconds:.1f}", str(cost.generated_tokens),
+            percent(run.metrics[run.headline]), f"{cost.seconds:.1f}",
+            f"{cost.prefill_seconds:.1f}", str(cost.generated_tokens),
             "" if speed is None else f"{speed:.0f}",
             "" if cost.acceptance is None else f"{cost.acceptance:.0%}",
             "" if cost.tokens_per_step is None else f"{cost.tokens_per_step:.2f}",
@@ -34,7 +35,7 @@ def cost_table(root: Path, found: Found) -> ReportTable:
             run.started.replace("T", " ").removesuffix("+00:00"),
         ))  # fmt: skip
     columns = (
-        "folder", "as", "alpha", "examples", "score", "seconds", "tokens", "tokens / s",
+        "folder", "as", "alpha", "examples", "score", "seconds", "of them prompts", "tokens", "tokens / s",
         "drafts accepted", "tokens / step", "memory",
         "preemptions", "sessions", "started (UTC)",
     )  # fmt: skip

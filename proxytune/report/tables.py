@@ -36,7 +36,10 @@ class RoleRow:
     """Bytes of weights, and of KV cache at its fullest, of the models that the role needs; 0 if not
     recorded."""
     ms_per_token: float | None
-    """Decoding time over generated tokens, all rows of the batch together."""
+    """Decoding time, without prefill, over generated tokens, all rows of the batch together; None for
+    likelihoods."""
+    ms_per_item: float | None = None
+    """Time per example of a run by likelihood."""
     remark: str | None = None
     """What is shown beside the figures."""
 
@@ -52,8 +55,15 @@ class RoleRow:
         gap = "n/a" if self.role == "proxy" else ""
         if self.gap_closed is not None:
             gap = f"{100 * self.gap_closed:.1f}%"
-        speed = "" if self.ms_per_token is None else f"{self.ms_per_token:.2f}"
-        return (self.system, self.label, percent(self.score), gap, size(self.memory), speed, str(self.n))
+        cells = (self.system, self.label, percent(self.score), gap, size(self.memory))
+        return (*cells, self.speed, str(self.n))
+
+    @property
+    def speed(self) -> str:
+        """Time per token, or per item where likelihoods were taken."""
+        if self.ms_per_item is not None:
+            return f"{self.ms_per_item:.0f} / item"
+        return "" if self.ms_per_token is None else f"{self.ms_per_token:.2f}"
 
 
 def percent(metric: Metric) -> str:
@@ -115,7 +125,7 @@ def role_rows(runs: Sequence[Run]) -> list[RoleRow]:
 
 def _row(run: Run, runs: Sequence[Run]) -> RoleRow:
     """The line of one run."""
-    cost = run.cost
+    cost, generated = run.cost, run.cost.generated_tokens and run.spec.mode == "generate"
     return RoleRow(
         system=run.spec.system.name,
         task=run.spec.task,
@@ -126,7 +136,8 @@ def _row(run: Run, runs: Sequence[Run]) -> RoleRow:
         gap_closed=_gap(run, runs) if run.spec.role == "proxy" or run.spec.forced else None,
         forced=run.spec.forced,
         memory=_memory(cost, run.spec.role),
-        ms_per_token=1000 * cost.seconds / cost.generated_tokens if cost.generated_tokens else None,
+        ms_per_token=1000 * cost.decode_seconds / cost.generated_tokens if generated else None,
+        ms_per_item=1000 * cost.seconds / run.n if run.spec.mode == "likelihood" and run.n else None,
         remark=run.spec.remark,
     )
 

@@ -29,6 +29,8 @@ from proxytune.runs.evaluation import RESULTS, Evaluation, plan
 from proxytune.runs.session import CHECKPOINT_SECONDS, RunPlan, Session, device_name, now
 from proxytune.runs.verdicts import add_verdicts
 
+BY_EXAMPLES = ("prompt_tokens", "prefill_seconds")
+"""What an alpha takes by its examples, not by its tokens."""
 MAX_ALPHAS = 100
 """Most alphas of one sweep: a mistyped step must not start ten thousand runs."""
 
@@ -203,7 +205,7 @@ def _decode(
     for part in parts:
         part.session.meter, part.saved = CostShare(decoder, part.stats), time.monotonic()
     scores = [score for part in parts for score in part.session.scores_so_far()]
-    progress.begin(n, n - missing, scores, lambda: decoder.stats.generated_tokens)
+    progress.begin(n, n - missing, scores, decoder.work)
     try:
         for part, example, completions in _finished(_stream(decoder, parts, job), parts):
             row = part.session.store(example, completions)
@@ -268,6 +270,6 @@ def _settle(parts: Sequence[SweptRun], decoder: Decoder) -> None:
     for part in parts:
         own = part.stats.generated_tokens
         for name, value in vars(decoder.stats).items():
-            by = len(part.todo) / missing if name == "prompt_tokens" else own / max(tokens, 1)
+            by = len(part.todo) / missing if name in BY_EXAMPLES else own / max(tokens, 1)
             setattr(part.stats, name, value * by if isinstance(value, float) else round(value * by))
         part.stats.generated_tokens = own

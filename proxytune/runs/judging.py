@@ -12,7 +12,7 @@ from proxytune.config import Mode, System
 from proxytune.errors import UserError
 from proxytune.judges import JUDGES, Estimate, Judge, OnProgress
 from proxytune.options import JudgeOptions
-from proxytune.records import Run
+from proxytune.records import FAULT, Run
 from proxytune.runs.verdicts import read_finished, with_columns
 from proxytune.tasks import Task, get_task
 
@@ -117,9 +117,10 @@ def judge_run(folder: Path, judge: Judge, on_progress: OnProgress | None = None)
     task_name = results.read_run(folder).spec.task
     task = judged_task(task_name)
     run, rows = read_finished(task_name, folder)
-    columns = judge.judge(rows, on_progress)
-    judged = [with_columns(row, added) for row, added in zip(rows, columns, strict=True)]
-    judged = [{**row, "scores": task.score_row(row)} for row in judged]
+    sound = [row for row in rows if not row.get(FAULT)]
+    columns = iter(judge.judge(sound, on_progress))
+    judged = [row if row.get(FAULT) else with_columns(row, next(columns)) for row in rows]
+    judged = [{**row, "scores": task.scores(row)} for row in judged]
     metrics = task.metrics(judged)
     update = {"metrics": metrics, "headline": task.headline_of(metrics), "judge": judge.name}
     run = run.model_copy(update=update)

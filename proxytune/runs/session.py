@@ -7,12 +7,13 @@ rows, so that a run that was interrupted and continued has the same figures as o
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -24,7 +25,7 @@ from proxytune.models import Models
 from proxytune.options import DecodeOptions
 from proxytune.progress import Progress
 from proxytune.provenance import provenance
-from proxytune.records import Completion, Cost, Example, JsonRow, RoleMemory, Run
+from proxytune.records import FAULT, Completion, Cost, Example, JsonRow, RoleMemory, Run
 from proxytune.results import RunFolder
 from proxytune.runs.verdicts import add_verdicts
 from proxytune.sandbox import Sandbox
@@ -150,7 +151,7 @@ class Session:
             progress.note(note)
         counts = {example.id: self.job.responses(example) for example in todo}
         n = len(self.job.data.examples)
-        progress.begin(n, len(done), self.scores_so_far(), lambda: decoder.stats.generated_tokens)
+        progress.begin(n, len(done), self.scores_so_far(), decoder.work)
         saved = time.monotonic()
         try:
             for example, completions in whole_examples(self._stream(decoder, todo), todo, counts):
@@ -218,8 +219,7 @@ class Session:
         order = [example.id for example in self.job.data.examples]
         rows = {row["id"]: row for row in results.read_rows(self.folder.path)}
         metrics = self.job.task.metrics([rows[example_id] for example_id in order])
-        generated = rows.values() if self.job.task.continuations is None else ()
-        found = notes_on([response for row in generated for response in row["responses"]])
+        found = notes_on([response for row in rows.values() for response in row["responses"]])
         update = {
             "status": "done",
             "metrics": metrics,
@@ -236,12 +236,24 @@ def prediction(
     task: Task, example: Example, completions: Sequence[Completion], sandbox: Sandbox | None = None
 ) -> JsonRow:
     """The stored row of one example: the task's own columns, its scores, and every response as it was
-    generated. Code is run where there is a sandbox for it."""
+    generated. Code is run where there is a sandbox for it. An example that a fault ended has no scores."""
     row = task.row(example, completions)
-    if sandbox is not None and task.execute is not None:
+    fault = next((c.fault for c in completions if c.fault is not None), None)
+    if fault is not None:
+        row = _as_numbers(row) | {FAULT: fault}
+    elif sandbox is not None and task.execute is not None:
         (row,) = task.execute([row], Execution(sandbox, {example.id: example.target}))
     responses = [stored_response(completion) for completion in completions]
-    return {"id": example.id, **row, "scores": task.score_row(row), "responses": responses}
+    return {"id": example.id, **row, "scores": task.scores(row), "responses": responses}
+
+
+def _as_numbers(value: Any) -> Any:
+    """A row of JSON: null for what is no number."""
+    if isinstance(value, dict):
+        return {name: _as_numbers(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_numbers(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def whole_examples(

@@ -51,7 +51,7 @@ def add_verdicts(folder: Path, items: Mapping[str, dict[str, Any]], sandbox: San
         return run
     executed = task.execute([rows[place] for place in todo], Execution(sandbox, items))
     for place, row in zip(todo, executed, strict=True):
-        rows[place] = with_columns(rows[place], row) | {"scores": task.score_row(row)}
+        rows[place] = with_columns(rows[place], row) | {"scores": task.scores(row)}
     metrics = task.metrics(rows)
     run = run.model_copy(update={"metrics": metrics, "headline": task.headline_of(metrics)})
     results.replace_rows(folder, rows, run)
@@ -60,7 +60,7 @@ def add_verdicts(folder: Path, items: Mapping[str, dict[str, Any]], sandbox: San
 
 def lacks_verdict(task: Task, row: JsonRow) -> bool:
     """Whether a row is scored by what a task's metric is called while nothing was run or judged."""
-    return task.headline in task.score_row(row)
+    return task.headline in task.scores(row)
 
 
 def with_columns(row: JsonRow, added: JsonRow) -> JsonRow:

@@ -60,7 +60,7 @@ def score_file(task: Task, path: Path, execution: Execution | None = None) -> Sc
     named = "id" if "id" in table.rows[0] else task.identity or "id"
     for index, row in enumerate(table.rows):
         try:
-            task.score_row(row)
+            task.scores(row)
         except UserError as error:
             raise UserError(f"{table.where(index)}: {error}") from None
     kept, dropped, renumbered = unique_rows(table.rows, named)

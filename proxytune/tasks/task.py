@@ -18,13 +18,16 @@ from typing import Literal
 from proxytune.config import SMOKE, SOURCES, Sampling
 from proxytune.errors import UserError
 from proxytune.intervals import mean_metrics
-from proxytune.records import Completion, Example, JsonRow, Metric
+from proxytune.records import FAULT, Completion, Example, JsonRow, Metric
 from proxytune.sandbox import Sandbox
 from proxytune.tasks.data import DataTable, Hub, generate, read_file, read_hub, read_smoke_data
 
 JudgeName = Literal["toxicity", "truth", "pairwise"]
 UNJUDGED = "unjudged"
 """The headline of tasks that say nothing without a judge."""
+FAULTY = "faulty"
+"""The metric that gives the share of examples that ended in a fault, which have no score; where there are
+any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +103,21 @@ class Task:
     primer: tuple[str, ...] = ()
     """The benchmark's own few-shot items, of which --shots N takes the first N."""
 
+    def scores(self, row: JsonRow) -> dict[str, float]:
+        """The scores of one stored row; none where a fault ended its example."""
+        return {} if row.get(FAULT) else self.score_row(row)
+
     def metrics(self, rows: Sequence[JsonRow]) -> dict[str, Metric]:
-        """The metrics of stored rows."""
-        found = self.aggregate([self.score_row(row) for row in rows])
-        return found if self.totals is None else found | self.totals(rows)
+        """The metrics of stored rows; with the share of faults where there are any."""
+        sound = [row for row in rows if not row.get(FAULT)]
+        found = self.aggregate([self.score_row(row) for row in sound])
+        if self.totals is not None and sound:
+            found |= self.totals(sound)
+        if len(sound) < len(rows):
+            found[FAULTY] = Metric(value=1 - len(sound) / len(rows))
+        if not sound:
+            found.setdefault(self.headline, Metric(value=0.0))
+        return found
 
     def aggregate(self, scores: Sequence[Mapping[str, float]]) -> dict[str, Metric]:
         """The metrics of per-example scores: means with intervals, the task's own first."""

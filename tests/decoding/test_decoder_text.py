@@ -3,6 +3,7 @@ cut."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -110,8 +111,13 @@ def test_an_example_whose_template_fails_has_a_reason_and_the_others_go_on(
     others = [e for e in ASKED if e.id != "1"]
     for c in d.stream(others, sampling, task="truthfulqa"):
         assert found[c.example_id, c.sample] == c
-    with pytest.raises(UserError, match="expert fails on example 1 of mc: no animals"):
-        list(d.likelihoods(ASKED, lambda _: (" a", " b"), task="mc"))
+    scored = {(c.example_id, c.sample): c for c in d.likelihoods(ASKED, lambda _: (" a", " b"), task="mc")}
+    assert len(scored) == 6
+    assert all(
+        math.isnan(c.logprob) == (c.fault is not None) == (c.example_id == "1") for c in scored.values()
+    )
+    assert scored["1", 1].remark == "the chat template of the expert fails on mc: no animals"
+    assert scored["1", 1].text == " b"
 
 
 def test_a_template_that_never_works_is_an_error_before_anything_is_decoded(

@@ -50,6 +50,9 @@ class FakeRows:
         self.swap(row, -1)
         self.lengths.pop()
 
+    def clear(self) -> None:
+        self.lengths.clear()
+
     @property
     def peak_bytes(self) -> int:
         return 0

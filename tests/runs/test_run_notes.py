@@ -15,7 +15,7 @@ from proxytune.runs import alpha_sweep
 from proxytune.runs.evaluation import generate
 from tests.support import tiny, tiny_system
 from tests.support.chat_templates import CHOOSY, GEMMA, TURNS
-from tests.support.command_line import proxytune
+from tests.support.command_line import proxytune, refused
 from tests.support.runs import QUIET, evaluated, evaluation_of
 
 SHORT = Sampling(max_new_tokens=6)
@@ -61,9 +61,21 @@ def test_one_bad_example_is_stored_with_its_reason(tmp_path: Path) -> None:
     assert [row for row in rows if row["id"] != rows[2]["id"]] == [
         row for row in others if row["id"] != rows[2]["id"]
     ]
-    assert f"1 of 4 responses were not asked and count as empty: {reason}" in made.notes
+    assert f"1 of 4 responses were not asked: {reason}" in made.notes
+    assert made.metrics["faulty"].value == 0.25 and rows[2]["scores"] == {} and rows[2]["fault"] == "template"
     tokens = analysis.tokens_of(tmp_path / "run", made)
     assert set(tokens["response"]) == {0, 1, 3}
+
+
+def test_a_prompt_that_a_template_refuses_is_an_error_of_generate(tmp_path: Path) -> None:
+    """There is no other example that could go on."""
+    chat_system(tmp_path, CHOOSY + TURNS)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(path.read_text().replace("./expert,", "./expert, chat: tokenizer,"))
+    for more in ([], ["--compare"], ["--json"]):
+        reason = "the chat template of the expert fails: no animals"
+        refused(proxytune("generate", "a zebra", "--system", path, "--max-new-tokens", 3, *more), reason)
+    assert proxytune("generate", "a cat", "--system", path, "--max-new-tokens", 3).exit_code == 0
 
 
 def test_responses_that_a_window_cut_are_counted(system: System, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def _stream(speaker: Speaker, role: Role, *, json_only: bool) -> None:
     printer = _Printer(sys.stdout) if sampling.n == 1 and not json_only else None
     on_text = printer.hear if printer else None
     stream = decoder.stream([speaker.example], sampling, alpha=alpha, on_text=on_text)
-    found = sorted(stream, key=lambda completion: completion.sample)
+    found = asked(sorted(stream, key=lambda completion: completion.sample))
     if json_only:
         console.print_json({"as": role, "responses": [_as_json(completion) for completion in found]})
     elif printer is not None:
@@ -146,6 +146,14 @@ def _stream(speaker: Speaker, role: Role, *, json_only: bool) -> None:
         for completion in found:
             print(f"--- {completion.sample + 1}\n{completion.text}")
     _say_notes(decoder, found)
+
+
+def asked(found: Sequence[Completion]) -> Sequence[Completion]:
+    """The responses; UserError where a chat template has no text for the prompt."""
+    for completion in found:
+        if completion.finish_reason == "template":
+            raise UserError(completion.remark)
+    return found
 
 
 def _say_notes(decoder: Decoder, found: Sequence[Completion]) -> None:
@@ -198,7 +206,8 @@ def _compare(speaker: Speaker, *, json_only: bool) -> None:
         alpha = speaker.alpha_of(role, speaker.alpha if role == "proxy" else None)
         trace: TraceKind = "tokens" if role == "proxy" else "off"
         decoder = speaker.decoder(role)
-        [found[role]] = decoder.stream([speaker.example], speaker.sampling, alpha=alpha, trace=trace)
+        stream = decoder.stream([speaker.example], speaker.sampling, alpha=alpha, trace=trace)
+        [found[role]] = asked(list(stream))
         _say_notes(decoder, [found[role]])
     tokens = response_tokens(found["proxy"])
     changed = [place for place, token in enumerate(tokens) if is_changed(token)]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from proxytune.engine.attention.packed import MOST_TOKENS, Group, Packed
+from proxytune.engine.attention.packed import MAX_GROUPED, MOST_TOKENS, Group, Packed
 from proxytune.engine.cuda.attention import DevicePacked
 from proxytune.engine.kernels.cpu_attention import attend_slots, takes
 from proxytune.engine.kernels.scores import ScoreRule
@@ -103,8 +103,27 @@ def attend(
             keys, values = keys.to(q.dtype), values.to(q.dtype)
             attend_rows = _fused if rule.plain else _explicit
             seen = attend_rows(rows, keys, values, group, rule)
+            if group.query <= MAX_GROUPED and not bool(seen.isfinite().all()):
+                _apart(seen, rows, keys, values, group, rule)
             _scatter(seen, group, out)
     return result[None], None
+
+
+def _apart(seen: Tensor, q: Tensor, keys: Tensor, values: Tensor, group: Group, rule: ScoreRule) -> None:
+    """Compute anew what is not finite in `seen` [block, H, query, Dv]: every query alone, with the keys that
+    it sees. A mask does not hide a NaN, and behind a row's length, or in a later draft, there may be one of a
+    sequence that had it."""
+    attend_rows = _fused if rule.plain else _explicit
+    for row, length in zip(group.rows, group.lengths, strict=True):
+        mine = slice(row - group.first, row - group.first + 1)
+        if bool(seen[mine].isfinite().all()):
+            continue
+        for number in range(group.query):
+            end = length - group.query + number + 1
+            alone, at = Group(1, [row], [0], [end]), slice(number, number + 1)
+            seen[mine, :, at] = attend_rows(
+                q[mine, :, at], keys[mine, :, :end], values[mine, :, :end], alone, rule
+            )
 
 
 def _gather(query: Tensor, group: Group) -> Tensor:

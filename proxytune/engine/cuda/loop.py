@@ -92,6 +92,13 @@ class DeviceLoop:
         """A request will come: the state has to be wide enough for it."""
         self._widths = self._widths.join(Widths.of(request))
 
+    def abandon(self) -> None:
+        """The rows are gone. What is in flight is not read; what is computed next comes after it."""
+        self.in_flight.clear()
+        self._prompts = False
+        if self.graphs.state is not None:
+            self.graphs.state.forget()
+
     def depths(self, rows: Sequence[Row]) -> list[int]:
         """What the scheduler is to make room for: this step and the one after it."""
         if self.graphs.refused is not None:

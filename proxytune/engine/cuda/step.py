@@ -21,7 +21,7 @@ from proxytune.engine.cuda.attention import DevicePacked, DevicePart, slots_of
 from proxytune.engine.cuda.sampling import SamplingNeeds
 from proxytune.engine.cuda.state import DeviceBatch
 from proxytune.engine.kv.pages import PagedCache
-from proxytune.engine.logits import log_probability, widen
+from proxytune.engine.logits import found_probability, widen
 from proxytune.engine.runners.runner import ModelRunner, Runner
 from proxytune.engine.sampling import Propose
 from proxytune.engine.speculative.draft_length import Ahead
@@ -44,7 +44,9 @@ class StepOutput(NamedTuple):
     accepted: Tensor  # [R] how many of the tokens are accepted
     tokens: Tensor  # [R, k + 1] the proxy's
     drafts: Tensor  # [R, k]; -1 in rows where prompt lookup found nothing
-    logprobs: Tensor  # [R, k + 1] float64
+    logprobs: (
+        Tensor  # [R, k + 1] float64; NaN where the logits are no distribution, and the host ends the row
+    )
 
     def packed(self) -> Tensor:
         """All of it as one [R, 3k + 3] of int64, to be copied at once."""
@@ -117,7 +119,7 @@ class DeviceStep:
         flat = {name: logits.flatten(0, 1) for name, logits in views.items()}
         combined = self.combine(flat, batch.alpha(positions).flatten())  # [R * (k + 1), V]
         tokens = batch.sampler.pick(combined.view(rows, k + 1, size), positions, noise, needs)
-        logprobs = log_probability(combined, tokens.flatten()).double().view(rows, k + 1)
+        logprobs = found_probability(combined, tokens.flatten()).double().view(rows, k + 1)
         return StepOutput(self.accept(batch, tokens, drafts), tokens, drafts, logprobs)
 
     def _draft(

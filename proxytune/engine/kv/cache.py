@@ -118,6 +118,10 @@ class Rows(Protocol):
         """Free a row; the last row takes its place."""
         ...
 
+    def clear(self) -> None:
+        """Free every row, also where an interruption left them half moved."""
+        ...
+
     @property
     def peak_bytes(self) -> int:
         """The most memory that rows have taken so far."""

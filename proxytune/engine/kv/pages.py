@@ -25,10 +25,9 @@ class PagedCache:
         self.lengths: list[int] = []
         self.pages = spec.tokens // PAGE
         self.tables: list[list[int]] = []
-        self.free_pages = list(range(self.pages - 1, -1, -1))
-        self.owners = [0] * self.pages
-        self._peak_pages = 0
         self._tables_on: dict[object, Tensor] = {}
+        self.clear()
+        self._peak_pages = 0
         self._pools = [
             (
                 torch.zeros(self.pages + 1, PAGE, layer.heads, layer.key, dtype=spec.dtype, device=device),
@@ -113,6 +112,13 @@ class PagedCache:
         self._release(len(self.tables) - 1, 0)
         self.tables.pop()
         self.lengths.pop()
+
+    def clear(self) -> None:
+        self.lengths.clear()
+        self.tables.clear()
+        self._tables_on.clear()
+        self.free_pages = list(range(self.pages - 1, -1, -1))
+        self.owners = [0] * self.pages
 
     def commit(self, row: int, count: int) -> None:
         self.lengths[row] += count

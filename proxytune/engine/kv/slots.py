@@ -93,6 +93,9 @@ class SlotCache:
             self.lengths[row] = kept
         self.lengths.pop()
 
+    def clear(self) -> None:
+        self.lengths.clear()
+
     def commit(self, row: int, count: int) -> None:
         self.lengths[row] += count
 

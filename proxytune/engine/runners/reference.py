@@ -62,6 +62,10 @@ class ReferenceRows:
         for rows in columns:
             rows.pop()
 
+    def clear(self) -> None:
+        for rows in (self.lengths, self.ids, self.caches):
+            rows.clear()
+
     @property
     def peak_bytes(self) -> int:
         """Unknown: the model's own cache is opaque to us."""

@@ -29,6 +29,8 @@ class Runner(Protocol):
     alignment: VocabMap
     window: int
     """Most tokens that the model takes."""
+    device: torch.device
+    """Where ids go in."""
 
     @property
     def rows(self) -> Rows:

@@ -27,6 +27,7 @@ from proxytune.engine.runners.runner import Runner, forward_all
 from proxytune.engine.sampling import Pick, Propose, RowPosition, pick
 from proxytune.engine.speculative.draft_length import PROMPT_LOOKUP_LENGTH, PROMPT_LOOKUP_ROWS, DraftLength
 from proxytune.engine.speculative.prompt_lookup import PromptLookup
+from proxytune.engine.timing import Clock
 
 LOOKUP = "lookup"
 """The drafter's name where prompt lookup drafts for all models, and no expert does."""
@@ -64,7 +65,8 @@ class Drafts:
 
 
 class StepSeconds(NamedTuple):
-    """How long the three parts of a step took, each up to where its tokens were read by the host."""
+    """How long the three parts of a step took by the engine's clock, each up to where its tokens were read by
+    the host."""
 
     draft: float
     verify: float
@@ -91,10 +93,13 @@ class Drafter:
         target: str,
         settings: Speculation,
         draft_length: DraftLength | None = None,
+        *,
+        clock: Clock = time.perf_counter,
     ) -> None:
         """`draft_models`: the drafter and the models on its weights; empty where a model decodes alone and
         only prompt lookup can draft. `target` is the model whose ids the response has, `draft_length` what
-        earlier engines with the same models have measured."""
+        earlier engines with the same models have measured, `clock` what it is measured by."""
+        self._clock = clock
         self.runners, self.draft_models = runners, tuple(draft_models)
         self.target, self.settings = target, settings
         self.draft_length = draft_length or DraftLength()
@@ -146,7 +151,7 @@ class Drafter:
         wanted = [index for index, depth in enumerate(depths) if depth > 0]
         alone = not any(prefill.values())
         while wanted:
-            began = time.perf_counter()
+            began = self._clock()
             guesses = {
                 i: [] if drafted[i] else self._guess(rows[i], depths[i] - 1, len(wanted)) for i in wanted
             }
@@ -168,7 +173,7 @@ class Drafter:
             ]
             picked = self.settings.pick(logits[self.draft_models[0]], positions).tolist()
             if alone:
-                self.draft_length.read.add(len(positions), time.perf_counter() - began)
+                self.draft_length.read.add(len(positions), self._clock() - began)
             keep = self._keep(rows, drafted, guesses, picked, order)
             kept.append(some(logits, keep))
             wanted = [
@@ -304,6 +309,11 @@ class Drafter:
     def forget(self, row: Row) -> None:
         """A row has finished."""
         self._lookups.pop(row.ticket, None)
+
+    def forget_all(self) -> None:
+        """No row is under way."""
+        self._lookups.clear()
+        self._looking_up = False
 
 
 def _in_order(kept: Sequence[Mapping[str, Tensor]], order: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
