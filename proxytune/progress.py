@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 from rich.text import Text
 
-from proxytune.time_left import Work
+from proxytune.time_left import WorkSoFar
 
 LOG_SECONDS = 10.0
 
@@ -29,7 +29,7 @@ class Progress:
         self.shown = shown
         self.total = self.done = self.here = 0
         self.scores: list[float] = []
-        self.work: Callable[[], Work] = Work
+        self.work: Callable[[], WorkSoFar] = WorkSoFar
         self._left: float | None = None
         self.began = time.monotonic()
         self._bar: Bar | None = None
@@ -41,7 +41,7 @@ class Progress:
         if self.shown:
             self._line(f"note: {text}")
 
-    def begin(self, total: int, done: int, scores: Sequence[float], work: Callable[[], Work]) -> None:
+    def begin(self, total: int, done: int, scores: Sequence[float], work: Callable[[], WorkSoFar]) -> None:
         """Start the clock for `total` examples, of which `done` with these scores are from before.
 
         `work` gives what is known of the sequences of this session.
@@ -85,7 +85,7 @@ class Progress:
             parts.append(f"{self.score} {sum(self.scores) / len(self.scores):.3f}")
         return ", ".join([*parts, clock(time.monotonic() - self.began)] if ended else parts)
 
-    def _seconds_left(self, work: Work) -> float | None:
+    def _seconds_left(self, work: WorkSoFar) -> float | None:
         """The estimate, or an earlier one that was lower: what is shown never grows."""
         found = work.seconds_left()
         if found is not None:

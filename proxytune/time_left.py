@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkSoFar:
     """What is known of the sequences of one call: responses, or texts that are scored."""
 
     finished: int = 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from proxytune.config import AlphaSchedule
 from proxytune.engine import Engine, Request, Result
 from proxytune.records import Example
-from proxytune.time_left import Work
+from proxytune.time_left import WorkSoFar
 
 
 @dataclass
@@ -89,10 +89,10 @@ class RunningStream:
         ]
         return any([self.engine.cancel(ticket) for ticket in asked])
 
-    def work(self) -> Work:
+    def work(self) -> WorkSoFar:
         """What is known of them."""
         scheduler, counts = self.engine.scheduler, self.engine.counts
-        return Work(
+        return WorkSoFar(
             finished=self.finished,
             finished_tokens=self.finished_tokens,
             open=tuple(
@@ -119,6 +119,6 @@ class ScoringTexts:
         self.ended += ended
         self.left -= ended
 
-    def work(self) -> Work:
+    def work(self) -> WorkSoFar:
         """What is known of them."""
-        return Work(finished=self.ended, unread=self.left, prefill_seconds=self.seconds, scoring=True)
+        return WorkSoFar(finished=self.ended, unread=self.left, prefill_seconds=self.seconds, scoring=True)

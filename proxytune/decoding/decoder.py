@@ -32,7 +32,7 @@ from proxytune.errors import UserError
 from proxytune.models import Loaded, Models, free_memory
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion, Example, Prompt, RoleMemory
-from proxytune.time_left import Work
+from proxytune.time_left import WorkSoFar
 
 MAX_ROWS = 128
 """Rows decoded together unless set otherwise: past that, matrix products are compute-bound everywhere we
@@ -286,10 +286,10 @@ class Decoder:
         completions, or from `on_text`. They have no completion. -> False if none was left to end."""
         return self._running is not None and self._running.cancel(example_id, sample)
 
-    def work(self) -> Work:
+    def work(self) -> WorkSoFar:
         """What is known of the responses, or texts, of the call that is going on."""
         found = self._scoring if self._running is None else self._running
-        return Work() if found is None else found.work()
+        return WorkSoFar() if found is None else found.work()
 
     def likelihoods(
         self,

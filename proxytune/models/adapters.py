@@ -7,6 +7,7 @@ forward instead. A soft prompt leaves the weights alone: it is a table of embedd
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,14 @@ class Adapters:
                 parent, _, child = path.rpartition(".")
                 setattr(module.get_submodule(parent), child, layer.linear)
                 del self.layers[path]
+
+    def weights(self, module: PreTrainedModel, name: str) -> Iterator[tuple[str, Tensor]]:
+        """The weights of one adapter by their names."""
+        yield from ((key, tensor) for key, tensor in module.named_parameters() if f".{name}." in key)
+        for path, layer in self.layers.items():
+            if name in layer.adapters:
+                down, up, _ = layer.adapters[name]
+                yield from ((f"{path}.lora_A", down), (f"{path}.lora_B", up))
 
     def remove(self, name: str) -> None:
         """Forget one adapter."""

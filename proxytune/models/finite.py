@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from proxytune.errors import UserError
 
@@ -11,17 +13,16 @@ PIECE = 2**24
 """Numbers that are looked at together where a dtype has to be widened first: it bounds the copies."""
 
 
-def refuse_broken_weights(module: nn.Module, name: str, *, among: str = "") -> None:
+def refuse_broken_weights(weights: Iterable[tuple[str, Tensor]], name: str) -> None:
     """UserError with the name of the first weight that holds a NaN or an infinite number; `name` is what the
-    user calls the model, `among` what the names of the weights to look at contain (an adapter's).
+    user calls the model or adapter.
 
     One pass over the weights. Integers, which are quantised weights, cannot be broken, but their scales can.
     Tensors without storage (`meta`, offloaded) are not looked at."""
-    found = [(key, tensor) for key, tensor in module.named_parameters() if among in key]
-    broken = [
-        (key, whole(tensor)) for key, tensor in found if tensor.is_floating_point() and not tensor.is_meta
+    looked_at = [
+        (key, whole(tensor)) for key, tensor in weights if tensor.is_floating_point() and not tensor.is_meta
     ]
-    for key, fine in broken:  # read last, so that a GPU is not waited for between two weights
+    for key, fine in looked_at:  # read last, so that a GPU is not waited for between two weights
         if not bool(fine):
             raise UserError(
                 f"'{name}' has NaN or infinite numbers in its weight {key}: the checkpoint is damaged, or a "

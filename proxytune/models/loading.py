@@ -204,7 +204,7 @@ class Models:
         virtual = None
         if spec.adapter is not None:
             module, virtual = attach_for_good(module, spec)
-        refuse_broken_weights(module, str(spec.model))
+        refuse_broken_weights(module.named_parameters(), str(spec.model))
         packed = use_row_linears(module)  # after the weights have got their last values
         use_row_norms(module)
         family = examine(module)
@@ -225,7 +225,7 @@ class Models:
         """An expert as an adapter on its antiexpert: one set of weights for both."""
         host = self.get(host_name)
         attached = host.adapters.attach(host.module, spec, name, packed=host.family.path == "packed")
-        refuse_broken_weights(host.module, str(spec.adapter), among=f".{name}.")
+        refuse_broken_weights(host.adapters.weights(host.module, name), str(spec.adapter))
         virtual = attached.virtual
         _refuse_soft_prompt_on_reference(name, host.family, virtual)
         adapter = None if virtual is not None else name

@@ -35,7 +35,7 @@ def cost_table(root: Path, found: Found) -> ReportTable:
             run.started.replace("T", " ").removesuffix("+00:00"),
         ))  # fmt: skip
     columns = (
-        "folder", "as", "alpha", "examples", "score", "seconds", "of them prompts", "tokens", "tokens / s",
+        "folder", "as", "alpha", "examples", "score", "seconds", "prefill", "tokens", "tokens / s",
         "drafts accepted", "tokens / step", "memory",
         "preemptions", "sessions", "started (UTC)",
     )  # fmt: skip

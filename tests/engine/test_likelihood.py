@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,3 +106,79 @@ def test_what_does_not_fit_is_refused_with_the_numbers(trio: System) -> None:
         list(likelihoods(d.ensemble, [Continuation(contexts, (5,) * 300)], ALPHAS))
     with pytest.raises(UserError, match="empty"):
         list(likelihoods(d.ensemble, [Continuation(contexts, ())], ALPHAS))
+
+
+def primed(d: Decoder, shots: int) -> list[Continuation]:
+    """Questions that begin with the same words, two texts each; the third one is asked again later."""
+    draw, opener = random.Random(shots), "abc de " * shots
+    asked = [example(opener + e.prompt.plain) for e in ragged(6, 7, longest=12)]
+    return [
+        Continuation(d.contexts(e.prompt), tuple(draw.randrange(3, 259) for _ in range(draw.randint(1, 6))))
+        for e in [*asked, asked[2], asked[0]]
+        for _ in range(2)
+    ]
+
+
+@pytest.mark.parametrize("tokens", [2048, 90, 7])
+@pytest.mark.parametrize("shots", [0, 6])
+def test_contexts_that_begin_alike(trio: System, layout: str, shots: int, tokens: int) -> None:
+    d = decoder(trio)
+    items = primed(d, shots)
+    for item, found in zip(items, likelihoods(d.ensemble, items, ALPHAS[:3], tokens=tokens), strict=True):
+        assert found.continuation is item
+        for row, alpha in enumerate(ALPHAS[:3]):
+            values, greedy = expected(d, item, alpha)
+            assert found.logprobs[row].tolist() == pytest.approx(values, abs=1e-9)
+            assert bool(found.greedy[row]) == greedy
+
+
+def test_contexts_that_begin_alike_on_the_slow_path(tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path / "bloom", tiny.build("bloom"))
+    d = decoder(System(base=spec(folder)), "base")
+    items = primed(d, 6)
+    for item, found in zip(items, likelihoods(d.ensemble, items, ALPHAS[:1]), strict=True):
+        assert found.logprobs[0].tolist() == pytest.approx(expected(d, item, 0)[0], abs=1e-6)
+
+
+def test_a_few_forwards_that_read_everything_once(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 questions with four texts each: contexts are packed, and what they begin with is read once."""
+    d, fed = decoder(trio, "base"), list[list[int]]()
+    runner: Any = d.ensemble.runners["base"]
+    forward = runner.forward
+
+    def counted(work: Any) -> Any:
+        fed.append([len(segment.ids) for segment in work.segments])
+        return forward(work)
+
+    monkeypatch.setattr(runner, "forward", counted)
+    opener = "abc de " * 10
+    asked = [d.contexts(example(opener + e.prompt.plain).prompt) for e in ragged(60, 7, longest=12)]
+    items = [Continuation(contexts, (50 + n, 60)) for contexts in asked for n in range(4)]
+    assert len(list(likelihoods(d.ensemble, items, ALPHAS[:1]))) == 240
+    distinct = {contexts["base"] for contexts in asked}
+    shared = 1 + len(opener)
+    assert len(fed) == 3  # the opener, the questions, the texts
+    assert fed[0] == [shared] and sum(fed[1]) == sum(len(ids) - 1 - shared for ids in distinct)
+    assert fed[2] == [2] * 240
+
+
+def test_batches_are_found_in_linear_time(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the items, twice the work: rows are counted where a pool is asked whether they fit."""
+
+    def rows_asked(count: int) -> int:
+        d, asked = decoder(trio, "base"), 0
+        rows: Any = d.ensemble.runners["base"].rows
+        fits = rows.fits
+
+        def counted(lengths: Any) -> bool:
+            nonlocal asked
+            asked += len(lengths)
+            return bool(fits(lengths))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(rows, "fits", counted)
+            contexts = d.contexts(example("abc").prompt)
+            list(likelihoods(d.ensemble, [Continuation(contexts, (5,))] * count, ALPHAS[:1], positions=4000))
+        return asked
+
+    assert rows_asked(600) <= 2.2 * rows_asked(300)

@@ -8,6 +8,7 @@ import pytest
 
 from proxytune import progress
 from proxytune.progress import Progress, clock
+from proxytune.time_left import WorkSoFar
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3723, "1:02:03")])
@@ -17,13 +18,35 @@ def test_clock(seconds: float, text: str) -> None:
 
 def test_the_state_in_one_line() -> None:
     state = Progress("demo gsm", "exact_match")
-    state.total, state.done, state.scores, state.tokens = 4, 2, [1.0], lambda: 50
+    work = WorkSoFar(open=((10, 30), (40, 50)), decode_seconds=10.0, prefill_seconds=90.0)
+    state.total, state.done, state.scores, state.work = 4, 2, [1.0], lambda: work
     state.began = time.monotonic() - 10
-    assert state.line() == "2/4, 5 tokens/s, exact_match 1.000"
+    assert state.line() == "2/4, 5 tokens/s, 0:06 left, exact_match 1.000"
     state.advance(0.0)
-    assert state.line() == "3/4, 5 tokens/s, 0:10 left, exact_match 0.500"
+    work = WorkSoFar(finished=1, finished_tokens=50, decode_seconds=10.0)
+    assert state.line() == "3/4, 5 tokens/s, 0:00 left, exact_match 0.500"
     state.advance(None)
     assert state.line(ended=True) == "4/4, 5 tokens/s, exact_match 0.500, 0:10"
+
+
+def test_texts_that_are_scored_take_a_time_per_item() -> None:
+    state = Progress("demo truthfulqa_mc", "mc1")
+    state.total, state.work = 5, lambda: WorkSoFar(scoring=True, unread=12)
+    assert state.line() == "0/5"
+    state.advance(1.0), state.advance(0.0)
+    state.work = lambda: WorkSoFar(scoring=True, finished=8, unread=12, prefill_seconds=4.0)
+    assert state.line() == "2/5, 2.00 s/item, 0:06 left, mc1 0.500"
+
+
+def test_the_time_left_never_grows() -> None:
+    """Not even where the estimate does: longer responses than it looked like."""
+    state, shown = Progress("demo gsm", "exact_match"), list[str]()
+    state.total = 9
+    for seconds, tokens in ((1.0, 10), (2.0, 30), (4.0, 40), (9.0, 41)):
+        work = WorkSoFar(open=((tokens, 100),), decode_seconds=seconds)
+        state.work = lambda work=work: work  # type: ignore[misc]
+        shown.append(state.line().split(", ")[2])
+    assert shown == ["0:09 left", "0:05 left", "0:05 left", "0:05 left"]
 
 
 def test_a_log_gets_lines_even_before_an_example_is_finished(
@@ -32,7 +55,7 @@ def test_a_log_gets_lines_even_before_an_example_is_finished(
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.01)
     seen = ""
     with Progress("demo gsm", "exact_match") as shown:
-        shown.begin(2, 1, [1.0], lambda: 7)
+        shown.begin(2, 1, [1.0], WorkSoFar)
         while "1/2, " not in seen:
             time.sleep(0.01)
             seen += capsys.readouterr().err
@@ -43,7 +66,7 @@ def test_a_log_gets_lines_even_before_an_example_is_finished(
 
 def test_silence_when_not_wanted(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("x", "y", shown=False) as quiet:
-        quiet.begin(1, 0, [], int)
+        quiet.begin(1, 0, [], WorkSoFar)
         quiet.note("nothing")
         quiet.advance(1.0)
     assert capsys.readouterr() == ("", "")
@@ -52,6 +75,6 @@ def test_silence_when_not_wanted(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     with Progress("demo [gsm]", "exact_match") as shown:
-        shown.begin(1, 0, [], int)
+        shown.begin(1, 0, [], WorkSoFar)
         shown.advance(1.0)
     assert "demo [gsm]" in capsys.readouterr().err

@@ -25,7 +25,7 @@ def run(role: str, score: float, *, system: str = "tiny", model: str = "nowhere"
         **changes,
     }  # fmt: skip
     metric = Metric(value=score, low=max(score - 0.05, 0), high=min(score + 0.05, 1))
-    cost = Cost(seconds=2.0, generated_tokens=1000, memory=MEMORY)
+    cost = Cost(seconds=2.5, prefill_seconds=0.5, generated_tokens=1000, memory=MEMORY)
     return Run(
         status="done", spec=RunSpec(**spec), n=100, metrics={"exact_match": metric}, headline="exact_match",
         cost=cost, started="now", made=MADE,

@@ -101,12 +101,25 @@ def attend(
             keys, values = cache.read(layer, group.first, group.block, group.longest)
             rows = _gather(q, group)
             keys, values = keys.to(q.dtype), values.to(q.dtype)
-            attend_rows = _fused if rule.plain else _explicit
+            attend_rows, on_cpu = _fused if rule.plain else _explicit, q.device.type == "cpu"
+            if not on_cpu and group.block > 1:  # to look at the result would wait for the device
+                keys, values = cleared(keys, group), cleared(values, group)
             seen = attend_rows(rows, keys, values, group, rule)
-            if group.query <= MAX_GROUPED and not bool(seen.isfinite().all()):
+            if on_cpu and group.query <= MAX_GROUPED and not bool(seen.isfinite().all()):
                 _apart(seen, rows, keys, values, group, rule)
             _scatter(seen, group, out)
     return result[None], None
+
+
+def cleared(lines: Tensor, group: Group) -> Tensor:
+    """Keys or values [block, H, longest, D] with zeros behind every row's length: what is left there of a
+    sequence that had a NaN, a mask would not hide."""
+    lengths = [0] * group.block
+    for row, length in zip(group.rows, group.lengths, strict=True):
+        lengths[row - group.first] = length
+    ends = torch.tensor(lengths, device=lines.device)[:, None]
+    behind = torch.arange(lines.shape[2], device=lines.device) >= ends  # [block, longest]
+    return lines.masked_fill(behind[:, None, :, None], 0.0)
 
 
 def _apart(seen: Tensor, q: Tensor, keys: Tensor, values: Tensor, group: Group, rule: ScoreRule) -> None:

@@ -113,9 +113,11 @@ def gathered(
         column = sinks.to(wide).view(1, kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, column], -1)
     weights = scores.softmax(-1)[..., : k.shape[2]].masked_fill(hidden, 0.0)  # NaN where nothing is visible
-    behind_all = torch.arange(k.shape[2], device=query.device) >= lengths[:, None]  # [R, L]
-    v = v.masked_fill(behind_all[:, None, :, None], 0.0)  # it may hold a NaN, which a weight of 0 keeps
-    out: Tensor = (weights @ v[:, :, None]).to(query.dtype)  # [R, Hkv, G, Q, Dv]
+    # a weight of 0 does not hide a value that is no number: it spoils the queries that see it alone
+    broken = ~v.isfinite().all(-1)  # [R, Hkv, L]
+    spoilt = (broken[:, :, None, None] & ~hidden).any(-1, keepdim=True)  # [R, Hkv, 1, Q, 1]
+    out: Tensor = weights @ v.masked_fill(broken[..., None], 0.0)[:, :, None]  # [R, Hkv, G, Q, Dv]
+    out = out.masked_fill(spoilt, float("nan")).to(query.dtype)
     return out.flatten(1, 2).transpose(1, 2).contiguous().transpose(1, 2)
 
 

@@ -55,11 +55,21 @@ def _load(at, mask, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def _numbers(v, scores):
+    """Values [N, DV] with zeros for those that are no numbers, which a weight of 0 would not hide; and NaN
+    for the queries, of scores [M, N], that see one of them, 0 for the others: [M]."""
+    whole = tl.min(tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 1, 0), 1)  # [N]
+    spoilt = (whole == 0)[None, :] & (scores > float("-inf"))
+    return tl.where((whole == 1)[:, None], v, 0.0).to(v.dtype), tl.sum(tl.where(spoilt, float("nan"), 0.0), 1)
+
+
+@triton.jit
 def _store(
     acc, best, total, partial, maxima, sums, out, row, head, token, live, heads, split, splits,
     QUERY: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
     """Write a tile's result to `out` [R, Q, H, DV], or its part of it to `partial` [R, H, Q, S, DV]."""
+    best = tl.where(total == total, best, 0.0)  # a split with a NaN counts, whatever its scores are
     dv = tl.arange(0, DV_PAD)
     wanted = live[:, None] & (dv < DV)[None, :]
     if DIRECT:
@@ -125,6 +135,8 @@ def attend_kernel(
         total = total * fade + tl.sum(weights, 1)
         v_at = values + (page * v_page + n % PAGE * v_slot)[:, None] + kv_head * v_head + dv[None, :]
         v = _load(v_at, inside[:, None] & (dv < DV)[None, :], WIDEN)  # [N, DV]
+        v, spoilt = _numbers(v, scores)
+        total += spoilt
         weights = weights.to(values.dtype.element_ty).to(v.dtype)
         acc = tl.dot(weights, v, acc * fade[:, None], input_precision="ieee")
         best = higher

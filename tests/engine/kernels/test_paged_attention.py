@@ -228,6 +228,32 @@ def test_what_lies_beyond_a_row_is_never_read(kernels: torch.device) -> None:
     assert torch.equal(attended(arguments), clean)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("path", ["kernel", "gathered"])
+def test_only_what_is_seen_can_be_no_number(
+    path: str, number: float, splits: int, kernels: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A value that is no number spoils the queries that see it: not the token before it, not the next row."""
+    if path == "gathered":
+        monkeypatch.setattr(paged, "supported", lambda *_: False)
+    arguments = inputs(Shape(new=2, heads=4, lengths=(40, 30)), kernels)
+    clean = attended(arguments, splits=splits)
+    for names, key in ((("values",), "value"), (("keys", "values"), "both")):
+        dirty = {**arguments, **{name: arguments[name].clone() for name in names}}
+        last = int(dirty["table"][0, 39 // PAGE])
+        for name in names:
+            dirty[name][last, 39 % PAGE] = number
+        found = attended(dirty, splits=splits)
+        assert not found[0, :, 1].isfinite().any(), key
+        assert torch.equal(found[0, :, 0], clean[0, :, 0]) and torch.equal(found[1], clean[1]), key
+    spoilt = {**arguments, "keys": arguments["keys"].clone()}
+    for at in range(16, 40):  # all that one split sees, and more
+        spoilt["keys"][int(spoilt["table"][0, at // PAGE]), at % PAGE] = math.nan
+    assert attended(spoilt, splits=splits)[0].isnan().all()
+
+
 def test_rows_do_not_depend_on_their_neighbours(kernels: torch.device) -> None:
     """With the splits given, a row alone has the same bits as in a batch."""
     arguments = inputs(Shape(new=2, heads=4, lengths=(50, 20, 0, 33)), kernels)
