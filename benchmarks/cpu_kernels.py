@@ -26,7 +26,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from benchmarks.tables import markdown
 from proxytune.engine.attention.attention import written_out
 from proxytune.engine.kernels.cpu_attention import attend_slots, why_not
-from proxytune.engine.kernels.linear import ONEDNN, TYPICAL, RowLinear
+from proxytune.engine.kernels.linear import LIGHT, ONEDNN, TYPICAL, RowLinear
 from proxytune.engine.kernels.scores import ScoreRule
 
 SHAPES: tuple[tuple[int, int], ...] = (
@@ -77,7 +77,10 @@ def _ways(layers: Sequence[nn.Linear], x: Tensor) -> dict[str, Way]:
     kernel, reorder = ONEDNN
     weights = [layer.weight for layer in layers]
     packed = [reorder(weight, TYPICAL) for weight in weights]
-    chosen = [RowLinear.over(layer, packs=True) for layer in layers]
+    chosen = [RowLinear.over(layer) for layer in layers]
+    for layer in chosen:
+        if layer.weight.numel() >= LIGHT:
+            layer.pack()
     columns = (x[0] if x.shape[1] > 1 else x[0].expand(2, -1).contiguous()).T
     return {
         "torch": lambda: [linear(x, w) for w in weights],

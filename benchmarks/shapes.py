@@ -24,9 +24,10 @@ from proxytune.engine.kernels.linear import use_row_linears
 from proxytune.engine.kernels.norm import use_row_norms
 from proxytune.errors import UserError
 from proxytune.models.adapters import Adapters
-from proxytune.models.int8 import random_int8
-from proxytune.models.loading import Loaded, Models, resolve
+from proxytune.models.checkpoint import resolve
+from proxytune.models.loading import Loaded, Models
 from proxytune.models.support import examine
+from proxytune.models.weight_only import random_int8
 from proxytune.options import DecodeOptions
 
 TRIO: tuple[Role, ...] = ("base", "expert", "antiexpert")

@@ -198,9 +198,9 @@ class ModelSpec(Record):
     """The dtype of the weights; auto is the checkpoint's own."""
     device_map: str | dict[str, int | str] | None = None
     """Where the layers go: auto, cpu, cuda:1 or a map as in accelerate; none is the first GPU, or the CPU."""
-    quantization: Literal["none", "int8", "8bit", "4bit"] = "none"
-    """Load the weights quantised: int8 (8-bit weights of the linear layers, fast on a GPU), or 8bit and 4bit
-    by bitsandbytes."""
+    quantization: Literal["none", "int8", "int4", "8bit", "4bit"] = "none"
+    """Load the weights quantised: int8 and int4 (weights of the linear layers; int4 on a CPU only), or 8bit
+    and 4bit by bitsandbytes. On a CPU they are fast with bfloat16 activations."""
     chat: Chat = "none"
     """The prompt format: none (plain text), llama2 (the paper's), tokenizer (the chat template in the
     checkpoint)."""

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from proxytune import __version__
 from proxytune.cli.commands.analyze import analyze
+from proxytune.cli.commands.check import check
 from proxytune.cli.commands.demo import demo
 from proxytune.cli.commands.evaluate import EvalCommand, evaluate
 from proxytune.cli.commands.export import export
@@ -81,6 +82,7 @@ def _proxytune(
 
 
 app.command()(demo)
+app.command()(check)
 app.command()(generate)
 app.command("eval", cls=EvalCommand)(evaluate)
 app.command("sweep-alpha")(sweep_alpha)

@@ -194,6 +194,14 @@ SystemName = Annotated[
         rich_help_panel=MODELS,
     ),
 ]
+SystemArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SYSTEM",
+        help="A system's name (`proxytune systems`) or a YAML file.",
+        autocompletion=_systems,
+    ),
+]
 As = Annotated[
     str, typer.Option("--as", help="base, expert, antiexpert, tuned or proxy.", rich_help_panel=MODELS)
 ]

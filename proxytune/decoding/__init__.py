@@ -9,20 +9,18 @@ from proxytune.lazy import door
 if TYPE_CHECKING:
     from proxytune.decoding.call import DecodeStats
     from proxytune.decoding.decoder import Decoder
-    from proxytune.decoding.prompts import templated
     from proxytune.decoding.remarks import notes_on, stored_response
-    from proxytune.decoding.templates import TemplateFault
+    from proxytune.decoding.sample import sample_context
 
-__all__ = ["DecodeStats", "Decoder", "TemplateFault", "notes_on", "stored_response", "templated"]
+__all__ = ["DecodeStats", "Decoder", "notes_on", "sample_context", "stored_response"]
 
 __getattr__ = door(
     __name__,
     {
         "DecodeStats": "call",
         "Decoder": "decoder",
-        "TemplateFault": "templates",
         "notes_on": "remarks",
+        "sample_context": "sample",
         "stored_response": "remarks",
-        "templated": "prompts",
     },
 )

@@ -21,6 +21,7 @@ from proxytune.decoding.call import DecodeStats, RunningStream, Scored, ScoringT
 from proxytune.decoding.completions import NOT_NUMBERS, ResultReader, failed
 from proxytune.decoding.prompts import context, form_of, noise_key
 from proxytune.decoding.response_text import ResponseText
+from proxytune.decoding.sample import sample_context
 from proxytune.decoding.stop_strings import StopStrings, single_tokens
 from proxytune.decoding.streaming import TextStream, stop_predicate
 from proxytune.decoding.templates import TemplateFault
@@ -75,6 +76,8 @@ class Decoder:
         if agreement:
             names = list(dict.fromkeys([*names, *models.names("proxy"), "tuned"]))
         models.check(names)
+        for name in names:  # a broken template is found before weights are read
+            sample_context(models.spec(name), models.tokenizer(name), name, form_of(name, role))
         self.loaded = {name: models.get(name) for name in names}
         self.target = names[0]
         head = self.loaded[self.target]

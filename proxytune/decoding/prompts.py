@@ -47,7 +47,7 @@ def templated(tokenizer: Tokenizer, message: str, system: str | None) -> tuple[s
 
     TemplateFault where there is no text; it knows whether that depends on these texts."""
     if not getattr(tokenizer, "chat_template", None):
-        raise TemplateFault(
+        raise UserError(
             "chat: tokenizer needs a chat template in the checkpoint: set `chat: llama2` or `chat: none`"
         )
     try:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from proxytune.lazy import door
 
 if TYPE_CHECKING:
-    from proxytune.models.loading import Loaded, Models, load_config, resolve
+    from proxytune.models.checkpoint import load_config, resolve
+    from proxytune.models.loading import Loaded, Models
     from proxytune.models.memory import free_memory, weights_needed
     from proxytune.models.vocabulary import Tokenizer
 
@@ -20,8 +21,8 @@ __getattr__ = door(
         "Models": "loading",
         "Tokenizer": "vocabulary",
         "free_memory": "memory",
-        "load_config": "loading",
-        "resolve": "loading",
+        "load_config": "checkpoint",
+        "resolve": "checkpoint",
         "weights_needed": "memory",
     },
 )

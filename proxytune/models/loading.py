@@ -7,24 +7,29 @@ shares the antiexpert's weights."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+)
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from proxytune import hub
-from proxytune.config import DEMO_SCHEME, ExpertSpec, ModelSpec, Role, System
+from proxytune.config import ExpertSpec, ModelSpec, Role, System
 from proxytune.engine.attention import Forward
-from proxytune.engine.kernels import use_row_linears, use_row_norms
+from proxytune.engine.kernels import int4, use_row_linears, use_row_norms
 from proxytune.engine.runners import VocabMap
 from proxytune.errors import UserError, needs_extra
+from proxytune.models import adapters
 from proxytune.models.adapters import (
     BAD_CHECKPOINT,
     Adapters,
@@ -33,22 +38,32 @@ from proxytune.models.adapters import (
     bytes_of,
     first_line,
 )
+from proxytune.models.checkpoint import (
+    CheckpointSource,
+    check_checkpoint,
+    load_config,
+    locate,
+    reading,
+)
+from proxytune.models.facts import ModelFacts, model_facts
 from proxytune.models.finite import refuse_broken_weights
-from proxytune.models.int8 import Int8Config
 from proxytune.models.memory import (
     GIB,
     SMALLER,
     check_memory,
     free_memory,
     give_back,
-    placed_by_us,
-    weights_needed,
 )
 from proxytune.models.support import UNBOUNDED, Family, examine
-from proxytune.models.vocabulary import Tokenizer, align, size_of
+from proxytune.models.vocabulary import Difference, Tokenizer, align, difference, size_of
+from proxytune.models.weight_only import WeightOnlyConfig
 
 SMALL = GIB
 """Bytes of weights under which loading takes no time worth a progress bar."""
+
+
+SOME_TEXT = "The water in the kettle was boiling, so she took two cups from the shelf and called her brother."
+"""What a model's packed and plain logits are compared on."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +144,7 @@ class Models:
     on_load: Callable[[str, ModelSpec], None] | None = None
     """Hears of every model before it is loaded: loading is slow, and people want to see what goes on."""
     _loaded: dict[str, Loaded] = field(default_factory=dict)
+    _tokenizers: dict[tuple[object, ...], Tokenizer] = field(default_factory=dict)
 
     def terms(self) -> list[tuple[str, str, float]]:
         """Per expert: its name, its antiexpert's name, its weight."""
@@ -168,11 +184,14 @@ class Models:
         specs = {name: self.spec(name) for name in names if name not in self._loaded}
         needs: dict[str, float] = {}
         for name, spec in specs.items():
+            if spec.adapter is not None:
+                _check_adapter(spec.adapter)
             if spec.model is not None:
-                config = load_config(spec, trust_remote_code=self.trust_remote_code)
-                if placed_by_us(spec, config):
-                    remote = spec.trust_remote_code or self.trust_remote_code
-                    needs[name] = weights_needed(spec, config, remote)
+                remote = spec.trust_remote_code or self.trust_remote_code
+                need = check_checkpoint(spec, trust_remote_code=remote)
+                if need is not None:
+                    needs[name] = need
+        self._check_vocabularies(list(names))
         everywhere = "auto" if any(spec.device_map == "auto" for spec in specs.values()) else None
         free = free_memory(everywhere)
         if len(needs) > 1 and sum(needs.values()) > free:
@@ -181,6 +200,57 @@ class Models:
                 f"the weights of {parts} = {sum(needs.values()) / GIB:.1f} GiB do not fit into the "
                 f"{free / GIB:.1f} GiB that are free: {SMALLER}"
             )
+
+    def _check_vocabularies(self, names: Sequence[str]) -> None:
+        """UserError that names the first ids at which the vocabularies of these models differ."""
+        target, *others = names
+        first, size = self.tokenizer(target), self._head(target)
+        for name in others:
+            second = self.tokenizer(name)
+            if second is not first:
+                align(first, size_of(first, size), second, self._head(name), name, self.system.vocab)
+
+    def tokenizer(self, name: str) -> Tokenizer:
+        """The tokenizer of the model of that name; it needs no weights. Models of one checkpoint share it."""
+        if name in self._loaded:
+            return self._loaded[name].tokenizer
+        spec = self._own(name)
+        key = spec.model, spec.adapter, spec.revision, spec.trust_remote_code
+        if key not in self._tokenizers:
+            self._tokenizers[key] = load_tokenizer(spec, trust_remote_code=self.trust_remote_code)
+        return self._tokenizers[key]
+
+    def difference(self, name: str, target: str = "base") -> Difference | None:
+        """Where the vocabulary of a model differs from that of `target`; it needs no weights."""
+        first, size = self.tokenizer(target), self._head(target)
+        return difference(first, size_of(first, size), self.tokenizer(name), self._head(name), name)
+
+    def facts(self, name: str) -> ModelFacts:
+        """What is known of the model of that name: of the loaded one, or else by its configuration. UserError
+        for a checkpoint or an adapter that its small files show to be unfit."""
+        spec = self._own(name)
+        remote = spec.trust_remote_code or self.trust_remote_code
+        if spec.adapter is not None:
+            _check_adapter(spec.adapter)
+        check_checkpoint(spec, trust_remote_code=remote, may_lack_weights=True)
+        config = load_config(spec, trust_remote_code=remote)
+        loaded = self._loaded[name].family if name in self._loaded else None
+        return model_facts(spec, config, loaded, remote)
+
+    def _head(self, name: str) -> int:
+        """Rows of the output head of the model of that name, from its configuration."""
+        if name in self._loaded:
+            return self._loaded[name].vocabulary
+        config = load_config(self._own(name), trust_remote_code=self.trust_remote_code)
+        return int(config.get_text_config().vocab_size)
+
+    def _own(self, name: str) -> ModelSpec:
+        """The spec of a model with its checkpoint named: an adapter's is the antiexpert's."""
+        spec = self.spec(name)
+        if spec.model is not None:
+            return spec
+        host = self.spec(self._host(name, spec))
+        return host.model_copy(update={"adapter": spec.adapter, "chat": spec.chat})
 
     def spec(self, name: str) -> ModelSpec:
         """The spec of the model of that name."""
@@ -200,6 +270,7 @@ class Models:
             self.on_load(name, spec)
         if spec.model is None:
             return self._load_adapter_on(self._host(name, spec), name, spec)
+        tokenizer = self.tokenizer(name)
         module = load_module(spec, trust_remote_code=self.trust_remote_code)
         virtual = None
         if spec.adapter is not None:
@@ -207,9 +278,8 @@ class Models:
         refuse_broken_weights(module.named_parameters(), str(spec.model))
         packed = use_row_linears(module)  # after the weights have got their last values
         use_row_norms(module)
-        family = examine(module)
+        family = examine(module, tokenizer.encode(SOME_TEXT, add_special_tokens=False))
         _refuse_soft_prompt_on_reference(name, family, virtual)
-        tokenizer = load_tokenizer(spec, trust_remote_code=self.trust_remote_code)
         size = bytes_of(module) + packed + (virtual.nbytes if virtual is not None else 0)
         return Loaded(name, spec, module, tokenizer, family, Adapters(), None, size, virtual=virtual)
 
@@ -240,54 +310,45 @@ class Models:
         )
 
 
-def resolve(location: str) -> str:
-    """demo://NAME -> the folder that ships with proxytune. UserError for a local folder that is missing, and
-    for a hub id that is not on disk while the hub cannot be reached."""
-    if location.startswith(DEMO_SCHEME):
-        folder = Path(__file__).parent.parent / "demo" / "weights" / location.removeprefix(DEMO_SCHEME)
-        if not folder.is_dir():
-            raise UserError(f"no demo model '{location}' at {folder}. Make the demo models: make demo-models")
-        return str(folder)
-    looks_local = location.startswith(("/", "./", "../", "~")) or location.count("/") > 1
-    if looks_local and not Path(location).expanduser().is_dir():
-        raise UserError(f"no model folder '{location}'")
-    if looks_local:
-        return str(Path(location).expanduser())
-    if not Path(location).is_dir():
-        hub.require(location)
-    return location
+def _check_adapter(folder: str) -> None:
+    """UserError for an adapter whose folder is none that we run; reads no weights."""
+    adapters._config(folder)
 
 
 def load_tokenizer(spec: ModelSpec, *, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer that lies beside a model."""
     assert spec.model is not None
-    try:
+    source = locate(spec.model)
+    with reading(f"the tokenizer of '{spec.model}'"):
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve(spec.model),
+            source.location,
             revision=spec.revision,
             trust_remote_code=spec.trust_remote_code or trust_remote_code,
+            gguf_file=source.tokenizer_gguf,
         )
-        tokenizer.model_max_length = UNBOUNDED  # our own check of the length names the numbers
-        return tokenizer
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the tokenizer of '{spec.model}': {first_line(error)}") from None
+        words = len(tokenizer.get_vocab())
+    if not words:
+        raise UserError(f"cannot load the tokenizer of '{spec.model}': it has no tokens")
+    tokenizer.model_max_length = UNBOUNDED  # our own check of the length names the numbers
+    return tokenizer
 
 
 def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a spec in evaluation mode. UserError if it cannot be found, is no safetensors or does not
     fit."""
     assert spec.model is not None
-    location = resolve(spec.model)
+    source = locate(spec.model)
     remote = spec.trust_remote_code or trust_remote_code
-    quantization = _quantization(spec)
+    quantization = _quantization(spec, source)
     config = load_config(spec, trust_remote_code=trust_remote_code)
     try:
         size = check_memory(spec, config, remote)
         (disable_progress_bar if size < SMALL else enable_progress_bar)()
         module, report = AutoModelForCausalLM.from_pretrained(
-            location,
+            source.location,
             config=config,
             revision=spec.revision,
+            gguf_file=source.gguf,
             trust_remote_code=remote,
             use_safetensors=True,
             dtype=spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype),
@@ -312,11 +373,24 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
     return module
 
 
-def _quantization(spec: ModelSpec) -> Int8Config | BitsAndBytesConfig | None:
+def _quantization(spec: ModelSpec, source: CheckpointSource) -> Any:
+    """What transformers is told of the weights; None for plain ones."""
+    if source.gguf is not None:
+        if spec.quantization != "none":
+            raise UserError(
+                f"'{spec.model}': the weights of a GGUF file are unpacked, so `quantization: "
+                f"{spec.quantization}` needs a checkpoint in safetensors"
+            )
+        # packed blocks would need a kernel that is downloaded, and are no plain layers
+        return GgufConfig(dequantize=True)
     if spec.quantization == "none":
         return None
     if spec.quantization == "int8":
-        return Int8Config()
+        return WeightOnlyConfig(8)
+    if spec.quantization == "int4":
+        if (reason := int4.why_not()) is not None:
+            raise UserError(f"'{spec.model}' cannot be loaded with quantization int4: {reason}")
+        return WeightOnlyConfig(4)
     needs_extra(f"quantization {spec.quantization}", "bitsandbytes", "quantized")
     logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # a warning per layer and forward
     if spec.quantization == "8bit":
@@ -328,19 +402,6 @@ def _quantization(spec: ModelSpec) -> Int8Config | BitsAndBytesConfig | None:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
-
-
-def load_config(spec: ModelSpec, *, trust_remote_code: bool = False) -> Any:
-    """A model's configuration. UserError if there is none."""
-    assert spec.model is not None
-    try:
-        return AutoConfig.from_pretrained(
-            resolve(spec.model),
-            revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code or trust_remote_code,
-        )
-    except BAD_CHECKPOINT as error:
-        raise UserError(f"cannot load the model '{spec.model}': {first_line(error)}") from None
 
 
 def _refuse_soft_prompt_on_reference(name: str, family: Family, virtual: Tensor | None) -> None:

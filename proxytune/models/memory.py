@@ -7,12 +7,12 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from proxytune.config import ModelSpec
 from proxytune.errors import UserError
-from proxytune.models.int8 import bytes_needed
+from proxytune.models.weight_only import bytes_needed
 
 GIB = 2**30
 
@@ -34,14 +34,25 @@ SMALLER = "use a smaller dtype, quantization: int8 or 4bit, or a device_map over
 
 def weights_needed(spec: ModelSpec, config: Any, remote: bool) -> float:
     """Bytes that a model's weights will take, from its configuration alone."""
+    return weights_of(spec, config, skeleton_of(config, remote))
+
+
+def skeleton_of(config: Any, remote: bool) -> PreTrainedModel:
+    """The model of a configuration without weights."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
-    transformers_logging.set_verbosity(level)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def weights_of(spec: ModelSpec, config: Any, skeleton: PreTrainedModel) -> float:
+    """Bytes that the weights of a skeleton will take as `spec` has them loaded."""
     dtype = (config.dtype or torch.float32) if spec.dtype == "auto" else getattr(torch, spec.dtype)
-    if spec.quantization == "int8":
-        return float(bytes_needed(skeleton, dtype.itemsize))
+    if spec.quantization in ("int8", "int4"):
+        return float(bytes_needed(skeleton, dtype.itemsize, 8 if spec.quantization == "int8" else 4))
     numbers: int = sum(p.numel() for p in skeleton.parameters())
     per_number = {"none": dtype.itemsize, "8bit": 1.0, "4bit": 0.5}[spec.quantization]
     return float(numbers * per_number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -34,26 +35,55 @@ def align(
     intersect: tokens that the other lacks are unshared (combine leaves them at the base's logits).
     Raises UserError that names the first ids that differ.
     """
-    mine = {token: index for token, index in base.get_vocab().items() if index < size}
-    theirs = {token: index for token, index in other.get_vocab().items() if index < other_logits}
+    mine, theirs = _up_to(base, size), _up_to(other, other_logits)
     if all(theirs.get(token) == index for token, index in mine.items()):
         return VocabMap(size)
     if mode == "strict":
-        raise UserError(_difference(mine, theirs, name))
+        raise UserError(str(_difference(mine, theirs, name)))
     if not any(token in theirs for token in mine):
         raise UserError(f"the vocabularies of the base and the {name} have no token in common")
     return _intersection(base, size, other, mine, theirs)
 
 
-def _difference(mine: Mapping[str, int], theirs: Mapping[str, int], name: str) -> str:
+def difference(
+    base: Tokenizer, size: int, other: Tokenizer, other_logits: int, name: str
+) -> Difference | None:
+    """Where the base's first `size` ids mean something else in the model called `name`; None if nowhere."""
+    found = _difference(_up_to(base, size), _up_to(other, other_logits), name)
+    return found if found.ids else None
+
+
+def _up_to(tokenizer: Tokenizer, size: int) -> dict[str, int]:
+    return {token: index for token, index in tokenizer.get_vocab().items() if index < size}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two vocabularies differ."""
+
+    name: str
+    """The model that is compared with the base."""
+    ids: tuple[int, ...]
+    """The base's ids that mean something else there, in order."""
+    of: int
+    """How many tokens the base has."""
+    first: tuple[tuple[int, str, str | None], ...]
+    """The first of these ids: the token of the base, and the one there."""
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{i}: {token!r} is {other or 'nothing'!r} there" for i, token, other in self.first)
+        return (
+            f"the vocabularies of the base and the {self.name} differ at {len(self.ids)} of {self.of} ids "
+            f"({shown}). Use models that share a tokenizer, or --vocab intersect to combine on the shared "
+            "tokens only"
+        )
+
+
+def _difference(mine: Mapping[str, int], theirs: Mapping[str, int], name: str) -> Difference:
     differing = sorted((index, token) for token, index in mine.items() if theirs.get(token) != index)
     token_at = {index: token for token, index in theirs.items()}
-    shown = ", ".join(f"{i}: {token!r} is {token_at.get(i, 'nothing')!r} there" for i, token in differing[:3])
-    return (
-        f"the vocabularies of the base and the {name} differ at {len(differing)} of {len(mine)} ids "
-        f"({shown}). "
-        "Use models that share a tokenizer, or --vocab intersect to combine on the shared tokens only"
-    )
+    first = tuple((index, token, token_at.get(index)) for index, token in differing[:3])
+    return Difference(name, tuple(index for index, _ in differing), len(mine), first)
 
 
 def _intersection(

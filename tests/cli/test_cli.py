@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("somewhere_else")
 
 COMMANDS = (
     *("demo", "generate", "eval", "score", "judge", "export", "report", "reproduce", "tasks", "systems"),
-    "sweep-alpha",
+    *("sweep-alpha", "check"),
 )
 GSM = {"question": "Ann has 2 nuts and finds 3. How many?", "answer": "2+3=5\n#### 5"}
 

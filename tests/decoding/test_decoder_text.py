@@ -123,10 +123,14 @@ def test_an_example_whose_template_fails_has_a_reason_and_the_others_go_on(
 def test_a_template_that_never_works_is_an_error_before_anything_is_decoded(
     trio: System, tmp_path: Path
 ) -> None:
-    d = Decoder(Models(chat_trio(trio, tmp_path, "{{ messages[0].text + 1 }}" + TURNS)), "expert")
-    with pytest.raises(UserError, match=r"^the chat template of the expert fails on gsm: Und.*Error.*text"):
+    """Of this task, or of any before weights are loaded."""
+    no_system = "{% if messages[0].role == 'system' %}{{ 1 // 0 }}{% endif %}"
+    d = Decoder(Models(chat_trio(trio, tmp_path / "a", no_system + TURNS)), "expert")
+    with pytest.raises(UserError, match=r"^the chat template of the expert fails on gsm: ZeroDivisionError"):
         list(d.stream(ASKED, SHORT, task="gsm"))
     assert d.stats.generated_tokens == 0
+    with pytest.raises(UserError, match=r"^the expert: the chat template of .*Undefined.*text"):
+        Decoder(Models(chat_trio(trio, tmp_path / "b", "{{ messages[0].text + 1 }}" + TURNS)), "expert")
 
 
 def test_a_window_that_was_full_first_is_said(trio: System) -> None:

@@ -3,17 +3,20 @@ get wrong is found out at load and takes the exact slow path, or is refused. Nev
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from proxytune.config import Sampling, System
 from proxytune.engine.attention.attention import attend
 from proxytune.errors import UserError
-from proxytune.models.support import context_window, examine
+from proxytune.models.small_copy import small_copy
+from proxytune.models.support import context_window, examine, examine_config
 from tests.support import tiny
 from tests.support.decoders import check, decoder, example, ragged
 from tests.support.tiny import spec
@@ -61,6 +64,75 @@ def test_families_can_be_mixed(tmp_path: Path) -> None:
     folders = {role: tiny.save(tmp_path / role, tiny.build(family)) for role, family in roles.items()}
     d = decoder(System(**{role: spec(folder) for role, folder in folders.items()}))
     check(d, ragged(5, 6), Sampling(max_new_tokens=8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", [*tiny.PACKED, *tiny.REFERENCE])
+def test_half_precision_takes_the_path_of_the_family(family: str, dtype: torch.dtype) -> None:
+    """Rounding is as coarse as small faults are, so what decides is a small copy in float64."""
+    found = examine(tiny.build(family).to(dtype))  # type: ignore[arg-type]
+    assert found.path == ("packed" if family in tiny.PACKED else "reference"), found.reason
+    assert found.cached == (found.path == "reference" and family != "mamba")
+
+
+@pytest.mark.parametrize("family", [*tiny.PACKED, *tiny.REFERENCE])
+def test_a_configuration_alone_gives_the_path(family: str) -> None:
+    model = tiny.build(family)
+    found = examine_config(type(model), model.config)  # type: ignore[arg-type]
+    assert found.path == ("packed" if family in tiny.PACKED else "reference"), found.reason
+    assert found.window == examine(model).window  # type: ignore[arg-type]
+
+
+def test_a_small_copy_has_every_kind_of_layer_and_short_windows() -> None:
+    kinds = ["sliding_attention"] * 11 + ["full_attention"]
+    model = tiny.build("gemma3", num_hidden_layers=12, layer_types=kinds, sliding_window=200)
+    small = small_copy(type(model), model.config, "eager")  # type: ignore[arg-type]
+    text = small.config
+    assert text.layer_types == kinds and text.sliding_window < 11
+    assert small.dtype == torch.float64 and all(p.std() > 0 for p in small.parameters())
+    assert model.config.num_hidden_layers == 12 and model.config.sliding_window == 200
+    big = AutoConfig.for_model(
+        "llama",
+        hidden_size=8192,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        intermediate_size=28672,
+        vocab_size=128256,
+    )
+    before = torch.get_rng_state()
+    small = small_copy(AutoModelForCausalLM._model_mapping[type(big)], big, None)
+    assert sum(p.numel() for p in small.parameters()) < 20_000_000
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_has_no_small_copy_takes_the_slow_path_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny.build("llama").bfloat16()
+    monkeypatch.setattr("proxytune.models.small_copy.MOST_NUMBERS", 1000)
+    found = examine(model)  # type: ignore[arg-type]
+    assert found.path == "reference" and not found.cached and "small copy would still have" in found.reason
+    assert examine(tiny.build("llama")).path == "packed"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_lost_position_is_found_on_the_weights_themselves(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only the loaded model does, its small copy does not show: one forward is changed by hand."""
+    model = tiny.build("llama").to(dtype)
+    plain = model.forward
+
+    def shifted(**inputs: Any) -> Any:
+        if "packed" in inputs:
+            inputs["position_ids"] = inputs["position_ids"] * 3
+        return plain(**inputs)
+
+    shifted.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
+    monkeypatch.setattr(model, "forward", shifted)
+    found = examine(model)  # type: ignore[arg-type]
+    assert found.path == "reference" and "differ by" in found.reason
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -117,15 +189,16 @@ def test_a_wrong_mask_is_found_by_the_numbers(monkeypatch: pytest.MonkeyPatch) -
     assert family.path == "reference" and "differ by" in family.reason
 
 
-def test_a_model_that_looks_ahead_is_refused() -> None:
-    model = tiny.build("llama")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_that_looks_ahead_is_refused(dtype: torch.dtype) -> None:
+    model = tiny.build("llama").to(dtype)
     for layer in model.model.layers:  # type: ignore[union-attr]
         layer.self_attn.is_causal = False
     plain = model.forward
 
     def sees_all(**inputs: Any) -> Any:
         length = inputs["input_ids"].shape[1]
-        return plain(attention_mask=torch.zeros(1, 1, length, length, dtype=torch.float64), **inputs)
+        return plain(attention_mask=torch.zeros(1, 1, length, length, dtype=dtype), **inputs)
 
     model.forward = sees_all  # type: ignore[method-assign]
     with pytest.raises(UserError, match="not a causal language model"):

@@ -38,8 +38,53 @@ def test_the_header_says_what_it_is_what_it_needs_and_the_command(path: Path) ->
     for command in commands:
         words = shlex.split(command)
         assert words[1] in {"demo", "eval", "generate"}
-        assert words[1] == "demo" or words[-1] == path.stem or path.stem in words[words.index("--system") + 1]
+        assert words[1] == "demo" or path.stem in words[words.index("--system") + 1]
         assert words[1] != "eval" or words[2] in TASKS
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_was_never_at_hand_is_called_unverified(path: Path) -> None:
+    system = load_system(path)
+    ships = all(
+        spec is None or str(spec.model).startswith("demo://") for spec in (system.base, system.expert)
+    )
+    assert (
+        "# Unverified" in path.read_text() or ". Unverified" in path.read_text().replace("\n#", "")
+    ) != ships
+
+
+TRIOS = {
+    "olmo3-32b-chat": ("Olmo-3-1125-32B", "Olmo-3-1025-7B", "Olmo-3-7B-Instruct"),
+    "olmo3-32b-think": ("Olmo-3-1125-32B", "Olmo-3-1025-7B", "Olmo-3-7B-Think"),
+    "olmo2-13b-chat": ("OLMo-2-1124-13B", "OLMo-2-0425-1B", "OLMo-2-0425-1B-Instruct"),
+    "olmo2-32b-chat": ("OLMo-2-0325-32B", "OLMo-2-0425-1B", "OLMo-2-0425-1B-Instruct"),
+    "qwen3-14b-chat": ("Qwen3-14B-Base", "Qwen3-1.7B-Base", "Qwen3-1.7B"),
+    "qwen3-14b-by-0.6b-chat": ("Qwen3-14B-Base", "Qwen3-0.6B-Base", "Qwen3-0.6B"),
+    "qwen2.5-32b-r1": ("Qwen2.5-32B", "Qwen2.5-Math-1.5B", "DeepSeek-R1-Distill-Qwen-1.5B"),
+    "qwen2.5-14b-simplerl": ("Qwen2.5-14B", "Qwen2.5-1.5B", "Qwen-2.5-1.5B-SimpleRL-Zoo"),
+    "llama3-70b-chat": ("Llama-3.1-70B", "Llama-3.1-8B", "Llama-3.1-8B-Instruct"),
+    "gemma3-27b-chat": ("gemma-3-27b-pt", "gemma-3-1b-pt", "gemma-3-1b-it"),
+    "smollm2-1.7b-chat": ("SmolLM2-1.7B", "SmolLM2-135M", "SmolLM2-135M-Instruct"),
+}
+"""The trios of today: base, antiexpert, and the expert that was tuned from that antiexpert."""
+
+
+@pytest.mark.parametrize("name", TRIOS)
+def test_an_antiexpert_is_what_the_expert_was_tuned_from(name: str) -> None:
+    system = load_system(name)
+    assert system.expert is not None and system.antiexpert is not None and "proxy" in system.roles
+    models = [str(spec.model) for spec in (system.base, system.antiexpert, system.expert)]
+    assert tuple(model.split("/")[1] for model in models) == TRIOS[name]
+    header = load_text(name)
+    weights = [float(size) for size in re.findall(r"([\d.]+) GB \(", header)]
+    pair = 2 * weights[1] if "+ 2 x " in header else weights[1] + weights[2]
+    [total] = re.findall(r"= ([\d.]+) GB of weights", header)
+    assert float(total) == pytest.approx(weights[0] + pair, abs=0.11)
+
+
+def load_text(name: str) -> str:
+    """A system's header in one line."""
+    return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").replace("\n# ", " ")
 
 
 def test_the_systems_of_the_paper_and_of_today_are_there() -> None:

@@ -21,7 +21,7 @@ FLOORS = (
     "demo sandbox engine",
     "models tasks",
     "decoding analysis paper",
-    "judges report",
+    "judges report checks",
     "runs",
     "tuning",
     "cli",

@@ -7,5 +7,5 @@ import pytest
 
 def leave_free(patch: pytest.MonkeyPatch, count: int) -> None:
     """So many bytes are free, wherever a model goes."""
-    for place in ("memory", "loading"):
-        patch.setattr(f"proxytune.models.{place}.free_memory", lambda where=None: count)
+    for place in ("models.memory", "models.loading", "checks.system"):
+        patch.setattr(f"proxytune.{place}.free_memory", lambda where=None: count)

@@ -14,7 +14,12 @@ from torch.nn.functional import rms_norm as rms_norm_by_torch
 from proxytune.engine.kernels.native import NotBuilt, library
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
-ROTATIONS = {torch.float32: "rotate_float32", torch.float64: "rotate_float64"}
+NORMS = {torch.float32: "rms_norm_float32", torch.bfloat16: "rms_norm_bfloat16"}
+ROTATIONS = {
+    torch.float32: "rotate_float32",
+    torch.float64: "rotate_float64",
+    torch.bfloat16: "rotate_bfloat16",
+}
 
 
 @cache
@@ -24,16 +29,16 @@ def built(name: str) -> Callable[..., None] | None:
         function = library("cpu_rows")[name]
     except NotBuilt:
         return None
-    rest = (_NUMBER, _NUMBER, ctypes.c_float) if name == "rms_norm" else (_NUMBER,) * 4
+    rest = (_NUMBER, _NUMBER, ctypes.c_float) if name in NORMS.values() else (_NUMBER,) * 4
     function.argtypes = (*(_POINTER,) * 3, *rest, _NUMBER)
     function.restype = None
     return function
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """[..., d] and a weight [d] -> [..., d]."""
-    known = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
-    kernel = built("rms_norm") if known else None
+    """[..., d] and a weight [d] -> [..., d]. In bfloat16 it is rounded before the weight too."""
+    known = x.dtype == weight.dtype and x.device.type == "cpu" and x.is_contiguous()
+    kernel = built(NORMS[x.dtype]) if known and x.dtype in NORMS else None
     if kernel is None:
         return rms_norm_by_torch(x, weight.shape, weight, eps)
     size = weight.shape[0]

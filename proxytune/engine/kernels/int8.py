@@ -10,6 +10,8 @@ hub. torchao's torch.compile route would compile the model, which we do not."""
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -18,18 +20,23 @@ from proxytune.engine.kernels.paged_attention import KERNEL_DTYPES, runs_triton
 
 MOST_ROWS = 128
 """Up to this many rows weights are read as int8 by the kernel; more are multiplied with weights that were
-made 16 bits wide first, by the vendor's kernel. On the CPU all are, so int8 saves memory there, not time."""
+made 16 bits wide first, by the vendor's kernel."""
+FEW = 12
+"""On a CPU up to this many bfloat16 rows go through torch's own product with int8 weights; more are faster
+with weights that are made 16 bits wide first."""
 CHUNK = 1024
 """Rows of a matrix that are quantised together, which bounds the float32 copies."""
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight [N, K] -> int8 [N, K] and scale [N] float32; |weight - scale * int8| <= scale / 2 everywhere."""
+    """Weight [N, K] -> int8 [N, K] and scale [N] float32; |weight - scale * int8| <= scale / 2 everywhere.
+
+    Scales are bfloat16 numbers, rounded up, so that kernels which take them so multiply by the same."""
     rounded = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     for first in range(0, weight.shape[0], CHUNK):
         part = weight[first : first + CHUNK].float()
-        step = part.abs().amax(1) / 127
+        step = (part.abs().amax(1) / 127 * (1 + 2**-8)).bfloat16().float()
         step[step == 0] = 1.0
         scale[first : first + CHUNK] = step
         rounded[first : first + CHUNK] = (part / step[:, None]).round_().to(torch.int8)
@@ -74,5 +81,29 @@ class Int8Linear(nn.Linear):
 
             flat = launch(input.reshape(rows, -1), self.weight, self.weight_scale, self.bias)
             return flat.view(*input.shape[:-1], self.out_features)
+        if input.device.type == "cpu":
+            return self._on_cpu(input, rows)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return linear(input, dequantize(self.weight, self.weight_scale, input.dtype), bias)
+
+    def _on_cpu(self, input: Tensor, rows: int) -> Tensor:
+        """The weights' integers are exact in every float dtype, so the scale may come after the product."""
+        scale = self.weight_scale.to(input.dtype)
+        if 0 < rows <= FEW and input.dtype == torch.bfloat16 and has_int8_product():
+            flat = input.reshape(rows, self.in_features)
+            out: Tensor = torch._weight_int8pack_mm(flat, self.weight, scale)
+            out = out.view(*input.shape[:-1], self.out_features)
+        else:
+            out = linear(input, self.weight.to(input.dtype)).mul_(scale)
+        return out if self.bias is None else out.add_(self.bias.to(input.dtype))
+
+
+@cache
+def has_int8_product() -> bool:
+    """Whether this build of torch multiplies bfloat16 rows with int8 weights on the CPU."""
+    ones = torch.ones(16, 32, dtype=torch.bfloat16)
+    try:
+        out = torch._weight_int8pack_mm(ones[:1], ones.to(torch.int8), ones[:, 0])
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return bool((out == 32).all())

@@ -1,11 +1,14 @@
-"""Linear layers for decoding in float32 on a CPU: the kernel is chosen by the number of rows.
+"""Linear layers for decoding on a CPU: the kernel is chosen by the number of rows.
 
 torch's own linear is made for the many rows of training; with the 1 to 500 rows of a decode step it is up to
-four times slower than other ways to the same product (benchmarks/README.md). Which way is taken depends on
-sizes alone, never on a measurement, so that a run rounds in the same way every time."""
+four times slower than other ways to the same product (benchmarks/README.md). Best is oneDNN on weights in its
+own layout, in float32 and, on processors that multiply bfloat16, at twice that speed. The layout takes the
+place of the weights, so that a model is in memory once. Which way is taken depends on sizes alone, never on
+a measurement, so that a run rounds in the same way every time."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +19,12 @@ from torch.nn.functional import linear, pad
 WORTH = 1 << 15
 """Weights of fewer numbers are left alone: choosing would cost more than it gains."""
 LIGHT = 1 << 17
-"""Weights of fewer numbers are best multiplied by one row as torch does it."""
+"""Float32 weights of fewer numbers are best multiplied by one row as torch does it, and keep its layout."""
 NARROW = 1024
 """Most inputs for which two rows are best multiplied as W @ x.T, and one row as two of it: a product with one
 column runs on one thread."""
-PACKED = 1 << 28
-"""A model whose linear layers have no more numbers than this keeps a second copy of them in oneDNN's own
-layout: at most 1 GiB."""
+FEWEST = 4
+"""Rows that oneDNN's own layout is read for; fewer are read more slowly."""
 
 
 def _onednn() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
@@ -35,69 +37,86 @@ def _onednn() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
             x, w = torch.ones(1, 2), torch.ones(3, 2)
             packed = kernel(x, reorder(w, TYPICAL), None, "none", [], "")
             right = bool((kernel(x, w, None, "none", [], "") == 2).all() and (packed == 2).all())
+            right &= bool((reorder(w, TYPICAL).to_dense() == w).all())
     except (AttributeError, RuntimeError):
         return None
     return (kernel, reorder) if right else None
 
 
+def _onednn_dtypes() -> frozenset[torch.dtype]:
+    """What oneDNN multiplies at full speed here."""
+    if ONEDNN is None:
+        return frozenset()
+    try:
+        halves = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        halves = False
+    return frozenset({torch.float32, torch.bfloat16} if halves else {torch.float32})
+
+
 TYPICAL = 16
 """The number of rows that weights are laid out for. Any above one gives the same layout."""
 ONEDNN = _onednn()
+ONEDNN_DTYPES = _onednn_dtypes()
 
 
 class RowLinear(nn.Linear):
-    """nn.Linear with the same weights, for few rows at a time."""
+    """nn.Linear for few rows at a time. Where it is `packed`, its `weight` is None."""
 
-    packs = False
-    """Whether to keep the weights in oneDNN's layout too."""
-    _packed: tuple[object, Tensor] | None = None
+    packed: Tensor | None = None
+    """The weights in oneDNN's layout, which only oneDNN reads."""
 
     @classmethod
-    def over(cls, layer: nn.Linear, packs: bool = False) -> RowLinear:
+    def over(cls, layer: nn.Linear) -> RowLinear:
         """The same layer: parameters are shared, not copied."""
         new = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        new.weight, new.bias, new.packs = layer.weight, layer.bias, packs
+        new.weight, new.bias = layer.weight, layer.bias
         return new
+
+    def pack(self) -> None:
+        """Lay the weights out as oneDNN likes them, and let go of them as they were."""
+        if ONEDNN is not None and self.packed is None:
+            with torch.inference_mode():
+                self.packed = ONEDNN[1](self.weight, TYPICAL)
+            self.register_parameter("weight", None)
+
+    def unpack(self) -> None:
+        """Take the weights back, for who wants to read them or to put others in their place."""
+        if self.packed is not None:
+            self.weight = nn.Parameter(self.packed.to_dense(), requires_grad=False)
+            self.packed = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         width = self.in_features
         rows = x.numel() // width
-        if rows == 0 or (rows == 1 and self.weight.numel() < LIGHT):
+        if self.packed is not None:
+            return self._by_onednn(x, rows, self.packed, max(rounded(rows), FEWEST))
+        if rows == 0 or x.dtype != torch.float32 or (rows == 1 and self.weight.numel() < LIGHT):
             return linear(x, self.weight, self.bias)
         if rows <= 2 and width <= NARROW:
             return self._from_the_right(x, rows)
         if ONEDNN is not None:
-            return self._by_onednn(x, rows).view(*x.shape[:-1], self.out_features)
+            return self._by_onednn(x, rows, self.weight, rounded(rows))
         return self._from_the_right(x, rows) if 1 < rows <= 4 else linear(x, self.weight, self.bias)
 
-    def _by_onednn(self, x: Tensor, rows: int) -> Tensor:
+    def _by_onednn(self, x: Tensor, rows: int, weight: Tensor, filled: int) -> Tensor:
         assert ONEDNN is not None
-        weight = self._in_its_layout() if self.packs and rows > 1 else self.weight
-        missing = rounded(rows) - rows
-        if missing:
-            x = pad(x.reshape(rows, self.in_features), (0, 0, 0, missing))
+        if rows == 0:
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        shape = x.shape[:-1]
+        if filled > rows:
+            x = x.reshape(rows, self.in_features)
+            # whatever the further rows hold: to repeat one is cheaper than to add zeros
+            x = x.expand(filled, -1).contiguous() if rows == 1 else pad(x, (0, 0, 0, filled - rows))
         out: Tensor = ONEDNN[0](x, weight, self.bias, "none", [], "")
-        return out[:rows] if missing else out
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy makes its own second copy of the weights: oneDNN's layout is opaque to torch."""
-        return {**self.__dict__, "_packed": None}
+        return (out[:rows] if filled > rows else out).view(*shape, self.out_features)
 
     def _from_the_right(self, x: Tensor, rows: int) -> Tensor:
         flat = x.reshape(rows, self.in_features)
         columns = flat if rows > 1 else flat.expand(2, -1).contiguous()
         y = (self.weight @ columns.T).T[:rows].contiguous().view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
-
-    def _in_its_layout(self) -> Tensor:
-        """The weights as oneDNN likes them, made when first needed and again if they have changed."""
-        assert ONEDNN is not None
-        state = self.weight.data_ptr(), None if self.weight.is_inference() else self.weight._version
-        if self._packed is None or self._packed[0] != state:
-            with torch.inference_mode():
-                self._packed = state, ONEDNN[1](self.weight, TYPICAL)
-        return self._packed[1]
 
 
 def rounded(rows: int) -> int:
@@ -109,17 +128,39 @@ def rounded(rows: int) -> int:
 
 
 def use_row_linears(model: nn.Module) -> int:
-    """Put RowLinear in the place of every plain float32 linear layer on the CPU that is large enough. -> what
-    the second copies of weights take, in bytes."""
+    """Put RowLinear in the place of every plain linear layer on the CPU that is large enough, in oneDNN's
+    layout where nothing else uses its weights. -> bytes of what lies in that layout.
+
+    An embedding that is tied to the output head looks rows up in its weights, so these stay as they are."""
     places = [
         (path, layer)
         for path, layer in model.named_modules()
         if type(layer) is nn.Linear and layer.weight.numel() >= WORTH
-        if layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu"
+        if layer.weight.dtype in (torch.float32, torch.bfloat16) and layer.weight.device.type == "cpu"
     ]
-    numbers = sum(layer.weight.numel() for _, layer in places)
-    packs = ONEDNN is not None and numbers <= PACKED
-    for path, layer in places:
+    users = Counter(
+        parameter.data_ptr() for module in model.modules() for parameter in module.parameters(recurse=False)
+    )
+    taken = 0
+    while places:  # no list may hold on to a layer whose weights are laid out anew
+        path, layer = places.pop()
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, RowLinear.over(layer, packs))
-    return numbers * torch.float32.itemsize if packs else 0
+        new = RowLinear.over(layer)
+        setattr(model.get_submodule(parent), name, new)
+        weight = layer.weight
+        light = weight.dtype == torch.float32 and weight.numel() < LIGHT
+        if weight.dtype in ONEDNN_DTYPES and not light and users[weight.data_ptr()] == 1:
+            taken += weight.nbytes
+            del layer, weight
+            new.pack()
+    return taken
+
+
+def unpack_linears(model: nn.Module) -> int:
+    """Give every packed layer its weights back. -> how many bytes no longer lie in oneDNN's layout."""
+    given = 0
+    for module in model.modules():
+        if isinstance(module, RowLinear) and module.packed is not None:
+            module.unpack()
+            given += module.weight.nbytes
+    return given

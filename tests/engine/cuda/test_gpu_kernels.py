@@ -17,8 +17,8 @@ from proxytune.config import ModelSpec
 from proxytune.engine.kernels import paged_attention as paged
 from proxytune.engine.kernels.int8 import MOST_ROWS, Int8Linear, dequantize
 from proxytune.engine.kv.pages import PAGE
-from proxytune.models.int8 import random_int8
 from proxytune.models.loading import load_module
+from proxytune.models.weight_only import random_int8
 from tests.support import tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]

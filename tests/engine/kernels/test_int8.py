@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,10 +19,10 @@ from proxytune.config import ModelSpec, System
 from proxytune.decoding.decoder import Decoder
 from proxytune.engine.kernels.int8 import CHUNK, MOST_ROWS, Int8Linear, dequantize, quantize
 from proxytune.errors import UserError
-from proxytune.models import int8 as quantized
-from proxytune.models.int8 import random_int8
+from proxytune.models import weight_only
 from proxytune.models.loading import Models, load_config, load_module
 from proxytune.models.memory import weights_needed
+from proxytune.models.weight_only import random_int8
 from tests.support import tiny
 from tests.support.decoders import GREEDY, ragged, tokens
 from tests.support.memory import leave_free
@@ -52,7 +52,8 @@ def test_weights_are_off_by_half_a_step_at_most(rows: int, dtype: torch.dtype) -
     assert rounded.abs().amax() <= 127
     error = (weight.double() - rounded.double() * scale[:, None].double()).abs()
     assert (error <= scale[:, None].double() * 0.5 * (1 + 1e-5)).all()
-    assert (rounded[1:].abs().amax(1) == 127).all()  # the largest of every row uses the whole range
+    assert (rounded[1:].abs().amax(1) >= 125).all()  # the largest of every row uses the whole range
+    assert torch.equal(scale, scale.bfloat16().float())  # for kernels that take no other
     assert (rounded[0] == 0).all() and torch.isfinite(scale).all()
 
 
@@ -198,8 +199,8 @@ def test_memory_check_counts_int8(folder: Path, monkeypatch: pytest.MonkeyPatch)
 def test_one_matrix_at_a_time_is_wide(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a weight is quantised, the ones before it are int8 already and none behind it is loaded."""
     seen: list[tuple[int, int]] = []
-    convert = quantized._Quantize.convert
-    replace = quantized._replace
+    convert = weight_only._Quantize.convert
+    replace = weight_only._replace
     models: list[Any] = []
 
     def watched(self: Any, *arguments: Any, **named: Any) -> Any:
@@ -208,12 +209,12 @@ def test_one_matrix_at_a_time_is_wide(folder: Path, monkeypatch: pytest.MonkeyPa
         seen.append((sum(m.weight.dtype == torch.int8 for m in linear), len(wide)))
         return convert(self, *arguments, **named)
 
-    def noted(model: Any) -> None:
+    def noted(model: Any, bits: Literal[4, 8]) -> None:
         models.append(model)
-        replace(model)
+        replace(model, bits)
 
-    monkeypatch.setattr(quantized, "_replace", noted)
-    monkeypatch.setattr(quantized._Quantize, "convert", watched)
+    monkeypatch.setattr(weight_only, "_replace", noted)
+    monkeypatch.setattr(weight_only._Quantize, "convert", watched)
     load_module(spec(folder))
     assert seen == [(number, 0) for number in range(14)]
 
@@ -275,7 +276,7 @@ def test_a_missing_weight_is_named(folder: Path, tmp_path: Path) -> None:
 
 def test_integer_weights_are_not_quantised_again() -> None:
     with pytest.raises(ValueError, match=r"q_proj.weight is torch.int8"):
-        quantized.Int8Quantizer(quantized.Int8Config()).get_quantize_ops().convert(
+        weight_only.WeightOnlyQuantizer(weight_only.WeightOnlyConfig(8)).get_quantize_ops().convert(
             {"q_proj.weight": [torch.zeros(2, 2, dtype=torch.int8)]}, full_layer_name="q_proj.weight"
         )
 
@@ -316,8 +317,8 @@ def test_int8_is_written_in_a_system_file(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "system.yaml"
     file.write_text(json.dumps({"base": {"model": str(folder), "quantization": "int8"}}))
     assert load_system(file).base.quantization == "int8"
-    file.write_text(json.dumps({"base": {"model": str(folder), "quantization": "int4"}}))
+    file.write_text(json.dumps({"base": {"model": str(folder), "quantization": "int2"}}))
     with pytest.raises(
-        UserError, match=r"base\.quantization: Input should be 'none', 'int8', '8bit' or '4bit'"
+        UserError, match=r"base\.quantization: Input should be 'none', 'int8', 'int4', '8bit' or '4bit'"
     ):
         load_system(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from proxytune.engine.kernels import cpu_rows
 from proxytune.engine.kernels.cpu_attention import why_not
@@ -17,8 +18,9 @@ def norms(model: nn.Module) -> int:
     return sum(isinstance(module, RowNorm) for module in model.modules())
 
 
-def test_a_llama_computes_the_same_with_them() -> None:
-    model = tiny.build("llama", 1).float()
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_a_llama_computes_the_same_with_them(dtype: torch.dtype, near: float) -> None:
+    model = tiny.build("llama", 1).to(dtype)
     ids = torch.tensor([[5, 6, 7, 8]])
     before = {name: p.data_ptr() for name, p in model.named_parameters()}
     with torch.inference_mode():
@@ -28,15 +30,39 @@ def test_a_llama_computes_the_same_with_them() -> None:
     layers = model.config.num_hidden_layers
     assert norms(model) == 2 * layers + 1
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
-    assert (got - want).abs().max() < 1e-5
+    assert (got - want).abs().max() < near
 
 
-def test_other_norms_and_dtypes_stay() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_norms_and_dtypes_stay(dtype: torch.dtype) -> None:
     """Gemma adds one to its weights; GPT-2 subtracts the mean; float64 stays as transformers has it."""
-    for model in (tiny.build("gemma2", 1).float(), tiny.build("gpt2", 1).float(), tiny.build("llama", 1)):
+    for model in (
+        tiny.build("gemma2", 1).to(dtype),
+        tiny.build("gpt2", 1).to(dtype),
+        tiny.build("llama", 1),
+    ):
         with torch.no_grad():
             use_row_norms(model)
         assert norms(model) == 0
+
+
+def test_bfloat16_is_rounded_as_transformers_rounds_it() -> None:
+    """Norm and rotation: the same bits wherever the sums of squares round alike."""
+    if cpu_rows.built("rms_norm_bfloat16") is None:
+        pytest.skip("no compiler")
+    x = (3 * torch.randn(50, 192)).bfloat16()
+    norm = LlamaRMSNorm(192, 1e-5).bfloat16()
+    norm.weight.data.normal_()
+    with torch.inference_mode():
+        same = cpu_rows.rms_norm(x, norm.weight, 1e-5) == norm(x)
+    assert same.float().mean() > 0.999
+    q, cos, sin = torch.randn(7, 3, 16), *torch.randn(2, 7, 16)
+    q, cos, sin = q.bfloat16(), cos.bfloat16(), sin.bfloat16()
+    want, _ = apply_rotary_pos_emb(q, q, cos, sin, unsqueeze_dim=1)
+    assert torch.equal(cpu_rows.rotate(q.clone(), cos, sin), want)
+    broken = q.clone()
+    broken[0, 0, 0] = float("nan")
+    assert cpu_rows.rotate(broken, cos, sin).isnan().sum() == 2
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -63,7 +89,7 @@ def test_the_norm_itself(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_kernel_is_there_where_the_attention_is() -> None:
-    assert (cpu_rows.built("rms_norm") is None) == (why_not() is not None)
+    assert (cpu_rows.built("rms_norm_float32") is None) == (why_not() is not None)
 
 
 class Gated(nn.Module):

@@ -1,0 +1,150 @@
+"""The check of a whole system: every role, vocabularies, memory, machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from proxytune.checks.findings import MemoryCheck, RoleCheck, SystemCheck
+from proxytune.checks.machine import check_machine
+from proxytune.checks.roles import Findings, check_role
+from proxytune.config import System
+from proxytune.models import Models, free_memory
+
+SEQUENCES, LENGTH = 32, 1024
+"""A typical batch."""
+
+
+def check_system(system: System, *, weights: bool = True, trust_remote_code: bool = False) -> SystemCheck:
+    """Look at every role of a system. With `weights`, one model after the other is loaded and examined;
+    without, only configurations and tokenizers are read, and paths are found out on small copies.
+
+    Never a UserError: what is wrong is among the findings."""
+    models, findings = Models(system, trust_remote_code=trust_remote_code), Findings()
+    names = models.names("proxy") if "proxy" in system.roles else _alone(models, system)
+    names += ["tuned"] if system.tuned is not None else []
+    looked: dict[str, RoleCheck] = {}
+    for name in sorted(names, key=_hosts_first):
+        if models.spec(name).model is not None:  # an adapter sits on the one before
+            models.release(keep=[])
+        looked[name] = check_role(models, name, findings, weights=weights)
+    models.release(keep=[])
+    roles = _shared(models, [looked[name] for name in names])
+    vocabulary = _vocabularies(models, roles, findings)
+    memory = _memory(models, roles)
+    _judge_memory(memory, findings, weights=weights)
+    machine, notes = check_machine()
+    return SystemCheck(
+        system=system.name,
+        with_weights=weights,
+        speculation=_speculation(system, roles),
+        vocabulary=vocabulary,
+        roles=tuple(roles),
+        memory=memory,
+        machine=machine,
+        findings=(*findings.found, *notes),
+    )
+
+
+def _hosts_first(name: str) -> tuple[bool, bool, bool]:
+    """The base first, and antiexperts before the experts that may sit on them."""
+    return name != "base", name == "tuned", not name.startswith("antiexpert")
+
+
+def _alone(models: Models, system: System) -> list[str]:
+    """The models of a system that is not steered."""
+    return [name for name in ("base", "expert", "antiexpert") if name in system.roles]
+
+
+def _shared(models: Models, roles: Sequence[RoleCheck]) -> list[RoleCheck]:
+    """The roles, with those marked whose weights another holds already."""
+    first: dict[tuple[object, ...], str] = {}
+    found = []
+    for role in roles:
+        spec = models.spec(role.name)
+        if spec.model is None:
+            host = next(anti for expert, anti, _ in models.terms() if expert == role.name)
+            weights = Path(spec.adapter or "") / "adapter_model.safetensors"
+            own = weights.stat().st_size if weights.is_file() else 0
+            found.append(role.model_copy(update={"shared_with": host, "weights": own}))
+            continue
+        key = spec.model, spec.adapter, spec.revision, spec.dtype, spec.quantization, str(spec.device_map)
+        holder = first.setdefault(key, role.name)
+        found.append(role.model_copy(update={"shared_with": None if holder == role.name else holder}))
+    return found
+
+
+def _vocabularies(models: Models, roles: Sequence[RoleCheck], findings: Findings) -> dict[str, str]:
+    """How every vocabulary stands to the base's."""
+    found: dict[str, str] = {}
+    for role in roles[1:]:
+        if role.tokens is None or role.head is None or roles[0].tokens is None or roles[0].head is None:
+            found[role.name] = "not known"
+            continue
+        differs = findings.attempt("vocabulary", partial(models.difference, role.name))
+        if differs is None:
+            found[role.name] = "the same" if role.head == roles[0].head else "the same but for padding"
+            continue
+        found[role.name] = f"{len(differs.ids)} of {differs.of} ids differ"
+        if models.system.vocab == "strict":
+            findings.problem("vocabulary", str(differs))
+            continue
+        ids = ", ".join(f"{i} ({token!r}, {other!r} there)" for i, token, other in differs.first)
+        findings.note(
+            "vocabulary",
+            f"{len(differs.ids)} ids of the {role.name} are matched by token, or left to the base: {ids}",
+        )
+        eos = role.special.get("eos")
+        if eos is not None and eos[0] not in models.tokenizer("base").get_vocab():
+            findings.note(
+                "vocabulary",
+                f"the base has no {eos[0]!r}, with which the {role.name} ends its responses: only the base "
+                "can end one",
+            )
+    return found
+
+
+def _memory(models: Models, roles: Sequence[RoleCheck]) -> MemoryCheck:
+    own = {
+        role.name: role.weights
+        for role in roles
+        if role.weights is not None and (role.shared_with is None or models.spec(role.name).model is None)
+    }
+    together = [role for role in roles if role.name != "tuned" or len(roles) == 1]
+    total = sum(own.get(role.name, 0) for role in together)
+    per_token = sum(role.kv_per_token or 0 for role in together)
+    anywhere = any(models.spec(role.name).device_map == "auto" for role in roles)
+    return MemoryCheck(
+        weights=own,
+        total=total,
+        kv_per_token=per_token,
+        sequences=SEQUENCES,
+        length=LENGTH,
+        kv_batch=SEQUENCES * LENGTH * per_token,
+        free=free_memory("auto" if anywhere else None),
+    )
+
+
+def _judge_memory(memory: MemoryCheck, findings: Findings, *, weights: bool) -> None:
+    """Whether the weights, and a typical batch beside them, fit into what is free here."""
+    sizes = f"{memory.total / 1e9:.1f} GB of weights"
+    if memory.total > memory.free:
+        text = f"{sizes} do not fit into the {memory.free / 1e9:.1f} GB that are free here"
+        (findings.problem if weights else findings.note)("memory", text)
+    elif memory.total + memory.kv_batch > memory.free:
+        rows = max(0, memory.free - memory.total) // max(1, memory.kv_per_token * LENGTH)
+        findings.note(
+            "memory",
+            f"{sizes} leave room for the KV of {rows} sequences of {LENGTH} tokens; more take turns",
+        )
+
+
+def _speculation(system: System, roles: Sequence[RoleCheck]) -> str:
+    """Whether the expert can run ahead: every model that verifies must be able to go back."""
+    if "proxy" not in system.roles:
+        return "no: the system is not steered"
+    slow = [role.name for role in roles if role.path == "reference" and role.name != "tuned"]
+    if slow:
+        return f"no: the state of {', '.join(slow)} cannot be rewound"
+    return "yes" if all(role.path == "packed" for role in roles) else "not known"
