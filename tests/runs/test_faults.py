@@ -84,7 +84,7 @@ def test_the_command_line_says_it(half: System, tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({"base": {"model": half.base.model, "dtype": "float64"}}))
     said = proxytune("generate", "a z", "--system", path, "--as", "base", "--json")
     assert said.exit_code == 0 and json.loads(said.stdout)["responses"][0]["finish_reason"] == "nan"
-    assert "note: the logits became NaN or infinite" in said.stderr
+    assert "broken off: the logits became NaN or infinite" in said.stderr
     system = ("--system", path, "--as", "base", "--max-new-tokens", "6")
     said = proxytune("eval", "gsm", *system, "--data", questions(tmp_path), "--out", tmp_path / "o")
     assert said.exit_code == 0 and "faulty" in said.stdout and "33.3" in said.stdout
