@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
 from proxytune.config import RunSpec
 
-FinishReason = Literal["eos", "stop", "length", "nan"]
-"""`nan`: the logits after the last token were no numbers, or infinite, so the response could not go on."""
-FAULTS = frozenset({"nan"})
+FinishReason = Literal["eos", "stop", "length", "nan", "template"]
+"""`nan`: the logits after the last token were no numbers, or infinite, so the response could not go on.
+`template`: a chat template has no text for the example, which was not asked."""
+FAULTS = frozenset({"nan", "template"})
 """Reasons that are faults: their example has no score."""
 FAULT = "fault"
 """The column of a stored row that has the reason, where its example ended in one."""
@@ -84,6 +85,8 @@ class Completion:
     """Sum of the log-probabilities (natural) of the tokens under the combined distribution, before bans and
     warping."""
     trace: tuple[TracedToken, ...] = ()
+    remark: str | None = None
+    """Why it is not what was asked for: a window that was full first, or what failed."""
 
     @property
     def fault(self) -> str | None:
@@ -215,6 +218,8 @@ class Run(BaseModel):
     judge: str | None = None
     """Who judged the responses: a model, or several."""
     cost: Cost = Cost()
+    notes: tuple[str, ...] = ()
+    """What a reader of the figures should know: how prompts were changed, which responses failed."""
     started: str
     finished: str | None = None
     made: Provenance

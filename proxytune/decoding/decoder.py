@@ -18,19 +18,21 @@ import torch
 from proxytune import cpu_load
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.decoding.call import DecodeStats, RunningStream, Scored, ScoringTexts, Tag
+from proxytune.decoding.completions import NOT_NUMBERS, ResultReader, failed
 from proxytune.decoding.prompts import context, form_of, noise_key
 from proxytune.decoding.response_text import ResponseText
 from proxytune.decoding.sample import sample_context
-from proxytune.decoding.stop_strings import cut, single_tokens, stop_predicate
-from proxytune.decoding.streaming import TextStream
-from proxytune.engine import Continuation, Engine, Ensemble, Request, Result, Speculation, Term, likelihoods
+from proxytune.decoding.stop_strings import StopStrings, single_tokens
+from proxytune.decoding.streaming import TextStream, stop_predicate
+from proxytune.decoding.templates import TemplateFault
+from proxytune.engine import Continuation, Engine, Ensemble, Request, Speculation, Term, likelihoods
 from proxytune.engine.kernels import why_not
 from proxytune.engine.kv import CacheSpec, KVCache, PagedCache, SlotCache
 from proxytune.engine.runners import ModelRunner, ReferenceRunner, Runner
 from proxytune.errors import UserError
 from proxytune.models import Loaded, Models, free_memory
 from proxytune.options import DecodeOptions
-from proxytune.records import Completion, Example, FinishReason, Prompt, RoleMemory, TracedToken
+from proxytune.records import Completion, Example, Prompt, RoleMemory
 from proxytune.time_left import WorkSoFar
 
 MAX_ROWS = 128
@@ -83,6 +85,8 @@ class Decoder:
         self.text_of = ResponseText(head.tokenizer)
         self.max_batch = how.batch or MAX_ROWS
         self.stats = DecodeStats()
+        self.remarks: list[str] = []
+        """What was done to prompts that a reader of the responses should know; it comes as they are read."""
         self._running: RunningStream | None = None
         self._scoring: ScoringTexts | None = None
         self._size = head.size
@@ -174,16 +178,39 @@ class Decoder:
             notes += filter(None, [cpu_load.advice(torch.get_num_threads(), cpu_load.read())])
         return notes
 
-    def contexts(self, prompt: Prompt) -> dict[str, tuple[int, ...]]:
+    def contexts(self, prompt: Prompt, of: str = "") -> dict[str, tuple[int, ...]]:
         """Ids that every model sees before the response; experts that only watch see what they see in the
-        proxy."""
+        proxy. TemplateFault, which names the model and what the prompt is `of`, where a chat template
+        fails."""
+        return {
+            name: (*model.virtual_ids, *self._context(model, prompt, of))
+            for name, model in self.loaded.items()
+        }
+
+    def _context(self, model: Loaded, prompt: Prompt, of: str) -> tuple[int, ...]:
         role: Role = "proxy" if self.agreement else self.role
-        contexts = {}
-        for name, model in self.loaded.items():
-            ids = context(model.spec, model.tokenizer, form_of(name, role), prompt)
-            model.require_rows(ids)
-            contexts[name] = (*model.virtual_ids, *ids)
-        return contexts
+        template = f"the chat template of the {model.name}"
+
+        def say(what: str) -> None:
+            if f"{template} {what}" not in self.remarks:
+                self.remarks.append(f"{template} {what}")
+
+        try:
+            ids = context(model.spec, model.tokenizer, form_of(model.name, role), prompt, say)
+        except TemplateFault as fault:
+            message = f"{template} fails{of and f' on {of}'}: {fault}"
+            raise TemplateFault(message, of_these_texts=fault.of_these_texts) from None
+        model.require_rows(ids)
+        return ids
+
+    def _contexts_or_why(self, example: Example, task: str) -> dict[str, tuple[int, ...]] | str:
+        """The contexts of an example, or why it alone has none."""
+        try:
+            return self.contexts(example.prompt, task)
+        except TemplateFault as fault:
+            if not fault.of_these_texts:
+                raise
+            return str(fault)
 
     def stream(
         self,
@@ -221,31 +248,38 @@ class Decoder:
         """As `stream`, for every example under all of its alphas at once, which share the prompt's KV.
 
         `on_text` does not say which alpha a text is of."""
-        streams: dict[tuple[str, int], TextStream] = {}
+        stops = StopStrings(self.text_of, sampling.stop)
+        windows = {name: runner.window for name, runner in self.ensemble.runners.items()}
+        alone = self.role != "proxy" and not self.agreement
+        reader = ResultReader(stops, windows, alone)
+        streams: dict[tuple[AlphaSchedule, str, int], TextStream] = {}
+        unasked: list[tuple[AlphaSchedule, Completion]] = []
 
         def hear(request: Request, token: int) -> None:
             assert isinstance(request.tag, Tag) and on_text is not None
             if token in request.eos:
                 return
-            stream = streams.setdefault(request.tag.where, TextStream(self.text_of, sampling.stop))
+            stream = streams.setdefault((request.tag.alpha, *request.tag.where), TextStream(stops))
             on_text(*request.tag.where, stream.push(token))
 
         self._running = running = RunningStream(self._engine(trace, hear if on_text is not None else None))
         engine = running.engine
         before = self.stats
         try:
-            for request in self._requests(asked, sampling, task, forced):
+            for request in self._requests(asked, sampling, stops, task, forced, unasked):
                 running.submit(request)
+            yield from unasked
             while engine.busy:
                 results = engine.step()
                 self.stats = before.after(engine)
                 for result in results:
-                    assert isinstance(result.request.tag, Tag)
-                    where = result.request.tag.where
+                    tag = result.request.tag
+                    assert isinstance(tag, Tag)
                     running.ended(result)
-                    if on_text is not None and where in streams:
-                        on_text(*where, streams.pop(where).finish())
-                    yield result.request.tag.alpha, self._completion(result, sampling)
+                    completion = reader.completion(result, *tag.where)
+                    if on_text is not None and (tag.alpha, *tag.where) in streams:
+                        on_text(*tag.where, streams.pop((tag.alpha, *tag.where)).finish())
+                    yield tag.alpha, completion
         finally:
             engine.close()
 
@@ -275,12 +309,13 @@ class Decoder:
         texts: Callable[[Example], Sequence[str]],
         *,
         alpha: AlphaSchedule | None = None,
+        task: str = "",
     ) -> Iterator[Completion]:
         """The log-probability of each of an example's texts after its prompt, as numbered completions.
 
         A text is tokenised as a continuation; nothing follows it (no end-of-sequence)."""
         strength = self.models.system.alpha if alpha is None else alpha
-        found = self.likelihood_sweep(examples, texts, [strength])
+        found = self.likelihood_sweep(examples, texts, [strength], task)
         with closing(found):
             for _, completion in found:
                 yield completion
@@ -290,14 +325,18 @@ class Decoder:
         examples: Sequence[Example],
         texts: Callable[[Example], Sequence[str]],
         alphas: Sequence[AlphaSchedule],
+        task: str = "",
     ) -> Generator[tuple[AlphaSchedule, Completion], None, None]:
         """As `likelihoods`, under all alphas from one pass of forwards."""
-        items = [
-            Continuation(contexts, self._continued(text), Scored(example, number, text))
-            for example in examples
-            for contexts in [self.contexts(example.prompt)]
-            for number, text in enumerate(texts(example))
-        ]
+        items, unasked = list[Continuation](), list[Completion]()
+        for example in examples:
+            contexts = self._contexts_or_why(example, task)
+            for number, text in enumerate(texts(example)):
+                if isinstance(contexts, str):
+                    unasked.append(failed(example.id, number, contexts, text))
+                else:
+                    items.append(Continuation(contexts, self._continued(text), Scored(example, number, text)))
+        yield from product(alphas, unasked)
         self._running, self._scoring = None, ScoringTexts(len(items))
         found = likelihoods(self.ensemble, items, alphas)
         while (result := self._timed(found)) is not None:
@@ -309,6 +348,7 @@ class Decoder:
             self.stats.generated_tokens += len(ids)
             for alpha, logprobs in zip(alphas, result.logprobs, strict=True):
                 logprob = float(logprobs.double().sum())
+                faulty = math.isnan(logprob)
                 yield (
                     alpha,
                     Completion(
@@ -316,8 +356,9 @@ class Decoder:
                         sample=tag.number,
                         text=tag.text,
                         token_ids=ids,
-                        finish_reason="nan" if math.isnan(logprob) else "length",
+                        finish_reason="nan" if faulty else "length",
                         logprob=logprob,
+                        remark=NOT_NUMBERS if faulty else None,
                     ),
                 )
 
@@ -343,17 +384,23 @@ class Decoder:
         self,
         asked: Sequence[tuple[Example, Sequence[AlphaSchedule]]],
         sampling: Sampling,
+        stops: StopStrings,
         task: str,
         forced: str | None,
+        unasked: list[tuple[AlphaSchedule, Completion]],
     ) -> Iterator[Request]:
+        """What is to be decoded. `unasked` gets the responses to examples for which a chat template has no
+        text."""
         eos = self._eos()
         banned = single_tokens(self.tokenizer, sampling.ban, self._size)
         first = single_tokens(self.tokenizer, sampling.ban_first, self._size)
-        stop = stop_predicate(self.text_of, sampling.stop)
         opener = tuple(self.tokenizer.encode(forced, add_special_tokens=False)) if forced else ()
         for example, alphas in asked:
-            contexts = self.contexts(example.prompt)
+            contexts = self._contexts_or_why(example, task)
             for alpha, sample in product(alphas, range(sampling.n)):
+                if isinstance(contexts, str):
+                    unasked.append((alpha, failed(example.id, sample, contexts)))
+                    continue
                 yield Request(
                     contexts=contexts,
                     key=noise_key(sampling.seed, task, example.id, sample),
@@ -364,7 +411,7 @@ class Decoder:
                     banned=banned,
                     banned_first=first,
                     forced=opener,
-                    stop=stop,
+                    stop=stop_predicate(stops),
                     tag=Tag(example, sample, alpha),
                 )
 
@@ -376,45 +423,6 @@ class Decoder:
             alignment = self.ensemble.runners[term.expert].alignment
             ids |= {mine for eos in own_eos(self.loaded[term.expert]) for mine in alignment.spelt_by(eos)}
         return frozenset(token for token in ids if token < self._size)  # padding is never generated
-
-    def _completion(self, result: Result, sampling: Sampling) -> Completion:
-        tag = result.request.tag
-        assert isinstance(tag, Tag)
-        reason: FinishReason = result.finish_reason  # type: ignore[assignment]
-        body = result.tokens[:-1] if reason == "eos" else result.tokens
-        return Completion(
-            example_id=tag.example.id,
-            sample=tag.sample,
-            text=cut(self.text_of(body), sampling.stop),
-            token_ids=result.tokens,
-            finish_reason=reason,
-            logprob=result.logprob,
-            trace=self._traced(result),
-        )
-
-    def _traced(self, result: Result) -> tuple[TracedToken, ...]:
-        def shown(token: int) -> str:
-            text = self.text_of([token])
-            if text and "\ufffd" not in text:  # else a part of a letter, as others are
-                return text
-            return str(self.tokenizer.convert_ids_to_tokens(token))
-
-        single = self.role != "proxy" and not self.agreement  # then the combination is the model itself
-        return tuple(
-            TracedToken(
-                text=shown(item.token),
-                id=item.token,
-                probability={
-                    name: p for name, p in item.probability.items() if not (single and name == "proxy")
-                },
-                top={
-                    name: shown(token) for name, token in item.top.items() if not (single and name == "proxy")
-                },
-                alpha=item.alpha,
-                divergence=dict(item.divergence),
-            )
-            for item in result.trace
-        )
 
 
 def own_eos(model: Loaded) -> set[int]:

@@ -8,32 +8,76 @@ the response prefix taken out."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Literal
 
 from proxytune.config import Chat, ModelSpec, Role
+from proxytune.decoding.templates import Message, TemplateFault, render
 from proxytune.errors import UserError
 from proxytune.models import Tokenizer
 from proxytune.records import Prompt
 
 Form = Literal["direct", "in_ensemble"]
+Say = Callable[[str], None]
+"""Hears what a chat template did that is worth knowing, as the end of a sentence about it."""
+
+NO_SYSTEM = "takes no system message: the system text begins the first user message"
 
 
-def text_for(chat: Chat, form: Form, prompt: Prompt, tokenizer: Tokenizer = None) -> str:
-    """The text of one role's context."""
+def text_for(
+    chat: Chat, form: Form, prompt: Prompt, tokenizer: Tokenizer = None, say: Say | None = None
+) -> str:
+    """The text of one role's context. TemplateFault where the tokenizer's chat template gives none."""
     if chat == "none":
         return prompt.plain
     message = prompt.user if form == "direct" else bare(prompt)
     if chat == "llama2":
         text = _llama2(form, message, prompt.system)
         return f"{text} {prompt.response_prefix}" if prompt.response_prefix else text
-    messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
-    messages.append({"role": "user", "content": message})
+    text, system_refused = templated(tokenizer, message, prompt.system)
+    if system_refused and say is not None:
+        say(NO_SYSTEM)
+    return text + prompt.response_prefix
+
+
+def templated(tokenizer: Tokenizer, message: str, system: str | None) -> tuple[str, bool]:
+    """A user's message in the chat template of a tokenizer, and whether that refused the system message. Then
+    the system text begins the user's message, as the family that refuses it (Gemma) was trained.
+
+    TemplateFault where there is no text; it knows whether that depends on these texts."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             "chat: tokenizer needs a chat template in the checkpoint: set `chat: llama2` or `chat: none`"
         )
-    templated: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return templated + prompt.response_prefix
+    try:
+        return _templated(tokenizer, message, system)
+    except TemplateFault as fault:
+        others = _takes(tokenizer, "a", "a" if system else None)
+        raise TemplateFault(str(fault), of_these_texts=others) from None
+
+
+def _templated(tokenizer: Tokenizer, message: str, system: str | None) -> tuple[str, bool]:
+    user: Message = {"role": "user", "content": message}
+    if not system:
+        return render(tokenizer, [user]), False
+    try:
+        return render(tokenizer, [{"role": "system", "content": system}, user]), False
+    except TemplateFault as fault:
+        if not fault.refused:
+            raise
+        with suppress(TemplateFault):  # then it was not the system message: the first reason is the one
+            return render(tokenizer, [{"role": "user", "content": f"{system}\n\n{message}"}]), True
+        raise
+
+
+def _takes(tokenizer: Tokenizer, message: str, system: str | None) -> bool:
+    """Whether a chat template has a text for these."""
+    try:
+        _templated(tokenizer, message, system)
+    except TemplateFault:
+        return False
+    return True
 
 
 def bare(prompt: Prompt) -> str:
@@ -51,10 +95,12 @@ def _llama2(form: Form, message: str, system: str | None) -> str:
     return f"[INST]<<SYS>>\n{system}\n<</SYS>>\n\n {message} [/INST]"  # the published runs' whitespace
 
 
-def context(spec: ModelSpec, tokenizer: Tokenizer, form: Form, prompt: Prompt) -> tuple[int, ...]:
+def context(
+    spec: ModelSpec, tokenizer: Tokenizer, form: Form, prompt: Prompt, say: Say | None = None
+) -> tuple[int, ...]:
     """The ids that a role sees before the response. A chat template of the tokenizer brings its own special
     tokens."""
-    text = text_for(spec.chat, form, prompt, tokenizer)
+    text = text_for(spec.chat, form, prompt, tokenizer, say)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

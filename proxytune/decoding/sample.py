@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from proxytune.config import ModelSpec
 from proxytune.decoding.prompts import Form, context, text_for
+from proxytune.decoding.templates import TemplateFault
 from proxytune.errors import UserError
 from proxytune.models import Tokenizer
 from proxytune.records import Prompt
@@ -19,11 +20,10 @@ def sample_context(
     its chat template is absent or broken."""
     try:
         return text_for(spec.chat, form, prompt, tokenizer), context(spec, tokenizer, form, prompt)
+    except TemplateFault as fault:
+        raise UserError(
+            f"the {name}: the chat template of '{spec.model}' fails on a sample prompt ({fault}): "
+            "mend it, or set `chat: llama2` or `chat: none`"
+        ) from None
     except UserError as error:
         raise UserError(f"the {name}: {error}") from None
-    except Exception as error:  # a template is a program of the checkpoint's author, and can raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(
-            f"the {name}: the chat template of '{spec.model}' fails on a sample prompt ({reason:.200}): "
-            "mend it, or set `chat: llama2` or `chat: none`"
-        ) from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 from proxytune.decoding.response_text import ResponseText, decode
 from proxytune.errors import UserError
 from proxytune.models import Tokenizer
+
+FIRST_MARK = 0xD800
+"""Special tokens are looked for as lone surrogates: no decoded text has any."""
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
@@ -15,35 +18,62 @@ def cut(text: str, stops: Sequence[str]) -> str:
     return text[: min(found)] if found else text
 
 
-def stop_predicate(text_of: ResponseText, stops: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
-    """Whether a response ends in a stop string: in its text, however it was tokenised, or as a special token,
-    which the text does not show.
+class StopStrings:
+    """The stop strings of a call. They are found in the text of a response, however it was tokenised, and
+    across special tokens, which the text does not show. A stop string that names special tokens
+    (`<|im_end|>`, `</s> Question:`) is also found where these tokens are.
 
-    Only as many last tokens are decoded as a stop string that ends in the newest one can span: a token with
-    text is at least a byte. The first of them begins a letter: decoders that spell letters in bytes lose a
-    whole run of bytes that begins within one."""
-    if not stops:
-        return None
-    tokenizer = text_of.tokenizer
-    reach = max(len(stop.encode("utf-8")) for stop in stops)
-    hidden = {
-        index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
-    ends = {index for index, text in hidden.items() if text in stops}
+    For that a text is given with marks: a character for each special token that a stop string names."""
 
-    def ended(tokens: Sequence[int]) -> bool:
-        start, left = len(tokens), reach
-        while start > 0 and left > 0:
-            start -= 1
-            left -= tokens[start] not in hidden
-        tail = text_of(tokens[start:])
-        if start > 0 and "\ufffd" in tail:
-            while start > 0 and "\ufffd" in decode(tokenizer, tokens[start : start + 1]):
-                start -= 1
-            tail = text_of(tokens[start:])
-        return tokens[-1] in ends or any(stop in tail for stop in stops)
+    def __init__(self, text_of: ResponseText, stops: Sequence[str]) -> None:
+        self.text_of, self.stops = text_of, tuple(stops)
+        named = {
+            index: content
+            for index, content in text_of.hidden.items()
+            if content and any(content in stop for stop in stops)
+        }
+        self.marks = {index: chr(FIRST_MARK + place) for place, index in enumerate(named)}
+        self._unmark = dict.fromkeys(map(ord, self.marks.values()))
+        longest_first = sorted(named, key=lambda index: -len(named[index]))
+        marked = []
+        for stop in stops:
+            for index in longest_first:
+                stop = stop.replace(named[index], self.marks[index])
+            marked.append(stop)
+        self._marked = tuple(stop for stop in marked if stop not in self.stops)
 
-    return ended
+    def plain(self, text: str) -> str:
+        """A text without its marks."""
+        return text.translate(self._unmark) if self._unmark else text
+
+    def find(self, text: str) -> int | None:
+        """Where in the plain form of a marked text the first stop string begins; None where there is none."""
+        plain = self.plain(text)
+        found = [at for stop in self.stops if (at := plain.find(stop)) >= 0]
+        found += [len(self.plain(text[:at])) for stop in self._marked if (at := text.find(stop)) >= 0]
+        return min(found, default=None)
+
+    def begun(self, text: str) -> int:
+        """How much of a marked text cannot be the beginning of a stop string."""
+        plain = self.plain(text)
+        held = max((_begun(plain, stop) for stop in self.stops), default=0)
+        held_marked = max((_begun(text, stop) for stop in self._marked), default=0)
+        return min(_before_last(text, held, self._unmark), len(text) - held_marked)
+
+
+def _begun(text: str, stop: str) -> int:
+    """Length of the longest end of a text with which a stop string begins."""
+    sizes = range(min(len(stop) - 1, len(text)), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)
+
+
+def _before_last(text: str, count: int, marks: Mapping[int, None]) -> int:
+    """Where the last `count` characters of a text begin, marks not counted."""
+    at = len(text)
+    while count:
+        at -= 1
+        count -= ord(text[at]) not in marks
+    return at
 
 
 def single_tokens(tokenizer: Tokenizer, texts: Sequence[str], size: int) -> frozenset[int]:

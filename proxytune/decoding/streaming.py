@@ -1,41 +1,63 @@
-"""Text as it grows: what is shown is never taken back."""
+"""Text as it grows: what is shown is never taken back, and a stop string is found at the token that ends
+it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from proxytune.decoding.response_text import ResponseText
-from proxytune.decoding.stop_strings import cut
+from proxytune.decoding.response_text import GrowingText
+from proxytune.decoding.stop_strings import StopStrings, cut
 
 
 class TextStream:
-    """Text as it grows: pieces that later tokens cannot change, and never the beginning of a stop string."""
+    """The text of one response: pieces that later tokens cannot change, and never the beginning of a stop
+    string. All pieces together are `final_text` of the tokens."""
 
-    def __init__(self, text_of: ResponseText, stops: Sequence[str]) -> None:
-        self.text_of, self.stops = text_of, stops
-        self._ids: list[int] = []
-        self._streamed = 0
+    def __init__(self, stops: StopStrings) -> None:
+        self.ended = False
+        """Whether the text has come to a stop string."""
+        self._stops, self._text = stops, GrowingText(stops.text_of, stops.marks)
+        self._held = ""  # what may become a stop string
 
     def push(self, token: int) -> str:
         """The new text that is safe to show."""
-        self._ids.append(token)
-        text = self.text_of(self._ids)
-        if text.endswith("\ufffd"):  # in the middle of a letter
+        if self.ended:
             return ""
-        return self._next_piece(self._safe(text))
+        self._held += self._text.push(token)
+        at = self._stops.find(self._held + self._text.open)
+        if at is not None:
+            self.ended = True
+            return self._stops.plain(self._held)[:at]
+        safe = self._stops.begun(self._held)
+        piece, self._held = self._stops.plain(self._held[:safe]), self._held[safe:]
+        return piece
 
     def finish(self) -> str:
         """What is left at the end."""
-        return self._next_piece(cut(self.text_of(self._ids), self.stops))
+        return "" if self.ended else self._stops.plain(self._held) + self._text.open
 
-    def _safe(self, text: str) -> str:
-        """The text before a stop string, or before what may become one."""
-        if any(stop in text for stop in self.stops):
-            return cut(text, self.stops)
-        begun = (size for stop in self.stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
-        return text[: len(text) - max(begun, default=0)]
 
-    def _next_piece(self, safe: str) -> str:
-        piece = safe[self._streamed :]
-        self._streamed = max(self._streamed, len(safe))
-        return piece
+def final_text(stops: StopStrings, tokens: Sequence[int]) -> str:
+    """The text of a finished response, before the first stop string."""
+    if stops.marks.keys().isdisjoint(tokens):
+        return cut(stops.text_of(tokens), stops.stops)
+    stream = TextStream(stops)
+    return "".join([*map(stream.push, tokens), stream.finish()])
+
+
+def stop_predicate(stops: StopStrings) -> Callable[[Sequence[int]], bool] | None:
+    """Whether the tokens of one response, which grows from call to call, have come to a stop string."""
+    if not stops.stops:
+        return None
+    stream, read = TextStream(stops), 0
+
+    def ended(tokens: Sequence[int]) -> bool:
+        nonlocal stream, read
+        if len(tokens) <= read:  # begun anew
+            stream, read = TextStream(stops), 0
+        for token in tokens[read:]:
+            stream.push(token)
+        read = len(tokens)
+        return stream.ended
+
+    return ended

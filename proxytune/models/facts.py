@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from proxytune.config import ModelSpec, Record
 from proxytune.engine.kv import CacheSpec
 from proxytune.errors import UserError
-from proxytune.models.adapters import first_line
+from proxytune.models.adapter_files import first_line
 from proxytune.models.memory import skeleton_of, weights_of
 from proxytune.models.small_copy import NoCopy
 from proxytune.models.support import UNBOUNDED, Family, context_window, examine_config

@@ -8,6 +8,7 @@ from pathlib import Path
 from proxytune.config import ModelSpec, System
 from proxytune.records import Run
 from proxytune.report.charts import ReportTable, rows_of
+from proxytune.report.escape import visible
 from proxytune.report.tables import percent, role_rows, size
 
 Found = Sequence[tuple[Path, Run]]
@@ -53,6 +54,19 @@ def systems_table(found: Found) -> ReportTable:
     ]
     columns = ("system", "role", "model", "dtype", "quantization", "prompt format")
     return ReportTable("Systems", columns, rows_of(cells), words=len(columns), folded=True)
+
+
+def notes_table(root: Path, found: Found) -> tuple[ReportTable, ...]:
+    """What the runs say beside their figures, where any says something."""
+    cells = [
+        (str(folder.relative_to(root)), run.spec.role, visible(note))
+        for folder, run in found
+        for note in run.notes
+    ]
+    if not cells:
+        return ()
+    columns = ("folder", "as", "note")
+    return (ReportTable("Notes", columns, rows_of(cells), texts=frozenset({2}), words=len(columns)),)
 
 
 def _models(system: System) -> list[tuple[str, ModelSpec]]:

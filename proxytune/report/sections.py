@@ -23,7 +23,7 @@ from proxytune.report.analyses import (
 )
 from proxytune.report.charts import Figure, ReportTable
 from proxytune.report.figures import beside_table, gap_figure, price_figure, published_scores, score_figure
-from proxytune.report.runs import cost_table, made_table, systems_table
+from proxytune.report.runs import cost_table, made_table, notes_table, systems_table
 from proxytune.report.sweeps import failure_tables, skip_figures, sweep_figures
 from proxytune.report.tables import RoleRow, by_task, role_rows
 from proxytune.report.token_view import SENSITIVE, TraceSet, plainness, trace_sets
@@ -208,7 +208,8 @@ def price_section(inputs: Inputs) -> Section:
 
 def runs_section(inputs: Inputs) -> Section:
     """Cost and provenance of every run."""
-    tables = (cost_table(inputs.root, inputs.found), systems_table(inputs.found), *made_table(inputs.found))
+    root, found = inputs.root, inputs.found
+    tables = (cost_table(root, found), *notes_table(root, found), systems_table(found), *made_table(found))
     return Section(
         "runs", "Runs", "Runs: cost, speed and provenance",
         ("Every finished run under the folder of results that this page was made from.",),

@@ -78,6 +78,11 @@ class CostShare:
         """Bytes per model: all of it, as every alpha needs all models."""
         return self.decoder.memory
 
+    @property
+    def remarks(self) -> Sequence[str]:
+        """What was done to the prompts of all alphas."""
+        return self.decoder.remarks
+
 
 @dataclass
 class SweptRun:
@@ -148,7 +153,12 @@ def _run(
             progress.note(f"{len(runs)} of {len(jobs)} alphas in '{folder}' are done already")
         if parts:
             _decode(parts, job, folder, evaluation, progress)
-        return runs | {part.alpha: part.session.finish() for part in parts}
+        for part in parts:
+            runs[part.alpha] = part.session.finish()
+        for alpha in alphas:
+            for note in runs[alpha].notes:
+                progress.note(f"{run_name(alpha)}: {note}")
+        return runs
 
 
 def run_name(alpha: AlphaSchedule) -> str:

@@ -22,7 +22,7 @@ from proxytune.config import (
     System,
     parse_alpha,
 )
-from proxytune.decoding import Decoder
+from proxytune.decoding import Decoder, notes_on, stored_response
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
@@ -220,6 +220,8 @@ def generate(
         warnings.warn(note, stacklevel=2)
     place = {example.id: i for i, example in enumerate(examples)}
     found = list(decoder.stream(examples, chosen, alpha=schedule))
+    for note in (*decoder.remarks, *notes_on([stored_response(completion) for completion in found])):
+        warnings.warn(note, stacklevel=2)
     return sorted(found, key=lambda completion: (place[completion.example_id], completion.sample))
 
 

@@ -19,7 +19,7 @@ import torch
 
 from proxytune import __version__, results
 from proxytune.config import RunSpec
-from proxytune.decoding import Decoder, DecodeStats
+from proxytune.decoding import Decoder, DecodeStats, notes_on, stored_response
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.options import DecodeOptions
@@ -60,6 +60,11 @@ class Meter(Protocol):
     stats: DecodeStats
 
     @property
+    def remarks(self) -> Sequence[str]:
+        """What was done to prompts."""
+        ...
+
+    @property
     def memory(self) -> dict[str, RoleMemory]:
         """Bytes per model."""
         ...
@@ -94,6 +99,8 @@ def _decode_job(
             progress.note(
                 f"'{path}' is done already: this is its stored result (delete the folder to run it again)"
             )
+            for note in folder.run.notes:
+                progress.note(note)
             return folder.run
         if folder.cut:
             progress.note(
@@ -112,7 +119,10 @@ def _decode_job(
             raise KeyboardInterrupt(
                 f"interrupted: {done} of {n} examples are kept in '{path}'; the same command continues"
             ) from None
-        return session.finish()
+        run = session.finish()
+        for note in run.notes:
+            progress.note(note)
+        return run
 
 
 class Session:
@@ -160,7 +170,7 @@ class Session:
         spec = self.job.spec
         alpha = spec.alpha if spec.role == "proxy" else None
         if self.job.task.continuations is not None:
-            return decoder.likelihoods(todo, self.job.task.continuations, alpha=alpha)
+            return decoder.likelihoods(todo, self.job.task.continuations, alpha=alpha, task=spec.task)
         return decoder.stream(
             todo, spec.sampling, alpha=alpha, task=spec.task, trace=spec.trace, forced=spec.forced
         )
@@ -185,7 +195,13 @@ class Session:
 
     def so_far(self) -> Run:
         """The run as it is now."""
-        return self.folder.run.model_copy(update={"n": len(self.folder.done), "cost": self._cost()})
+        update = {"n": len(self.folder.done), "cost": self._cost(), "notes": self._notes()}
+        return self.folder.run.model_copy(update=update)
+
+    def _notes(self) -> tuple[str, ...]:
+        """What all sessions did to prompts."""
+        remarks = [] if self.meter is None else self.meter.remarks
+        return tuple(dict.fromkeys([*self.folder.run.notes, *remarks]))
 
     def _cost(self) -> Cost:
         """What all sessions took."""
@@ -203,11 +219,13 @@ class Session:
         order = [example.id for example in self.job.data.examples]
         rows = {row["id"]: row for row in results.read_rows(self.folder.path)}
         metrics = self.job.task.metrics([rows[example_id] for example_id in order])
+        found = notes_on([response for row in rows.values() for response in row["responses"]])
         update = {
             "status": "done",
             "metrics": metrics,
             "headline": self.job.task.headline_of(metrics),
             "finished": now(),
+            "notes": (*self._notes(), *found),
         }
         run = self.so_far().model_copy(update=update)
         self.folder.finish(run, order)
@@ -225,9 +243,7 @@ def prediction(
         row = _as_numbers(row) | {FAULT: fault}
     elif sandbox is not None and task.execute is not None:
         (row,) = task.execute([row], Execution(sandbox, {example.id: example.target}))
-    responses = [
-        {"text": c.text, "finish_reason": c.finish_reason, "tokens": len(c.token_ids)} for c in completions
-    ]
+    responses = [stored_response(completion) for completion in completions]
     return {"id": example.id, **row, "scores": task.scores(row), "responses": responses}
 
 

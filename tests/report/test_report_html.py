@@ -24,6 +24,7 @@ from proxytune.report import token_view as report_tokens
 from proxytune.report.charts import COLORS, svg, themed_svg
 from proxytune.report.escape import clipped, embedded, visible
 from proxytune.report.page import Report
+from proxytune.report.runs import notes_table
 from proxytune.report.sections import Section
 from tests.support.checkout import ROOT
 from tests.support.command_line import proxytune
@@ -257,6 +258,17 @@ def test_the_papers_figures_stand_beside_ours(made: Report) -> None:
     assert paper.mark == "published" and paper.cells[3:9] == ("6.6", "", "23.0", "26.4", "32.4", "76.5%")
     gap = next(figure for figure in part.figures if figure.name == "gap")
     assert ("gsm: paper, table 5", "70B", "76.0") in [row.cells for row in gap.table.rows]
+
+
+def test_what_runs_say_beside_their_figures_is_shown(tmp_path: Path) -> None:
+    silent = run("base", 0.1)
+    put(tmp_path / "base", silent, [example(0, "x", True)])
+    assert notes_table(tmp_path, [(tmp_path / "base", silent)]) == ()
+    noted = run("proxy", 0.2).model_copy(update={"notes": ("the expert takes no system message",)})
+    put(tmp_path / "proxy", noted, [example(0, "x", True)])
+    [table] = notes_table(tmp_path, [(tmp_path / "base", silent), (tmp_path / "proxy", noted)])
+    assert [row.cells for row in table.rows] == [("proxy", "proxy", "the expert takes no system message")]
+    assert "the expert takes no system message" in Report.read(tmp_path).html()
 
 
 def test_long_curves_are_grouped(tmp_path: Path) -> None:

@@ -84,14 +84,15 @@ def test_the_command_line_says_it(half: System, tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({"base": {"model": half.base.model, "dtype": "float64"}}))
     said = proxytune("generate", "a z", "--system", path, "--as", "base", "--json")
     assert said.exit_code == 0 and json.loads(said.stdout)["responses"][0]["finish_reason"] == "nan"
-    assert "note: the logits became NaN or infinite" in said.stderr
+    assert "broken off: the logits became NaN or infinite" in said.stderr
     system = ("--system", path, "--as", "base", "--max-new-tokens", "6")
     said = proxytune("eval", "gsm", *system, "--data", questions(tmp_path), "--out", tmp_path / "o")
     assert said.exit_code == 0 and "faulty" in said.stdout and "33.3" in said.stdout
 
 
 def test_in_python(half: System) -> None:
-    found = generate(half, ["a b", "a z", "c"], as_="base", sampling=SHORT)
+    with pytest.warns(UserWarning, match="1 of 3 responses were broken off"):
+        found = generate(half, ["a b", "a z", "c"], as_="base", sampling=SHORT)
     assert [completion.fault for completion in found] == [None, "nan", None] and found[1].text == ""
 
 

@@ -78,7 +78,8 @@ def make_results(root: Path, n: int = len(HOSTILE)) -> Path:
     for task in ("gsm", "toxigen"):
         for role, score in scores.items():
             kind: TraceKind = "tokens" if role == "proxy" else "off"
-            done = run(role, score, system=system, task=task, trace=kind).model_copy(update={"n": n})
+            more = {"n": n, "notes": tuple(text.replace("\ud800", "?") for text in HOSTILE)}
+            done = run(role, score, system=system, task=task, trace=kind).model_copy(update=more)
             if task == "toxigen":
                 done = done.model_copy(
                     update={"headline": "overall", "metrics": {"overall": done.metrics["exact_match"]}}

@@ -137,9 +137,7 @@ def _stream(speaker: Speaker, role: Role, *, json_only: bool) -> None:
     printer = _Printer(sys.stdout) if sampling.n == 1 and not json_only else None
     on_text = printer.hear if printer else None
     stream = decoder.stream([speaker.example], sampling, alpha=alpha, on_text=on_text)
-    found = sorted(stream, key=lambda completion: completion.sample)
-    if any(completion.fault for completion in found):
-        console.say(f"note: {NOT_NUMBERS}")
+    found = asked(sorted(stream, key=lambda completion: completion.sample))
     if json_only:
         console.print_json({"as": role, "responses": [_as_json(completion) for completion in found]})
     elif printer is not None:
@@ -147,6 +145,23 @@ def _stream(speaker: Speaker, role: Role, *, json_only: bool) -> None:
     else:
         for completion in found:
             print(f"--- {completion.sample + 1}\n{completion.text}")
+    _say_notes(decoder, found)
+
+
+def asked(found: Sequence[Completion]) -> Sequence[Completion]:
+    """The responses; UserError where a chat template has no text for the prompt."""
+    for completion in found:
+        if completion.finish_reason == "template":
+            raise UserError(completion.remark)
+    return found
+
+
+def _say_notes(decoder: Decoder, found: Sequence[Completion]) -> None:
+    """What a reader of the responses should know, on stderr."""
+    from proxytune.decoding import notes_on, stored_response
+
+    for note in (*decoder.remarks, *notes_on([stored_response(completion) for completion in found])):
+        console.say(f"note: {note}")
 
 
 def _one_of_each(as_: str, sampling: Sampling) -> None:
@@ -155,12 +170,6 @@ def _one_of_each(as_: str, sampling: Sampling) -> None:
         raise UserError(f"--compare shows one response of each role: leave -n {sampling.n} out")
     if as_ not in ("proxy", "all"):
         raise UserError(f"--compare shows all roles: leave --as {as_} out")
-
-
-NOT_NUMBERS = (
-    "the logits became NaN or infinite, and the response ends there: try `dtype: float32` or bfloat16 in the "
-    "system's file (float16 overflows)"
-)
 
 
 class _Printer:
@@ -196,9 +205,10 @@ def _compare(speaker: Speaker, *, json_only: bool) -> None:
             models.release(keep=[role])
         alpha = speaker.alpha_of(role, speaker.alpha if role == "proxy" else None)
         trace: TraceKind = "tokens" if role == "proxy" else "off"
-        [found[role]] = speaker.decoder(role).stream(
-            [speaker.example], speaker.sampling, alpha=alpha, trace=trace
-        )
+        decoder = speaker.decoder(role)
+        stream = decoder.stream([speaker.example], speaker.sampling, alpha=alpha, trace=trace)
+        [found[role]] = asked(list(stream))
+        _say_notes(decoder, [found[role]])
     tokens = response_tokens(found["proxy"])
     changed = [place for place, token in enumerate(tokens) if is_changed(token)]
     if json_only:
