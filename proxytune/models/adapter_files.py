@@ -334,8 +334,8 @@ def check_fit(files: AdapterFiles, skeleton: PreTrainedModel, name: str = "defau
     known = {SOFT_PROMPT} if files.soft_prompt else _twins(files, tables)
     if unused := sorted(set(report.unexpected_keys) - known - FROM_A_SEED):
         raise UserError(
-            f"adapter '{files.location}' does not fit the model: {len(unused)} of its {len(files.shapes)} weights "
-            f"have no place in it, '{unused[0]}' first. Give the model that it was made for; if the names "
+            f"adapter '{files.location}' does not fit the model: {len(unused)} of its {len(files.shapes)} "
+            f"weights have no place in it, '{unused[0]}' first. Give the model that it was made for; if the names "
             "have the prefix of a wrapper (_orig_mod, module), save it from the model inside"
         )
     missing = sorted(set(wanted) - set(files.shapes))
