@@ -335,8 +335,8 @@ def check_fit(files: AdapterFiles, skeleton: PreTrainedModel, name: str = "defau
     if unused := sorted(set(report.unexpected_keys) - known - FROM_A_SEED):
         raise UserError(
             f"adapter '{files.location}' does not fit the model: {len(unused)} of its {len(files.shapes)} "
-            f"weights have no place in it, '{unused[0]}' first. Give the model that it was made for; if the names "
-            "have the prefix of a wrapper (_orig_mod, module), save it from the model inside"
+            f"weights have no place in it, '{unused[0]}' first. Give the model that it was made for; if "
+            "names have the prefix of a wrapper (_orig_mod, module), save it from the model inside"
         )
     missing = sorted(set(wanted) - set(files.shapes))
     if missing and (files.soft_prompt or any(f".{name}" in key for key in report.missing_keys)):
