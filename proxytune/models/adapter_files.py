@@ -39,6 +39,8 @@ PREFIX = "base_model.model."
 SOFT_PROMPTS = {"PROMPT_TUNING", "P_TUNING"}
 SOFT_PROMPT = "prompt_embeddings"
 """The one tensor of a soft prompt."""
+FROM_A_SEED = {"base_model.vera_A", "base_model.vera_B"}
+"""Matrices that older versions of peft make again in place of reading them."""
 REWRITES = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Ways to begin a LoRA that take something away from the weights below it."""
 KINDS = {
@@ -330,13 +332,13 @@ def check_fit(files: AdapterFiles, skeleton: PreTrainedModel, name: str = "defau
     except BAD_ADAPTER as error:
         raise files.broken(error) from None
     known = {SOFT_PROMPT} if files.soft_prompt else _twins(files, tables)
-    if unused := sorted(set(report.unexpected_keys) - known):
+    if unused := sorted(set(report.unexpected_keys) - known - FROM_A_SEED):
         raise UserError(
-            f"adapter '{files.location}' does not fit the model: {len(unused)} of its {len(shapes)} weights "
-            f"have no place in it, '{unused[0]}' first. Give the model that it was made for; if the names "
-            "have the prefix of a wrapper (_orig_mod, module), save it from the model inside"
+            f"adapter '{files.location}' does not fit the model: {len(unused)} of its {len(files.shapes)} "
+            f"weights have no place in it, '{unused[0]}' first. Give the model that it was made for; if "
+            "names have the prefix of a wrapper (_orig_mod, module), save it from the model inside"
         )
-    missing = sorted(set(wanted) - set(shapes))
+    missing = sorted(set(wanted) - set(files.shapes))
     if missing and (files.soft_prompt or any(f".{name}" in key for key in report.missing_keys)):
         raise _lacking(files, missing[0])
     return peft

@@ -174,11 +174,15 @@ def _merged(module: PreTrainedModel, peft: Any) -> PreTrainedModel:
     """The module with the adapter in its weights, but for layers where that would reach further than the
     adapter: a tensor that another module uses too (a tied head, a layer that is there twice). These keep it
     beside their weights, as PEFT's own forward has it."""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
     shared = _shared_places(module)
     beside = {path for path, layer in layers.items() if _place_of(path, shared) or _adds_a_bias(layer)}
+    rows = {path: layers[path] for path in beside if isinstance(layers[path], TrainableTokensLayer)}
+    if len(rows) == len(shared) and len({id(layer.token_indices) for layer in rows.values()}) == 1:
+        beside -= set(rows)  # tied tables that get the same rows: once or twice is the same
     with quiet():
         if not beside:
             merged: PreTrainedModel = peft.merge_and_unload()
