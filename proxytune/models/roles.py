@@ -20,7 +20,7 @@ from proxytune.engine.attention import Forward
 from proxytune.engine.kernels import use_row_linears, use_row_norms
 from proxytune.engine.runners import VocabMap
 from proxytune.errors import UserError
-from proxytune.models.adapter_files import adapter_notes, read_adapter, tokenizer_source
+from proxytune.models.adapter_files import adapter_notes, check_adapter, read_adapter, tokenizer_source
 from proxytune.models.adapters import Adapters, AdapterSwitch, attach_for_good, bytes_of
 from proxytune.models.checkpoint import check_checkpoint, load_config
 from proxytune.models.facts import ModelFacts, model_facts
@@ -205,8 +205,7 @@ class Models:
         needs: dict[str, float] = {}
         there = {model.source for model in self._loaded.values()}
         for name, spec in specs.items():
-            if spec.adapter is not None:
-                read_adapter(spec.adapter)
+            self._check_adapter(name)
             if spec.model is not None:
                 remote = spec.trust_remote_code or self.trust_remote_code
                 need = check_checkpoint(spec, trust_remote_code=remote)
@@ -223,6 +222,15 @@ class Models:
                 f"the weights of {parts} = {sum(needs.values()) / GIB:.1f} GiB do not fit into the "
                 f"{free / GIB:.1f} GiB that are free: {SMALLER}"
             )
+
+    def _check_adapter(self, name: str) -> None:
+        """UserError for an adapter that its small files and headers show not to fit its model."""
+        spec = self.spec(name)
+        if spec.adapter is not None:
+            own = self._own(name)
+            remote = own.trust_remote_code or self.trust_remote_code
+            config = load_config(own, trust_remote_code=remote)
+            check_adapter(spec.adapter, config, shared=spec.model is None, remote=remote)
 
     def _check_vocabularies(self, names: Sequence[str]) -> None:
         """UserError that names the first ids at which the vocabularies of these models differ."""
@@ -253,9 +261,8 @@ class Models:
         for a checkpoint or an adapter that its small files show to be unfit."""
         spec = self._own(name)
         remote = spec.trust_remote_code or self.trust_remote_code
-        if spec.adapter is not None:
-            read_adapter(spec.adapter)
         check_checkpoint(spec, trust_remote_code=remote, may_lack_weights=True)
+        self._check_adapter(name)
         config = load_config(spec, trust_remote_code=remote)
         loaded = self._loaded[name].family if name in self._loaded else None
         return model_facts(spec, config, loaded, remote)

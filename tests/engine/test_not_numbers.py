@@ -72,7 +72,7 @@ HOW = [
 ]
 
 
-@pytest.mark.parametrize(("speculation", "sampler"), HOW, ids=str)
+@pytest.mark.parametrize(("speculation", "sampler"), HOW, ids=["plain", "drafts", "drawn", "lookup"])
 @pytest.mark.parametrize("name", ["base", "expert", "antiexpert"])
 def test_the_rest_of_the_batch_is_unharmed(
     trio: System, anywhere: str, name: str, speculation: Speculation, sampler: dict[str, Any]

@@ -304,7 +304,7 @@ REFUSED: dict[str, tuple[Callable[[World], Path], str]] = {
     ),
     "no numbers": (
         lambda w: edited(w.adapter(LAYERS["plain"]()), damaged),
-        "makes logits that are no numbers",
+        "makes logits that are no numbers|has NaN or infinite numbers",
     ),
     "activated LoRA": (
         lambda w: w.adapter(lora(alora_invocation_tokens=[5])()),
