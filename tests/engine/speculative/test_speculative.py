@@ -367,9 +367,13 @@ def test_prompt_lookup_spares_forwards_of_the_drafter(trio: System, tmp_path: Pa
     """With lookup the drafter reads what it found in one forward, and the tokens stay. (Three times the same
     model, in folders of their own: it loops, and its drafts are accepted.)"""
     s, forwards = Sampling(max_new_tokens=80), dict[str, int]()
-    copied = shutil.copytree(str(trio.base.model), tmp_path / "copy")
-    other = trio.base.model_copy(update={"model": str(copied)})
-    system = trio.model_copy(update={"expert": other, "antiexpert": other})
+    copies = {
+        role: trio.base.model_copy(
+            update={"model": str(shutil.copytree(str(trio.base.model), tmp_path / role))}
+        )
+        for role in ("expert", "antiexpert")
+    }
+    system = trio.model_copy(update=copies)
     want = run(decoder(system, speculation=PLAIN), [example("ab")], s)
     for lookup in (False, True):
         d = decoder(system, speculation=Speculation(k=6, lookup=lookup))
