@@ -153,6 +153,9 @@ class Cost(BaseModel):
     prompt_tokens: int = 0
     generated_tokens: int = 0
     memory: dict[str, RoleMemory] = {}
+    process_peak: int = 0
+    """Resident memory of the process at its largest, in bytes: weights, KV, and all that is around them. Runs
+    of versions before 0.2.0 have 0 here."""
     preemptions: int = 0
     sessions: int = 1
     """1 + how often the run was resumed."""

@@ -67,6 +67,8 @@ def print_run(run: Run, folder: Path, *, json_only: bool) -> None:
     for name, metric in sorted(run.metrics.items(), key=lambda pair: pair[0] != run.headline):
         print(f"  {name:22} {tables.percent(metric)}")
     cost, memory = run.cost, tables.size(row.memory)
+    if cost.process_peak:
+        memory += f" (the process {tables.size(cost.process_peak)})"
     if row.ms_per_token is not None:
         prefill = f", prompts {cost.prefill_seconds:.1f} s" if cost.prefill_seconds else ""
         print(

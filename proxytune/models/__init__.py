@@ -8,11 +8,20 @@ from proxytune.lazy import door
 
 if TYPE_CHECKING:
     from proxytune.models.checkpoint import load_config, resolve
-    from proxytune.models.memory import free_memory, weights_needed
+    from proxytune.models.memory import free_memory, process_peak, weights_needed
     from proxytune.models.roles import Loaded, Models
     from proxytune.models.vocabulary import Tokenizer
 
-__all__ = ["Loaded", "Models", "Tokenizer", "free_memory", "load_config", "resolve", "weights_needed"]
+__all__ = [
+    "Loaded",
+    "Models",
+    "Tokenizer",
+    "free_memory",
+    "load_config",
+    "process_peak",
+    "resolve",
+    "weights_needed",
+]
 
 __getattr__ = door(
     __name__,
@@ -22,6 +31,7 @@ __getattr__ = door(
         "Tokenizer": "vocabulary",
         "free_memory": "memory",
         "load_config": "checkpoint",
+        "process_peak": "memory",
         "resolve": "checkpoint",
         "weights_needed": "memory",
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from typing import Any
 
 import psutil
@@ -10,6 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
+
+if sys.platform != "win32":
+    import resource
 
 from proxytune.config import ModelSpec
 from proxytune.errors import UserError
@@ -73,6 +77,14 @@ def free_memory(where: str | None = None) -> int:
     give_back()
     gpus = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
     return sum(gpus) + cpu if where == "auto" else gpus[0]
+
+
+def process_peak() -> int:
+    """Resident memory of this process at its largest so far, in bytes."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def leave_the_file(module: nn.Module) -> None:

@@ -30,13 +30,13 @@ def cost_table(root: Path, found: Found) -> ReportTable:
             "" if speed is None else f"{speed:.0f}",
             "" if cost.acceptance is None else f"{cost.acceptance:.0%}",
             "" if cost.tokens_per_step is None else f"{cost.tokens_per_step:.2f}",
-            size(row.memory), str(cost.preemptions),
+            size(row.memory), size(cost.process_peak) if cost.process_peak else "", str(cost.preemptions),
             str(cost.sessions),
             run.started.replace("T", " ").removesuffix("+00:00"),
         ))  # fmt: skip
     columns = (
         "folder", "as", "alpha", "examples", "score", "seconds", "prefill", "tokens", "tokens / s",
-        "drafts accepted", "tokens / step", "memory",
+        "drafts accepted", "tokens / step", "memory", "process",
         "preemptions", "sessions", "started (UTC)",
     )  # fmt: skip
     return ReportTable(

@@ -21,7 +21,7 @@ from proxytune import __version__, results
 from proxytune.config import RunSpec
 from proxytune.decoding import Decoder, DecodeStats, notes_on, stored_response
 from proxytune.errors import UserError
-from proxytune.models import Models
+from proxytune.models import Models, process_peak
 from proxytune.options import DecodeOptions
 from proxytune.progress import Progress
 from proxytune.provenance import provenance
@@ -210,6 +210,7 @@ class Session:
         stats, before = self.meter.stats, self.before
         return Cost(
             memory=_peaks(before.memory, self.meter.memory),
+            process_peak=max(before.process_peak, process_peak()),
             sessions=before.sessions,
             **{name: getattr(before, name) + value for name, value in vars(stats).items()},
         )

@@ -57,6 +57,7 @@ def test_a_run_explains_itself(system: System, models: Models, tmp_path: Path) -
     assert made.cost.generated_tokens > 0 and made.cost.seconds > 0 and made.cost.sessions == 1
     assert set(made.cost.memory) == {"base", "expert", "antiexpert"}
     assert all(m.weights > 0 and m.kv_peak > 0 for m in made.cost.memory.values())
+    assert made.cost.process_peak > sum(m.weights for m in made.cost.memory.values())
     assert made.headline in made.metrics
     rows = results.read_rows(tmp_path)
     assert [row["id"] for row in rows] == [str(i) for i in range(6)]
