@@ -128,7 +128,7 @@ def rounded(rows: int) -> int:
     """Rows of zeros are added up to this: oneDNN makes a program for every number of rows, which takes it a
     millisecond and evicts an older one, and a batch has another number at every step. Where a whole forward
     is so many tokens, its layers need not do it one by one."""
-    step = 1 if rows <= 8 else 8 if rows <= 64 else 16 if rows <= 256 else 64
+    step = 1 if rows <= 8 else 4 if rows <= 64 else 16 if rows <= 256 else 64
     return -(-rows // step) * step
 
 
