@@ -136,7 +136,8 @@ def use_row_linears(model: nn.Module) -> int:
     """Put RowLinear in the place of every plain linear layer on the CPU that is large enough, in oneDNN's
     layout where nothing else uses its weights. -> bytes of what lies in that layout.
 
-    An embedding that is tied to the output head looks rows up in its weights, so these stay as they are."""
+    An embedding that is tied to the output head looks rows up in its weights, so these stay as they are. So
+    do those within a layer of PEFT's, which reads dtypes and values of what it wraps."""
     places = [
         (path, layer)
         for path, layer in model.named_modules()
@@ -154,11 +155,19 @@ def use_row_linears(model: nn.Module) -> int:
         setattr(model.get_submodule(parent), name, new)
         weight = layer.weight
         light = weight.dtype == torch.float32 and weight.numel() < LIGHT
-        if weight.dtype in ONEDNN_DTYPES and not light and users[weight.data_ptr()] == 1:
+        alone = users[weight.data_ptr()] == 1 and not _wrapped(model, path)
+        if weight.dtype in ONEDNN_DTYPES and not light and alone:
             taken += weight.nbytes
             del layer, weight
             new.pack()
     return taken
+
+
+def _wrapped(model: nn.Module, path: str) -> bool:
+    """Whether a module lies within an adapter's layer: beside a `base_layer`, or in a dictionary by name."""
+    parts = path.split(".")
+    above = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts)))
+    return any(hasattr(module, "base_layer") or isinstance(module, nn.ModuleDict) for module in above)
 
 
 def dense(layer: nn.Module) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from proxytune.engine.kernels import linear
@@ -91,6 +92,21 @@ def test_layers_that_share_a_tensor_are_not_packed() -> None:
     model = nn.Sequential(one, other, nn.Linear(512, 512))
     assert use_row_linears(model) == 512 * 512 * 4
     assert model[0].weight is model[1].weight and model[2].weight is None
+
+
+def test_layers_within_an_adapter_keep_their_weights() -> None:
+    """PEFT casts to the dtype of A, and reads the weights below (DoRA) in every forward."""
+    model = tiny.build("llama", 1, hidden_size=512, intermediate_size=640).float()
+    adapted = get_peft_model(model, LoraConfig(r=64, target_modules=["q_proj"], use_dora=True))
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        want = adapted(ids).logits
+        assert use_row_linears(model) > 0
+        got = adapted(ids).logits
+    assert (got - want).abs().max() < 1e-4
+    attention = model.model.layers[0].self_attn  # type: ignore[union-attr]
+    assert type(attention.q_proj.lora_A["default"]) is RowLinear
+    assert attention.q_proj.base_layer.weight is not None and attention.o_proj.weight is None
 
 
 def test_onednn_is_there_on_this_build() -> None:
