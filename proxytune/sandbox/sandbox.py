@@ -57,10 +57,11 @@ from proxytune.sandbox.root import (
     NOBODY,
     Interpreter,
     bubblewrap,
+    closed_folder,
     environment,
     fresh_user,
     namespaces,
-    reachable,
+    too_wide,
     weak,
 )
 
@@ -73,6 +74,16 @@ START_SECONDS = 30.0
 MAX_FILES, MAX_REPORT = 32 * MIB, 1024 * MIB
 """Bytes of files that come back from a job, and all that a sandbox may send."""
 LOST = "failed: the sandbox ended without a verdict"
+
+_STARTS = """
+import json, math, os, sys
+for folder in sys.path:
+    try:
+        os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+"""
+"""What shows that a sandbox works: the library is there, and the packages can be read."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +161,10 @@ class Sandbox:
             tried.append(f"{backend}: {problem}")
         if choice != "auto":
             raise UserError(f"--sandbox does not work here: {tried[0]}")
-        raise UserError(
-            f"no sandbox works here ({'; '.join(tried)}). Install bubblewrap (apt-get install bubblewrap), "
-            "or say --sandbox weak: a process with limits, which can read your files and use the network"
-        )
+        advice = "" if shutil.which("bwrap") else "Install bubblewrap (apt-get install bubblewrap), or "
+        weak_one = "say --sandbox weak: a process with limits, which can read your files and use the network"
+        advice = f"{advice}{weak_one}" if advice else weak_one.capitalize()
+        raise UserError(f"no sandbox works here ({'; '.join(tried)}). {advice}")
 
     def limited(self, limits: Limits) -> Sandbox:
         """The same sandbox with other limits."""
@@ -163,16 +174,32 @@ class Sandbox:
         """Why this backend does not work here, or None."""
         if self.backend == "bubblewrap" and shutil.which("bwrap") is None:
             return "bwrap is not installed"
-        if self.backend == "weak" and os.geteuid() == 0 and not reachable(self.python):
+        root, isolated = os.geteuid() == 0, self.backend != "weak"
+        if isolated and (wide := too_wide(self.python)):
             return (
-                f"as root it runs code as a user without rights, who cannot read '{self.python.executable}': "
-                "run as another user, or name an interpreter that everybody can read"
+                f"code would see all of '{wide}', the folder of '{self.python.executable}': use a virtual "
+                "environment in a folder of its own (--code-python)"
             )
+        closed = closed_folder(self.python, isolated=isolated) if root else None
+        if closed and not isolated:
+            return self._unreadable(closed)
         try:
-            outcome = self.run(Job((Program("import json, math"),)))
+            outcome = self.run(Job((Program(_STARTS),)))
         except UserError as error:
-            return str(error)
-        return None if outcome.passed else outcome.results[0]
+            return self._unreadable(closed) if closed else str(error)
+        if outcome.passed:
+            return None
+        return self._unreadable(closed) if closed else outcome.results[0]
+
+    def _unreadable(self, folder: Path) -> str:
+        """What to do about a folder that the user without rights cannot enter. Opening a home to everybody
+        is no advice; an interpreter's own folder (isolated, only those are looked at) may be opened."""
+        opening = "" if self.backend == "weak" else f"chmod -R o+rX '{folder}', "
+        return (
+            f"as root it runs code as a user without rights, who cannot enter '{folder}' on the way to "
+            f"'{self.python.executable}': {opening}run as another user, or name an interpreter that everybody "
+            "can read (--code-python)"
+        )
 
     # Running
 

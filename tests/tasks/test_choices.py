@@ -13,13 +13,17 @@ CITIES = ["Lima", "Quito", "La Paz", "Sucre"]
 @pytest.mark.parametrize(
     ("text", "letter"),
     [
-        ("B", "B"), (" c", "C"), ("(D", "D"), ("(b) Quito", "B"), ("**A**", "A"), ("'C'", "C"),
-        ("A. Lima", "A"), ("A is right", "A"), ("D because it is", "D"), ("I think B", "B"),
-        ("I say it is (C)", "C"), ("Option D", "D"), ("Answer: B", "B"), ("<b>C</b>", "C"), ("\\begin{code}\nD", "D"),
+        ("B", "B"), (" c", "C"), ("(D", "D"),
+        ("(b) Quito", "B"), ("**A**", "A"), ("'C'", "C"),
+        ("A. Lima", "A"), ("A is right", "A"), ("D because it is", "D"),
+        ("I think B", "B"),
+        ("I say it is (C)", "C"), ("Option D", "D"), ("Answer: B", "B"), ("<b>C</b>", "C"),
+        ("\\begin{code}\nD", "D"),
         ("B-Quito", "B"),
         # words that begin with a letter, and letters that are part of something else
         ("Delhi", ""), ("Caracas", ""), ("Both", ""), ("According to", ""), ("A town", ""),
-        ("It is A town", ""), ("a town", ""), ("C's", ""), ("B-52", ""), ("C++", ""), ("D&D", ""), ("A.B", ""),
+        ("It is A town", ""), ("a town", ""), ("C's", ""), ("B-52", ""),
+        ("C++", ""), ("D&D", ""), ("A.B", ""),
         ("Vitamin C", ""),
         # no such choice, several, none
         ("E", ""), ("A or B", ""), ("A, B", ""), ("C/D", ""), ("it is not B", ""), ("", ""), ("42", ""),
