@@ -62,8 +62,9 @@ class Interpreter:
             printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
             prefixes, packages, library = json.loads(printed)
         except (OSError, subprocess.SubprocessError, ValueError) as error:
-            closed = next((at for at in _above(executable) if not os.access(at, os.X_OK)), None)
-            reason = f"'{closed}' is closed to this user" if closed is not None and closed.exists() else error
+            way = (*_above(executable), *_above(os.path.realpath(executable)))
+            closed = next((at for at in way if at.exists() and not os.access(at, os.X_OK)), None)
+            reason = error if closed is None else f"'{closed}' is closed to this user"
             raise UserError(f"'{executable}' is no Python interpreter that starts: {reason}") from None
         own = [path for path in prefixes if not Path(path).is_relative_to("/usr") and path != "/"]
         return cls(_hop_into(executable, own), tuple(dict.fromkeys(own)), tuple(packages), library)

@@ -196,9 +196,9 @@ class Sandbox:
         is no advice; an interpreter's own folder (isolated, only those are looked at) may be opened."""
         opening = "" if self.backend == "weak" else f"chmod -R o+rX '{folder}', "
         return (
-            f"as root it runs code as a user without rights, who cannot enter '{folder}' on the way to "
-            f"'{self.python.executable}': {opening}run as another user, or name an interpreter that everybody "
-            "can read (--code-python)"
+            f"as root it runs code as a user without rights, who cannot enter '{folder}', which "
+            f"'{self.python.executable}' needs: {opening}run as another user, or name an interpreter "
+            "that everybody can read (--code-python)"
         )
 
     # Running
