@@ -144,7 +144,10 @@ def visible(python: Interpreter) -> View:
 
 def too_wide(python: Interpreter) -> str | None:
     """A folder of the interpreter that holds a home or a temporary folder, which would all be seen inside."""
-    private = {os.path.realpath(path) for path in (Path.home(), tempfile.gettempdir(), "/tmp", "/var/tmp")}
+    private = {
+        os.path.realpath(path)
+        for path in (os.path.expanduser("~"), tempfile.gettempdir(), "/tmp", "/var/tmp")
+    }
     for folder in python.folders:
         if any(Path(path).is_relative_to(os.path.realpath(folder)) for path in private):
             return folder

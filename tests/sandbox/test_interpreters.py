@@ -14,10 +14,12 @@ from typing import Literal
 import pytest
 
 from proxytune.errors import UserError
-from proxytune.sandbox import Job, Program, Sandbox
+from proxytune.sandbox import Job, Program, Sandbox, worker
 from proxytune.sandbox.root import SCRATCH, Interpreter, View, closed_folder, visible
+from tests.support.checkout import ROOT
 from tests.support.require import require_or_skip
 
+SYSTEM_PYTHON = "/usr/bin/python3"
 Isolating = Literal["bubblewrap", "namespaces"]
 ISOLATING: tuple[Isolating, ...] = ("bubblewrap", "namespaces")
 
@@ -39,9 +41,9 @@ def scratch(request: pytest.FixtureRequest) -> Iterator[Path]:
         yield Path(folder)
 
 
-def environment_in(folder: Path) -> str:
+def environment_in(folder: Path, python: str = sys.executable) -> str:
     """The interpreter of a virtual environment that is made there."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=60)
+    subprocess.run([python, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=60)
     return str(folder / "bin" / "python")
 
 
@@ -87,18 +89,52 @@ open("{scratch.parent}/mine", "w").close()
     assert box.run(Job((Program(seen, 10),))).results == ("passed",)
 
 
+def jobs_against(scratch: Path, own: Path) -> list[Job]:
+    """One that tries to replace the interpreter, one that looks at what is left, one that brings a file."""
+    replaces = REPLACES.format(scratch=str(scratch.parent), top=str(scratch), own=str(own))
+    looks = f"import os, decimal, email.message\nleft = os.listdir({str(scratch.parent)!r})\n"
+    looks += f"assert left == [{scratch.name!r}], left"
+    writes = "open('out.cfg', 'w').close()"
+    brings = Job((Program(writes, 10),), collect=("*.cfg",))
+    return [Job((Program(replaces, 10),)), Job((Program(looks, 10),)), brings]
+
+
 def test_no_job_replaces_an_interpreter_there(backend: Isolating, scratch: Path) -> None:
     own = scratch / "checkout" / ".venv"
     box = Sandbox(backend, environment_in(own), workers=1)
-    replaces = REPLACES.format(scratch=str(scratch.parent), top=str(scratch), own=str(own))
-    looks = (
-        f"import os, decimal, email.message\nassert os.listdir({str(scratch.parent)!r}) == [{scratch.name!r}]"
-    )
-    writes = "open('out.cfg', 'w').close()"
-    jobs = [Job((Program(replaces, 10),)), Job((Program(looks, 10),))]
-    outcomes = box.run_together([*jobs, Job((Program(writes, 10),), collect=("*.cfg",))])
+    outcomes = box.run_together(jobs_against(scratch, own))
     assert [outcome.results for outcome in outcomes] == [("passed",)] * 3
     assert list(outcomes[2].files) == ["out.cfg"]  # and not pyvenv.cfg
+
+
+def test_no_job_of_an_ordinary_user_does(backend: Isolating, scratch: Path) -> None:
+    """There the job's user is the owner of what is made in the sandbox's /tmp."""
+    if os.geteuid() != 0 or not Path(SYSTEM_PYTHON).exists() or shutil.which("setpriv") is None:
+        pytest.skip("not root (the test above is of an ordinary user then), or no system Python or setpriv")
+    package, own = scratch / "package" / "proxytune", scratch / "checkout" / ".venv"
+    shutil.copytree(ROOT / "proxytune" / "sandbox", package / "sandbox")
+    shutil.copy(ROOT / "proxytune" / "errors.py", package)
+    (package / "__init__.py").touch()
+    python = environment_in(own, SYSTEM_PYTHON)
+    for folder in (package, package.parent, own.parent):
+        folder.chmod(0o755)
+    code = f"""
+from proxytune.sandbox import *
+box = Sandbox({backend!r}, {python!r}, workers=1)
+print(box.problem(), [outcome.results for outcome in box.run_together({jobs_against(scratch, own)!r})])
+"""
+    user = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+    command = [*user, SYSTEM_PYTHON, "-c", code]
+    given = {"HOME": "/nonexistent", "PATH": os.environ["PATH"]}
+    done = subprocess.run(command, cwd=package.parent, env=given, capture_output=True, text=True, timeout=60)
+    if "did not start" in done.stdout + done.stderr:
+        require_or_skip("sandbox", f"{backend} as nobody: {done.stdout}{done.stderr[-500:]}")
+    assert done.stdout == "None [('passed',), ('passed',), ('passed',)]\n", done.stderr
+
+
+@pytest.mark.parametrize(("path", "mount"), [("/proc", True), ("/usr/bin", False), ("/nowhere", False)])
+def test_what_begins_another_file_system_is_left_alone(path: str, mount: bool) -> None:
+    assert worker.is_mount(path) == mount
 
 
 def test_it_starts_below_a_closed_folder(backend: Isolating, tmp_path: Path) -> None:

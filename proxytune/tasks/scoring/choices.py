@@ -37,7 +37,7 @@ def read_choice(text: str, letters: str, choices: Sequence[str]) -> str:
     beginning where the response was cut. "Delaware" is no D, and "A dog" no A.
     """
     letters = letters[: len(choices)]
-    text = _MARKUP.sub("", unicodedata.normalize("NFKC", text)).strip().lstrip(_DRESS)
+    text = " ".join(_MARKUP.sub("", unicodedata.normalize("NFKC", text)).split()).lstrip(_DRESS)
     named = _by_letter(text, letters)
     if named and len(_words(text)) == 1:
         return named
