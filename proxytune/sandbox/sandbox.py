@@ -153,18 +153,24 @@ class Sandbox:
         """The backend of that name, or the first that works; UserError where it does not."""
         if choice not in CHOICES:
             raise UserError(f"--sandbox '{choice}' must be one of {', '.join(CHOICES)}")
-        tried = []
+        tried: dict[str, list[str]] = {}  # several may have the same problem
         for backend in ("bubblewrap", "namespaces") if choice == "auto" else (choice,):
             sandbox = cls(backend, python, workers=workers)
             if (problem := sandbox.problem()) is None:
                 return sandbox
-            tried.append(f"{backend}: {problem}")
+            tried.setdefault(problem, []).append(backend)
+        reasons = "; ".join(f"{', '.join(names)}: {problem}" for problem, names in tried.items())
         if choice != "auto":
-            raise UserError(f"--sandbox does not work here: {tried[0]}")
-        advice = "" if shutil.which("bwrap") else "Install bubblewrap (apt-get install bubblewrap), or "
-        weak_one = "say --sandbox weak: a process with limits, which can read your files and use the network"
-        advice = f"{advice}{weak_one}" if advice else weak_one.capitalize()
-        raise UserError(f"no sandbox works here ({'; '.join(tried)}). {advice}")
+            raise UserError(f"--sandbox does not work here: {reasons}")
+        advice = []
+        if shutil.which("bwrap") is None:
+            advice.append("install bubblewrap (apt-get install bubblewrap)")
+        if cls("weak", python)._refusal() is None:
+            advice.append(
+                "say --sandbox weak: a process with limits, which can read your files and use the network"
+            )
+        then = f". You may {', or '.join(advice)}" if advice else ""
+        raise UserError(f"no sandbox works here ({reasons}){then}")
 
     def limited(self, limits: Limits) -> Sandbox:
         """The same sandbox with other limits."""
@@ -172,24 +178,29 @@ class Sandbox:
 
     def problem(self) -> str | None:
         """Why this backend does not work here, or None."""
+        if (refusal := self._refusal()) is not None:
+            return refusal
+        try:
+            result = self.run(Job((Program(_STARTS),))).results[0]
+        except UserError as error:
+            result = str(error)
+        if result == "passed":
+            return None
+        closed = closed_folder(self.python, isolated=True) if os.geteuid() == 0 else None
+        return result if closed is None else f"{result} ({self._unreadable(closed)})"
+
+    def _refusal(self) -> str | None:
+        """Why this backend is not even tried here, or None."""
         if self.backend == "bubblewrap" and shutil.which("bwrap") is None:
             return "bwrap is not installed"
-        root, isolated = os.geteuid() == 0, self.backend != "weak"
-        if isolated and (wide := too_wide(self.python)):
-            return (
+        if self.backend != "weak":
+            wide = too_wide(self.python)
+            return wide and (
                 f"code would see all of '{wide}', the folder of '{self.python.executable}': use a virtual "
                 "environment in a folder of its own (--code-python)"
             )
-        closed = closed_folder(self.python, isolated=isolated) if root else None
-        if closed and not isolated:
-            return self._unreadable(closed)
-        try:
-            outcome = self.run(Job((Program(_STARTS),)))
-        except UserError as error:
-            return self._unreadable(closed) if closed else str(error)
-        if outcome.passed:
-            return None
-        return self._unreadable(closed) if closed else outcome.results[0]
+        closed = closed_folder(self.python, isolated=False) if os.geteuid() == 0 else None
+        return None if closed is None else self._unreadable(closed)
 
     def _unreadable(self, folder: Path) -> str:
         """What to do about a folder that the user without rights cannot enter. Opening a home to everybody

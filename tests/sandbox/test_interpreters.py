@@ -194,13 +194,19 @@ def test_an_interpreter_out_of_reach_names_the_closed_folder(monkeypatch: pytest
         Interpreter.find("/usr/nowhere/python")
 
 
-def test_bubblewrap_is_advised_only_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bwrap", [None, "/usr/bin/bwrap"])
+@pytest.mark.parametrize("closed", [None, Path("/shut")])
+def test_only_what_may_help_is_advised(
+    monkeypatch: pytest.MonkeyPatch, bwrap: str | None, closed: Path | None
+) -> None:
     monkeypatch.setattr(Sandbox, "problem", lambda self: "not today")
-    for path, advised in ((None, True), ("/usr/bin/bwrap", False)):
-        monkeypatch.setattr(shutil, "which", lambda name, path=path: path if name == "bwrap" else name)
-        with pytest.raises(UserError, match="--sandbox weak: a process with limits") as raised:
-            Sandbox.open("auto", sys.executable)
-        assert ("apt-get install bubblewrap" in str(raised.value)) == advised
+    monkeypatch.setattr(shutil, "which", lambda name: bwrap if name == "bwrap" else name)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr("proxytune.sandbox.sandbox.closed_folder", lambda python, *, isolated: closed)
+    with pytest.raises(UserError, match="no sandbox works here") as raised:
+        Sandbox.open("auto", sys.executable)
+    assert ("install bubblewrap" in str(raised.value)) == (bwrap is None)
+    assert ("say --sandbox weak: a process" in str(raised.value)) == (closed is None)
 
 
 def test_only_what_lies_deeper_in_a_scratch_folder_is_held() -> None:

@@ -403,9 +403,7 @@ box.run(Job((Program("import time; time.sleep(60)", seconds=60),)))
 
 def test_auto_never_takes_the_weak_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sandbox, "problem", lambda self: "not today")
-    with pytest.raises(
-        UserError, match=r"no sandbox works here \(bubblewrap: not today; namespaces: not today\)"
-    ):
+    with pytest.raises(UserError, match=r"no sandbox works here \(bubblewrap, namespaces: not today\)"):
         Sandbox.open("auto")
     monkeypatch.setattr(Sandbox, "problem", lambda self: None if self.backend == "namespaces" else "no")
     assert Sandbox.open("auto").backend == "namespaces"
