@@ -93,16 +93,19 @@ def build_root(layout: dict[str, Any]) -> None:
     mount("/new", "/new", "none", BIND | REC)
     for path, target in layout["links"].items():
         os.symlink(target, f"/new{path}")
-    for path, inside in layout["read_only"].items():
-        bind(f"/old{path}", f"/new{inside}")
-        restrict(f"/new{inside}", ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV, recursive=True)
-    os.makedirs("/new/dev/shm", exist_ok=True)
+    os.makedirs("/new/dev", exist_ok=True)
     for name in DEVICES:
         bind(f"/old/dev/{name}", f"/new/dev/{name}")
     os.symlink("/proc/self/fd", "/new/dev/fd")
-    for path, size in (("/dev/shm", layout["shm_bytes"]), ("/tmp", layout["tmp_bytes"])):
-        os.makedirs(f"/new{path}", exist_ok=True)
-        mount("tmpfs", f"/new{path}", "tmpfs", NOSUID | NODEV, f"mode=1777,size={size}")
+    for path, size in layout["scratch"].items():
+        memory(f"/new{path}", f"mode=1777,size={size}")
+    for path, size in layout["holders"].items():
+        memory(f"/new{path}", f"mode=0755,size={size}")
+    for inside, path in layout["read_only"].items():
+        bind(f"/old{path}", f"/new{inside}")
+        restrict(f"/new{inside}", ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV, recursive=True)
+    for path in layout["holders"]:
+        restrict(f"/new{path}", ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV, recursive=False)
     os.mkdir("/new/proc")
     mount("proc", "/new/proc", "proc", NOSUID | NODEV | NOEXEC)
     os.chdir("/new")
@@ -110,6 +113,12 @@ def build_root(layout: dict[str, Any]) -> None:
     call("umount2", b".", DETACH)
     restrict("/", ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV, recursive=False)
     os.chdir("/tmp")
+
+
+def memory(target: str, data: str) -> None:
+    """A private file system in memory."""
+    os.makedirs(target, exist_ok=True)
+    mount("tmpfs", target, "tmpfs", NOSUID | NODEV, data)
 
 
 def bind(source: str, target: str) -> None:

@@ -9,6 +9,8 @@ import os
 import secrets
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +34,10 @@ _WORKER = _HERE / "worker.py"
 _INSIDE = "/proxytune_worker.py"
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _ETC = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime", "/etc/fonts")
+SCRATCH = ("/tmp", "/dev/shm")
+"""The folders in memory that a job may write to. What of the host's lies below them is hidden."""
+_BELOW_SCRATCH = tuple(f"{folder}/" for folder in SCRATCH)
+HOLDER_BYTES = MIB
 
 
 @dataclass(frozen=True)
@@ -41,23 +47,43 @@ class Interpreter:
     executable: str
     folders: tuple[str, ...]
     packages: tuple[str, ...]
+    library: str
 
     @classmethod
     @functools.cache
     def find(cls, executable: str) -> Interpreter:
         """Ask an interpreter where it lives; UserError if it is none."""
         ask = (
-            "import json, sys, sysconfig; p = sysconfig.get_paths(); "
-            "print(json.dumps([[sys.prefix, sys.base_prefix], sorted({p['purelib'], p['platlib']})]))"
+            "import json, sys, sysconfig; p = sysconfig.get_paths(); print(json.dumps("
+            "[[sys.prefix, sys.base_prefix], sorted({p['purelib'], p['platlib']}), p['stdlib']]))"
         )
         try:
             command = [executable, "-I", "-c", ask]
             printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-            prefixes, packages = json.loads(printed)
+            prefixes, packages, library = json.loads(printed)
         except (OSError, subprocess.SubprocessError, ValueError) as error:
-            raise UserError(f"'{executable}' is no Python interpreter that starts: {error}") from None
-        own = (path for path in prefixes if not path.startswith("/usr") and path != "/")
-        return cls(executable, tuple(dict.fromkeys(own)), tuple(packages))
+            way = (*_above(executable), *_above(os.path.realpath(executable)))
+            closed = next((at for at in way if at.exists() and not os.access(at, os.X_OK)), None)
+            reason = error if closed is None else f"'{closed}' is closed to this user"
+            raise UserError(f"'{executable}' is no Python interpreter that starts: {reason}") from None
+        own = [path for path in prefixes if not Path(path).is_relative_to("/usr") and path != "/"]
+        return cls(_hop_into(executable, own), tuple(dict.fromkeys(own)), tuple(packages), library)
+
+
+def _above(path: str) -> list[Path]:
+    """The folders on the way to a path, from the root."""
+    return list(reversed(Path(path).parents))
+
+
+def _hop_into(executable: str, folders: Sequence[str]) -> str:
+    """The first of the links that lead to an interpreter which is seen inside (~/bin/python may be one that
+    is not)."""
+    hop = executable
+    while not any(Path(hop).is_relative_to(folder) for folder in (*folders, *_SYSTEM)):
+        if not os.path.islink(hop):
+            return executable
+        hop = os.path.normpath(os.path.join(os.path.dirname(hop), os.readlink(hop)))
+    return hop
 
 
 def fresh_user() -> int:
@@ -84,12 +110,48 @@ def environment(folder: str, mark: str) -> dict[str, str]:
     return {**own, **threads, **quiet}
 
 
-def visible(python: Interpreter) -> tuple[dict[str, str], dict[str, str]]:
-    """What of the host's file system is there inside: links, and path -> path inside, read-only."""
+@dataclass(frozen=True)
+class View:
+    """What of the host's file system is there inside."""
+
+    links: Mapping[str, str]
+    """Link -> its target."""
+    read_only: Mapping[str, str]
+    """Path inside -> the host's path, outer ones first."""
+
+    def holders(self) -> list[str]:
+        """Folders in a `SCRATCH` that hold an interpreter deeper in. Each is a file system of its own, made
+        read-only, so that a job can neither rename what is above the interpreter nor replace it."""
+        below = [Path(path) for path in self.read_only if path.startswith(_BELOW_SCRATCH)]
+        tops = {str(_top(path)): None for path in below if str(_top(path)) not in self.read_only}
+        return list(tops)
+
+
+def _top(path: Path) -> Path:
+    """The part of a path below a `SCRATCH` that lies in the scratch folder itself."""
+    return next(at for at in (path, *path.parents) if str(at.parent) in SCRATCH)
+
+
+def visible(python: Interpreter) -> View:
+    """The system's libraries, the interpreter under its own name and its real one, and the worker."""
     links = {path: os.readlink(path) for path in _SYSTEM if os.path.islink(path)}
-    folders = [path for path in _SYSTEM if os.path.isdir(path) and path not in links]
-    paths = [*folders, *(path for path in _ETC if os.path.exists(path)), *python.folders]
-    return links, {**{os.path.realpath(path): path for path in paths}, str(_WORKER): _INSIDE}
+    paths = [path for path in _SYSTEM if os.path.isdir(path) and path not in links]
+    paths += [path for path in _ETC if os.path.exists(path)]
+    paths += [name for folder in python.folders for name in (folder, os.path.realpath(folder))]
+    outer = [path for path in sorted(paths) if not any(str(parent) in paths for parent in Path(path).parents)]
+    return View(links, {**{path: os.path.realpath(path) for path in outer}, _INSIDE: str(_WORKER)})
+
+
+def too_wide(python: Interpreter) -> str | None:
+    """A folder of the interpreter that holds a home or a temporary folder, which would all be seen inside."""
+    private = {
+        os.path.realpath(path)
+        for path in (os.path.expanduser("~"), tempfile.gettempdir(), "/tmp", "/var/tmp")
+    }
+    for folder in python.folders:
+        if any(Path(path).is_relative_to(os.path.realpath(folder)) for path in private):
+            return folder
+    return None
 
 
 @functools.cache
@@ -118,28 +180,47 @@ def bubblewrap(python: Interpreter, tmp_bytes: int) -> list[str]:
     else:
         command += ["--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY)]
         command += ["--disable-userns"] if "--disable-userns" in known else []
-    links, read_only = visible(python)
-    for path, target in links.items():
+    view = visible(python)
+    for path, target in view.links.items():
         command += ["--symlink", target, path]
-    parents = {
-        str(parent): None for inside in read_only.values() for parent in reversed(Path(inside).parents)
-    }
-    for parent in parents:
-        if parent != "/" and parent not in read_only:
-            command += ["--perms", "0755", "--dir", parent]
-    for path, inside in read_only.items():
-        command += ["--ro-bind", path, inside]
+    hidden = {path: real for path, real in view.read_only.items() if path.startswith(_BELOW_SCRATCH)}
+    command += _binds({path: real for path, real in view.read_only.items() if path not in hidden}, ())
     command += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", *shared, "--tmpfs", "/dev/shm"]
-    command += ["--perms", "1777", *sized, "--tmpfs", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/"]
+    command += ["--perms", "1777", *sized, "--tmpfs", "/tmp"]
+    holders, small = view.holders(), ["--size", str(HOLDER_BYTES)] if sized else []
+    for holder in holders:
+        command += ["--perms", "0755", *small, "--tmpfs", holder]
+    command += _binds(hidden, (*SCRATCH, *holders))
+    for path in (*holders, "/dev", "/"):
+        command += ["--remount-ro", path]
     return [*command, "--chdir", "/tmp", "--", python.executable, *BARE, _INSIDE]
 
 
-def reachable(python: Interpreter) -> bool:
-    """Whether every user can get at the interpreter and its library."""
-    real = Path(python.executable).resolve()
-    paths = [Path(python.executable).absolute(), real, *map(Path, python.folders), _WORKER.resolve()]
-    folders = {parent for path in paths for parent in path.parents}
-    return all(folder.stat().st_mode & 0o001 for folder in folders)
+def _binds(read_only: Mapping[str, str], there: Sequence[str]) -> list[str]:
+    """bwrap's options for binds and the folders above them that are not there yet."""
+    parents = {str(parent): None for path in read_only for parent in _above(path)}
+    options = []
+    for parent in parents:
+        if parent not in ("/", "/dev", *there) and parent not in read_only:
+            options += ["--perms", "0755", "--dir", parent]
+    for path, real in read_only.items():
+        options += ["--ro-bind", real, path]
+    return options
+
+
+def closed_folder(python: Interpreter, *, isolated: bool) -> Path | None:
+    """The first folder on the way to the interpreter, its library or its packages that a user without rights
+    cannot enter, or None. An isolating backend makes the folders above those that it shows anew."""
+    shown = {os.path.realpath(folder) for folder in python.folders}
+    paths = [python.library, *python.packages, os.path.realpath(python.executable)]
+    if not isolated:
+        paths += [os.path.abspath(python.executable), str(_WORKER.resolve())]
+    for path in paths:
+        for folder in (*_above(path), *([Path(path)] if os.path.isdir(path) else [])):
+            above = isolated and not any(folder.resolve().is_relative_to(own) for own in shown)
+            if not above and folder.exists() and not folder.stat().st_mode & 0o001:
+                return folder
+    return None
 
 
 def weak(python: Interpreter) -> list[str]:
@@ -149,13 +230,13 @@ def weak(python: Interpreter) -> list[str]:
 
 def namespaces(python: Interpreter, tmp_bytes: int) -> list[str]:
     """Our launcher, in proxytune's own interpreter; only the worker runs in the one that was asked for."""
-    links, read_only = visible(python)
+    view = visible(python)
     layout = {
         "python": python.executable,
         "worker_inside": _INSIDE,
-        "links": links,
-        "read_only": read_only,
-        "tmp_bytes": tmp_bytes,
-        "shm_bytes": SHM_BYTES,
+        "links": dict(view.links),
+        "read_only": dict(view.read_only),
+        "scratch": {"/tmp": tmp_bytes, "/dev/shm": SHM_BYTES},
+        "holders": dict.fromkeys(view.holders(), HOLDER_BYTES),
     }
     return [sys.executable, "-I", "-S", str(_HERE / "namespaces.py"), json.dumps(layout)]

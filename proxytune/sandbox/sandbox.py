@@ -57,10 +57,11 @@ from proxytune.sandbox.root import (
     NOBODY,
     Interpreter,
     bubblewrap,
+    closed_folder,
     environment,
     fresh_user,
     namespaces,
-    reachable,
+    too_wide,
     weak,
 )
 
@@ -73,6 +74,16 @@ START_SECONDS = 30.0
 MAX_FILES, MAX_REPORT = 32 * MIB, 1024 * MIB
 """Bytes of files that come back from a job, and all that a sandbox may send."""
 LOST = "failed: the sandbox ended without a verdict"
+
+_STARTS = """
+import json, math, os, sys
+for folder in sys.path:
+    try:
+        os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+"""
+"""What shows that a sandbox works: the library is there, and the packages can be read."""
 
 
 @dataclass(frozen=True)
@@ -142,18 +153,24 @@ class Sandbox:
         """The backend of that name, or the first that works; UserError where it does not."""
         if choice not in CHOICES:
             raise UserError(f"--sandbox '{choice}' must be one of {', '.join(CHOICES)}")
-        tried = []
+        tried: dict[str, list[str]] = {}  # several may have the same problem
         for backend in ("bubblewrap", "namespaces") if choice == "auto" else (choice,):
             sandbox = cls(backend, python, workers=workers)
             if (problem := sandbox.problem()) is None:
                 return sandbox
-            tried.append(f"{backend}: {problem}")
+            tried.setdefault(problem, []).append(backend)
+        reasons = "; ".join(f"{', '.join(names)}: {problem}" for problem, names in tried.items())
         if choice != "auto":
-            raise UserError(f"--sandbox does not work here: {tried[0]}")
-        raise UserError(
-            f"no sandbox works here ({'; '.join(tried)}). Install bubblewrap (apt-get install bubblewrap), "
-            "or say --sandbox weak: a process with limits, which can read your files and use the network"
-        )
+            raise UserError(f"--sandbox does not work here: {reasons}")
+        advice = []
+        if shutil.which("bwrap") is None:
+            advice.append("install bubblewrap (apt-get install bubblewrap)")
+        if cls("weak", python)._refusal() is None:
+            advice.append(
+                "say --sandbox weak: a process with limits, which can read your files and use the network"
+            )
+        then = f". You may {', or '.join(advice)}" if advice else ""
+        raise UserError(f"no sandbox works here ({reasons}){then}")
 
     def limited(self, limits: Limits) -> Sandbox:
         """The same sandbox with other limits."""
@@ -161,18 +178,39 @@ class Sandbox:
 
     def problem(self) -> str | None:
         """Why this backend does not work here, or None."""
+        if (refusal := self._refusal()) is not None:
+            return refusal
+        try:
+            result = self.run(Job((Program(_STARTS),))).results[0]
+        except UserError as error:
+            result = str(error)
+        if result == "passed":
+            return None
+        closed = closed_folder(self.python, isolated=True) if os.geteuid() == 0 else None
+        return result if closed is None else f"{result} ({self._unreadable(closed)})"
+
+    def _refusal(self) -> str | None:
+        """Why this backend is not even tried here, or None."""
         if self.backend == "bubblewrap" and shutil.which("bwrap") is None:
             return "bwrap is not installed"
-        if self.backend == "weak" and os.geteuid() == 0 and not reachable(self.python):
-            return (
-                f"as root it runs code as a user without rights, who cannot read '{self.python.executable}': "
-                "run as another user, or name an interpreter that everybody can read"
+        if self.backend != "weak":
+            wide = too_wide(self.python)
+            return wide and (
+                f"code would see all of '{wide}', the folder of '{self.python.executable}': use a virtual "
+                "environment in a folder of its own (--code-python)"
             )
-        try:
-            outcome = self.run(Job((Program("import json, math"),)))
-        except UserError as error:
-            return str(error)
-        return None if outcome.passed else outcome.results[0]
+        closed = closed_folder(self.python, isolated=False) if os.geteuid() == 0 else None
+        return None if closed is None else self._unreadable(closed)
+
+    def _unreadable(self, folder: Path) -> str:
+        """What to do about a folder that the user without rights cannot enter. Opening a home to everybody
+        is no advice; an interpreter's own folder (isolated, only those are looked at) may be opened."""
+        opening = "" if self.backend == "weak" else f"chmod -R o+rX '{folder}', "
+        return (
+            f"as root it runs code as a user without rights, who cannot enter '{folder}', which "
+            f"'{self.python.executable}' needs: {opening}run as another user, or name an interpreter "
+            "that everybody can read (--code-python)"
+        )
 
     # Running
 

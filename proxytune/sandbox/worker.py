@@ -81,10 +81,20 @@ def clean_up() -> None:
         pass
     for folder in SCRATCH:
         for entry in os.scandir(folder):
+            if is_mount(entry.path):
+                continue  # the interpreter, where it lies here
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path, ignore_errors=True)
             else:
                 os.unlink(entry.path)
+
+
+def is_mount(path: str) -> bool:
+    """Whether another file system begins here; not, if a program took it away."""
+    try:
+        return os.lstat(path).st_dev != os.lstat(os.path.dirname(path)).st_dev
+    except FileNotFoundError:
+        return False
 
 
 def write_files(files: dict[str, str]) -> None:
@@ -205,7 +215,8 @@ def collect(patterns: list[str], most: int) -> dict[str, str]:
     import fnmatch
 
     found: dict[str, str] = {}
-    for folder, _, names in os.walk(".") if patterns else ():
+    for folder, inner, names in os.walk(".") if patterns else ():
+        inner[:] = [name for name in inner if not is_mount(os.path.join(folder, name))]
         for name in names:
             path = os.path.join(folder, name)[2:]
             if not any(fnmatch.fnmatch(path, pattern) for pattern in patterns):

@@ -2,8 +2,8 @@
 
 Rows are those of github.com/realtimeqa/realtimeqa_public (`past/<year>/<date>_qa.jsonl`). The paper published
 neither its prompt nor its code for this task, so the prompt is the one of its other multiple-choice task.
-It compared the probabilities of the letters A to D: `--mode likelihood` does that with whole models; the
-default mode reads the letter from a greedy response.
+It compared the probabilities of the letters A to D: `--mode likelihood` does that with whole models. The
+default mode reads a greedy response: the letter of a choice, or its text (scoring/choices.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, JsonRow, Prompt
 from proxytune.tasks.data import DataTable, Hub
-from proxytune.tasks.scoring.rules import parse_letter
+from proxytune.tasks.scoring.choices import STOPS, read_choice
 from proxytune.tasks.task import Task
 from proxytune.tasks.truthfulqa_mc import PREFIX
 
@@ -92,16 +92,24 @@ def examples(table: DataTable, shots: str) -> list[Example]:
 
 
 def stored(example: Example, completions: Sequence[Completion]) -> JsonRow:
-    """The response and the letter read from it."""
+    """The response and the letter of the choice that it names."""
     output = completions[0].text
-    return {**example.target, "mc_output": output, "parsed_output": parse_letter(output, LETTERS)}
+    return {**example.target, "mc_output": output, "parsed_output": _named(output, example.target)}
 
 
 def score(row: JsonRow) -> dict[str, float]:
     """As for TruthfulQA's multiple choice: `accuracy` over valid responses, `accuracy_all` over all."""
-    letter = parse_letter(row["mc_output"], LETTERS)
+    letter = _named(row["mc_output"], row)
     right = float(letter == row["mc_answer_idx"])
     return {**({"accuracy": right} if letter else {}), "accuracy_all": right, "invalid": float(not letter)}
+
+
+def _named(output: str, row: JsonRow) -> str:
+    """The letter of the choice that a response names, or ""; UserError where the row has no choices."""
+    choices = _choices(row)
+    if not choices:
+        raise UserError(f"`choices` must be a list of 2 to {len(LETTERS)} texts: a response is read by them")
+    return read_choice(output, LETTERS, choices)
 
 
 def letters(example: Example) -> tuple[str, ...]:
@@ -118,7 +126,7 @@ def most_probable(example: Example, completions: Sequence[Completion]) -> JsonRo
 
 TASK = Task(
     name="realtimeqa",
-    summary="RealTime QA news quizzes: the letter of the right choice",
+    summary="RealTime QA news quizzes: the right choice, by letter or text",
     data="past/ of github.com/realtimeqa/realtimeqa_public (about 25 questions a week), or its copy up to "
     "January 2024 in monsoon-nlp/relive-qa",
     licence="none given",
@@ -126,7 +134,7 @@ TASK = Task(
     hub=Hub("monsoon-nlp/relive-qa", None, split="past", file="past/*/*_qa.jsonl"),
     columns=("question_id", "question_sentence", "answer"),
     prepare=prepare,
-    sampling=Sampling(max_new_tokens=10, stop=(".", ")", ":")),
+    sampling=Sampling(max_new_tokens=10, stop=tuple(STOPS)),
     identity="question_id",
     examples=examples,
     row=stored,

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from proxytune.errors import UserError
-from proxytune.sandbox.root import MIB, Interpreter, environment, reachable
+from proxytune.sandbox.root import MIB, Interpreter, closed_folder, environment
 from proxytune.sandbox.sandbox import LOST, Backend, Job, Limits, Program, Sandbox
 from tests.support.checkout import ROOT
 from tests.support.require import require_or_skip
@@ -31,7 +31,7 @@ def open_or_skip(backend: Backend) -> Sandbox:
     """The backend, or a skip with the reason. Under root, weak runs as a user who may not get at our
     Python."""
     python = sys.executable
-    if backend == "weak" and os.geteuid() == 0 and not reachable(Interpreter.find(python)):
+    if backend == "weak" and os.geteuid() == 0 and closed_folder(Interpreter.find(python), isolated=False):
         python = SYSTEM_PYTHON
     try:
         return Sandbox.open(backend, python, workers=2).limited(LIMITS)
@@ -403,9 +403,7 @@ box.run(Job((Program("import time; time.sleep(60)", seconds=60),)))
 
 def test_auto_never_takes_the_weak_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sandbox, "problem", lambda self: "not today")
-    with pytest.raises(
-        UserError, match=r"no sandbox works here \(bubblewrap: not today; namespaces: not today\)"
-    ):
+    with pytest.raises(UserError, match=r"no sandbox works here \(bubblewrap, namespaces: not today\)"):
         Sandbox.open("auto")
     monkeypatch.setattr(Sandbox, "problem", lambda self: None if self.backend == "namespaces" else "no")
     assert Sandbox.open("auto").backend == "namespaces"
@@ -428,7 +426,7 @@ def test_a_missing_bwrap_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_weak_under_root_wants_an_interpreter_for_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr("proxytune.sandbox.sandbox.reachable", lambda python: False)
+    monkeypatch.setattr("proxytune.sandbox.sandbox.closed_folder", lambda *_, **__: Path("/shut"))
     with pytest.raises(UserError, match="as root it runs code as a user without rights, who cannot"):
         Sandbox.open("weak")
 

@@ -104,14 +104,24 @@ def test_the_copy_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert found == {"20220617_0": "C", "20230616_20": "B"}
 
 
-@pytest.mark.parametrize(("text", "letter"), [(" B. Bob", "B"), ("(C)", "C"), (" Bob", "B"), ("42", "")])
-def test_the_letter_is_read_as_for_truthfulqa(tmp_path: Path, text: str, letter: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "letter"), [(" B. Bob", "B"), ("(C)", "C"), (" Bob", "B"), ("42", ""), ("Both", "")]
+)
+def test_a_response_names_a_choice_by_letter_or_text(tmp_path: Path, text: str, letter: str) -> None:
     example = read_source(TASK, str(jsonl(tmp_path / "d.jsonl", [item("a", FOUR, ["1"])]))).examples[0]
     row = TASK.row(example, [completed(text)])
     assert row["parsed_output"] == letter
     scores = TASK.score_row(row)
     assert scores["accuracy_all"] == float(letter == "B") and scores["invalid"] == float(not letter)
     assert ("accuracy" in scores) == bool(letter)
+
+
+def test_stored_rows_are_read_by_their_choices(tmp_path: Path) -> None:
+    row = {"question_id": "a", "choices": FOUR, "mc_output": "Because Dan", "mc_answer_idx": "D"}
+    assert score_file(TASK, jsonl(tmp_path / "p.jsonl", [row])).metrics["accuracy"].value == 1
+    for choices in (None, ["Ann"], "Ann"):
+        with pytest.raises(UserError, match="line 1: `choices` must be a list of 2 to 5 texts"):
+            score_file(TASK, jsonl(tmp_path / "p.jsonl", [{**row, "choices": choices}]))
 
 
 def test_the_most_probable_letter(tmp_path: Path) -> None:

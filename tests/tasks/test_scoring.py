@@ -94,6 +94,33 @@ def test_signs_and_subtractions(text: str, number: float | None) -> None:
     assert last_signed_number(text) == number
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (r"\$2{,}500 in all", 2500), (r"\(31\,250\) beads", 31250), (r"1\text{,}000", 1000),
+        ("4\u202f096", 4096), ("7\u2009000\u2009000", 7e6), ("9\u00a0100", 9100), ("8'200", 8200),
+        ("6_400", 6400), ("6{,}400.25", 6400.25), ("\u201317", -17), ("= \u201312\\,500", -12500),
+        (r"-\$1{,}000", -1000), (r"\(-8\)", -8), ("2e4", 2e4), ("2.5E+2", 250), ("5e\u22121", 0.5),
+        ("1.5 \u00d7 10^3", 1500), (r"\(1.2 \times 10^{4}\)", 12000),
+        # what is no group, no sign and no power
+        ("in 2024\u00a0100", 100), ("1\u00a00005", 5), ("rows 1 000", 0), ("3\u20135", 5), ("so\u20145", 5),
+        ("\u20145", 5), ("2e4x", 4), ("5 * 10 = 50", 50),
+    ],
+)  # fmt: skip
+def test_numbers_as_latex_and_typography_write_them(text: str, number: float) -> None:
+    assert last_signed_number(text) == number
+    assert exact_match_numeric(text, f"{number:.2f}") == 1
+
+
+def test_the_papers_number_does_not_know_groups() -> None:
+    assert [last_number(text) for text in ("1{,}000", r"12\,500", "\u20135", "1e3")] == [
+        "000",
+        "500",
+        "5",
+        "3",
+    ]
+
+
 def test_the_fair_match_respects_sign_and_value() -> None:
     assert exact_match_numeric("It was -3 degrees.", "-3") == 1
     assert exact_match_numeric("It was 3 degrees.", "-3") == 0

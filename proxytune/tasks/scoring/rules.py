@@ -16,9 +16,22 @@ CHOICES = "ABCD"
 
 _COMMA = re.compile(r"(\d),(\d)")
 _NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
+_MINUS = "-\u2010\u2011\u2013\u2212\ufe63\uff0d"
+"""Hyphens, the en dash and minus signs; the em dash is none of them."""
+_EXPONENT = r"[+\u2212-]?\d{1,3}"
 _SIGNED = re.compile(
-    r"(?:(?<![\w)\]])(?P<sign>[-+\u2212])[$€£]?|[$€£](?P<inner>[-\u2212]))?(?P<digits>\d*\.\d+|\d+)"
+    rf"(?:(?<![\w)\]}}])(?P<sign>[{_MINUS}+])(?:\\?[$€£])?|\\?[$€£](?P<inner>[{_MINUS}]))?"
+    r"(?P<digits>\d*\.\d+|\d+)"
+    rf"(?:[eE](?P<e>{_EXPONENT})(?!\w)"
+    r"|\s*(?:\u00d7|\*|\\times|\\cdot)\s*10\s*(?:\^|\*\*)\s*"
+    rf"(?:(?P<power>{_EXPONENT})|\{{(?P<braced>{_EXPONENT})\}}))?"
 )
+_GROUPED = re.compile(
+    r"(?<![\d.])\d{1,3}"
+    r"(?:(?:\{,\}|\{?\\[,;: !]\}?|\\text\{,\}|[\u00a0\u2007\u2009\u202f'\u2019_])\d{3})+(?!\d)"
+)
+"""Thousands set apart by what LaTeX and typography use for it. A plain space is not among them."""
+_NO_DIGIT = re.compile(r"\D+")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _GSM_CUTS = ("Answer the following question", "Question:", "Comment:")
 _MC_DELETED = ("(", r"\begin{blockquote}", r"\begin{code}")
@@ -52,18 +65,21 @@ def last_number(text: str) -> str:
 
 
 def last_signed_number(text: str) -> float | None:
-    """The last number of the text with its sign, or None.
+    r"""The last number of the text with its sign, or None.
 
-    A minus is a sign if it touches the number (a currency sign may be between or before) and does not
-    follow a digit, letter or closing bracket: "-3", "= -3", "-$3" and "$-3" are negative, "10-3", "10 - 3"
-    and "x-3" end in 3.
+    A minus (a hyphen, an en dash, a minus sign) is a sign if it touches the number (a currency sign may be
+    between or before) and does not follow a digit, letter or closing bracket: "-3", "= -3", "-$3" and "$-3"
+    are negative, "10-3", "10 - 3" and "x-3" end in 3. Thousands may be set apart ("1,000", "1{,}000",
+    "1\,000", narrow spaces), and powers of ten count ("1e3", "1.5 * 10^3").
     """
-    matches = list(_SIGNED.finditer(remove_commas(text)))
+    joined = _GROUPED.sub(lambda group: _NO_DIGIT.sub("", group[0]), remove_commas(text))
+    matches = list(_SIGNED.finditer(joined))
     if not matches:
         return None
-    sign = matches[-1]["sign"] or matches[-1]["inner"]
-    value = float(matches[-1]["digits"])
-    return -value if sign in ("-", "\u2212") else value
+    last = matches[-1]
+    power = (last["e"] or last["power"] or last["braced"] or "0").replace("\u2212", "-")
+    value = float(f"{last['digits']}e{power}")
+    return value if (last["sign"] or last["inner"] or "+") == "+" else -value
 
 
 def exact_match(prediction: str, answer: str) -> float:
