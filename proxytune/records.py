@@ -107,8 +107,8 @@ class Metric(BaseModel):
     unit: Literal["share", "percent", "number"] = "share"
     """share: 0 to 1. percent: 0 to 100. number: a count, a length."""
     n: int | None = None
-    """Examples that the figure is over, which may be fewer than the run has. None for a figure that is no mean
-    over examples, and in runs of versions before 0.2.0."""
+    """Examples that the figure is over, which may be fewer than the run has. None for a figure that is no
+    mean over examples, and in runs of versions before 0.2.0."""
 
 
 class Provenance(BaseModel):

@@ -61,7 +61,9 @@ def gather(table: DataTable) -> DataTable:
             continue
         if not isinstance(row.get("completion"), str):
             raise UserError(f"{table.where(index)}: no field 'completion' that is text")
-        empty = {name: row[name] for name in ("task_id", "prompt") if name in row} | {"completions": []}
+        empty: JsonRow = {name: row[name] for name in ("task_id", "prompt") if name in row} | {
+            "completions": []
+        }
         _, whole = found.setdefault(row["task_id"], (table.numbers[index], empty))
         before = len(whole["completions"])
         whole["completions"].append(row["completion"])

@@ -38,7 +38,9 @@ def _require_answers(table: DataTable, index: int) -> None:
     """UserError where a row has no best answer or nothing to choose it from: an empty text is no option."""
     row = table.rows[index]
     if not row["Best Answer"].strip():
-        raise UserError(f"{table.where(index)}: `Best Answer` is empty, which is no option: leave the row out")
+        raise UserError(
+            f"{table.where(index)}: `Best Answer` is empty, which is no option: leave the row out"
+        )
     if not answers(row["Incorrect Answers"]):
         raise UserError(f"{table.where(index)}: `Incorrect Answers` has none to choose from")
 

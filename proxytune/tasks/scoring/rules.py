@@ -26,6 +26,7 @@ _MC_DELETED = ("(", r"\begin{blockquote}", r"\begin{code}")
 
 # Verdicts that rows hold
 
+
 def verdict(value: object) -> float | None:
     """A stored verdict as a share. None where it is none: absent, null, NaN, no number from 0 to 1."""
     return float(value) if isinstance(value, int | float) and 0 <= value <= 1 else None
