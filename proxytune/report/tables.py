@@ -56,8 +56,13 @@ class RoleRow:
         if self.gap_closed is not None:
             gap = f"{100 * self.gap_closed:.1f}%"
         cells = (self.system, self.label, percent(self.score), gap, size(self.memory))
-        part = self.score.n if self.score.n is not None and self.metric not in UNSCORED else self.n
-        return (*cells, self.speed, str(self.n) if part == self.n else f"{part} of {self.n}")
+        return (*cells, self.speed, self.examples)
+
+    @property
+    def examples(self) -> str:
+        """How many examples the score is over, and of how many where that is not all."""
+        over = self.n if self.score.n is None or self.metric in UNSCORED else self.score.n
+        return str(self.n) if over == self.n else f"{over} of {self.n}"
 
     @property
     def speed(self) -> str:

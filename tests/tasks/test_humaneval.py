@@ -187,7 +187,7 @@ def test_a_metric_says_how_many_problems_it_is_over(tmp_path: Path) -> None:
 
 
 def test_samples_in_the_benchmarks_own_form(box: Sandbox, tmp_path: Path) -> None:
-    """Its files name the problem and the completion only; what it writes beside the samples counts as well."""
+    """Its files name the problem and the completion; a verdict beside a sample counts as a stored one."""
     rows: list[JsonRow] = [
         {"task_id": ADD["task_id"], "completion": text} for text in ("    return a + b", "    return 0")
     ]

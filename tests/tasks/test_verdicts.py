@@ -61,6 +61,14 @@ def test_means_are_over_what_was_judged(
     assert shown[headline].endswith("over 2 of 3") and shown["unjudged"].endswith(" 1 of 3")
 
 
+def test_win_rates_are_over_what_was_judged() -> None:
+    row = {"instruction": "i", "output_1": "a", "output_2": "bb", "generator_1": "g"}
+    found = get_task("alpaca_farm").metrics([{**row, "preference": p} for p in (2, 1, math.nan)])
+    for name in ("win_rate", "length_controlled_win_rate"):
+        assert (found[name].value, found[name].n) == (pytest.approx(50), 2)
+    assert (found["unjudged"].value, found["unjudged"].n) == (pytest.approx(1 / 3), 3)
+
+
 def test_no_verdict_at_all_is_no_score() -> None:
     for task, made in (("toxigen", toxic), ("truthfulqa", truthful)):
         found = get_task(task).metrics([made(None), made(math.nan)])
