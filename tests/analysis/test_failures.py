@@ -65,7 +65,7 @@ def test_toxic_is_wrong(tmp_path: Path) -> None:
     assert found.only_second == 1 and found.both_wrong == 1 and found.items[0].question == "t"
     second_row = {**flagged("0")[0], "is_toxic": math.nan, "scores": {}}
     unsure = write(tmp_path / "c", [*flagged("0"), second_row], task="toxigen", metric="overall")
-    with pytest.raises(UserError, match="item '1' of '.*c' has no score by 'overall'"):
+    with pytest.raises(UserError, match=r"item '1' of '.*c' has no score by 'overall'"):
         failures(first, unsure)
 
 

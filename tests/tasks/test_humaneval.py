@@ -195,7 +195,7 @@ def test_samples_in_the_benchmarks_own_form(box: Sandbox, tmp_path: Path) -> Non
     execution = Execution(box, {ADD["task_id"]: ADD})
     report = score_file(TASK, tmp_path / "s.jsonl", execution)
     assert report.metrics["pass@1"].value == 0.5 and execution.compared == 0
-    rows[0]["passed"] = True
+    rows[1]["passed"] = False
     again = Execution(box, {ADD["task_id"]: ADD})
     assert score_file(TASK, jsonl(tmp_path / "r.jsonl", rows), again).metrics == report.metrics
     assert (again.compared, again.flips) == (1, 0)

@@ -69,6 +69,15 @@ def test_win_rates_are_over_what_was_judged() -> None:
     assert (found["unjudged"].value, found["unjudged"].n) == (pytest.approx(1 / 3), 3)
 
 
+@pytest.mark.parametrize("value", [math.nan, None])
+def test_samples_are_scored_where_all_were_run(value: object) -> None:
+    row = {"lib": "Numpy", "perturbation_type": "Surface", "output": [""] * 10}
+    whole, part = {**row, "passed": [True] * 10}, {**row, "lib": "Scipy", "passed": [False] * 9 + [value]}
+    found = get_task("ds1000").metrics([whole, part])
+    assert (found["not_run"].value, found["pass@10"].value, found["pass@10"].n) == (0.5, 1, 1)
+    assert found["surface"].n == 1 and "scipy_pass@10" not in found
+
+
 def test_no_verdict_at_all_is_no_score() -> None:
     for task, made in (("toxigen", toxic), ("truthfulqa", truthful)):
         found = get_task(task).metrics([made(None), made(math.nan)])
