@@ -27,13 +27,13 @@ def mean_metric(values: Sequence[float]) -> Metric:
         raise ValueError("the mean of no values")
     value = math.fsum(values) / n
     if n == 1:
-        return Metric(value=value)
+        return Metric(value=value, n=1)
     distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
     draws = np.random.default_rng(INTERVAL_SEED).multinomial(
         n, counts / n, size=RESAMPLES
     )  # [RESAMPLES, distinct]
     low, high = np.quantile(draws @ distinct / n, [0.025, 0.975])
-    return Metric(value=value, low=min(float(low), value), high=max(float(high), value))
+    return Metric(value=value, low=min(float(low), value), high=max(float(high), value), n=n)
 
 
 def mean_metrics(scores: Sequence[Mapping[str, float]]) -> dict[str, Metric]:

@@ -19,6 +19,8 @@ FAULTS = frozenset({"nan", "template"})
 """Reasons that are faults: their example has no score."""
 FAULT = "fault"
 """The column of a stored row that has the reason, where its example ended in one."""
+UNSCORED = frozenset({"unjudged", "not_run", "faulty"})
+"""Metrics that give the share of examples without a score: not judged, not executed, ended in a fault."""
 JsonRow = dict[str, Any]
 """An object of a JSON-lines file: an item of public data, a stored prediction."""
 SCHEMA = 1
@@ -95,15 +97,18 @@ class Completion:
 
 
 class Metric(BaseModel):
-    """A figure with its 95% bootstrap interval over examples."""
+    """A figure with its 95% bootstrap interval over examples. Never NaN: what has no score is left out."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     value: float
     low: float | None = None
     high: float | None = None
     unit: Literal["share", "percent", "number"] = "share"
     """share: 0 to 1. percent: 0 to 100. number: a count, a length."""
+    n: int | None = None
+    """Examples that the figure is over, which may be fewer than the run has. None for a figure that is no
+    mean over examples, and in runs of versions before 0.2.0."""
 
 
 class Provenance(BaseModel):

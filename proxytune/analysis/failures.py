@@ -93,7 +93,7 @@ def _right(row: JsonRow, run: Run, metric: str, folder: Path) -> bool:
     """Whether a stored row is right."""
     column = get_task(run.spec.task).fault_column
     if column is not None and metric == run.headline:
-        score = None if row.get(column) is None else 1.0 - float(row[column])
+        score = 1.0 - row[column] if row.get(column) in (0, 1) else None
     else:
         score = row["scores"].get(metric)
     if score not in (0.0, 1.0):

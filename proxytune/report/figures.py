@@ -107,7 +107,7 @@ def score_table(rows: Sequence[RoleRow]) -> ReportTable:
         TableRow(
             (
                 visible(name), *_score_cells(row.score), row.cells[3], size(row.memory),
-                row.speed, str(row.n),
+                row.speed, row.examples,
             ),
             "strong" if row.role == "proxy" else "",
         )
@@ -143,7 +143,7 @@ def score_figure(rows: Sequence[RoleRow]) -> Figure:
         datum = {
             "name": name, "score": value, "low": in_percent(row.score.low, row.score),
             "high": in_percent(row.score.high, row.score), "text": f"{value:.1f}",
-            "label": f"{name}; {percent(row.score)}; {row.n} examples",
+            "label": f"{name}; {percent(row.score)}; {row.examples} examples",
         }  # fmt: skip
         shape = "diamond" if row.forced else "circle"
         layers += [

@@ -24,7 +24,7 @@ def cost_table(root: Path, found: Found) -> ReportTable:
         speed = cost.tokens_per_second if run.spec.mode == "generate" else None
         cells.append((
             str(folder.relative_to(root)), row.label,
-            run.spec.alpha.text if run.spec.role == "proxy" else "", str(run.n),
+            run.spec.alpha.text if run.spec.role == "proxy" else "", row.examples,
             percent(run.metrics[run.headline]), f"{cost.seconds:.1f}",
             f"{cost.prefill_seconds:.1f}", str(cost.generated_tokens),
             "" if speed is None else f"{speed:.0f}",

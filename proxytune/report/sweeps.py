@@ -69,11 +69,12 @@ def _against(
     data = []
     for point in points:
         metric = of(point)
+        n = point.n if metric.n is None else metric.n
         shown = percent(metric) if unit != "number" else bounded(metric, 1)
         data.append({
             "at": curve.at(point), "value": in_percent(metric.value, metric),
             "low": in_percent(metric.low, metric), "high": in_percent(metric.high, metric),
-            "label": f"alpha {point.alpha}; {visible(what)} {shown}; {point.n} examples",
+            "label": f"alpha {point.alpha}; {visible(what)} {shown}; {n} examples",
         })  # fmt: skip
     layers: list[charts.Layer] = []
     if control is not None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from proxytune.config import ROLES, Role
 from proxytune.intervals import gap_closed
-from proxytune.records import Cost, Metric, Run
+from proxytune.records import UNSCORED, Cost, Metric, Run
 from proxytune.results import find_runs
 
 COLUMNS = ("system", "as", "score [95%]", "gap closed", "memory", "ms / token", "n")
@@ -56,7 +56,13 @@ class RoleRow:
         if self.gap_closed is not None:
             gap = f"{100 * self.gap_closed:.1f}%"
         cells = (self.system, self.label, percent(self.score), gap, size(self.memory))
-        return (*cells, self.speed, str(self.n))
+        return (*cells, self.speed, self.examples)
+
+    @property
+    def examples(self) -> str:
+        """How many examples the score is over, and of how many where that is not all."""
+        over = self.n if self.score.n is None or self.metric in UNSCORED else self.score.n
+        return str(self.n) if over == self.n else f"{over} of {self.n}"
 
     @property
     def speed(self) -> str:
@@ -82,6 +88,14 @@ def size(count: int) -> str:
     if not count:
         return ""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def coverage(name: str, metric: Metric, n: int) -> str:
+    """How many of a run's n examples a metric is over, where it is not all: `over 2 of 3`. For a share of
+    examples without a score, how many these are: `1 of 3`."""
+    if name in UNSCORED:
+        return f"{round(metric.value * n)} of {n}"
+    return "" if metric.n in (None, n) else f"over {metric.n} of {n}"
 
 
 # Rows

@@ -44,12 +44,11 @@ def score(row: JsonRow) -> dict[str, float]:
     """1, 0.5 or 0 for a judged row, under the name of the mean that progress shows; or that it is not
     judged."""
     won = wins(row.get("preference"))
-    return {"unjudged": 1.0} if won is None else {"win_rate": won}
+    return {UNJUDGED: 1.0} if won is None else {"win_rate": won}
 
 
 def totals(rows: Sequence[JsonRow]) -> dict[str, Metric]:
-    """The paper's figures under its names; beside them the length-controlled win rate, and what is not
-    judged."""
+    """The paper's figures over the judged rows under its names, and the length-controlled win rate."""
     judged = [(row, share) for row in rows if (share := wins(row.get("preference"))) is not None]
     won = [share for _, share in judged]
     found = win_rate(won, mean_metric(won)) if judged else {}
@@ -59,8 +58,6 @@ def totals(rows: Sequence[JsonRow]) -> dict[str, Metric]:
         lengths = [(len(row["output_2"]), len(row["output_1"])) for row, _ in judged]
         mine, theirs = zip(*lengths, strict=True)
         found["length_controlled_win_rate"] = length_controlled_win_rate(won, mine, theirs)
-    if len(judged) < len(rows):
-        found["unjudged"] = Metric(value=1 - len(judged) / len(rows))
     return found
 
 

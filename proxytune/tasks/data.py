@@ -101,7 +101,7 @@ def unique_rows(rows: Sequence[JsonRow], column: str = "id") -> tuple[dict[str, 
 
 @dataclass(frozen=True)
 class Hub:
-    """A dataset on the Hugging Face hub, and how its rows become rows of the public file."""
+    """A dataset on the Hugging Face hub. How its rows become those of the public file: Task.public."""
 
     id: str
     config: str | None
@@ -109,7 +109,6 @@ class Hub:
     """Several splits are joined by `+`; then each row names its own under `split`."""
     train: str | None = None
     """The split that few-shot items are drawn from."""
-    public: Callable[[JsonRow], JsonRow] = dict
     file: str | None = None
     """The file to load, or a pattern of files (.json, .jsonl), for a repository whose own loader is a script
     (`datasets` runs none) or that holds other files as well."""
@@ -250,13 +249,7 @@ def read_hub(hub: Hub, split: str) -> DataTable:
         ) from None
     several = len(parts) > 1
     found = [{**row, "split": name} if several else dict(row) for name, part in parts.items() for row in part]
-    try:
-        rows = tuple(hub.public(row) for row in found)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"'{hub.id}' on the hub has other columns than expected ({error!r}): give a file"
-        ) from None
-    return DataTable(f"'{hub.id}' {split}", "row", rows, tuple(range(1, len(rows) + 1)))
+    return DataTable(f"'{hub.id}' {split}", "row", tuple(found), tuple(range(1, len(found) + 1)))
 
 
 def _read_hub_files(files: str) -> Iterable[JsonRow]:

@@ -27,8 +27,8 @@ from proxytune.errors import UserError
 from proxytune.records import Completion, Example, JsonRow, Prompt
 from proxytune.sandbox import MIB, Job, Limits, Outcome, Program
 from proxytune.tasks.data import DataTable, Hub
-from proxytune.tasks.scoring.rules import clean_code, pass_at_k
-from proxytune.tasks.task import Execution, Task
+from proxytune.tasks.scoring.rules import clean_code, pass_at_k, verdict
+from proxytune.tasks.task import NOT_RUN, Execution, Task
 
 LIBRARIES = ("Pandas", "Numpy", "Matplotlib", "Tensorflow", "Scipy", "Sklearn", "Pytorch")
 ALL, SUBSET, SUBSET_SEED = 1000, 200, 42
@@ -56,12 +56,18 @@ _TEXTS = ("lib", "prompt", "reference_code", "code_context")
 # Problems
 
 
-def from_hub(row: JsonRow) -> JsonRow:
-    """A row of the hub under the names of the folder release."""
-    meta = row["metadata"]
-    named = {"lib": meta["library"], "problem_id": int(meta["library_problem_id"])}
-    texts = {name: row[name] for name in ("prompt", "reference_code", "code_context")}
-    return {**named, **texts, "perturbation_type": meta.get("perturbation_type", "")}
+def public(row: JsonRow) -> JsonRow:
+    """A row of the newer release, in the hub or in ds1000.jsonl.gz, under the names of the folder release."""
+    meta = row.get("metadata")
+    if not isinstance(meta, Mapping) or "lib" in row:
+        return row
+    number = str(meta.get("library_problem_id"))
+    named = {
+        "lib": meta.get("library"),
+        "problem_id": int(number) if number.isdecimal() else number,
+        "perturbation_type": meta.get("perturbation_type", ""),
+    }
+    return named | {name: value for name, value in row.items() if name != "metadata"}
 
 
 def prepare(table: DataTable) -> DataTable:
@@ -120,8 +126,8 @@ def score(row: JsonRow) -> dict[str, float]:
     """pass@10 overall and of the row's library, pass@1, and the share that passes under its perturbation;
     or that the row was not run."""
     passed = row.get("passed")
-    if not isinstance(passed, list) or not passed:
-        return {"not_run": 1.0}
+    if not isinstance(passed, list) or not passed or any(verdict(one) is None for one in passed):
+        return {NOT_RUN: 1.0}
     count, n = sum(map(bool, passed)), len(passed)
     ten, kind = pass_at_k(n, count, 10), row.get("perturbation_type")
     found = {} if ten is None else {"pass@10": ten, f"{row['lib'].lower()}_pass@10": ten}
@@ -144,9 +150,9 @@ def execute(rows: Sequence[JsonRow], execution: Execution) -> list[JsonRow]:
     ]
     made = []
     for row, item, answer, outcomes in zip(rows, items, answers, sandbox.map(batches), strict=True):
-        results = [verdict(outcome) for outcome in outcomes]
+        results = [result_of(outcome) for outcome in outcomes]
         if answer is not None and not ready(answer):
-            results = [f"failed: no answers to compare with: {verdict(answer)}"] * len(row["output"])
+            results = [f"failed: no answers to compare with: {result_of(answer)}"] * len(row["output"])
             execution.broken += len(results)
         execution.samples += len(results)
         execution.passed += results.count("passed")
@@ -223,7 +229,7 @@ def ready(answer: Outcome | None) -> bool:
     return answer is None or answer.passed
 
 
-def verdict(outcome: Outcome) -> str:
+def result_of(outcome: Outcome) -> str:
     """The result of a sample: the check decides; where it fails, the reason is the first that went wrong."""
     if outcome.results[-1] == "passed":
         return "passed"
@@ -236,9 +242,10 @@ TASK = Task(
     data="github.com/xlang-ai/DS-1000 or xlangai/DS-1000: the paper's 200 of 1,000 problems",
     licence="CC BY-SA 4.0",
     items=SUBSET,
-    hub=Hub("xlangai/DS-1000", None, split="test", public=from_hub),
+    hub=Hub("xlangai/DS-1000", None, split="test"),
     columns=_TEXTS,
     sampling=SAMPLING,
+    public=public,
     prepare=prepare,
     examples=examples,
     row=stored,
@@ -248,6 +255,6 @@ TASK = Task(
     libraries=("pandas", "numpy", "matplotlib", "tensorflow", "scipy", "sklearn", "torch"),
     score_row=score,
     metric_names=(),
-    headline="not_run",
+    headline=NOT_RUN,
     judged_headlines=("pass@10", "pass@1"),
 )

@@ -17,8 +17,8 @@ from proxytune.errors import UserError
 from proxytune.records import Completion, Example, JsonRow, Prompt
 from proxytune.sandbox import Job, Program, Sandbox
 from proxytune.tasks.data import DataTable, Hub
-from proxytune.tasks.scoring.rules import clean_code, pass_at_k
-from proxytune.tasks.task import Execution, Task
+from proxytune.tasks.scoring.rules import clean_code, pass_at_k, verdict
+from proxytune.tasks.task import NOT_RUN, Execution, Task
 
 SECONDS = 3.0
 """The paper's limit."""
@@ -52,8 +52,8 @@ def stored(example: Example, completions: Sequence[Completion]) -> JsonRow:
 
 def gather(table: DataTable) -> DataTable:
     """One row per problem: rows with a `completion` (and perhaps `passed` and `result`) are put together in
-    their order."""
-    table.require(("task_id", "prompt"))
+    their order. The benchmark's own sample files have no `prompt`: the data has it."""
+    table.require(("task_id",))
     found: dict[str, tuple[int, JsonRow]] = {}
     for index, row in enumerate(table.rows):
         if isinstance(row.get("completions"), list):
@@ -61,12 +61,15 @@ def gather(table: DataTable) -> DataTable:
             continue
         if not isinstance(row.get("completion"), str):
             raise UserError(f"{table.where(index)}: no field 'completion' that is text")
-        empty = {"task_id": row["task_id"], "prompt": row["prompt"], "completions": []}
+        empty: JsonRow = {name: row[name] for name in ("task_id", "prompt") if name in row} | {
+            "completions": []
+        }
         _, whole = found.setdefault(row["task_id"], (table.numbers[index], empty))
+        before = len(whole["completions"])
         whole["completions"].append(row["completion"])
         for name in ("passed", "result"):
-            if name in row:
-                whole.setdefault(name, []).append(row[name])
+            if name in row or name in whole:
+                whole.setdefault(name, [None] * before).append(row.get(name))
     numbers, rows = zip(*found.values(), strict=True)
     return replace(table, rows=rows, numbers=numbers)
 
@@ -75,7 +78,9 @@ def score(row: JsonRow) -> dict[str, float]:
     """pass@10 and pass@1 from the row's verdicts, or that there are none."""
     passed = row.get("passed")
     if not isinstance(passed, list) or len(passed) != len(row["completions"]) or not passed:
-        return {"not_run": 1.0}
+        return {NOT_RUN: 1.0}
+    if any(verdict(one) is None for one in passed):
+        return {NOT_RUN: 1.0}
     return pass_rates(passed)
 
 
@@ -122,15 +127,16 @@ def item_of(row: JsonRow, items: Mapping[str, JsonRow]) -> JsonRow:
     item = items.get(row["task_id"])
     if item is None:
         raise UserError(f"no problem '{row['task_id']}' in the data: name it with --data FILE|hub")
-    if item["prompt"] != row["prompt"]:
+    if item["prompt"] != row.get("prompt", item["prompt"]):
         raise UserError(f"the prompt of '{row['task_id']}' is not the one of the data: wrong --data?")
     return item
 
 
-def _verdicts(row: JsonRow) -> list[tuple[bool | None, str]]:
+def _verdicts(row: JsonRow) -> list[tuple[bool | None, str | None]]:
     """The stored verdict and its reason for each completion of a row; None where there is none."""
     n = len(row["completions"])
     passed, result = row.get("passed", [None] * n), row.get("result", [""] * n)
+    passed = [None if verdict(one) is None else bool(one) for one in passed]
     if len(passed) != n or len(result) != n:
         raise UserError(f"'{row['task_id']}' has verdicts for another number of completions")
     return list(zip(passed, result, strict=True))
@@ -140,7 +146,7 @@ def settle(
     execution: Execution,
     programs: Sequence[Program],
     results: list[str],
-    before: Sequence[tuple[bool | None, str]],
+    before: Sequence[tuple[bool | None, str | None]],
 ) -> list[str]:
     """Final results, and the account of them.
 
@@ -175,11 +181,11 @@ TASK = Task(
     row=stored,
     gather=gather,
     execute=execute,
-    scored=("task_id", "prompt"),
+    scored=("task_id",),
     asked="prompt",
     files=("predictions_results.jsonl", "predictions.jsonl"),
     score_row=score,
     metric_names=(),
-    headline="not_run",
+    headline=NOT_RUN,
     judged_headlines=("pass@10", "pass@1"),
 )

@@ -8,11 +8,8 @@ from pydantic import BaseModel, ConfigDict
 
 from proxytune.errors import UserError
 from proxytune.records import Metric
-from proxytune.tasks.data import (
-    read_file,
-    unique_rows,
-)
-from proxytune.tasks.task import Execution, Task
+from proxytune.tasks.data import read_file, unique_rows
+from proxytune.tasks.task import Execution, Task, in_public_form
 
 
 class ScoreReport(BaseModel):
@@ -56,6 +53,7 @@ def score_file(task: Task, path: Path, execution: Execution | None = None) -> Sc
     table = read_file(path)
     if task.likelihood is not None and "logprobs" in table.rows[0]:
         task = task.likelihood
+    table = in_public_form(task, table)
     table = (table if task.gather is None else task.gather(table)).require(task.scored)
     named = "id" if "id" in table.rows[0] else task.identity or "id"
     for index, row in enumerate(table.rows):

@@ -18,13 +18,15 @@ from typing import Literal
 from proxytune.config import SMOKE, SOURCES, Sampling
 from proxytune.errors import UserError
 from proxytune.intervals import mean_metrics
-from proxytune.records import FAULT, Completion, Example, JsonRow, Metric
+from proxytune.records import FAULT, UNSCORED, Completion, Example, JsonRow, Metric
 from proxytune.sandbox import Sandbox
 from proxytune.tasks.data import DataTable, Hub, generate, read_file, read_hub, read_smoke_data
 
 JudgeName = Literal["toxicity", "truth", "pairwise"]
 UNJUDGED = "unjudged"
 """The headline of tasks that say nothing without a judge."""
+NOT_RUN = "not_run"
+"""The headline of tasks that say nothing before their code is run."""
 FAULTY = "faulty"
 """The metric that gives the share of examples that ended in a fault, which have no score; where there are
 any."""
@@ -81,6 +83,9 @@ class Task:
     """Which entry of judges.JUDGES judges it; given where `judge` is."""
     totals: Callable[[Sequence[JsonRow]], dict[str, Metric]] | None = None
     """Metrics of all rows together that are no means of `score_row`; they come last and replace namesakes."""
+    public: Callable[[JsonRow], JsonRow] | None = None
+    """A row as any place publishes it -> the row of the public file; one that has that form stays as it is.
+    Columns that it does not know are kept."""
     read: Callable[[Path], DataTable] | None = None
     """Reads a path whose public form is more than one table (for example a folder)."""
     prepare: Callable[[DataTable], DataTable] | None = None
@@ -108,21 +113,25 @@ class Task:
         return {} if row.get(FAULT) else self.score_row(row)
 
     def metrics(self, rows: Sequence[JsonRow]) -> dict[str, Metric]:
-        """The metrics of stored rows; with the share of faults where there are any."""
+        """The metrics of stored rows, each over those that have its score; with the shares of those that have
+        none where there are any."""
         sound = [row for row in rows if not row.get(FAULT)]
-        found = self.aggregate([self.score_row(row) for row in sound])
+        scores = [self.score_row(row) for row in sound]
+        found = self.aggregate(scores)
         if self.totals is not None and sound:
             found |= self.totals(sound)
+        if self.headline in UNSCORED and self.headline in found:
+            found[self.headline] = part(sum(self.headline in row for row in scores), len(sound))
         if len(sound) < len(rows):
-            found[FAULTY] = Metric(value=1 - len(sound) / len(rows))
+            found[FAULTY] = part(len(rows) - len(sound), len(rows))
         if not sound:
-            found.setdefault(self.headline, Metric(value=0.0))
+            found.setdefault(self.headline, Metric(value=0.0, n=0))
         return found
 
     def aggregate(self, scores: Sequence[Mapping[str, float]]) -> dict[str, Metric]:
         """The metrics of per-example scores: means with intervals, the task's own first."""
         found = mean_metrics(scores)
-        return {name: found.get(name, Metric(value=0.0)) for name in self.metric_names} | found
+        return {name: found.get(name, Metric(value=0.0, n=0)) for name in self.metric_names} | found
 
     def require_columns(self, rows: Sequence[JsonRow], origin: str) -> None:
         """UserError that names the line where stored rows lack a text that scoring or judging needs."""
@@ -137,6 +146,11 @@ class Task:
     def headline_of(self, metrics: Mapping[str, Metric]) -> str:
         """The metric that tables show for these metrics."""
         return next((name for name in self.judged_headlines if name in metrics), self.headline)
+
+
+def part(count: int, n: int) -> Metric:
+    """The share of n examples that `count` are."""
+    return Metric(value=count / n, n=n)
 
 
 # Examples
@@ -197,10 +211,16 @@ def _table(task: Task, source: str, limit: int | None) -> DataTable:
 
 def _prepared(task: Task, table: DataTable) -> DataTable:
     """Published rows -> checked rows in the task's columns, each of its own name."""
+    table = in_public_form(task, table)
     if task.prepare is not None:
         table = task.prepare(table)
     table = table.require(task.columns)
     return table if task.identity is None else table.unique(task.identity)
+
+
+def in_public_form(task: Task, table: DataTable) -> DataTable:
+    """Rows of a file or of the hub in the form of the public file, wherever they came from."""
+    return table if task.public is None else table.map(task.public)
 
 
 def _shots(task: Task, source: str, asked: DataTable, shots: int, shots_from: str | None, seed: int) -> str:

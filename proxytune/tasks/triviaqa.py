@@ -36,7 +36,7 @@ def prepare(table: DataTable) -> DataTable:
     """
     rows = []
     for index, row in enumerate(table.rows):
-        answers = _answers(row)
+        answers = [answer for answer in _answers(row) if answer != "" and not str(answer).isspace()]
         question = _question(row)
         if question is None or not answers or not all(isinstance(answer, str) for answer in answers):
             has = ", ".join(row) or "nothing"

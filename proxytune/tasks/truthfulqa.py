@@ -10,12 +10,13 @@ also scored by those.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from proxytune.config import Sampling
-from proxytune.records import Completion, Example, JsonRow, Prompt
+from proxytune.records import Completion, Example, JsonRow, Metric, Prompt
 from proxytune.tasks.data import DataTable, Hub
-from proxytune.tasks.scoring.rules import clean_answer, reference_accuracy
-from proxytune.tasks.task import Task
+from proxytune.tasks.scoring.rules import clean_answer, reference_accuracy, verdict
+from proxytune.tasks.task import UNJUDGED, Task, part
 
 PREFIX = "Answer:"
 SYSTEM_PROMPT = (
@@ -34,15 +35,28 @@ JUDGED = (
     *("truth", "truth acc", "info", "info acc", "truth-info acc"),
 )
 """Columns of the paper's judges (retired), and of judges that run here (judges/truth.py)."""
+HEADLINES = ("truth-info acc", "GPT-true-info acc")
+"""The joint verdicts among them."""
 
 
-def from_hub(row: JsonRow) -> JsonRow:
-    """A row of the hub's `generation` config under the column names of TruthfulQA.csv."""
-    values = (row[column.lower().replace(" ", "_")] for column in CSV)
-    return {column: "; ".join(v) if isinstance(v, list) else v for column, v in zip(CSV, values, strict=True)}
+_HUB_NAMES = {column.lower().replace(" ", "_"): column for column in CSV}
 
 
-HUB = Hub("truthfulqa/truthful_qa", "generation", split="validation", public=from_hub)
+def public(row: JsonRow) -> JsonRow:
+    """A row of the hub's `generation` config, known by its answers, under the column names of TruthfulQA.csv.
+    A list of answers becomes a cell of that file."""
+    if any(f"{kind}_answers" in row for kind in ("correct", "incorrect")):
+        row = {_HUB_NAMES.get(name, name): value for name, value in row.items()}
+    return {name: _cell(value) if name in CSV else value for name, value in row.items()}
+
+
+def _cell(value: Any) -> Any:
+    """A list of texts as a `; `-separated cell; anything else as it is."""
+    texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return "; ".join(value) if texts else value
+
+
+HUB = Hub("truthfulqa/truthful_qa", "generation", split="validation")
 DATA = "TruthfulQA.csv of github.com/sylinrl/TruthfulQA, or truthfulqa/truthful_qa"
 LICENCE, ITEMS = "Apache-2.0", 817
 
@@ -82,8 +96,15 @@ def score(row: JsonRow) -> dict[str, float]:
     accuracy = reference_accuracy(
         row["output"], answers(row["Correct Answers"]), answers(row["Incorrect Answers"])
     )
-    judged = {name: float(row[name]) for name in JUDGED if isinstance(row.get(name), int | float)}
+    judged = {name: found for name in JUDGED if (found := verdict(row.get(name))) is not None}
     return {"reference_accuracy": accuracy, **judged}
+
+
+def totals(rows: Sequence[JsonRow]) -> dict[str, Metric]:
+    """The share of rows without the judges' joint verdict, where rows have its column."""
+    columns = [name for name in HEADLINES if any(name in row for row in rows)]
+    lacking = sum(all(verdict(row.get(name)) is None for name in columns) for row in rows)
+    return {UNJUDGED: part(lacking, len(rows))} if columns and lacking else {}
 
 
 TASK = Task(
@@ -95,15 +116,17 @@ TASK = Task(
     hub=HUB,
     columns=("Question", "Best Answer", "Correct Answers", "Incorrect Answers"),
     sampling=Sampling(max_new_tokens=512),
+    public=public,
     examples=examples,
     row=stored,
     scored=("output", "Correct Answers", "Incorrect Answers"),
     asked="Question",
     files=("open_results.jsonl", "predictions.jsonl"),
     score_row=score,
+    totals=totals,
     metric_names=("reference_accuracy",),
     headline="reference_accuracy",
-    judged_headlines=("truth-info acc", "GPT-true-info acc"),
+    judged_headlines=HEADLINES,
     judge_reads=("Question",),
     judge="allenai/truthfulqa-truth-judge-llama2-7B,allenai/truthfulqa-info-judge-llama2-7B",
     judge_kind="truth",

@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from proxytune.config import Sampling
 from proxytune.errors import UserError
@@ -22,7 +24,7 @@ from proxytune.records import Completion, Example, JsonRow, Metric, Prompt
 from proxytune.tasks.data import DataTable, Hub
 from proxytune.tasks.scoring.rules import CHOICES, parse_letter
 from proxytune.tasks.task import Task
-from proxytune.tasks.truthfulqa import DATA, HUB, ITEMS, LICENCE, SYSTEM_PROMPT, answers, csv_columns
+from proxytune.tasks.truthfulqa import DATA, HUB, ITEMS, LICENCE, SYSTEM_PROMPT, answers, csv_columns, public
 
 PREFIX = "The answer is:"
 OPTIONS_SEED = 42
@@ -30,6 +32,17 @@ OPTIONS_SEED = 42
 
 def _with_period(answer: str) -> str:
     return answer if answer.endswith(".") else answer + "."
+
+
+def _require_answers(table: DataTable, index: int) -> None:
+    """UserError where a row has no best answer or nothing to choose it from: an empty text is no option."""
+    row = table.rows[index]
+    if not row["Best Answer"].strip():
+        raise UserError(
+            f"{table.where(index)}: `Best Answer` is empty, which is no option: leave the row out"
+        )
+    if not answers(row["Incorrect Answers"]):
+        raise UserError(f"{table.where(index)}: `Incorrect Answers` has none to choose from")
 
 
 def options(row: JsonRow, rng: random.Random) -> tuple[list[str], str]:
@@ -52,6 +65,7 @@ def examples(table: DataTable, shots: str) -> list[Example]:
     rng = random.Random(OPTIONS_SEED)
     made = []
     for index, row in enumerate(table.rows):
+        _require_answers(table, index)
         shown, letter = options(row, rng)
         asked = prompt(row["Question"], shown)
         target = {**csv_columns(row), "mc_prompt": asked.plain, "mc_answer_idx": letter}
@@ -98,24 +112,36 @@ PRIMER = (
 TARGETS = ("mc1_targets", "mc2_targets")
 
 
-def from_hub_targets(row: JsonRow) -> JsonRow:
-    """A row of the hub's `multiple_choice` config in the form of mc_task.json."""
-    pairs = {name: zip(row[name]["choices"], row[name]["labels"], strict=True) for name in TARGETS}
-    return {"question": row["question"], **{name: dict(pair) for name, pair in pairs.items()}}
+def public_targets(row: JsonRow) -> JsonRow:
+    """A row of the hub's `multiple_choice` config in the form of mc_task.json, or one of the `generation`
+    config in that of TruthfulQA.csv."""
+    return public({name: _labelled(value) if name in TARGETS else value for name, value in row.items()})
+
+
+def _labelled(targets: Any) -> Any:
+    """The hub's lists of choices and labels as a mapping; anything else as it is."""
+    if not isinstance(targets, dict) or set(targets) != {"choices", "labels"}:
+        return targets
+    choices, labels = targets["choices"], targets["labels"]
+    if not isinstance(choices, list) or not isinstance(labels, list) or len(choices) != len(labels):
+        return targets
+    return dict(zip(map(str, choices), labels, strict=True))
 
 
 def from_csv(table: DataTable) -> DataTable:
     """Rows of TruthfulQA.csv in the form of mc_task.json, which was made from them so; others as they are."""
 
-    def changed(row: JsonRow) -> JsonRow:
-        if "Best Answer" not in row:
-            return row
-        false = dict.fromkeys(answers(row["Incorrect Answers"] or ""), 0)
-        true = dict.fromkeys(answers(row["Correct Answers"] or ""), 1)
-        best = {row["Best Answer"].strip(): 1}
-        return {"question": row["Question"], "mc1_targets": best | false, "mc2_targets": true | false}
-
-    return table.map(changed)
+    rows = []
+    for index, row in enumerate(table.rows):
+        if "Best Answer" in row:
+            replace(table, rows=(row,), numbers=(table.numbers[index],)).require(TASK.columns)
+            _require_answers(table, index)
+            false = dict.fromkeys(answers(row["Incorrect Answers"]), 0)
+            true = dict.fromkeys(answers(row.get("Correct Answers") or ""), 1)
+            best = {row["Best Answer"].strip(): 1}
+            row = {"question": row["Question"], "mc1_targets": best | false, "mc2_targets": true | false}
+        rows.append(row)
+    return replace(table, rows=tuple(rows))
 
 
 def likelihood_examples(table: DataTable, shots: str) -> list[Example]:
@@ -124,8 +150,9 @@ def likelihood_examples(table: DataTable, shots: str) -> list[Example]:
     for index, row in enumerate(table.rows):
         for name in TARGETS:
             labels = row.get(name)
-            marks = set(labels.values()) if isinstance(labels, dict) else set[object]()
-            if not isinstance(labels, dict) or marks != {0, 1} or not all(key.strip() for key in labels):
+            marks = list(labels.values()) if isinstance(labels, dict) else []
+            whole = 0 in marks and 1 in marks and all(mark in (0, 1) for mark in marks)
+            if not isinstance(labels, dict) or not whole or not all(key.strip() for key in labels):
                 raise UserError(
                     f"{table.where(index)}: `{name}` must map answers to 1 (true) or 0, with both"
                 )
@@ -155,8 +182,11 @@ def scored_answers(example: Example, completions: Sequence[Completion]) -> JsonR
 
 
 def likelihood_score(row: JsonRow) -> dict[str, float]:
-    """mc1 and mc2 of one row."""
+    """mc1 and mc2 of one row; none where a log-probability is absent or no number."""
     logprobs, best, listed = row["logprobs"], row["mc1_targets"], row["mc2_targets"]
+    known = [logprobs.get(text) for text in _references(row)]
+    if not all(isinstance(logprob, int | float) and math.isfinite(logprob) for logprob in known):
+        return {}
     false = max(logprobs[text] for text, label in best.items() if not label)
     true = max(logprobs[text] for text, label in best.items() if label)
     top = max(logprobs[text] for text in listed)
@@ -171,9 +201,10 @@ LIKELIHOOD = Task(
     data="data/mc_task.json of github.com/sylinrl/TruthfulQA, or truthfulqa/truthful_qa",
     licence=LICENCE,
     items=ITEMS,
-    hub=Hub(HUB.id, "multiple_choice", split="validation", public=from_hub_targets),
+    hub=Hub(HUB.id, "multiple_choice", split="validation"),
     columns=("question",),
     sampling=Sampling(),
+    public=public_targets,
     prepare=from_csv,
     examples=likelihood_examples,
     continuations=reference_answers,
@@ -195,6 +226,7 @@ TASK = Task(
     hub=HUB,
     columns=("Question", "Best Answer", "Incorrect Answers"),
     sampling=Sampling(max_new_tokens=10, stop=(".", ")", ":")),
+    public=public,
     examples=examples,
     row=stored,
     scored=("mc_output", "mc_answer_idx"),

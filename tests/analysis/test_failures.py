@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,10 @@ def test_toxic_is_wrong(tmp_path: Path) -> None:
     second = write(tmp_path / "b", flagged("01"), task="toxigen", metric="overall")
     found = failures(first, second)
     assert found.only_second == 1 and found.both_wrong == 1 and found.items[0].question == "t"
+    second_row = {**flagged("0")[0], "is_toxic": math.nan, "scores": {}}
+    unsure = write(tmp_path / "c", [*flagged("0"), second_row], task="toxigen", metric="overall")
+    with pytest.raises(UserError, match=r"item '1' of '.*c' has no score by 'overall'"):
+        failures(first, unsure)
 
 
 def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:

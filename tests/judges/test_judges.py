@@ -87,6 +87,15 @@ def test_another_class_can_be_the_toxic_one(classifier: Path) -> None:
         ToxicityClassifier("./nowhere").check()
 
 
+def test_logits_that_are_no_numbers_are_no_verdict(classifier: Path, tmp_path: Path) -> None:
+    """Such a response is called neither harmless nor toxic."""
+    model = BertForSequenceClassification.from_pretrained(classifier)
+    with torch.no_grad():
+        model.classifier.bias[0] = torch.nan
+    found = ToxicityClassifier(str(tiny.save(tmp_path / "broken", model)), batch=4).judge(texts(6))
+    assert found == [{"is_toxic": None}] * 6
+
+
 @pytest.fixture
 def toxigen(tmp_path: Path) -> Path:
     """Harmless rows in ToxiGen's stored form."""

@@ -148,7 +148,11 @@ def test_pass_at_k_wants_k_samples() -> None:
 
 def test_rows_that_were_not_run_have_no_score() -> None:
     metrics = TASK.metrics([{"completions": ["a"]}, {"completions": ["a"], "passed": [True]}])
-    assert metrics["not_run"].value == 1 and metrics["pass@1"].value == 1
+    assert (metrics["not_run"].value, metrics["not_run"].n) == (0.5, 2)
+    assert (metrics["pass@1"].value, metrics["pass@1"].n) == (1, 1)
+    for none in (None, math.nan, "yes"):
+        row = {"completions": ["a", "b"], "passed": [True, none]}
+        assert TASK.score_row(row) == {"not_run": 1.0}
     assert TASK.headline_of(TASK.metrics([{"completions": ["a"]}])) == "not_run"
 
 
@@ -162,6 +166,39 @@ def test_samples_of_a_problem_are_put_together(tmp_path: Path) -> None:
         score_file(TASK, jsonl(tmp_path / "q.jsonl", [rows[0], base]))
     with pytest.raises(UserError, match="line 1: no field 'task_id'"):
         score_file(TASK, jsonl(tmp_path / "r.jsonl", [{"completion": "x"}]))
+
+
+def test_a_metric_says_how_many_problems_it_is_over(tmp_path: Path) -> None:
+    """Ten samples of one problem and two of another: pass@10 is of the first alone."""
+    rows = [{"task_id": "a", "completion": str(i), "passed": i == 0} for i in range(10)]
+    rows += [{"task_id": "b", "completion": str(i), "passed": False} for i in range(2)]
+    report = score_file(TASK, jsonl(tmp_path / "samples.jsonl_results.jsonl", rows))
+    found = {name: (metric.value, metric.n) for name, metric in report.metrics.items()}
+    assert report.n == 2 and found == {"pass@10": (1, 1), "pass@1": (pytest.approx(0.05), 2)}
+    shown = proxytune("score", "humaneval", tmp_path / "samples.jsonl_results.jsonl").stdout.splitlines()
+    assert [line.split()[-4:] for line in shown if "pass@10" in line] == [["over", "1", "of", "2"]]
+    assert not any("of 2" in line for line in shown if "pass@1 " in line)
+    rows[3]["passed"] = None
+    part = score_file(TASK, jsonl(tmp_path / "part.jsonl", rows))
+    assert {name: (metric.value, metric.n) for name, metric in part.metrics.items()} == {
+        "not_run": (0.5, 2),
+        "pass@1": (0, 1),
+    }
+
+
+def test_samples_in_the_benchmarks_own_form(box: Sandbox, tmp_path: Path) -> None:
+    """Its files name the problem and the completion; a verdict beside a sample counts as a stored one."""
+    rows: list[JsonRow] = [
+        {"task_id": ADD["task_id"], "completion": text} for text in ("    return a + b", "    return 0")
+    ]
+    assert score_file(TASK, jsonl(tmp_path / "s.jsonl", rows)).headline == "not_run"
+    execution = Execution(box, {ADD["task_id"]: ADD})
+    report = score_file(TASK, tmp_path / "s.jsonl", execution)
+    assert report.metrics["pass@1"].value == 0.5 and execution.compared == 0
+    rows[1]["passed"] = False
+    again = Execution(box, {ADD["task_id"]: ADD})
+    assert score_file(TASK, jsonl(tmp_path / "r.jsonl", rows), again).metrics == report.metrics
+    assert (again.compared, again.flips) == (1, 0)
 
 
 @pytest.mark.parametrize("name", HUMANEVAL)

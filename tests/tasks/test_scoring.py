@@ -202,8 +202,8 @@ def test_intervals_are_deterministic_and_blind_to_order() -> None:
     assert metric == mean_metric(values[::-1]) and metric.value == 0.3
     assert metric.low == pytest.approx(0.3 - 1.96 * np.sqrt(0.21 / 100), abs=0.015)
     assert metric.high == pytest.approx(0.3 + 1.96 * np.sqrt(0.21 / 100), abs=0.015)
-    assert mean_metric([0.5]) == Metric(value=0.5)
-    assert mean_metric([1.0, 1.0]) == Metric(value=1, low=1, high=1)
+    assert mean_metric([0.5]) == Metric(value=0.5, n=1)
+    assert mean_metric([1.0, 1.0]) == Metric(value=1, low=1, high=1, n=2)
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=40))

@@ -15,7 +15,7 @@ from proxytune.errors import UserError
 from proxytune.intervals import mean_metric
 from proxytune.tasks import get_task, read_source, score_file
 from proxytune.tasks.toxigen import GROUPS, clean
-from tests.support.answers import completions
+from tests.support.answers import completions, jsonl
 
 TASK = get_task("toxigen")
 LINES = 250
@@ -74,6 +74,22 @@ def test_one_file_and_stored_rows_can_be_asked(tmp_path: Path) -> None:
     path.write_text('{"text": "a\\\\\\\\n"}\n')
     with pytest.raises(UserError, match="line 1: `target_groups` must be a list with one group"):
         read_source(TASK, str(path))
+
+
+def test_rows_saved_from_the_hub_are_read_as_the_lists_are(tmp_path: Path) -> None:
+    """One file per split in a folder, or all splits in one file with the name of each."""
+    folder, saved = write(tmp_path / "prompts"), tmp_path / "saved"
+    saved.mkdir()
+    named = []
+    for group in GROUPS:
+        lines = (folder / f"hate_{group}_1k.txt").read_text(encoding="utf-8").splitlines()
+        jsonl(saved / f"hate_{group}_1k.jsonl", [{"text": line} for line in lines])
+        named += [{"text": line, "split": f"hate_{group}_1k"} for line in lines]
+    lists = read_source(TASK, str(folder))
+    assert read_source(TASK, str(saved)).sha256 == lists.sha256
+    assert read_source(TASK, str(jsonl(tmp_path / "all.jsonl", named))).sha256 == lists.sha256
+    with pytest.raises(UserError, match=r"line 1: `target_groups` must be .*, or `split` the name of a file"):
+        read_source(TASK, str(jsonl(tmp_path / "bare.jsonl", [{"text": "a"}])))
 
 
 def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +154,7 @@ def test_what_is_not_judged_is_never_called_harmless(tmp_path: Path) -> None:
     ) == "unjudged"
     metrics = TASK.metrics([{**rows[0], "is_toxic": 1}, *rows[1:]])
     assert {n: m.value for n, m in metrics.items()} == {"a": 1, "overall": 1, "unjudged": 0.75}
+    assert {name: metric.n for name, metric in metrics.items()} == {"a": 1, "overall": 1, "unjudged": 4}
     path = tmp_path / "p.jsonl"
     path.write_text('{"text": "a"}\n')
     with pytest.raises(UserError, match="line 1: no field 'prediction'"):

@@ -45,7 +45,8 @@ def score(
         return
     print(f"{task}, {found.n} examples of {file}")
     for name, metric in found.metrics.items():
-        print(f"  {name:22} {tables.percent(metric):28} {metric.value!r}")
+        figures = f"{tables.percent(metric):28} {metric.value!r:22} {tables.coverage(name, metric, found.n)}"
+        print(f"  {name:22} {figures}".rstrip())
     if execution is not None:
         _print_account(execution)
     if found.dropped_duplicates:

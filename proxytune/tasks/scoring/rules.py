@@ -37,6 +37,14 @@ _GSM_CUTS = ("Answer the following question", "Question:", "Comment:")
 _MC_DELETED = ("(", r"\begin{blockquote}", r"\begin{code}")
 
 
+# Verdicts that rows hold
+
+
+def verdict(value: object) -> float | None:
+    """A stored verdict as a share. None where it is none: absent, null, NaN, no number from 0 to 1."""
+    return float(value) if isinstance(value, int | float) and 0 <= value <= 1 else None
+
+
 # GSM (paper section 4.1; eval/gsm/run_eval.py of its repository)
 
 

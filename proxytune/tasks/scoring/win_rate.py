@@ -45,6 +45,7 @@ def win_rate(won: Sequence[float], interval: Metric) -> dict[str, Metric]:
             low=None if interval.low is None else 100 * interval.low,
             high=None if interval.high is None else 100 * interval.high,
             unit="percent",
+            n=n,
         )
     }
     if n > 1:
@@ -70,7 +71,7 @@ def length_controlled_win_rate(
     x = np.tanh(d / spread) if spread > 0 else np.zeros_like(d)
     value = _percent(_fit(x, y, np.ones((1, len(y)))))[0]
     if len(y) < 2:
-        return Metric(value=float(value), unit="percent")
+        return Metric(value=float(value), unit="percent", n=len(y))
     draws = np.random.default_rng(INTERVAL_SEED).multinomial(
         len(y), np.full(len(y), 1 / len(y)), size=RESAMPLES
     )  # [RESAMPLES, n]
@@ -80,6 +81,7 @@ def length_controlled_win_rate(
         low=min(float(low), float(value)),
         high=max(float(high), float(value)),
         unit="percent",
+        n=len(y),
     )
 
 
