@@ -65,9 +65,9 @@ def likelihoods(
         _check(ensemble, item)
     start = 0
     while start < len(measured):
+        ensemble.claim(None)  # before it is asked what fits
         batch = _batch(ensemble, measured, start, positions, tokens)
         start += len(batch)
-        ensemble.claim(None)
         try:
             found = list(_score(ensemble, batch, alphas, positions, tokens))
         finally:

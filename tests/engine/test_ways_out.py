@@ -92,7 +92,8 @@ def abandon(d: Decoder, s: Sampling, how: str, after: int, seed: int) -> Iterato
                 yield completion
                 break
             if how == "score":
-                list(islice(likelihoods(d.ensemble, texts(d, seed), [parse_alpha(1)], positions=9), after))
+                scores = likelihoods(d.ensemble, texts(d, seed), [parse_alpha(1)], positions=9)
+                list(islice(scores, after + 1))  # one that was never begun takes no rows from anybody
                 break
     yield stream
 
