@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases_cpu, cases_cuda, cpu_kernels, decode, shapes, tables
+from benchmarks import cases_cpu, cases_cuda, cpu_kernels, decode, real_models, shapes, tables
 from benchmarks.baselines import PaperLoop
 from benchmarks.lab import CUDA, SMOKE, Lab
 from benchmarks.measure import Contender, Outcome, Timed, observe
@@ -21,7 +21,7 @@ from benchmarks.ours import Ours
 from benchmarks.record import Oracle
 from benchmarks.workloads import log_uniform, random_contexts, uniform, workload
 from proxytune.engine.kernels.linear import RowLinear
-from tests.support import oracle
+from tests.support import oracle, tiny
 from tests.support.checkout import ROOT, WEIGHTS, environment
 from tests.support.on_device import as_on_a_device, on_launch
 from tests.support.require import require_demo
@@ -278,3 +278,15 @@ def test_a_contender_that_makes_graphs_is_warmed_up_again() -> None:
     runs.clear()
     observe(Contender("it", run, list), lambda text: None)
     assert len(runs) == 1
+
+
+def test_real_models_in_miniature(tmp_path: Path) -> None:
+    """Both contenders are timed at both batch sizes."""
+    folder = str(tiny.save(tmp_path / "model", tiny.build("llama", 1).float()))
+    prompts = real_models.texts(tiny.tokenizer())
+    assert len(prompts) == real_models.BATCH == 24 and prompts[0].startswith("Question: ")
+    theirs = real_models.by_transformers(folder, prompts, 6)
+    ours = real_models.by_us(folder, "none", prompts, 6)
+    assert set(theirs) == {1, 24} and all(speed > 0 for speed in theirs.values())
+    assert set(ours) == {(1, "off"), (1, "auto"), (24, "off"), (24, "auto")}
+    assert all(speed > 0 for speed in ours.values())
