@@ -1,4 +1,4 @@
-"""Roles that name one checkpoint run on one module, in steps on a device too: the tokens stay the plain ones."""
+"""Roles that name one checkpoint run on one module, in steps on a device too: tokens stay the plain ones."""
 
 from __future__ import annotations
 
