@@ -7,97 +7,89 @@
 
 constexpr int64_t SERIAL = 1 << 16;  // numbers below which starting the other threads costs more than it gains
 
-// bfloat16 is the upper half of a float. Every operation of transformers rounds to it, so ours do too.
-static inline float wide(uint16_t number) {
-  const uint32_t bits = uint32_t(number) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
+// How a number is stored, computed with, and rounded after an operation. bfloat16 is the upper half of a float;
+// transformers rounds to it after every operation, so ours do too. Others are rounded by the processor.
+template <typename Stored>
+struct Number {
+  using Wide = Stored;
+  static Wide wide(Stored number) { return number; }
+  static Stored narrow(Wide number) { return number; }
+};
 
-static inline uint16_t narrow(float number) {  // to the nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &number, sizeof bits);
-  const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest);
-}
-
-static inline float rounded(float number) { return wide(narrow(number)); }
-
-extern "C" void rms_norm_bfloat16(const uint16_t *x, const uint16_t *weight, uint16_t *out, int64_t rows, int64_t size,
-                                  float eps, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (rows * size >= SERIAL)
-  for (int64_t row = 0; row < rows; ++row) {
-    const uint16_t *from = x + row * size;
-    uint16_t *to = out + row * size;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < size; ++i) sum += wide(from[i]) * wide(from[i]);
-    const float scale = 1.0f / std::sqrt(sum / float(size) + eps);
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) to[i] = narrow(rounded(wide(from[i]) * scale) * wide(weight[i]));
+template <>
+struct Number<uint16_t> {
+  using Wide = float;
+  static float wide(uint16_t number) {
+    const uint32_t bits = uint32_t(number) << 16;
+    float out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
   }
+  static uint16_t narrow(float number) {  // to the nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &number, sizeof bits);
+    const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest);
+  }
+};
+
+template <typename Stored>
+static inline typename Number<Stored>::Wide rounded(typename Number<Stored>::Wide number) {
+  return Number<Stored>::wide(Number<Stored>::narrow(number));
 }
 
-extern "C" void rms_norm_float32(const float *x, const float *weight, float *out, int64_t rows, int64_t size, float eps,
-                         int64_t threads) {
+template <typename Stored>
+static void rms_norm(const Stored *x, const Stored *weight, Stored *out, int64_t rows, int64_t size, float eps,
+                     int64_t threads) {
+  using N = Number<Stored>;
 #pragma omp parallel for num_threads(threads) if (rows * size >= SERIAL)
   for (int64_t row = 0; row < rows; ++row) {
-    const float *from = x + row * size;
-    float *to = out + row * size;
+    const Stored *from = x + row * size;
+    Stored *to = out + row * size;
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < size; ++i) sum += from[i] * from[i];
+    for (int64_t i = 0; i < size; ++i) sum += N::wide(from[i]) * N::wide(from[i]);
     const float scale = 1.0f / std::sqrt(sum / float(size) + eps);
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) to[i] = from[i] * scale * weight[i];
+    for (int64_t i = 0; i < size; ++i)
+      to[i] = N::narrow(rounded<Stored>(N::wide(from[i]) * scale) * N::wide(weight[i]));
   }
 }
 
 // x [T, heads, size] in place, its first `turned` numbers per head; cos and sin [T, turned].
-template <typename Number>
-static void rotate(Number *x, const Number *cos, const Number *sin, int64_t tokens, int64_t heads, int64_t size,
+template <typename Stored>
+static void rotate(Stored *x, const Stored *cos, const Stored *sin, int64_t tokens, int64_t heads, int64_t size,
                    int64_t turned, int64_t threads) {
+  using N = Number<Stored>;
   const int64_t half = turned / 2;
 #pragma omp parallel for num_threads(threads) if (tokens * heads * size >= SERIAL)
   for (int64_t token = 0; token < tokens; ++token) {
-    const Number *c = cos + token * turned, *s = sin + token * turned;
+    const Stored *c = cos + token * turned, *s = sin + token * turned;
     for (int64_t head = 0; head < heads; ++head) {
-      Number *low = x + (token * heads + head) * size, *high = low + half;
+      Stored *low = x + (token * heads + head) * size, *high = low + half;
 #pragma omp simd
       for (int64_t i = 0; i < half; ++i) {
-        const Number a = low[i], b = high[i];
-        low[i] = a * c[i] - b * s[i];
-        high[i] = b * c[half + i] + a * s[half + i];
+        const auto a = N::wide(low[i]), b = N::wide(high[i]);
+        low[i] = N::narrow(rounded<Stored>(a * N::wide(c[i])) - rounded<Stored>(b * N::wide(s[i])));
+        high[i] = N::narrow(rounded<Stored>(b * N::wide(c[half + i])) + rounded<Stored>(a * N::wide(s[half + i])));
       }
     }
   }
 }
 
-extern "C" void rotate_bfloat16(uint16_t *x, const uint16_t *cos, const uint16_t *sin, int64_t tokens, int64_t heads,
-                                int64_t size, int64_t turned, int64_t threads) {
-  const int64_t half = turned / 2;
-#pragma omp parallel for num_threads(threads) if (tokens * heads * size >= SERIAL)
-  for (int64_t token = 0; token < tokens; ++token) {
-    const uint16_t *c = cos + token * turned, *s = sin + token * turned;
-    for (int64_t head = 0; head < heads; ++head) {
-      uint16_t *low = x + (token * heads + head) * size, *high = low + half;
-#pragma omp simd
-      for (int64_t i = 0; i < half; ++i) {
-        const float a = wide(low[i]), b = wide(high[i]);
-        low[i] = narrow(rounded(a * wide(c[i])) - rounded(b * wide(s[i])));
-        high[i] = narrow(rounded(b * wide(c[half + i])) + rounded(a * wide(s[half + i])));
-      }
-    }
+#define RMS_NORM(name, Stored)                                                                                     \
+  extern "C" void rms_norm_##name(const Stored *x, const Stored *weight, Stored *out, int64_t rows, int64_t size,  \
+                                  float eps, int64_t threads) {                                                    \
+    rms_norm(x, weight, out, rows, size, eps, threads);                                                            \
   }
-}
+RMS_NORM(float32, float)
+RMS_NORM(bfloat16, uint16_t)
 
-extern "C" void rotate_float32(float *x, const float *cos, const float *sin, int64_t tokens, int64_t heads,
-                               int64_t size, int64_t turned, int64_t threads) {
-  rotate(x, cos, sin, tokens, heads, size, turned, threads);
-}
-
-extern "C" void rotate_float64(double *x, const double *cos, const double *sin, int64_t tokens, int64_t heads,
-                               int64_t size, int64_t turned, int64_t threads) {
-  rotate(x, cos, sin, tokens, heads, size, turned, threads);
-}
+#define ROTATE(name, Stored)                                                                                       \
+  extern "C" void rotate_##name(Stored *x, const Stored *cos, const Stored *sin, int64_t tokens, int64_t heads,    \
+                                int64_t size, int64_t turned, int64_t threads) {                                   \
+    rotate(x, cos, sin, tokens, heads, size, turned, threads);                                                     \
+  }
+ROTATE(float32, float)
+ROTATE(float64, double)
+ROTATE(bfloat16, uint16_t)
