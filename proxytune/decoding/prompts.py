@@ -98,9 +98,12 @@ def _llama2(form: Form, message: str, system: str | None) -> str:
 def context(
     spec: ModelSpec, tokenizer: Tokenizer, form: Form, prompt: Prompt, say: Say | None = None
 ) -> tuple[int, ...]:
-    """The ids that a role sees before the response. A chat template of the tokenizer brings its own special
-    tokens."""
-    text = text_for(spec.chat, form, prompt, tokenizer, say)
+    """The ids that a role sees before the response."""
+    return ids_of(spec, tokenizer, text_for(spec.chat, form, prompt, tokenizer, say))
+
+
+def ids_of(spec: ModelSpec, tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """The ids of the text of a context. A chat template of the tokenizer brings its own special tokens."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

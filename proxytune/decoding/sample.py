@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from proxytune.config import ModelSpec
-from proxytune.decoding.prompts import Form, context, text_for
+from proxytune.decoding.prompts import Form, ids_of, text_for
 from proxytune.decoding.templates import TemplateFault
 from proxytune.errors import UserError
 from proxytune.models import Tokenizer
@@ -19,7 +19,8 @@ def sample_context(
     """The text and the ids of the context that the model called `name` would see. UserError in one line if
     its chat template is absent or broken."""
     try:
-        return text_for(spec.chat, form, prompt, tokenizer), context(spec, tokenizer, form, prompt)
+        text = text_for(spec.chat, form, prompt, tokenizer)
+        return text, ids_of(spec, tokenizer, text)
     except TemplateFault as fault:
         raise UserError(
             f"the {name}: the chat template of '{spec.model}' fails on a sample prompt ({fault}): "
