@@ -206,11 +206,12 @@ class Models:
         there = {model.source for model in self._loaded.values()}
         for name, spec in specs.items():
             self._check_adapter(name)
-            if spec.model is not None:
-                remote = spec.trust_remote_code or self.trust_remote_code
-                need = check_checkpoint(spec, trust_remote_code=remote)
-                source = WeightSource.of(spec, self.trust_remote_code)
-                if need is not None and source not in there:
+            if spec.model is None:
+                continue
+            source = WeightSource.of(spec, self.trust_remote_code)
+            if source not in there:
+                need = check_checkpoint(spec, trust_remote_code=source.trust_remote_code)
+                if need is not None:
                     needs[name] = need
                 there.add(source)
         self._check_vocabularies(list(names))
