@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from proxytune import cpu_load
 from proxytune.checks.findings import Finding, MachineCheck
 from proxytune.engine.kernels import why_not
 from proxytune.errors import UserError
@@ -18,14 +17,9 @@ def check_machine() -> tuple[MachineCheck, list[Finding]]:
     cuda = torch.cuda.is_available()
     count = torch.cuda.device_count() if cuda else 0
     device = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "CPU"
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    threads, load = torch.get_num_threads(), os.getloadavg()[0]
-    if not cuda and threads > 1 and threads + load > 1.5 * cores:
-        notes.append(
-            f"{threads} threads on {cores} cores under a load of {load:.1f} wait for each other: --threads "
-            f"{max(1, min(threads, int(cores - load)))} may be faster"
-        )
+    threads, load = torch.get_num_threads(), cpu_load.read()
+    if not cuda and (advice := cpu_load.advice(threads, load)) is not None:
+        notes.append(advice)
     compiler = why_not()
     if compiler is not None and not cuda:
         notes.append(f"attention on the CPU goes through torch, which is slower: {compiler}")
@@ -36,9 +30,9 @@ def check_machine() -> tuple[MachineCheck, list[Finding]]:
         notes.append(f"code that a model wrote cannot be run: {error}")
     found = MachineCheck(
         device=device,
-        cores=cores,
+        cores=load.cores,
         threads=threads,
-        load=round(load, 2),
+        load=round(load.runnable, 2),
         compiler=compiler,
         sandbox=sandbox,
     )
