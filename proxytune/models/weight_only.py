@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from proxytune.engine.kernels import int4, int8
 
 Bits = Literal[4, 8]
+LAYERS: dict[Bits, type[int8.Int8Linear] | type[int4.Int4Linear]] = {8: int8.Int8Linear, 4: int4.Int4Linear}
 METHOD = "proxytune_weight_only"
 """Our name in transformers' registry of quantisation methods."""
 
@@ -43,9 +44,8 @@ def _replace(model: PreTrainedModel, bits: Bits) -> None:
         raise ValueError(
             f"{type(model).__name__} has no linear layers that `quantization: int{bits}` could quantise"
         )
-    kind = int8.Int8Linear if bits == 8 else int4.Int4Linear
     for name, module in found:
-        new = kind(module.in_features, module.out_features, bias=None, device="meta")
+        new = LAYERS[bits](module.in_features, module.out_features, bias=None, device="meta")
         # the loader casts what it reads to the dtype that it finds here, so small numbers must come later
         new.weight, new.bias = module.weight, module.bias
         model.set_submodule(name, new)
@@ -81,7 +81,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
         value = value[0] if isinstance(value, list) else value
         if not value.is_floating_point():
             raise ValueError(f"{full_layer_name} is {value.dtype} and cannot be quantised")
-        weight, scale = (int8 if self.bits == 8 else int4).quantize(value)
+        weight, scale = LAYERS[self.bits].quantize(value)
         return {full_layer_name: weight, f"{full_layer_name}_scale": scale}
 
 
@@ -95,7 +95,7 @@ class WeightOnlyQuantizer(HfQuantizer):  # type: ignore[misc]
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: object) -> bool:
         """Whether the weight of that name is to be quantised."""
         path, _dot, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(path), int8.Int8Linear | int4.Int4Linear)
+        return name == "weight" and isinstance(model.get_submodule(path), tuple(LAYERS.values()))
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: object) -> None:
         _replace(model, self.quantization_config.bits)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from proxytune.engine.kernels.stored import StoredLinear
+
 GROUP = 32
 """Weights that share a scale."""
 OUTPUTS = 16
@@ -55,28 +57,16 @@ def why_not() -> str | None:
     return None if near else "torch's 4-bit product is wrong on this processor: use `int8` or `4bit`"
 
 
-class Int4Linear(nn.Linear):
+class Int4Linear(StoredLinear):
     """A linear layer with packed 4-bit `weight` [N, K / 2] and `weight_scale` [K / 32, N, 2]. It multiplies
-    in bfloat16, whatever the dtype of what comes in.
+    in bfloat16, whatever the dtype of what comes in."""
 
-    It is an nn.Linear so that peft can put adapters on it."""
+    quantize = staticmethod(quantize)
 
-    def __init__(self, inputs: int, outputs: int, *, bias: Tensor | None, device: torch.device | str) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = inputs, outputs
+    @staticmethod
+    def empty(inputs: int, outputs: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         weight = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=device)
-        scale = torch.empty(inputs // GROUP, outputs, 2, dtype=torch.bfloat16, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-
-    @classmethod
-    def of(cls, layer: nn.Linear) -> Int4Linear:
-        """A linear layer quantised."""
-        bias = None if layer.bias is None else layer.bias.detach()
-        new = cls(layer.in_features, layer.out_features, bias=bias, device=layer.weight.device)
-        new.weight.data, new.weight_scale.data = quantize(layer.weight.detach())
-        return new
+        return weight, torch.empty(inputs // GROUP, outputs, 2, dtype=torch.bfloat16, device=device)
 
     def forward(self, input: Tensor) -> Tensor:
         """[.., K] -> [.., N] in the input's dtype."""

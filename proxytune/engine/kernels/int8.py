@@ -13,10 +13,11 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from proxytune.engine.kernels.paged_attention import KERNEL_DTYPES, runs_triton
+from proxytune.engine.kernels.stored import StoredLinear
 
 MOST_ROWS = 128
 """Up to this many rows weights are read as int8 by the kernel; more are multiplied with weights that were
@@ -50,28 +51,15 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(weight, wide[:, None], out=out)
 
 
-class Int8Linear(nn.Linear):
-    """A linear layer with int8 `weight` [N, K] and `weight_scale` [N].
+class Int8Linear(StoredLinear):
+    """A linear layer with int8 `weight` [N, K] and `weight_scale` [N]."""
 
-    It is an nn.Linear so that peft can put adapters on it; whoever looks for layers with float weights asks
-    `type(module) is nn.Linear`."""
+    quantize = staticmethod(quantize)
 
-    def __init__(self, inputs: int, outputs: int, *, bias: Tensor | None, device: torch.device | str) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = inputs, outputs
+    @staticmethod
+    def empty(inputs: int, outputs: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         weight = torch.empty(outputs, inputs, dtype=torch.int8, device=device)
-        scale = torch.empty(outputs, dtype=torch.float32, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-
-    @classmethod
-    def of(cls, layer: nn.Linear) -> Int8Linear:
-        """A linear layer quantised."""
-        bias = None if layer.bias is None else layer.bias.detach()
-        new = cls(layer.in_features, layer.out_features, bias=bias, device=layer.weight.device)
-        new.weight.data, new.weight_scale.data = quantize(layer.weight.detach())
-        return new
+        return weight, torch.empty(outputs, dtype=torch.float32, device=device)
 
     def forward(self, input: Tensor) -> Tensor:
         """[.., K] -> [.., N] in the input's dtype."""
