@@ -20,6 +20,7 @@ from proxytune.engine.sampling import RowPosition
 from proxytune.engine.speculative.drafter import LOOKUP, Speculation
 from tests.support.decoders import by_id, decoder, example, ragged, use_pages
 from tests.support.on_device import as_on_a_device
+from tests.support.tiers import slow
 
 LAYOUTS = ("slots", "slots by torch", "pages", "device")
 NAN, INF = float("nan"), float("inf")
@@ -73,7 +74,7 @@ HOW = [
 
 
 @pytest.mark.parametrize(("speculation", "sampler"), HOW, ids=["plain", "drafts", "drawn", "lookup"])
-@pytest.mark.parametrize("name", ["base", "expert", "antiexpert"])
+@pytest.mark.parametrize("name", [slow("base"), "expert", slow("antiexpert")])
 def test_the_rest_of_the_batch_is_unharmed(
     trio: System, anywhere: str, name: str, speculation: Speculation, sampler: dict[str, Any]
 ) -> None:
