@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 from rich.text import Text
 
+from proxytune.terminal import say, visible
 from proxytune.time_left import WorkSoFar
 
 LOG_SECONDS = 10.0
@@ -52,7 +52,7 @@ class Progress:
         if self.shown and console.is_terminal:
             name = TextColumn("{task.description}", markup=False)
             self._bar = Bar(name, BarColumn(bar_width=12), _LineColumn(self), console=console, transient=True)
-            self._bar.add_task(self.title, total=total, completed=self.done)
+            self._bar.add_task(visible(self.title), total=total, completed=self.done)
             self._bar.start()
         elif self.shown:
             self._log = threading.Thread(target=self._keep_log, daemon=True)
@@ -93,7 +93,7 @@ class Progress:
         return self._left
 
     def _line(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        say(text)
 
     def __enter__(self) -> Progress:
         return self
@@ -121,7 +121,7 @@ class _LineColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """The cell."""
-        return Text(self.progress.line())
+        return Text(visible(self.progress.line()))
 
 
 def clock(seconds: float) -> str:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
-from rich.text import Text
 
 from proxytune.config import ROLES
 from proxytune.records import JsonRow, Run
 from proxytune.report.tables import markdown
 from proxytune.results import read_rows
 from proxytune.tasks import get_task
+from proxytune.terminal import visible
 
 HIDDEN = "[hateful text, hidden: --show-hateful shows it]"
 LONGEST = 400
@@ -77,21 +77,19 @@ def _shown(place: int, members: Sequence[tuple[Run, list[JsonRow]]], show_hatefu
 
 
 def plain(text: str) -> str:
-    """A text in one line of readable length, without control characters."""
+    """A text in one line of readable length, with its control characters written out."""
     line = " / ".join(part.strip() for part in text.split("\n") if part.strip())
-    line = "".join(character if character.isprintable() else "\ufffd" for character in line)
+    line = visible(line)
     return line if len(line) <= LONGEST else line[:LONGEST] + " ..."
 
 
 def rich_example(shown: Shown) -> Table:
     """An example for the terminal."""
-    table = Table(
-        title=f"{shown.title}: {shown.asked}".replace("[", "\\["), title_justify="left", show_lines=True
-    )
+    table = Table(title=f"{shown.title}: {shown.asked}", title_justify="left", show_lines=True)
     for column in ("as", "scores", "response"):
         table.add_column(column, overflow="fold")
     for one in shown.responses:
-        table.add_row(Text(one.who), Text(one.scores), Text(one.text))
+        table.add_row(one.who, one.scores, one.text)
     return table
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from proxytune.report.sweeps import failure_tables, skip_figures, sweep_figures
 from proxytune.report.tables import RoleRow, by_task, role_rows
 from proxytune.report.token_view import SENSITIVE, TraceSet, plainness, trace_sets
 from proxytune.results import PREDICTIONS, find_runs
+from proxytune.terminal import say
 
 MIN_COUNTS = (100, 30, 10, 3)
 """How often a token must have been generated to be ranked: the paper's number, or the largest of these that
@@ -144,7 +144,7 @@ def attempt(make: Callable[..., Found], *folders: Path | None) -> Found | None:
     try:
         return make(*folders)
     except UserError as error:
-        print(f"note: left out of the page: {error}", file=sys.stderr)
+        say(f"note: left out of the page: {error}")
         return None
 
 

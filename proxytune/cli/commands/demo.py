@@ -70,13 +70,13 @@ def demo(
         console.print_json(_as_json(rows, {task: extras for task, (_, extras) in found.items()}))
         return
     for task, own in tables.by_task(rows).items():
-        console.console().print(_table(own, found[task][1]))
-    print("gap closed = (proxy - base) / (tuned - base). Scores in %, with 95% intervals.")
-    print(
+        console.show_table(_table(own, found[task][1]))
+    console.show("gap closed = (proxy - base) / (tuned - base). Scores in %, with 95% intervals.")
+    console.show(
         "Memory is weights and KV cache at its fullest; time is decoding time per token, all rows together."
     )
     if out is not None:
-        print(f"stored in {out}")
+        console.show(f"stored in {out}")
 
 
 def _open_sandbox() -> tuple[Sandbox | None, str]:
