@@ -153,7 +153,7 @@ def _agreement_cells(row: analysis_positions.AgreementRow) -> Sequence[str]:
 
 
 def failures(
-    first: Path, second: Path, metric: str | None, show: int, *, json_only: bool, csv_only: bool
+    first: Path, second: Path, metric: str | None, most: int, *, json_only: bool, csv_only: bool
 ) -> None:
     """`analyze failures`."""
     found = analysis_failures.failures(first, second, metric)
@@ -167,7 +167,7 @@ def failures(
     show("\n".join(names.values()))
     show(f"McNemar's exact test: p = {found.p:.3g}")
     for kind, count in (("first", found.only_first), ("second", found.only_second)):
-        items = [item for item in found.items if item.right == kind][:show]
+        items = [item for item in found.items if item.right == kind][:most]
         if not items:
             continue
         title = f"only the {kind} is right: {len(items)} of {count} items"

@@ -1,12 +1,13 @@
 """The `proxytune` program: its commands, and what becomes of errors.
 
-Commands import what they need when they run, so that `--help` is instant. A UserError, and a word that is no
-command or option, is one line on stderr and exit code 2, an interruption one line and 130; every other
-exception is a bug and keeps its traceback (exit code 1).
+Commands import what they need when they run, so that `--help` is instant. A UserError, a word that is no
+command or option, and a file that the system refuses are one line on stderr and exit code 2, an interruption
+one line and 130; every other exception is a bug and keeps its traceback (exit code 1).
 """
 
 from __future__ import annotations
 
+import errno
 from typing import Annotated, Any, cast
 
 import typer
@@ -29,10 +30,16 @@ from proxytune.cli.commands.tasks import tasks
 from proxytune.errors import UserError
 from proxytune.terminal import say, show
 
-
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 """Words that are no command or option. It has no public name: typer has a click of its own, or the installed
 one."""
+
+
+REFUSALS = frozenset(
+    {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
+    | {errno.EISDIR, errno.ELOOP}
+)
+"""What the system says to a file that the user can name otherwise, or make room for."""
 
 
 class Commands(TyperGroup):
@@ -53,6 +60,11 @@ class Commands(TyperGroup):
             raise _usage(error) from None
         except UserError as error:
             say(" ".join(f"error: {error}".split()))
+            raise typer.Exit(2) from None
+        except OSError as error:
+            if error.filename is None or error.errno not in REFUSALS:
+                raise
+            say(f"error: '{error.filename}': {error.strerror}")
             raise typer.Exit(2) from None
         except KeyboardInterrupt as error:
             say(str(error) or "interrupted")

@@ -43,15 +43,20 @@ def console() -> Console:
     return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
-def show_table(table: Table) -> None:
-    """A table on stdout, whatever its cells, its headings and its title hold."""
+def show_table(table: Table, screen: Console | None = None) -> None:
+    """Print a table, whatever its cells, its headings and its title hold."""
+    _write_out(table)
+    screen = screen or console()
+    with screen.capture() as drawn:
+        screen.print(table)
+    put(screen.file, drawn.get())
+
+
+def _write_out(table: Table) -> None:
+    """Write out what is suspect in a table."""
     for column in table.columns:
         column.header, column._cells = _plain(column.header), [_plain(cell) for cell in column._cells]
     table.title = None if table.title is None else _plain(table.title)
-    screen = console()
-    with screen.capture() as drawn:
-        screen.print(table)
-    put(sys.stdout, drawn.get())
 
 
 def _plain(cell: RenderableType) -> Text:
