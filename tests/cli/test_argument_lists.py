@@ -119,7 +119,9 @@ class Draw:
 
     def __init__(self, seed: int) -> None:
         self.draw = random.Random(seed)
-        self.words, self.command = self.draw.choice(sorted(COMMANDS.items(), key=lambda pair: pair[0]))
+        named = sorted(COMMANDS)
+        [self.words] = self.draw.choices(named, [4 + len(COMMANDS[words].params) for words in named])
+        self.command = COMMANDS[self.words]
         self.may_write = {"results"}
         self.rate, self.good = self.draw.choice((0.04, 0.15)), self.draw.choice((0.6, 0.9, 1.0))
         self.given = list(self.words)
