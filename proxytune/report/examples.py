@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from proxytune.config import ROLES
 from proxytune.records import JsonRow, Run
@@ -85,11 +86,11 @@ def plain(text: str) -> str:
 
 def rich_example(shown: Shown) -> Table:
     """An example for the terminal."""
-    table = Table(title=f"{shown.title}: {shown.asked}", title_justify="left", show_lines=True)
+    table = Table(title=Text(f"{shown.title}: {shown.asked}"), title_justify="left", show_lines=True)
     for column in ("as", "scores", "response"):
         table.add_column(column, overflow="fold")
     for one in shown.responses:
-        table.add_row(one.who, one.scores, one.text)
+        table.add_row(Text(one.who), Text(one.scores), Text(one.text))
     return table
 
 
