@@ -180,7 +180,10 @@ def test_two_adapters_on_one_antiexpert(
         "proxytune.models.roles.load_module",
         lambda spec, **more: read.append(spec.model) or load_module(spec, **more),
     )
-    d = Decoder(Models(system(folders, experts=shared)), "proxy")
+    heard: list[str] = []
+    both = Models(system(folders, experts=shared), on_load=lambda name, _: heard.append(name))
+    d = Decoder(both, "proxy")
+    assert sorted(heard) == ["antiexpert", "base", "expert", "expert2"]
     assert read == [str(folders["base"]), str(folders["anti"])], "the host of both is read once"
     monkeypatch.undo()
     assert set(d.loaded) == {"base", "expert", "expert2", "antiexpert"}
