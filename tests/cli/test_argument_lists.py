@@ -94,6 +94,8 @@ GOOD: dict[str, list[str]] = {
 """Option -> values that it takes, where no word above is one."""
 WRITTEN = {"out", "html", "figures"}
 """Options that name what is written."""
+LONG = {("demo",)}
+"""Commands that take a second however they are called."""
 BESIDE = {"report": {"results"}, "judge": {"run"}, "export": {"run"}}
 """Command -> its arguments that name a folder to which it adds."""
 
@@ -120,7 +122,8 @@ class Draw:
     def __init__(self, seed: int) -> None:
         self.draw = random.Random(seed)
         named = sorted(COMMANDS)
-        [self.words] = self.draw.choices(named, [4 + len(COMMANDS[words].params) for words in named])
+        often = [2 if words in LONG else 4 + len(COMMANDS[words].params) for words in named]
+        [self.words] = self.draw.choices(named, often)
         self.command = COMMANDS[self.words]
         self.may_write = {"results"}
         self.rate, self.good = self.draw.choice((0.04, 0.15)), self.draw.choice((0.6, 0.9, 1.0))
