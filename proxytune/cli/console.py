@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -34,7 +34,8 @@ NOT_ALLOWED = (
 
 def print_json(content: object) -> None:
     """The one JSON object of --json."""
-    write_data(f"{json_text(content)}\n")
+    whole = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    put(sys.stdout, json_text(content, ascii_only=not whole) + "\n")
 
 
 def console() -> Console:
@@ -49,7 +50,7 @@ def show_table(table: Table, screen: Console | None = None) -> None:
     screen = screen or console()
     with screen.capture() as drawn:
         screen.print(table)
-    put(screen.file, drawn.get())
+    put(cast(TextIO, screen.file), drawn.get())
 
 
 def _write_out(table: Table) -> None:
