@@ -73,10 +73,10 @@ def gap(base: Run, steered: Run, tuned: Run, metric: str) -> float | None:
 
 
 def unlike(one: Run, other: Run) -> str:
-    """The conditions and the models in which two runs differ, for a message: `temperature 0.0 and 0.7`."""
+    """The conditions and the models in which two runs differ, for a message: `temperature: 0.0 and 0.7`."""
     a, b = _conditions(one) | _models(one), _conditions(other) | _models(other)
-    names = [name for name in (a | b) if a.get(name) != b.get(name)]
-    return "; ".join(f"{_text(name, a.get(name))} and {_value(b.get(name))}" for name in names)
+    names = [name for name in a | b if a.get(name) != b.get(name)]
+    return "; ".join(f"{_short(n)}: {_value(a.get(n))} and {_value(b.get(n))}" for n in names)
 
 
 def apart(runs: Sequence[Run]) -> list[str]:
@@ -134,9 +134,12 @@ def _texts(told: Sequence[Mapping[str, Value]], names: Sequence[str]) -> list[st
 
 def _text(name: str, value: Value) -> str:
     """A setting as a reader is told it."""
-    if name == "examples":
-        return f"{value} examples"
-    return f"{name.removeprefix('sampling.').removeprefix('system.')} {_value(value)}"
+    return f"{value} examples" if name == "examples" else f"{_short(name)} {_value(value)}"
+
+
+def _short(name: str) -> str:
+    """A dotted name without what it is of."""
+    return name.removeprefix("sampling.").removeprefix("system.")
 
 
 def _value(value: Value) -> str:

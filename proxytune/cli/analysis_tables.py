@@ -167,8 +167,8 @@ def failures(
     if _printed(found, json_only, csv_only):
         return
     names = {"first": f"first: {found.first.title}", "second": f"second: {found.second.title}"}
-    items = f"{found.n} items" if found.n == found.of else f"{found.n} of {found.of} items (with a score)"
-    table = _table(f"{found.metric} on {items}", "", "second right", "second wrong")
+    over = f"{found.n}" if found.n == found.of else f"{found.n} of {found.of}"
+    table = _table(f"{found.metric} on {over} items", "", "second right", "second wrong")
     table.add_row("first right", str(found.both_right), str(found.only_first))
     table.add_row("first wrong", str(found.only_second), str(found.both_wrong))
     console().print(table)

@@ -164,6 +164,7 @@ def our_gap_closed(
         found = [run for run in cells if run is not None and run.spec.remark is None]
         names = {shown_metric(column, run) for run in found}
         if len(found) == 3 and len(names) == 1 and (name := names.pop()) is not None:
-            share = gap(*found, name)
+            base, proxy, tuned = found
+            share = gap(base, proxy, tuned, name)
             shares += [] if share is None else [share]
     return (sum(shares) / len(shares), len(shares)) if shares else None

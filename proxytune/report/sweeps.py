@@ -206,8 +206,8 @@ def skip_figures(found: sweeps.Skip) -> list[Figure]:
 def failure_tables(found: failures.Failures) -> list[ReportTable]:
     """Who has what right with McNemar's test, and the items on which the two differ."""
     first, second = found.first.role, found.second.role
-    items = "" if found.n == found.of else f", over {found.n} of {found.of}"
-    title = f"{found.first.system}: {found.first.task}, {first} against {second} ({found.metric}{items})"
+    some = "" if found.n == found.of else f", over {found.n} of {found.of}"
+    title = f"{found.first.system}: {found.first.task}, {first} against {second} ({found.metric}{some})"
     counts = ReportTable(
         title,
         ("both right", f"only {first}", f"only {second}", "both wrong", "McNemar's exact p"),
