@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from proxytune import comparison
 from proxytune.config import ModelSpec, Sampling, System, parse_alpha
@@ -116,6 +117,8 @@ def test_what_was_not_judged_shows_no_score() -> None:
     assert (row.score, row.cells[2], row.examples) == (None, "no score", "0 of 100")
     assert failed.model_dump(mode="json")["metrics"]["exact_match"]["value"] is None
     assert Run.model_validate_json(failed.model_dump_json()) == failed
+    with pytest.raises(ValidationError):
+        Metric.model_validate({"value": None, "n": 1})
 
 
 @pytest.fixture
