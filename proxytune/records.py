@@ -6,6 +6,7 @@ report"""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field, model_validator
@@ -21,6 +22,8 @@ FAULT = "fault"
 """The column of a stored row that has the reason, where its example ended in one."""
 UNSCORED = frozenset({"unjudged", "not_run", "faulty"})
 """Metrics that give the share of examples without a score: not judged, not executed, ended in a fault."""
+SHOWN = 60
+"""Characters of a response in its repr."""
 JsonRow = dict[str, Any]
 """An object of a JSON-lines file: an item of public data, a stored prediction."""
 SCHEMA = 1
@@ -72,7 +75,7 @@ class TracedToken:
         return {**named, "alpha": self.alpha, **({"divergence": self.divergence} if self.divergence else {})}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Completion:
     """One response to one example."""
 
@@ -89,6 +92,12 @@ class Completion:
     trace: tuple[TracedToken, ...] = ()
     remark: str | None = None
     """Why it is not what was asked for: a window that was full first, or what failed."""
+
+    def __repr__(self) -> str:
+        """In one line, whatever it holds."""
+        traced = ", traced" if self.trace else ""
+        shown = shorten(repr(self.text), SHOWN, placeholder="…'")
+        return f"Completion({shown}, {len(self.token_ids)} tokens, {self.finish_reason}{traced})"
 
     @property
     def fault(self) -> str | None:
@@ -231,3 +240,11 @@ class Run(BaseModel):
     started: str
     finished: str | None = None
     made: Provenance
+
+    def __repr__(self) -> str:
+        """In one line: the spec alone would fill a screen."""
+        spec, score = self.spec, self.metrics.get(self.headline)
+        shown = f"{self.headline} {score.value:.4g} over " if score is not None else ""
+        return (
+            f"Run({spec.task} as {spec.role} on {spec.system.name}: {shown}{self.n} examples, {self.status})"
+        )
