@@ -14,7 +14,7 @@ from proxytune.analysis import failures as analysis_failures
 from proxytune.analysis import positions as analysis_positions
 from proxytune.analysis import sweeps as analysis_sweep
 from proxytune.analysis import tokens as analysis_tokens
-from proxytune.cli.console import console, print_json
+from proxytune.cli.console import print_json, show_table
 from proxytune.errors import UserError
 from proxytune.records import Metric
 from proxytune.report import tables
@@ -36,7 +36,7 @@ def positions(run: Path, *, json_only: bool, csv_only: bool) -> None:
     )
     for row in found.bands:
         table.add_row(_range(row.first, row.last), str(row.n), tables.percent(row.changed), number(row.shift))
-    console().print(table)
+    show_table(table)
     print(f"changed over all {found.tokens} tokens, %: {tables.percent(found.changed)}{paper}")
     print(f"mean shift over all tokens: {number(found.shift)}")
     print("changed: the proxy's first choice is not the base's. shift: p_proxy - p_base of the chosen token.")
@@ -63,7 +63,7 @@ def ngrams(
         shift = "" if row.shift is None else number(row.shift)
         cells: list[Text | str] = [_text(row.token), str(row.n or ""), shift, _text(row.phrase)]
         table.add_row(*cells, *([_text(row.paper or "")] if given else []))
-    console().print(table)
+    show_table(table)
     compared = [row for row in found.rows if given and row.paper is not None]
     if compared:
         equal = sum(row.phrase == row.paper for row in compared)
@@ -81,7 +81,7 @@ def equations(run: Path, *, json_only: bool, csv_only: bool) -> None:
         sides = [cell for side in (row.left, row.right) for cell in (str(side.tokens), f"{side.mean:.3f}")]
         tested = (row.t, row.df, row.p)
         table.add_row(row.rule, *sides, *("n/a" if value is None else f"{value:.4g}" for value in tested))
-    console().print(table)
+    show_table(table)
     print(f"{found.responses_with} of {found.source.n} responses hold an equation (corrected rule)")
 
 
@@ -97,7 +97,7 @@ def skip(sweep: Path, control: Path | None, *, json_only: bool, csv_only: bool) 
         table.add_row(named, *_curve_cells(point))
     if found.control is not None:
         table.add_row(_text(f"none, opener {found.forced!r} forced"), *_curve_cells(found.control))
-    console().print(table)
+    show_table(table)
     print(f"loops: {LOOPS}")
 
 
@@ -110,7 +110,7 @@ def sweep_table(found: analysis_sweep.Sweep) -> None:
     for point in found.points:
         pair = [("" if m is None else tables.percent(m)) for m in (point.truth, point.info)] if judged else []
         table.add_row(point.alpha, *_curve_cells(point), *pair)
-    console().print(table)
+    show_table(table)
     print(f"loops: {LOOPS}")
     if judged and found.paper:
         printed = (f"{p.alpha:g}: {100 * p.truth:.1f} / {100 * p.info:.1f}" for p in found.paper)
@@ -135,7 +135,7 @@ def agreement(run: Path, *, json_only: bool, csv_only: bool) -> None:
     )
     for row in found.bands:
         table.add_row(*_agreement_cells(row))
-    console().print(table)
+    show_table(table)
     print(
         f"over all {found.tokens} tokens: KL(tuned || proxy) {number(found.kl_proxy)}, KL(tuned || base) "
         f"{number(found.kl_base)} nats; same first choice: proxy {tables.percent(found.same_proxy)}%, base "
@@ -165,7 +165,7 @@ def failures(
     table = _table(f"{found.metric} on {found.n} items", "", "second right", "second wrong")
     table.add_row("first right", str(found.both_right), str(found.only_first))
     table.add_row("first wrong", str(found.only_second), str(found.both_wrong))
-    console().print(table)
+    show_table(table)
     print(*names.values(), sep="\n")
     print(f"McNemar's exact test: p = {found.p:.3g}")
     for kind, count in (("first", found.only_first), ("second", found.only_second)):
@@ -176,7 +176,7 @@ def failures(
         listed = _table(title, "id", "question", "first", "second", "answer", lines=True)
         for item in items:
             listed.add_row(*map(_text, (item.id, item.question, item.first, item.second, item.answer)))
-        console().print(listed)
+        show_table(listed)
 
 
 # Cells

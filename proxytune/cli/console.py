@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -51,7 +52,45 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    console().print(table)
+    show_table(table)
+
+
+def show_table(table: Table, screen: Console | None = None) -> None:
+    """Print a table; as records where the terminal is too narrow for the words in its columns."""
+    screen = screen or console()
+    if _needed(table, screen) <= screen.width:
+        screen.print(table)
+        return
+    if table.title:
+        screen.print(table.title, style="italic")
+    columns = [list(column.cells) for column in table.columns]
+    for row, (name, *cells) in zip(table.rows, zip(*columns, strict=True), strict=True):
+        record = Table.grid(padding=(0, 2))
+        record.add_column(style="dim", overflow="fold")
+        record.add_column(overflow="fold")
+        for column, cell in zip(table.columns[1:], cells, strict=True):
+            if _text(screen, cell).plain:
+                record.add_row(column.header, cell)
+        screen.print(name, style=row.style or "bold")
+        screen.print(Padding(record, (0, 0, 1, 2)))
+
+
+def _needed(table: Table, screen: Console) -> int:
+    """The columns of a terminal in which no word of a table has to be broken."""
+    edges = 3 * len(table.columns) + 1 if table.box is not None else 2 * len(table.columns)
+    widths = []
+    for column in table.columns:
+        sizes = [
+            _text(screen, cell).__rich_measure__(screen, screen.options)
+            for cell in (column.header, *column.cells)
+        ]
+        widths.append(max(size.maximum if column.no_wrap else size.minimum for size in sizes))
+    return sum(widths) + edges
+
+
+def _text(screen: Console, cell: RenderableType) -> Text:
+    """The words of a cell."""
+    return cell if isinstance(cell, Text) else screen.render_str(str(cell))
 
 
 def print_run(run: Run, folder: Path, *, json_only: bool) -> None:

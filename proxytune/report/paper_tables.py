@@ -10,6 +10,7 @@ from rich.table import Table
 from proxytune.config import ROLES
 from proxytune.paper import published, recipes
 from proxytune.records import Run
+from proxytune.report.escape import in_markdown
 from proxytune.report.tables import by_task, markdown, markdown_table, percent, role_rows
 
 ROUNDING = 0.0501
@@ -118,7 +119,8 @@ def markdown_side_by_side(
 ) -> str:
     """The table as Markdown."""
     columns, rows = side_by_side(recipe, paper, runs)
-    return markdown(columns, [[cell.replace("\n", "<br>") for cell in row] for row in rows])
+    lines = [["<br>".join(map(in_markdown, cell.split("\n"))) for cell in row] for row in rows]
+    return markdown(columns, lines)
 
 
 INTRODUCTION = """# Results
@@ -144,7 +146,7 @@ def results_readme(paper: Mapping[str, Any], runs: Sequence[Run]) -> str:
     demo = [run for run in runs if (run.spec.system.base.model or "").startswith("demo://")]
     parts = [INTRODUCTION]
     for task, rows in by_task(role_rows(demo)).items():
-        parts += [f"### {task}: {rows[0].metric}\n", markdown_table(rows)]
+        parts += [f"### {in_markdown(task)}: {in_markdown(rows[0].metric)}\n", markdown_table(rows)]
     if not demo:
         parts.append("No runs yet.\n")
     parts.append(PUBLISHED)

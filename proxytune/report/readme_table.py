@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from proxytune.config import Role
 from proxytune.records import Run
+from proxytune.report.escape import in_markdown
 from proxytune.report.tables import by_task, markdown, percent, role_rows
 
 TASKS = ("gsm", "truthfulqa", "humaneval")
@@ -26,7 +27,7 @@ def readme_table(runs: Sequence[Run]) -> str:
         if task in TASKS and same and all(role in scores for role in SHOWN):
             first = scores["proxy"]
             cells = (percent(scores[role].score) for role in SHOWN)
-            lines.append((f"{task} ({first.metric}, %)", *cells, str(first.n)))
+            lines.append((f"{task} ({in_markdown(first.metric)}, %)", *cells, str(first.n)))
     order = {task: place for place, task in enumerate(TASKS)}
     lines.sort(key=lambda line: order[line[0].partition(" ")[0]])
     return markdown(("task", *SHOWN, "n"), lines)

@@ -119,7 +119,7 @@ def test_the_page_has_only_our_elements(elements: Elements) -> None:
         "html", "head", "meta", "title", "link", "style", "script", "body", "a", "div", "nav", "button",
         "main", "header", "h1", "h2", "h3", "p", "span", "i", "section", "figure", "figcaption", "details",
         "summary", "table", "caption", "thead", "tbody", "tr", "th", "td", "code", "noscript", "footer",
-        "svg", "g", "path", "line", "text", "rect",
+        "svg", "g", "path", "line", "text", "tspan", "rect",
     }  # fmt: skip
     names = {name for _, attributes in elements.found for name in attributes}
     assert not [name for name in names if name.startswith("on")]
@@ -240,7 +240,7 @@ def test_figures_have_axes_with_units_intervals_and_tooltips(made: Report) -> No
     better = {f.name: f.caption.split()[0] for f in made.figures if f.name.startswith("price-time")}
     assert better == {"price-time-gsm": "up", "price-time-toxigen": "down"}
     assert "position in the response, tokens" in drawn["positions-changed-gsm"]
-    assert "paper, 13B: 13.5%" in drawn["positions-changed-gsm"]
+    assert ">paper 13.5%<" in drawn["positions-changed-gsm"]
     assert ">alpha<" in drawn["alpha-gsm"] and "alpha 0.5; exact_match" in drawn["alpha-gsm"]
     assert "tokens that are corrected" in drawn["skip-score-gsm"]
     assert "published, 13B" in drawn["equations-gsm"]

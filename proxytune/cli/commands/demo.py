@@ -70,7 +70,7 @@ def demo(
         console.print_json(_as_json(rows, {task: extras for task, (_, extras) in found.items()}))
         return
     for task, own in tables.by_task(rows).items():
-        console.console().print(_table(own, found[task][1]))
+        console.show_table(_table(own, found[task][1]))
     print("gap closed = (proxy - base) / (tuned - base). Scores in %, with 95% intervals.")
     print(
         "Memory is weights and KV cache at its fullest; time is decoding time per token, all rows together."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxytune.cli.console import console
+from proxytune.cli.console import show_table
 from proxytune.errors import UserError
 from proxytune.records import Run
 from proxytune.results import write_atomically
@@ -80,6 +80,7 @@ def print_page(root: Path, asked: TableOptions, *, html: Path | None, figures: P
         )
 
     from proxytune.report import page
+    from proxytune.report.escape import in_markdown
 
     made = page.Report.read(root)
     if html is not None:
@@ -88,7 +89,7 @@ def print_page(root: Path, asked: TableOptions, *, html: Path | None, figures: P
     if asked.markdown:
         print_tables(root, asked)
         for path, figure in zip(paths, made.figures if paths else [], strict=True):
-            print(f"![{figure.title}]({path.as_posix()})\n")
+            print(f"![{in_markdown(figure.title)}]({path.as_posix()})\n")
         return
     if html is not None:
         print(f"wrote {html} ({html.stat().st_size / 1e6:.1f} MB)")
@@ -100,6 +101,7 @@ def print_tables(root: Path, asked: TableOptions) -> None:
     """The finished runs under `root`: tables on stdout, or README.md files."""
     from proxytune.paper import published
     from proxytune.report import paper_tables, tables
+    from proxytune.report.escape import in_markdown
 
     if not root.is_dir():
         raise UserError(f"no folder '{root}': `proxytune eval` makes it, or name another")
@@ -116,9 +118,10 @@ def print_tables(root: Path, asked: TableOptions) -> None:
         raise UserError(f"no finished run in '{root}': `proxytune eval` makes one")
     for task, own in tables.by_task(tables.role_rows([run for _, run in found])).items():
         if asked.markdown:
-            print(f"### {task}: {own[0].metric}\n\n{tables.markdown_table(own)}")
+            heading = f"### {in_markdown(task)}: {in_markdown(own[0].metric)}"
+            print(f"{heading}\n\n{tables.markdown_table(own)}")
         else:
-            console().print(tables.rich_table(own))
+            show_table(tables.rich_table(own))
     print_beside_paper([run for _, run in found], as_markdown=asked.markdown)
     _print_examples(found, asked)
     if others:
@@ -135,7 +138,7 @@ def print_beside_paper(runs: Sequence[Run], *, as_markdown: bool, only: recipes.
         if as_markdown:
             print(f"### {beside.title(recipe)}\n\n{beside.markdown_side_by_side(recipe, paper, by_key)}")
         else:
-            console().print(beside.rich_side_by_side(recipe, paper, by_key))
+            show_table(beside.rich_side_by_side(recipe, paper, by_key))
         if line := beside.gaps(recipe, paper, by_key):
             print(f"{line}\n")
 
@@ -150,7 +153,7 @@ def _print_examples(found: Sequence[tuple[Path, Run]], asked: TableOptions) -> N
         if asked.markdown:
             print(examples.markdown_example(shown))
         else:
-            console().print(examples.rich_example(shown))
+            show_table(examples.rich_example(shown))
 
 
 def _published(root: Path) -> Path:

@@ -1,0 +1,200 @@
+"""The sentence at the head of a section: what its figures say, made of the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from proxytune.analysis import failures, positions, sweeps, tokens
+from proxytune.records import Run
+from proxytune.report.figures import in_percent
+from proxytune.report.tables import RoleRow, by_task
+from proxytune.report.token_view import LOWER_IS_BETTER
+
+MOST = 4
+"""Tasks of which a sentence speaks; the others are counted."""
+LATER = 8
+"""The position from which a response has begun."""
+FIRM = 0.05
+
+
+def chance(p: float) -> str:
+    """A p-value in words."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def sentence(parts: Iterable[str]) -> str:
+    """The parts as one sentence, "" for none."""
+    found = [part for part in parts if part]
+    if len(found) > MOST:
+        found = [*found[:MOST], f"{len(found) - MOST} more below"]
+    text = "; ".join(found)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(part for part in (", ".join(words[:-1]), *words[-1:]) if part)
+
+
+def on_results(rows: Sequence[RoleRow]) -> str:
+    """How much of the gap each proxy closes; the scores where there is no proxy."""
+    parts = []
+    for system in dict.fromkeys(row.system for row in rows):
+        own = [row for row in rows if row.system == system and row.role == "proxy"]
+        firm = [f"{100 * row.gap_closed:.1f}% on {row.task}" for row in own if row.gap_closed is not None]
+        loose = [row.task for row in own if row.gap_closed is None]
+        if firm:
+            parts.append(f"with {system}, the proxy closes {listed(firm)} of the gap between base and tuned")
+        if loose:
+            parts.append(f"no firm gap to close on {listed(loose)}" + ("" if firm else f" with {system}"))
+    return sentence(parts)
+
+
+def on_tokens(found: Sequence[positions.Positions]) -> str:
+    """At how many tokens the proxy decides."""
+    return sentence(
+        f"on {one.source.task} the proxy's first choice is not the base's at {100 * one.changed.value:.1f}% of "
+        f"{one.tokens:,} tokens in {one.source.n:,} responses"
+        for one in found
+    )
+
+
+def on_price(rows: Sequence[RoleRow]) -> str:
+    """What the proxy needs beside the tuned model, or beside the base where none was tuned."""
+    parts = []
+    for system in dict.fromkeys(row.system for row in rows):
+        tasks = by_task([row for row in rows if row.system == system and not row.forced])
+        roles = [{row.role: row for row in own} for own in tasks.values()]
+        for beside in ("tuned", "base"):
+            pairs = [(own["proxy"], own[beside]) for own in roles if {"proxy", beside} <= own.keys()]
+            memory = [one.memory / other.memory for one, other in pairs if one.memory and other.memory]
+            time = [
+                one.ms_per_token / other.ms_per_token
+                for one, other in pairs
+                if one.ms_per_token and other.ms_per_token
+            ]
+            needs = [
+                f"{_between(times)} times the {what}"
+                for times, what in ((memory, "memory"), (time, "time per token"))
+                if times
+            ]
+            if needs:
+                parts.append(f"with {system}, the proxy takes {listed(needs)} of the {beside} model")
+                break
+    return sentence(parts)
+
+
+def _between(values: Sequence[float]) -> str:
+    """One number, or from the lowest to the highest."""
+    ends = list(dict.fromkeys((f"{min(values):.1f}", f"{max(values):.1f}")))
+    return " to ".join(ends)
+
+
+def on_positions(found: Sequence[positions.Positions]) -> str:
+    """How often the base is overruled at the first token, and later."""
+    parts = []
+    for one in found:
+        later = [row for row in one.rows if row.first >= LATER]
+        n = sum(row.n for row in later)
+        share = sum(row.n * row.changed.value for row in later) / n if n else 0.0
+        parts.append(
+            f"on {one.source.task} the first token is another than the base's in "
+            f"{100 * one.rows[0].changed.value:.0f}% of responses"
+            + (f", tokens from position {LATER} on in {100 * share:.0f}%" if n else "")
+        )
+    return sentence(parts)
+
+
+def on_ngrams(found: Sequence[tuple[str, tokens.Ngrams]]) -> str:
+    """The most promoted tokens per task."""
+    parts = []
+    for task, one in found:
+        rows = [row for row in one.rows if row.shift is not None][:3]
+        named = [f"“{row.token}” ({100 * row.shift.value:+.0f} points)" for row in rows if row.shift]
+        if named:
+            parts.append(f"on {task} most promoted are {listed(named)}")
+    return sentence(parts)
+
+
+def on_equations(found: Sequence[tokens.Equations]) -> str:
+    """Whether the reasoning or the arithmetic is moved, by the corrected rule."""
+    parts = []
+    for one in found:
+        row = next((row for row in one.rows if row.rule == "corrected"), None)
+        if row is None or not row.left.tokens or not row.right.tokens:
+            continue
+        left, right = 100 * row.left.mean, 100 * row.right.mean
+        firm = row.p is not None and row.p < FIRM
+        more = "reasoning" if abs(left) > abs(right) else "arithmetic"
+        verdict = f"the {more} is moved more" if firm else "no firm difference"
+        p = "" if row.p is None else f" ({chance(row.p)})"
+        parts.append(
+            f"tokens left of the equals sign move by {left:+.1f} points, right of it by {right:+.1f}: "
+            f"{verdict}{p}"
+        )
+    return sentence(parts)
+
+
+def on_alpha(found: Sequence[sweeps.Sweep]) -> str:
+    """The best alpha of every sweep, beside 1 and 0."""
+    parts = []
+    for one in found:
+        points = [p for p in one.points if p.value is not None]
+        sign = -1 if one.source.task in LOWER_IS_BETTER else 1
+        best = max(points, key=lambda p: sign * p.score.value)
+        usual = next((p for p in points if p.value == 1), best)
+        if usual.score.value == best.score.value:
+            best = usual
+        known = {p.value: f"{in_percent(p.score.value, p.score) or 0.0:.1f}" for p in points}
+        others = [f"{known[at]} at {at}" for at in (1, 0) if at in known and at != best.value]
+        beside = f", {listed(others)}" if others else ""
+        parts.append(f"on {one.source.task} alpha {best.alpha} is best ({known[best.value]}{beside})")
+    return sentence(parts)
+
+
+def on_skip(found: Sequence[sweeps.Skip]) -> str:
+    """The fewest corrected tokens that do as well as all of them."""
+    parts = []
+    for one in found:
+        whole = next((p for p in one.points if p.until is None), None)
+        if whole is None or whole.score.low is None or whole.score.high is None:
+            continue
+        low, high = whole.score.low, whole.score.high
+        near = next((p for p in one.points if p.until is not None and low <= p.score.value <= high), None)
+        all_of_it = f"{in_percent(whole.score.value, whole.score) or 0.0:.1f}"
+        if near is None:
+            parts.append(f"on {one.source.task} no schedule comes into the interval of all ({all_of_it})")
+        else:
+            score = in_percent(near.score.value, near.score) or 0.0
+            parts.append(
+                f"on {one.source.task} {near.until} corrected tokens score {score:.1f}, within the interval of "
+                f"all ({all_of_it})"
+            )
+    return sentence(parts)
+
+
+def on_agreement(found: Sequence[positions.Agreement]) -> str:
+    """How often base and proxy choose as tuned does, on the proxy's outputs where there are some."""
+    own = [one for one in found if one.source.role == "proxy"] or list(found)
+    return sentence(
+        f"on {one.source.task} the tuned model's first choice is the proxy's at "
+        f"{100 * one.same_proxy.value:.1f}% of tokens, the base's at {100 * one.same_base.value:.1f}%"
+        for one in own
+    )
+
+
+def on_failures(found: Sequence[failures.Failures]) -> str:
+    """What the proxy breaks, and what it mends."""
+    return sentence(
+        f"on {one.first.task} the proxy breaks {one.only_first} and mends {one.only_second} of {one.n} items "
+        f"({chance(one.p)})"
+        for one in found
+    )
+
+
+def on_runs(runs: Sequence[Run]) -> str:
+    """What all of it took."""
+    seconds, made = sum(run.cost.seconds for run in runs), sum(run.cost.generated_tokens for run in runs)
+    took = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+    took = took if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+    return sentence([f"{len(runs)} runs took {took} and generated {made:,} tokens"])
