@@ -15,7 +15,7 @@ MANY = 80
 """Positions above which a curve shows groups of them, on a logarithmic axis."""
 SINGLE = 32
 """The first positions, which are shown one by one even then."""
-TOKENS_DRAWN, TOKENS_LISTED = 15, 60
+TOKENS_DRAWN, TOKENS_LISTED = 10, 60
 AtPositions = TypeVar("AtPositions", positions.PositionRow, positions.AgreementRow)
 
 
@@ -188,7 +188,7 @@ def positions_table(found: Sequence[positions.Positions]) -> ReportTable:
         "the paper's (13B), %",
         "mean shift, points",
     )
-    return ReportTable("Over all tokens", columns, rows_of(cells))
+    return ReportTable("Over all tokens", columns, rows_of(cells), folded=True)
 
 
 # Tokens and equations
@@ -316,7 +316,7 @@ def agreement_figures(found: positions.Agreement) -> list[Figure]:
     task = found.source.task
     on = "on the proxy's outputs" if found.source.role == "proxy" else "on the tuned model's outputs"
     shown, x = curve(found.rows, found.bands)
-    y = charts.axis("value", "KL divergence from tuned, nats (median)", type="symlog", constant=0.01)
+    y = charts.axis("value", "KL from tuned, nats (median)", type="symlog", constant=0.01)
     y["axis"] = {"values": [0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30], "format": "~r"}
     layers: list[charts.Layer] = []
     for role in ("base", "proxy"):

@@ -159,7 +159,7 @@ def score_figure(rows: Sequence[RoleRow]) -> Figure:
         caption=f"{rows[0].n} examples; lines are 95% intervals",
         table=score_table(rows),
         layers=tuple(layers),
-        height=29 * len(rows),
+        height=27 * len(rows),
     )
 
 
@@ -192,12 +192,16 @@ def gap_figure(rows: Sequence[RoleRow], paper: Mapping[str, Sequence[Published]]
     low, high = min(0, math.floor(min(values) / 20) * 20), max(100, math.ceil(max(values) / 20) * 20)
     x = charts.axis("gap", "gap closed, %", domain=[low, high])
     y = {**charts.axis("row", "", "nominal"), "sort": rows_shown, "title": None}
-    y["axis"] = {"labelExpr": "split(datum.label, ': ')", "labelLineHeight": 13, "labelOffset": -6}
+    theirs = "test(/: paper, table [0-9]+$/, datum.label)"
+    y["axis"] = {
+        "labelExpr": f"{theirs} ? replace(datum.label, /^.*: /, '') : replace(datum.label, ': ', ', ')",
+        "labelFontWeight": {"condition": {"test": theirs, "value": "normal"}, "value": "bold"},
+    }
     cells = [(d["row"], "" if d in data else d["text"], f"{d['gap']:.1f}") for d in both]
     return Figure(
         name="gap",
-        title="How much of the gap between base and tuned the proxy closes",
-        caption="(proxy - base) / (tuned - base). Hollow: published, of 13B and 70B models",
+        title="Gap closed, beside the paper's",
+        caption="(proxy - base) / (tuned - base). Hollow: published, 13B and 70B",
         table=ReportTable(
             "Gap closed", ("task and source", "model", "gap closed, %"), charts.rows_of(cells), words=2
         ),
@@ -208,7 +212,7 @@ def gap_figure(rows: Sequence[RoleRow], paper: Mapping[str, Sequence[Published]]
             charts.points(data, x, y, "proxy", size=95),
             charts.words(data, x, y, "proxy", "left", fontWeight="bold"),
         ),
-        height=31 * len(rows_shown),
+        height=21 * len(rows_shown),
     )
 
 

@@ -15,6 +15,8 @@ MOST = 4
 LATER = 8
 """The position from which a response has begun."""
 FIRM = 0.05
+NOTABLE = 0.01
+"""The mean shift from which a token is named."""
 
 
 def chance(p: float) -> str:
@@ -53,8 +55,8 @@ def on_results(rows: Sequence[RoleRow]) -> str:
 def on_tokens(found: Sequence[positions.Positions]) -> str:
     """At how many tokens the proxy decides."""
     return sentence(
-        f"on {one.source.task} the proxy's first choice is not the base's at {100 * one.changed.value:.1f}% of "
-        f"{one.tokens:,} tokens in {one.source.n:,} responses"
+        f"on {one.source.task} the proxy's first choice is not the base's at "
+        f"{100 * one.changed.value:.1f}% of {one.tokens:,} tokens in {one.source.n:,} responses"
         for one in found
     )
 
@@ -109,7 +111,7 @@ def on_ngrams(found: Sequence[tuple[str, tokens.Ngrams]]) -> str:
     """The most promoted tokens per task."""
     parts = []
     for task, one in found:
-        rows = [row for row in one.rows if row.shift is not None][:3]
+        rows = [row for row in one.rows if row.shift is not None and row.shift.value >= NOTABLE][:3]
         named = [f"“{row.token}” ({100 * row.shift.value:+.0f} points)" for row in rows if row.shift]
         if named:
             parts.append(f"on {task} most promoted are {listed(named)}")
@@ -147,8 +149,8 @@ def on_alpha(found: Sequence[sweeps.Sweep]) -> str:
             best = usual
         known = {p.value: f"{in_percent(p.score.value, p.score) or 0.0:.1f}" for p in points}
         others = [f"{known[at]} at {at}" for at in (1, 0) if at in known and at != best.value]
-        beside = f", {listed(others)}" if others else ""
-        parts.append(f"on {one.source.task} alpha {best.alpha} is best ({known[best.value]}{beside})")
+        beside = f" beside {listed(others)}" if others else ""
+        parts.append(f"on {one.source.task} alpha {best.alpha} scores best, {known[best.value]}{beside}")
     return sentence(parts)
 
 
@@ -167,8 +169,8 @@ def on_skip(found: Sequence[sweeps.Skip]) -> str:
         else:
             score = in_percent(near.score.value, near.score) or 0.0
             parts.append(
-                f"on {one.source.task} {near.until} corrected tokens score {score:.1f}, within the interval of "
-                f"all ({all_of_it})"
+                f"on {one.source.task} correcting the first {near.until} tokens gives {score:.1f}, within "
+                f"the interval of all ({all_of_it})"
             )
     return sentence(parts)
 

@@ -357,7 +357,10 @@ def skip_section(inputs: Inputs) -> Section:
         if any(path.parent == folder and run.spec.alpha.kind == "first" for path, run in inputs.found)
     ]
     found = [one for f in folders if (one := attempt(sweeps.skip, f, _control(inputs, f)))]
-    parts = list(parts_of([figure for one in found for figure in skip_figures(one)]))
+    drawn = sorted(
+        (figure for one in found for figure in skip_figures(one)), key=lambda f: "score" not in f.name
+    )
+    parts = list(parts_of(drawn, shown=len(found)))
     intro = (
         "The later tokens change little: can the correction be left out there? The proxy steers the first t "
         "tokens only, then the base goes on alone.",

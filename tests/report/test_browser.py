@@ -251,8 +251,10 @@ def test_drawings_tell_their_figures(show: Callable[..., Watched], demo: Path) -
 def test_a_narrow_screen_does_not_scroll_sideways(
     show: Callable[..., Watched], demo: Path, tmp_path: Path
 ) -> None:
-    watched = show(demo, width=400)
+    watched = show(demo, width=390)
     assert watched.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    chosen = watched.page.locator("#tokens-chosen")
+    assert chosen.evaluate("node => node.scrollWidth <= node.clientWidth"), "nothing is cut off beside it"
     picture(watched, "narrow-full", tmp_path)
 
 
@@ -262,7 +264,8 @@ def test_chart_text_is_readable_on_a_phone(show: Callable[..., Watched], demo: P
     sizes = page.evaluate(
         """() => [...document.querySelectorAll('figure svg')].flatMap((svg) => {
           const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
-          return [...svg.querySelectorAll('text')].map((text) => parseFloat(getComputedStyle(text).fontSize) * scale);
+          const size = (text) => parseFloat(getComputedStyle(text).fontSize) * scale;
+          return [...svg.querySelectorAll('text')].map(size);
         })"""
     )
     assert len(sizes) > 500 and min(sizes) >= 11
