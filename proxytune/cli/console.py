@@ -63,16 +63,17 @@ def show_table(table: Table, screen: Console | None = None) -> None:
         return
     if table.title:
         screen.print(table.title, style="italic")
-    columns = [list(column.cells) for column in table.columns]
-    for row, (name, *cells) in zip(table.rows, zip(*columns, strict=True), strict=True):
+    cells = [[_text(screen, cell) for cell in column.cells] for column in table.columns]
+    names = 1 if len({name.plain for name in cells[0]}) == len(cells[0]) else 2
+    for row, own in zip(table.rows, zip(*cells, strict=True), strict=True):
         record = Table.grid(padding=(0, 2))
-        record.add_column(style="dim", overflow="fold")
+        record.add_column(style="dim", no_wrap=True)
         record.add_column(overflow="fold")
-        for column, cell in zip(table.columns[1:], cells, strict=True):
-            if _text(screen, cell).plain:
+        for column, cell in list(zip(table.columns, own, strict=True))[names:]:
+            if cell.plain:
                 record.add_row(column.header, cell)
-        screen.print(name, style=row.style or "bold")
-        screen.print(Padding(record, (0, 0, 1, 2)))
+        screen.print(Text(", ").join(own[:names]), style=row.style or "bold")
+        screen.print(Padding(record, (0, 0, 1, 2), expand=False))
 
 
 def _needed(table: Table, screen: Console) -> int:

@@ -168,9 +168,9 @@ def on_skip(found: Sequence[sweeps.Skip]) -> str:
             parts.append(f"on {one.source.task} no schedule comes into the interval of all ({all_of_it})")
         else:
             score = in_percent(near.score.value, near.score) or 0.0
+            steered = f"correcting the first {near.until} tokens" if near.until else "even no corrected token"
             parts.append(
-                f"on {one.source.task} correcting the first {near.until} tokens gives {score:.1f}, within "
-                f"the interval of all ({all_of_it})"
+                f"on {one.source.task} {steered} gives {score:.1f}, within the interval of all ({all_of_it})"
             )
     return sentence(parts)
 

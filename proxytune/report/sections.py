@@ -402,7 +402,7 @@ def failures_section(inputs: Inputs) -> Section:
     title = "Where the proxy fails and the base does not"
     empty = Section("failures", "Failures", title, intro, finding=finding)
     command = inputs.command("eval", "--as all")
-    return either(empty, parts, "No base and proxy with stored predictions on the same items", command)
+    return either(empty, parts, "No base and proxy on the same items", command)
 
 
 def _pairs(inputs: Inputs) -> Iterator[tuple[Path, Path]]:

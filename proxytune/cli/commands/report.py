@@ -132,6 +132,7 @@ def print_beside_paper(runs: Sequence[Run], *, as_markdown: bool, only: recipes.
     """The paper's tables that these runs belong to, with their figures beside the paper's."""
     from proxytune.paper import published
     from proxytune.report import paper_tables as beside
+    from proxytune.report.escape import in_markdown
 
     paper, by_key = published.read_paper(), beside.by_key(runs)
     for recipe in beside.compared(paper, by_key) if only is None else [only]:
@@ -140,7 +141,7 @@ def print_beside_paper(runs: Sequence[Run], *, as_markdown: bool, only: recipes.
         else:
             show_table(beside.rich_side_by_side(recipe, paper, by_key))
         if line := beside.gaps(recipe, paper, by_key):
-            print(f"{line}\n")
+            print(f"{in_markdown(line) if as_markdown else line}\n")
 
 
 def _print_examples(found: Sequence[tuple[Path, Run]], asked: TableOptions) -> None:
