@@ -5,10 +5,18 @@ report"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, computed_field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    computed_field,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from proxytune.config import RunSpec
 
@@ -19,8 +27,10 @@ FAULTS = frozenset({"nan", "template"})
 """Reasons that are faults: their example has no score."""
 FAULT = "fault"
 """The column of a stored row that has the reason, where its example ended in one."""
-UNSCORED = frozenset({"unjudged", "not_run", "faulty"})
-"""Metrics that give the share of examples without a score: not judged, not executed, ended in a fault."""
+NO_SCORE: Mapping[str, str] = {"unjudged": "not judged", "not_run": "not executed", "faulty": "no score"}
+"""Metrics that give the share of examples without a score, and what stands in the place of a score where a
+run has no other."""
+UNSCORED = frozenset(NO_SCORE)
 JsonRow = dict[str, Any]
 """An object of a JSON-lines file: an item of public data, a stored prediction."""
 SCHEMA = 1
@@ -102,6 +112,7 @@ class Metric(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     value: float
+    """0, and null in JSON, for a figure over no example."""
     low: float | None = None
     high: float | None = None
     unit: Literal["share", "percent", "number"] = "share"
@@ -109,6 +120,28 @@ class Metric(BaseModel):
     n: int | None = None
     """Examples that the figure is over, which may be fewer than the run has. None for a figure that is no
     mean over examples, and in runs of versions before 0.2.0."""
+    of: int | None = None
+    """Examples that the figure is meant for, where these are not all: the problems of one library."""
+
+    @field_validator("value", mode="before")
+    @classmethod
+    def _nothing(cls, value: Any) -> Any:
+        return 0.0 if value is None else value
+
+    @field_serializer("value", when_used="json")
+    def _null(self, value: float) -> float | None:
+        return None if self.n == 0 else value
+
+    def over(self, n: int) -> tuple[int, int]:
+        """How many examples it is over and of how many, in a run of n: of those that it is meant for, where
+        one of them lacks it."""
+        counted = n if self.n is None else self.n
+        meant = n if self.of is None else self.of
+        return counted, meant if counted < meant else n
+
+    def lacks(self, n: int) -> bool:
+        """Whether an example of a run of n lacks it that should have it."""
+        return self.n is not None and self.n < (n if self.of is None else self.of)
 
 
 class Provenance(BaseModel):
@@ -231,3 +264,13 @@ class Run(BaseModel):
     started: str
     finished: str | None = None
     made: Provenance
+
+    def figure(self, name: str) -> Metric | None:
+        """A metric that is a score; None where the run has none of that name, or over no example."""
+        found = None if name in UNSCORED else self.metrics.get(name)
+        return None if found is None or found.n == 0 else found
+
+    @property
+    def score(self) -> Metric | None:
+        """What tables show; None where nothing was judged or executed, or every example failed."""
+        return self.figure(self.headline)

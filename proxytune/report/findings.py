@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from proxytune.analysis import failures, positions, sweeps, tokens
-from proxytune.records import Run
+from proxytune.records import Metric, Run
 from proxytune.report.figures import in_percent
-from proxytune.report.tables import RoleRow, by_task
+from proxytune.report.tables import RoleRow, alike
 from proxytune.report.token_view import LOWER_IS_BETTER
 
 MOST = 4
@@ -56,7 +56,7 @@ def on_tokens(found: Sequence[positions.Positions]) -> str:
     """At how many tokens the proxy decides."""
     return sentence(
         f"on {one.source.task} the proxy's first choice is not the base's at "
-        f"{100 * one.changed.value:.1f}% of {one.tokens:,} tokens in {one.source.n:,} responses"
+        f"{100 * one.changed.value:.1f}% of {one.tokens:,} tokens in {one.responses:,} responses"
         for one in found
     )
 
@@ -65,8 +65,8 @@ def on_price(rows: Sequence[RoleRow]) -> str:
     """What the proxy needs beside the tuned model, or beside the base where none was tuned."""
     parts = []
     for system in dict.fromkeys(row.system for row in rows):
-        tasks = by_task([row for row in rows if row.system == system and not row.forced])
-        roles = [{row.role: row for row in own} for own in tasks.values()]
+        tables = alike([row for row in rows if row.system == system and not row.forced])
+        roles = [{row.role: row for row in own} for own in tables]
         for beside in ("tuned", "base"):
             pairs = [(own["proxy"], own[beside]) for own in roles if {"proxy", beside} <= own.keys()]
             memory = [one.memory / other.memory for one, other in pairs if one.memory and other.memory]
@@ -123,7 +123,7 @@ def on_equations(found: Sequence[tokens.Equations]) -> str:
     parts = []
     for one in found:
         row = next((row for row in one.rows if row.rule == "corrected"), None)
-        if row is None or not row.left.tokens or not row.right.tokens:
+        if row is None or row.left.mean is None or row.right.mean is None:
             continue
         left, right = 100 * row.left.mean, 100 * row.right.mean
         firm = row.p is not None and row.p < FIRM
@@ -141,37 +141,39 @@ def on_alpha(found: Sequence[sweeps.Sweep]) -> str:
     """The best alpha of every sweep, beside 1 and 0."""
     parts = []
     for one in found:
-        points = [p for p in one.points if p.value is not None]
         sign = -1 if one.source.task in LOWER_IS_BETTER else 1
-        best = max(points, key=lambda p: sign * p.score.value)
-        usual = next((p for p in points if p.value == 1), best)
-        if usual.score.value == best.score.value:
-            best = usual
-        known = {p.value: f"{in_percent(p.score.value, p.score) or 0.0:.1f}" for p in points}
-        others = [f"{known[at]} at {at}" for at in (1, 0) if at in known and at != best.value]
+        scores = {p.value: p.score for p in one.points if p.value is not None and p.score is not None}
+        if not scores:
+            continue
+        # of equals the paper's setting is named
+        best = max(scores, key=lambda at: (sign * scores[at].value, at == 1))
+        others = [f"{_score(scores[at])} at {at:g}" for at in (1.0, 0.0) if at in scores and at != best]
         beside = f" beside {listed(others)}" if others else ""
-        parts.append(f"on {one.source.task} alpha {best.alpha} scores best, {known[best.value]}{beside}")
+        parts.append(f"on {one.source.task} alpha {best:g} scores best, {_score(scores[best])}{beside}")
     return sentence(parts)
+
+
+def _score(metric: Metric) -> str:
+    """A score in percent, or the number that it is."""
+    return f"{in_percent(metric.value, metric):.1f}"
 
 
 def on_skip(found: Sequence[sweeps.Skip]) -> str:
     """The fewest corrected tokens that do as well as all of them."""
     parts = []
     for one in found:
-        whole = next((p for p in one.points if p.until is None), None)
-        if whole is None or whole.score.low is None or whole.score.high is None:
+        task, scores = one.source.task, {p.until: p.score for p in one.points if p.score is not None}
+        whole = scores.pop(None, None)
+        if whole is None or whole.low is None or whole.high is None:
             continue
-        low, high = whole.score.low, whole.score.high
-        near = next((p for p in one.points if p.until is not None and low <= p.score.value <= high), None)
-        all_of_it = f"{in_percent(whole.score.value, whole.score) or 0.0:.1f}"
-        if near is None:
-            parts.append(f"on {one.source.task} no schedule comes into the interval of all ({all_of_it})")
-        else:
-            score = in_percent(near.score.value, near.score) or 0.0
-            steered = f"correcting the first {near.until} tokens" if near.until else "even no corrected token"
-            parts.append(
-                f"on {one.source.task} {steered} gives {score:.1f}, within the interval of all ({all_of_it})"
-            )
+        low, high = whole.low, whole.high
+        near = [at for at, score in scores.items() if at is not None and low <= score.value <= high]
+        if not near:
+            parts.append(f"on {task} no schedule comes into the interval of all ({_score(whole)})")
+            continue
+        steered = f"correcting the first {min(near)} tokens" if min(near) else "even no corrected token"
+        within = f"within the interval of all ({_score(whole)})"
+        parts.append(f"on {task} {steered} gives {_score(scores[min(near)])}, {within}")
     return sentence(parts)
 
 

@@ -26,7 +26,7 @@ from proxytune.decoding import Decoder, notes_on, stored_response
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
-from proxytune.records import Completion, Example, Metric, Prompt, Run
+from proxytune.records import Completion, Example, Prompt, Run
 from proxytune.runs.judging import Dialogue, Judging, judging_of
 from proxytune.runs.session import RunPlan, run_job
 from proxytune.runs.verdicts import open_sandbox
@@ -236,8 +236,3 @@ def named_by_content(prompts: Sequence[Prompt]) -> list[Example]:
         digest = hashlib.sha256(content).hexdigest()[:16]
         examples.append(Example(id=f"{digest}-{seen[prompt]}", prompt=prompt))
     return examples
-
-
-def score_of(run: Run) -> Metric:
-    """The metric that tables show."""
-    return run.metrics[run.headline]

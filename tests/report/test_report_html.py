@@ -194,7 +194,7 @@ def test_names_are_shown_in_markdown_tables_and_headings(tmp_path: Path) -> None
         metrics = {bad: done.metrics["exact_match"]}
         put(tmp_path / "s" / "gsm" / role, done.model_copy(update={"headline": bad, "metrics": metrics}), [])
     put(tmp_path / "t" / "gsm" / "base", run("base", 0.2), [])
-    done = proxytune("report", str(tmp_path), "--markdown", "--examples", "1")
+    done = proxytune("report", str(tmp_path), "--markdown", "--paper", "--examples", "1")
     assert done.exit_code == 0, done.output
     assert "<img" not in done.stdout and "\n# " not in done.stdout
     assert not re.search(r"(?<!\\)\]\(javascript", done.stdout)
