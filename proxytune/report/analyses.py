@@ -38,12 +38,13 @@ def curve(
     """What a curve over positions is drawn of, and its x axis: every position, or the first ones and then
     groups."""
     title = "position in the response, tokens (0 is the first)"
-    if len(rows) <= MANY:
+    last = bands[-1].last
+    if last < MANY:
         return list(rows), charts.axis("at", title, nice=False, padding=7)
     shown = [row for row in rows if row.first < SINGLE] + [row for row in bands if row.first >= SINGLE]
     x = charts.axis("at", title + ", log scale", type="symlog", nice=False, padding=7)
     edges = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
-    return shown, x | {"axis": {"values": [edge for edge in edges if edge <= rows[-1].last], "format": "~r"}}
+    return shown, x | {"axis": {"values": [edge for edge in edges if edge <= last], "format": "~r"}}
 
 
 def where(row: positions.PositionRow | positions.AgreementRow) -> str:

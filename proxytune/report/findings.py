@@ -96,7 +96,7 @@ def on_positions(found: Sequence[positions.Positions]) -> str:
     """How often the base is overruled at the first token, and later."""
     parts = []
     for one in found:
-        later = [row for row in one.rows if row.first >= LATER]
+        later = [band for band in one.bands if band.first >= LATER]
         n = sum(row.n for row in later)
         share = sum(row.n * row.changed.value for row in later) / n if n else 0.0
         parts.append(

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from proxytune.paper import published
 from proxytune.records import Run
 from proxytune.report import findings
 from proxytune.report.analyses import (
+    MANY,
     agreement_figures,
     equations_figure,
     ngrams_figure,
@@ -35,6 +37,9 @@ MIN_COUNTS = (100, 30, 10, 3)
 """How often a token must have been generated to be ranked: the paper's number, or the largest of these that
 leaves enough of them in smaller runs."""
 ENOUGH = 8
+by_position = partial(positions.positions, singles=MANY)
+agreement = partial(positions.agreement, singles=MANY)
+"""Of the positions that a curve shows one by one: a response may have a million."""
 Found = TypeVar("Found")
 
 
@@ -130,12 +135,12 @@ def table_runs(root: Path, found: Sequence[tuple[Path, Run]]) -> list[Run]:
 
 def sections(inputs: Inputs) -> list[Section]:
     """All sections, in their order."""
-    by_position = [one for chosen in inputs.sets if (one := attempt(positions.positions, chosen.folder))]
+    steered = [one for chosen in inputs.sets if (one := attempt(by_position, chosen.folder))]
     return [
         results_section(inputs),
-        tokens_section(inputs, by_position),
+        tokens_section(inputs, steered),
         price_section(inputs),
-        positions_section(inputs, by_position),
+        positions_section(inputs, steered),
         ngrams_section(inputs),
         equations_section(inputs),
         alpha_section(inputs),
@@ -316,7 +321,7 @@ def agreement_section(inputs: Inputs) -> Section:
         for folder, run in inputs.found
         if run.spec.trace == "agreement" and run.spec.role in ("proxy", "tuned")
     ]
-    found = [one for folder in traced if (one := attempt(positions.agreement, folder)) and len(one.rows) >= 4]
+    found = [one for folder in traced if (one := attempt(agreement, folder)) and len(one.rows) >= 4]
     found.sort(key=lambda one: one.source.role != "proxy")
     figures = [figure for one in found for figure in agreement_figures(one)]
     on_proxy = 2 * sum(one.source.role == "proxy" for one in found)
