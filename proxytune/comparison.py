@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from proxytune.config import AlphaSchedule, Mode, Sampling
 from proxytune.intervals import gap_closed
-from proxytune.records import Run
+from proxytune.records import UNSCORED, Metric, Run
 from proxytune.results import Value, settings
 
 _ASKED = ("task", "mode", "data", "shots")
@@ -61,12 +61,14 @@ def gap(base: Run, steered: Run, tuned: Run, metric: str) -> float | None:
     three = (base, steered, tuned)
     if not comparable(three, metric) or len({models_of(run) for run in three}) > 1:
         return None
-    low, at, high = (run.figure(metric) for run in three)
-    if low is None or at is None or high is None:
-        return None
-    if any(one.lacks(run.n) for one, run in zip((low, at, high), three, strict=True)):
-        return None
-    return gap_closed(low, at, high)
+    low, at, high = (_whole(run, metric) for run in three)
+    return None if low is None or at is None or high is None else gap_closed(low, at, high)
+
+
+def _whole(run: Run, metric: str) -> Metric | None:
+    """A score of a run; None where an example lacks it: it is of fewer items than the others then."""
+    found = run.figure(metric)
+    return None if found is None or found.lacks(run.n) or UNSCORED & run.metrics.keys() else found
 
 
 # What tells runs apart

@@ -9,14 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    computed_field,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, computed_field, field_serializer, model_validator
 
 from proxytune.config import RunSpec
 
@@ -123,10 +116,13 @@ class Metric(BaseModel):
     of: int | None = None
     """Examples that the figure is meant for, where these are not all: the problems of one library."""
 
-    @field_validator("value", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _nothing(cls, value: Any) -> Any:
-        return 0.0 if value is None else value
+    def _nothing(cls, content: Any) -> Any:
+        """Read null as it was written: for a figure over no example, and no other."""
+        if isinstance(content, dict) and content.get("n") == 0 and content.get("value") is None:
+            return {**content, "value": 0.0}
+        return content
 
     @field_serializer("value", when_used="json")
     def _null(self, value: float) -> float | None:

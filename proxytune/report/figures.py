@@ -148,9 +148,7 @@ def score_figure(rows: Sequence[RoleRow]) -> Figure | None:
     task, called = rows[0].task, [visible(name) for name in names(rows)]
     number = any(row.score is not None and row.score.unit == "number" for row in rows)
     domain: dict[str, Any] = {} if number else {"domain": [0, 100]}
-    x = charts.axis(
-        "score", visible(title(rows).removeprefix(f"{task}: ")) + ("" if number else ", %"), **domain
-    )
+    x = charts.axis("score", visible(rows[0].metric) + ("" if number else ", %"), **domain)
     y = {**charts.axis("name", "", "nominal"), "sort": called, "title": None}
     layers: list[charts.Layer] = []
     for name, row in zip(called, rows, strict=True):

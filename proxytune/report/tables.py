@@ -231,7 +231,7 @@ def _memory(cost: Cost, role: Role) -> int:
 def summary(rows: Sequence[RoleRow]) -> dict[str, dict[str, dict[str, Any]]]:
     """The figures of one system as `proxytune demo --json` prints them."""
     tasks: dict[str, dict[str, Any]] = {}
-    for row in rows:
+    for row in (row for own in main_tables(rows).values() for row in own):
         entry = tasks.setdefault(row.task, {"n": row.n})
         name = row.role if row.forced is None else f"{row.role}_forced"
         entry[name] = None if row.score is None else row.score.value
@@ -249,6 +249,15 @@ def alike(rows: Sequence[RoleRow]) -> list[list[RoleRow]]:
     for row in rows:
         found.setdefault(row.conditions, []).append(row)
     return list(found.values())
+
+
+def main_tables(rows: Sequence[RoleRow]) -> dict[str, list[RoleRow]]:
+    """Of each task the rows under the conditions that most of its rows share."""
+    found: dict[str, list[RoleRow]] = {}
+    for own in alike(rows):
+        if len(own) > len(found.get(own[0].task, ())):
+            found[own[0].task] = own
+    return found
 
 
 def title(rows: Sequence[RoleRow]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from proxytune import comparison
 from proxytune.config import ModelSpec, Sampling, System, parse_alpha
@@ -41,6 +42,9 @@ OTHERS = {
     "system": run("base", 0.1, system="other"),
     "models": run("base", 0.1, model="elsewhere"),
     "unscored items": over(TRIO["base"], 98),
+    "unjudged items": changed(
+        TRIO["base"], metrics={**TRIO["base"].metrics, "unjudged": Metric(value=0.1, n=100)}
+    ),
     "no score": over(TRIO["base"], 0),
 }
 
@@ -54,7 +58,7 @@ def test_a_gap_is_of_three_runs_under_the_same_conditions(name: str) -> None:
     assert [row.gap_closed for row in rows if row.role == "proxy"] == [None]
     mixed = tables.role_rows([base, OTHERS[name], proxy, tuned])
     assert [row.gap_closed for row in mixed if row.role == "proxy"] == (
-        [None] if name in ("unscored items", "no score") else [pytest.approx(0.9)]
+        [None] if name in ("unscored items", "unjudged items", "no score") else [pytest.approx(0.9)]
     ), "the base that is like the others counts, and two that do not agree count neither"
 
 
@@ -113,6 +117,8 @@ def test_what_was_not_judged_shows_no_score() -> None:
     assert (row.score, row.cells[2], row.examples) == (None, "no score", "0 of 100")
     assert failed.model_dump(mode="json")["metrics"]["exact_match"]["value"] is None
     assert Run.model_validate_json(failed.model_dump_json()) == failed
+    with pytest.raises(ValidationError):
+        Metric.model_validate({"value": None, "n": 1})
 
 
 @pytest.fixture

@@ -66,11 +66,12 @@ def demo(
     from proxytune.report import tables
 
     rows = tables.role_rows([one for runs, _ in found.values() for one in runs])
+    beside = {task: extras for task, (_, extras) in found.items()}
     if json:
-        console.print_json(_as_json(rows, {task: extras for task, (_, extras) in found.items()}))
+        console.print_json(_as_json(rows, beside))
         return
     for own in tables.alike(rows):
-        console.show_table(_table(own, found[own[0].task][1]))
+        console.show_table(_table(own, _like(own, beside)))
     print("gap closed = (proxy - base) / (tuned - base). Scores in %, with 95% intervals.")
     print(
         "Memory is weights and KV cache at its fullest; time is decoding time per token, all rows together."
@@ -140,6 +141,13 @@ def _run_all(
     return found
 
 
+def _like(rows: list[tables.RoleRow], extras: Mapping[str, list[Extra]]) -> list[Extra]:
+    """The extra lines that may stand beside these rows."""
+    from proxytune.comparison import conditions
+
+    return [extra for extra in extras[rows[0].task] if conditions(extra.run) == rows[0].conditions]
+
+
 def _table(rows: list[tables.RoleRow], extras: list[Extra]) -> Table:
     """The table of one task, with the extra lines after the roles that they belong to."""
     from proxytune.report import tables
@@ -161,15 +169,14 @@ def _as_json(rows: list[tables.RoleRow], extras: Mapping[str, list[Extra]]) -> d
     from proxytune.report import tables
 
     content = tables.summary(rows)
-    for own in tables.alike(rows):
-        task = own[0].task
-        entry = content["tasks"][task]
+    for task, own in tables.main_tables(rows).items():
+        entry, beside = content["tasks"][task], _like(own, extras)
         entry["metric"] = own[0].metric
-        for extra in extras[task]:
+        for extra in beside:
             entry[extra.key] = None if extra.run.score is None else extra.run.score.value
         every = [
             *((row.role, row) for row in own),
-            *((e.key, tables.role_rows([e.run])[0]) for e in extras[task]),
+            *((e.key, tables.role_rows([e.run])[0]) for e in beside),
         ]
         entry["rows"] = {
             name: {
