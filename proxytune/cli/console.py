@@ -60,11 +60,17 @@ def show_table(table: Table, screen: Console | None = None) -> None:
     screen = screen or console()
     if _needed(table, screen) <= screen.width:
         screen.print(table)
-        return
+    else:
+        _print_records(table, screen)
+
+
+def _print_records(table: Table, screen: Console) -> None:
+    """A row under the other, each named by its first cell, or by its first two where the first is no name."""
     if table.title:
         screen.print(table.title, style="italic")
     cells = [[_text(screen, cell) for cell in column.cells] for column in table.columns]
-    names = 1 if len({name.plain for name in cells[0]}) == len(cells[0]) else 2
+    names = 2 if len({name.plain for name in cells[0]}) < len(cells[0]) else 1
+    names = 0 if len(cells[0]) == 1 else names
     for row, own in zip(table.rows, zip(*cells, strict=True), strict=True):
         record = Table.grid(padding=(0, 2))
         record.add_column(style="dim", no_wrap=True)
@@ -72,7 +78,8 @@ def show_table(table: Table, screen: Console | None = None) -> None:
         for column, cell in list(zip(table.columns, own, strict=True))[names:]:
             if cell.plain:
                 record.add_row(column.header, cell)
-        screen.print(Text(", ").join(own[:names]), style=row.style or "bold")
+        if names:
+            screen.print(Text(", ").join(own[:names]), style=row.style or "bold")
         screen.print(Padding(record, (0, 0, 1, 2), expand=False))
 
 

@@ -55,6 +55,12 @@ def test_records_are_named_apart_and_show_markup() -> None:
     assert max(map(cell_len, text.splitlines())) <= 40
 
 
+def test_a_single_row_has_no_name() -> None:
+    table = Table("base", "proxy")
+    table.add_row("some words", "w" * 50)
+    assert printed(table, 40).startswith("  base   some words\n  proxy  www")
+
+
 def test_a_plain_table_wraps_as_long_as_no_word_is_broken() -> None:
     table = Table("name", "what", box=None)
     table.add_row("one", "some words that wrap in their cell, however many of them there are")
