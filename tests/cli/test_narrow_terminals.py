@@ -58,7 +58,8 @@ def test_records_are_named_apart_and_show_markup() -> None:
 def test_a_single_row_has_no_name() -> None:
     table = Table("base", "proxy")
     table.add_row("some words", "w" * 50)
-    assert printed(table, 40).startswith("  base   some words\n  proxy  www")
+    lines = printed(table, 40).splitlines()
+    assert lines[0].rstrip() == "  base   some words" and lines[1].startswith("  proxy  www")
 
 
 def test_a_plain_table_wraps_as_long_as_no_word_is_broken() -> None:
