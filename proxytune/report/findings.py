@@ -43,13 +43,19 @@ def on_results(rows: Sequence[RoleRow]) -> str:
     parts = []
     for system in dict.fromkeys(row.system for row in rows):
         own = [row for row in rows if row.system == system and row.role == "proxy"]
-        firm = [f"{100 * row.gap_closed:.1f}% on {row.task}" for row in own if row.gap_closed is not None]
-        loose = [row.task for row in own if row.gap_closed is None]
+        firm = [f"{100 * row.gap_closed:.1f}% on {_named(row)}" for row in own if row.gap_closed is not None]
+        loose = [_named(row) for row in own if row.gap_closed is None]
         if firm:
             parts.append(f"with {system}, the proxy closes {listed(firm)} of the gap between base and tuned")
         if loose:
             parts.append(f"no firm gap to close on {listed(loose)}" + ("" if firm else f" with {system}"))
     return sentence(parts)
+
+
+def _named(row: RoleRow) -> str:
+    """A task, with what tells this table of it from others, and the row from others of its role."""
+    told = ", ".join(part for part in (row.apart, row.details) if part)
+    return f"{row.task} ({told})" if told else row.task
 
 
 def on_tokens(found: Sequence[positions.Positions]) -> str:
