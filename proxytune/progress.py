@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from rich.table import Column
 from rich.text import Text
 
 from proxytune.records import UNSCORED
+from proxytune.terminal import say, visible
 from proxytune.time_left import WorkSoFar
 
 LOG_SECONDS = 10.0
@@ -57,10 +57,11 @@ class Progress:
             name = TextColumn(
                 "{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=NAME)
             )
+            title = visible(self.title)
             bar = BarColumn(bar_width=BAR, table_column=Column(no_wrap=True, width=BAR))
-            room = console.width - min(cell_len(self.title), NAME) - BAR - GAPS
+            room = console.width - min(cell_len(title), NAME) - BAR - GAPS
             self._bar = Bar(name, bar, _LineColumn(self, room), console=console, transient=True)
-            self._bar.add_task(self.title, total=total, completed=self.done)
+            self._bar.add_task(title, total=total, completed=self.done)
             self._bar.start()
         elif self.shown:
             self._log = threading.Thread(target=self._keep_log, daemon=True)
@@ -108,7 +109,7 @@ class Progress:
         return self._left
 
     def _line(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        say(text)
 
     def __enter__(self) -> Progress:
         return self
@@ -137,7 +138,7 @@ class _LineColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """The cell."""
-        return Text(self.progress.line(room=self.room))
+        return Text(visible(self.progress.line(room=self.room)))
 
 
 def clock(seconds: float) -> str:

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from pydantic import ValidationError
 from proxytune.config import RunSpec, explain
 from proxytune.errors import UserError
 from proxytune.records import SCHEMA, JsonRow, Run
+from proxytune.terminal import say
 
 RUN, PREDICTIONS, TRACE, SWEEP = "run.json", "predictions.jsonl", "trace.jsonl", "sweep.json"
 Value = str | float | bool | None
@@ -121,7 +121,7 @@ def find_runs(root: Path) -> list[tuple[Path, Run]]:
         try:
             run = read_run(path.parent)
         except UserError as error:
-            print(f"note: left out: {error}", file=sys.stderr)
+            say(f"note: left out: {error}")
             continue
         if run.status == "done":
             found.append((path.parent, run))
@@ -337,7 +337,7 @@ def _locked(path: Path) -> int:
             f"another process is writing to '{path}': wait until it ends, or choose another folder with --out"
         ) from None
     except OSError as error:  # some network file systems have no locks: go on without one
-        print(f"note: no lock on '{path}' ({error.strerror})", file=sys.stderr)
+        say(f"note: no lock on '{path}' ({error.strerror})")
     return fd
 
 

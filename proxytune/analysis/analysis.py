@@ -156,10 +156,20 @@ def tokens_of(folder: Path, run: Run, needs: str = "tokens") -> pd.DataFrame:
 def _entries(number: int, trace: JsonRow) -> Iterator[dict[str, Any]]:
     """The lines of one response."""
     for position, token in enumerate(trace["tokens"]):
-        entry = {"response": number, "position": position, "text": token["text"], "alpha": token["alpha"]}
+        entry = {
+            "response": number,
+            "position": position,
+            "text": _whole(token["text"]),
+            "alpha": token["alpha"],
+        }
         entry |= {f"p_{role}": p for role, p in token["probability"].items()}
-        entry |= {f"top_{role}": top for role, top in token["top"].items()}
+        entry |= {f"top_{role}": _whole(top) for role, top in token["top"].items()}
         yield entry | {f"kl_{role}": kl for role, kl in token.get("divergence", {}).items()}
+
+
+def _whole(text: str) -> str:
+    """A text that a frame's column can hold: half a surrogate pair is written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def steered_tokens(folder: Path, run: Run) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,10 @@ from proxytune.config import ModelSpec, System, load_system
 from proxytune.errors import UserError
 from proxytune.options import CodeOptions
 from proxytune.records import Run
+from proxytune.terminal import json_text, put, visible
+from proxytune.terminal import say as say
+from proxytune.terminal import show as show
+from proxytune.terminal import write_data as write_data
 
 if TYPE_CHECKING:
     from proxytune.models import Models
@@ -30,19 +33,42 @@ NOT_ALLOWED = (
 )
 
 
-def say(line: str) -> None:
-    """One line on stderr."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def print_json(content: object) -> None:
     """The one JSON object of --json."""
-    print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+    write_data(f"{json_text(content)}\n")
 
 
 def console() -> Console:
-    """stdout for tables: as wide as they are where it is no terminal."""
-    return Console() if sys.stdout.isatty() else Console(width=140)
+    """stdout for tables: as wide as they are where it is no terminal. No text in them is markup."""
+    width = None if sys.stdout.isatty() else 140
+    return Console(width=width, markup=False, emoji=False, highlight=False)
+
+
+def show_table(table: Table, screen: Console | None = None) -> None:
+    """Print a table, whatever its cells, its headings and its title hold; as records where the terminal is
+    too narrow for the words in its columns."""
+    _write_out(table)
+    screen = screen or console()
+    with screen.capture() as drawn:
+        if _needed(table, screen) <= screen.width:
+            screen.print(table)
+        else:
+            _print_records(table, screen)
+    put(screen.file, drawn.get())
+
+
+def _write_out(table: Table) -> None:
+    """Write out what is suspect in a table."""
+    for column in table.columns:
+        column.header, column._cells = _plain(column.header), [_plain(cell) for cell in column._cells]
+    table.title = None if table.title is None else _plain(table.title)
+
+
+def _plain(cell: RenderableType) -> Text:
+    """The text of a cell with what is suspect in it written out. Styles are lost with it."""
+    if isinstance(cell, Text) and cell.plain == visible(cell.plain):
+        return cell
+    return Text(visible(str(cell)))
 
 
 def print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
@@ -51,17 +77,8 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(str(cell) for cell in row))
     show_table(table)
-
-
-def show_table(table: Table, screen: Console | None = None) -> None:
-    """Print a table; as records where the terminal is too narrow for the words in its columns."""
-    screen = screen or console()
-    if _needed(table, screen) <= screen.width:
-        screen.print(table)
-    else:
-        _print_records(table, screen)
 
 
 def _print_records(table: Table, screen: Console) -> None:
@@ -110,27 +127,27 @@ def print_run(run: Run, folder: Path, *, json_only: bool) -> None:
 
     row = tables.role_rows([run])[0]
     remark = "" if run.spec.remark is None else f" ({run.spec.remark})"
-    print(f"{run.spec.system.name} as {run.spec.role} on {run.spec.task}: {run.n} examples{remark}")
+    show(f"{run.spec.system.name} as {run.spec.role} on {run.spec.task}: {run.n} examples{remark}")
     for name, metric in sorted(run.metrics.items(), key=lambda pair: pair[0] != run.headline):
         figure = tables.figure(name, metric)
-        print(f"  {name:22} {figure:28} {tables.coverage(name, metric, run.n)}".rstrip())
+        show(f"  {name:22} {figure:28} {tables.coverage(name, metric, run.n)}".rstrip())
     cost, memory = run.cost, tables.size(row.memory)
     if cost.process_peak:
         memory += f" (the process {tables.size(cost.process_peak)})"
     if row.ms_per_token is not None:
         prefill = f", prompts {cost.prefill_seconds:.1f} s" if cost.prefill_seconds else ""
-        print(
+        show(
             f"  {cost.generated_tokens} tokens in {cost.decode_seconds:.1f} s ({row.ms_per_token:.2f} ms "
             f"each){prefill}, memory {memory}"
         )
     if row.ms_per_item is not None:
-        print(f"  {run.n} items in {cost.seconds:.1f} s ({row.ms_per_item:.1f} ms each), memory {memory}")
+        show(f"  {run.n} items in {cost.seconds:.1f} s ({row.ms_per_item:.1f} ms each), memory {memory}")
     if run.cost.acceptance is not None and run.cost.tokens_per_step is not None:
-        print(
+        show(
             f"  speculation: {run.cost.acceptance:.0%} of drafts accepted, "
             f"{run.cost.tokens_per_step:.2f} tokens per step"
         )
-    print(f"stored in {folder}")
+    show(f"stored in {folder}")
 
 
 def read_system(name: str, vocab: str | None = None) -> System:
@@ -172,7 +189,7 @@ def name_sandbox(sandbox: Sandbox) -> None:
 
 def asked_on_terminal() -> bool:
     """Whether the user goes on."""
-    print("go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    say("go on? [y/N] ", end="")
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 

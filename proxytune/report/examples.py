@@ -20,6 +20,7 @@ from proxytune.report.escape import in_markdown
 from proxytune.report.tables import markdown
 from proxytune.results import read_rows
 from proxytune.tasks import get_task
+from proxytune.terminal import visible
 
 HIDDEN = "[hateful text, hidden: --show-hateful shows it]"
 LONGEST = 400
@@ -75,17 +76,15 @@ def _shown(place: int, members: Sequence[tuple[Run, list[JsonRow]]], show_hatefu
 
 
 def plain(text: str) -> str:
-    """A text in one line of readable length, without control characters."""
+    """A text in one line of readable length, with its control characters written out."""
     line = " / ".join(part.strip() for part in text.split("\n") if part.strip())
-    line = "".join(character if character.isprintable() else "\ufffd" for character in line)
+    line = visible(line)
     return line if len(line) <= LONGEST else line[:LONGEST] + " ..."
 
 
 def rich_example(shown: Shown) -> Table:
     """An example for the terminal."""
-    table = Table(
-        title=f"{shown.title}: {shown.asked}".replace("[", "\\["), title_justify="left", show_lines=True
-    )
+    table = Table(title=Text(f"{shown.title}: {shown.asked}"), title_justify="left", show_lines=True)
     for column in ("as", "scores", "response"):
         table.add_column(column, overflow="fold")
     for one in shown.responses:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +31,7 @@ from proxytune.report.sweeps import failure_counts, failure_tables, skip_figures
 from proxytune.report.tables import RoleRow, alike, role_rows
 from proxytune.report.token_view import SENSITIVE, TraceSet, plainness, trace_sets
 from proxytune.results import PREDICTIONS, find_runs
+from proxytune.terminal import say
 
 MIN_COUNTS = (100, 30, 10, 3)
 """How often a token must have been generated to be ranked: the paper's number, or the largest of these that
@@ -156,7 +156,7 @@ def attempt(make: Callable[..., Found], *folders: Path | None) -> Found | None:
     try:
         return make(*folders)
     except UserError as error:
-        print(f"note: left out of the page: {error}", file=sys.stderr)
+        say(f"note: left out of the page: {error}")
         return None
 
 
