@@ -19,9 +19,9 @@ from tests.support.reports import run
 
 def printed(table: Table, width: int) -> str:
     """What a terminal of that width shows."""
-    screen = Console(width=width, file=io.StringIO(), record=True)
-    console.show_table(table, screen)
-    return screen.export_text()
+    file = io.StringIO()
+    console.show_table(table, Console(width=width, file=file))
+    return file.getvalue()
 
 
 def rows() -> list[tables.RoleRow]:
