@@ -98,10 +98,16 @@ def details(runs: Sequence[Run]) -> list[str]:
     told, models = [settings(run.spec) for run in runs], [_models(run) for run in runs]
     named = {name for one in models for name in one}
     changed = {name for name in named if len({one.get(name) for one in models}) > 1}
+    same: dict[tuple[str, bool], list[Mapping[str, Value]]] = {}
+    for run, own in zip(runs, told, strict=True):
+        same.setdefault(_role(run), []).append(own)
+    varied = {
+        role: {name for name in _VARIED if len({one[name] for one in like}) > 1}
+        for role, like in same.items()
+    }
     found = []
     for run, own in zip(runs, told, strict=True):
-        same = [one for other, one in zip(runs, told, strict=True) if _role(other) == _role(run)]
-        names = {name for name in _VARIED if len({one[name] for one in same}) > 1} | changed
+        names = varied[_role(run)] | changed
         if run.spec.role != "proxy":
             names -= {"alpha"}
         elif run.spec.alpha != run.spec.system.alpha:

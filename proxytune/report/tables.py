@@ -208,13 +208,10 @@ def _row(run: Run, beside: Sequence[Run], told: str, own: str) -> RoleRow:
 def _gap(steered: Run, beside: Sequence[Run]) -> float | None:
     """The gap that a run closed, from the base and tuned runs of its system under the same conditions. None
     where there are several of one role that do not agree."""
-    own = [run for run in beside if not run.spec.forced and models_of(run) == models_of(steered)]
-    found = {
-        gap(base, steered, tuned, steered.headline)
-        for base in own
-        for tuned in own
-        if (base.spec.role, tuned.spec.role) == ("base", "tuned")
-    }
+    ends = [run for run in beside if run.spec.role in ("base", "tuned") and not run.spec.forced]
+    own = [run for run in ends if models_of(run) == models_of(steered)]
+    bases, tuned = ([run for run in own if run.spec.role == role] for role in ("base", "tuned"))
+    found = {gap(base, steered, top, steered.headline) for base in bases for top in tuned}
     return found.pop() if len(found) == 1 else None
 
 
