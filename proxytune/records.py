@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field, field_serializer, model_validator
@@ -24,6 +25,8 @@ NO_SCORE: Mapping[str, str] = {"unjudged": "not judged", "not_run": "not execute
 """Metrics that give the share of examples without a score, and what stands in the place of a score where a
 run has no other."""
 UNSCORED = frozenset(NO_SCORE)
+SHOWN = 60
+"""Characters of a response in its repr."""
 JsonRow = dict[str, Any]
 """An object of a JSON-lines file: an item of public data, a stored prediction."""
 SCHEMA = 1
@@ -75,7 +78,7 @@ class TracedToken:
         return {**named, "alpha": self.alpha, **({"divergence": self.divergence} if self.divergence else {})}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Completion:
     """One response to one example."""
 
@@ -92,6 +95,12 @@ class Completion:
     trace: tuple[TracedToken, ...] = ()
     remark: str | None = None
     """Why it is not what was asked for: a window that was full first, or what failed."""
+
+    def __repr__(self) -> str:
+        """In one line, whatever it holds."""
+        traced = ", traced" if self.trace else ""
+        shown = shorten(repr(self.text), SHOWN, placeholder="…'")
+        return f"Completion({shown}, {len(self.token_ids)} tokens, {self.finish_reason}{traced})"
 
     @property
     def fault(self) -> str | None:
@@ -260,6 +269,15 @@ class Run(BaseModel):
     started: str
     finished: str | None = None
     made: Provenance
+
+    def __repr__(self) -> str:
+        """In one line: the spec alone would fill a screen."""
+        spec, score = self.spec, self.score
+        shown = (
+            NO_SCORE.get(self.headline, "no score") if score is None else f"{self.headline} {score.value:.4g}"
+        )
+        where = f"{spec.task} as {spec.role} on {spec.system.name}"
+        return f"Run({where}: {shown}, {self.n} examples, {self.status})"
 
     def figure(self, name: str) -> Metric | None:
         """A metric that is a score; None where the run has none of that name, or over no example."""

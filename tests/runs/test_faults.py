@@ -14,7 +14,7 @@ from proxytune import results
 from proxytune.config import Sampling, System
 from proxytune.records import FAULT, Cost
 from proxytune.report import tables
-from proxytune.runs.evaluation import generate
+from proxytune.runs.steered import generate
 from proxytune.tasks import TASKS, get_task, score_file
 from tests.support import tiny
 from tests.support.answers import json_list, jsonl
