@@ -38,9 +38,10 @@ def _written(char: str) -> str:
     return f"\u2039U+{ord(char):04X}\u203a"
 
 
-def json_text(content: object) -> str:
-    """Content as JSON, its suspect characters as JSON's own escapes: the same content to whoever reads it."""
-    written = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+def json_text(content: object, *, ascii_only: bool = False) -> str:
+    """Content as JSON, with JSON's own escapes for suspect characters, or for all beyond ASCII: the same
+    content to whoever reads it."""
+    written = json.dumps(content, indent=2, ensure_ascii=ascii_only, allow_nan=False)
     return _SUSPECT.sub(lambda m: json.dumps(m[0])[1:-1] if is_suspect(m[0]) else m[0], written)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console, RenderableType
 from rich.padding import Padding
@@ -35,7 +35,8 @@ NOT_ALLOWED = (
 
 def print_json(content: object) -> None:
     """The one JSON object of --json."""
-    write_data(f"{json_text(content)}\n")
+    whole = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    put(sys.stdout, json_text(content, ascii_only=not whole) + "\n")
 
 
 def console() -> Console:
@@ -54,7 +55,7 @@ def show_table(table: Table, screen: Console | None = None) -> None:
             screen.print(table)
         else:
             _print_records(table, screen)
-    put(screen.file, drawn.get())
+    put(cast(TextIO, screen.file), drawn.get())
 
 
 def _write_out(table: Table) -> None:

@@ -278,6 +278,7 @@ def test_generate_reads_stdin(yaml: Path) -> None:
     arguments = ["generate", "-", "--system", str(yaml), "--max-new-tokens", "3"]
     assert CliRunner().invoke(cli.app, arguments, input="Ann has").exit_code == 0
     refused(CliRunner().invoke(cli.app, arguments, input=" \n"), "prompt is empty")
+    refused(CliRunner().invoke(cli.app, arguments, input=b"\xff\n"), "the prompt on stdin is no utf-8 text")
 
 
 # Bad input: one clear line, exit code 2

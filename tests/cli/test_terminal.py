@@ -114,6 +114,10 @@ def test_json_is_the_same_content_and_holds_nothing_to_obey(
 def test_an_encoding_that_lacks_a_letter_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen("ascii")
     monkeypatch.setattr(sys, "stdout", screen)
+    console.print_json({"é": "漢\x1b"})
+    assert json.loads(screen.text) == {"é": "漢\x1b"}
+    screen = Screen("ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
     show("é \x1b")
     write_data("漢")
     table = Table("é")

@@ -93,7 +93,10 @@ def generate(
 
 def read_prompt(text: str) -> Example:
     """The prompt, or stdin where it is `-`, as the one example to decode."""
-    found = sys.stdin.read() if text == "-" else text
+    try:
+        found = sys.stdin.read() if text == "-" else text
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt on stdin is no {error.encoding} text: {error.reason}") from None
     if not found.strip():
         raise UserError("the prompt is empty")
     return Example(id="0", prompt=Prompt(plain=found, user=found))
