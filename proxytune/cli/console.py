@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -45,11 +46,15 @@ def console() -> Console:
 
 
 def show_table(table: Table, screen: Console | None = None) -> None:
-    """Print a table, whatever its cells, its headings and its title hold."""
+    """Print a table, whatever its cells, its headings and its title hold; as records where the terminal is
+    too narrow for the words in its columns."""
     _write_out(table)
     screen = screen or console()
     with screen.capture() as drawn:
-        screen.print(table)
+        if _needed(table, screen) <= screen.width:
+            screen.print(table)
+        else:
+            _print_records(table, screen)
     put(cast(TextIO, screen.file), drawn.get())
 
 
@@ -75,6 +80,43 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     show_table(table)
+
+
+def _print_records(table: Table, screen: Console) -> None:
+    """A row under the other, each named by its first cell, or by its first two where the first is no name."""
+    if table.title:
+        screen.print(table.title, style="italic")
+    cells = [[_text(screen, cell) for cell in column.cells] for column in table.columns]
+    names = 2 if len({name.plain for name in cells[0]}) < len(cells[0]) else 1
+    names = 0 if len(cells[0]) == 1 else names
+    for row, own in zip(table.rows, zip(*cells, strict=True), strict=True):
+        record = Table.grid(padding=(0, 2))
+        record.add_column(style="dim", no_wrap=True)
+        record.add_column(overflow="fold")
+        for column, cell in list(zip(table.columns, own, strict=True))[names:]:
+            if cell.plain:
+                record.add_row(column.header, cell)
+        if names:
+            screen.print(Text(", ").join(own[:names]), style=row.style or "bold")
+        screen.print(Padding(record, (0, 0, 1, 2), expand=False))
+
+
+def _needed(table: Table, screen: Console) -> int:
+    """The columns of a terminal in which no word of a table has to be broken."""
+    edges = 3 * len(table.columns) + 1 if table.box is not None else 2 * len(table.columns)
+    widths = []
+    for column in table.columns:
+        sizes = [
+            _text(screen, cell).__rich_measure__(screen, screen.options)
+            for cell in (column.header, *column.cells)
+        ]
+        widths.append(max(size.maximum if column.no_wrap else size.minimum for size in sizes))
+    return sum(widths) + edges
+
+
+def _text(screen: Console, cell: RenderableType) -> Text:
+    """The words of a cell."""
+    return cell if isinstance(cell, Text) else screen.render_str(str(cell))
 
 
 def print_run(run: Run, folder: Path, *, json_only: bool) -> None:

@@ -16,6 +16,7 @@ from rich.text import Text
 from proxytune.comparison import Conditions, conditions, models_of
 from proxytune.config import ROLES
 from proxytune.records import JsonRow, Run
+from proxytune.report.escape import in_markdown
 from proxytune.report.tables import markdown
 from proxytune.results import read_rows
 from proxytune.tasks import get_task
@@ -24,9 +25,6 @@ from proxytune.terminal import visible
 HIDDEN = "[hateful text, hidden: --show-hateful shows it]"
 LONGEST = 400
 """Characters of a text that are shown."""
-MARKUP = str.maketrans(
-    {character: f"\\{character}" for character in "\\`*_{}[]()#+-.!|~>$"} | {"<": "&lt;", "&": "&amp;"}
-)
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,6 @@ def rich_example(shown: Shown) -> Table:
 
 def markdown_example(shown: Shown) -> str:
     """An example as Markdown; the texts' own markup is shown as it is."""
-    rows = [[one.who, one.scores, one.text.translate(MARKUP)] for one in shown.responses]
-    asked = shown.asked.translate(MARKUP)
-    return f"**{shown.title}**: {asked}\n\n{markdown(('as', 'scores', 'response'), rows)}"
+    rows = [[in_markdown(one.who), in_markdown(one.scores), in_markdown(one.text)] for one in shown.responses]
+    title, asked = in_markdown(shown.title), in_markdown(shown.asked)
+    return f"**{title}**: {asked}\n\n{markdown(('as', 'scores', 'response'), rows)}"

@@ -68,8 +68,8 @@ def out(request: pytest.FixtureRequest) -> Screen:
 
 
 def unstyled(text: str) -> str:
-    """Without the styles of our own tables: bold, slanted, reverse."""
-    return re.sub(r"\x1b\[(0|[1347](;[1347])*)m", "", text)
+    """Without the styles of our own tables: bold, dim, slanted, reverse."""
+    return re.sub(r"\x1b\[(0|[12347](;[12347])*)m", "", text)
 
 
 def test_what_is_suspect_is_written_out_and_nothing_else() -> None:

@@ -91,7 +91,7 @@ def print_page(root: Path, asked: TableOptions, *, html: Path | None, figures: P
             f"--html '{html}' is a folder: name the file to write, such as {html / 'report.html'}"
         )
 
-    from proxytune.report import page
+    from proxytune.report import escape, page
 
     made = page.Report.read(root)
     if html is not None:
@@ -100,7 +100,7 @@ def print_page(root: Path, asked: TableOptions, *, html: Path | None, figures: P
     if asked.markdown:
         print_tables(root, asked)
         for path, figure in zip(paths, made.figures if paths else [], strict=True):
-            show(f"![{figure.title}]({path.as_posix()})\n")
+            show(f"![{escape.in_markdown(figure.title)}]({path.as_posix()})\n")
         return
     if html is not None:
         show(f"wrote {html} ({html.stat().st_size / 1e6:.1f} MB)")
@@ -111,7 +111,7 @@ def print_page(root: Path, asked: TableOptions, *, html: Path | None, figures: P
 def print_tables(root: Path, asked: TableOptions) -> None:
     """The finished runs under `root`: tables on stdout, or README.md files."""
     from proxytune.paper import published
-    from proxytune.report import paper_tables, tables
+    from proxytune.report import escape, paper_tables, tables
 
     if not root.is_dir():
         raise UserError(f"no folder '{root}': `proxytune eval` makes it, or name another")
@@ -128,7 +128,7 @@ def print_tables(root: Path, asked: TableOptions) -> None:
         raise UserError(f"no finished run in '{root}': `proxytune eval` makes one")
     for own in tables.alike(tables.role_rows([run for _, run in found])):
         if asked.markdown:
-            show(f"### {tables.title(own)}\n\n{tables.markdown_table(own)}")
+            show(f"### {escape.in_markdown(tables.title(own))}\n\n{tables.markdown_table(own)}")
         else:
             show_table(tables.rich_table(own))
     print_beside_paper([run for _, run in found], as_markdown=asked.markdown, asked=asked.paper)
@@ -143,6 +143,7 @@ def print_beside_paper(
     """The paper's tables that runs of its systems belong to, or, where they were asked for, any of these
     runs; with our figures beside the paper's."""
     from proxytune.paper import published, recipes
+    from proxytune.report import escape
     from proxytune.report import paper_tables as beside
 
     paper, by_key = published.read_paper(), recipes.runs_by_key(runs)
@@ -152,7 +153,7 @@ def print_beside_paper(
         else:
             show_table(beside.rich_side_by_side(recipe, paper, by_key))
         if line := beside.gaps(recipe, paper, by_key):
-            show(f"{line}\n")
+            show(f"{escape.in_markdown(line) if as_markdown else line}\n")
 
 
 def _print_examples(found: Sequence[tuple[Path, Run]], asked: TableOptions) -> None:
