@@ -19,7 +19,7 @@ from proxytune.config import SMOKE, SOURCES, Sampling
 from proxytune.errors import UserError
 from proxytune.intervals import mean_metrics
 from proxytune.records import FAULT, UNSCORED, Completion, Example, JsonRow, Metric
-from proxytune.sandbox import Sandbox
+from proxytune.sandbox import LOST, Job, Outcome, Sandbox
 from proxytune.tasks.data import DataTable, Hub, generate, read_file, read_hub, read_smoke_data
 
 JudgeName = Literal["toxicity", "truth", "pairwise"]
@@ -260,6 +260,9 @@ def _pool(task: Task, source: str, shots_from: str | None) -> DataTable:
 
 # Running code
 
+NOT_EXECUTED = "not run: "
+"""How the result of a sample begins that has no verdict, for a reason that is not its own."""
+
 
 @dataclass
 class Execution:
@@ -274,6 +277,8 @@ class Execution:
     broken: int = 0
     """Samples that were not run, because their problem could not be set up with the libraries that there
     are."""
+    lost: int = 0
+    """Samples whose sandbox ended without a verdict, twice: killed from outside, or out of memory."""
     compared: int = 0
     """Samples that had a verdict before."""
     rerun: int = 0
@@ -281,6 +286,21 @@ class Execution:
     difference."""
     flips: int = 0
     """Samples whose verdict is another one than before."""
+
+    def settled(self, sandbox: Sandbox, job: Job, outcome: Outcome) -> Outcome:
+        """The outcome of a job; of a second try, alone, where its sandbox ended without a verdict."""
+        return sandbox.run(job) if LOST in outcome.results else outcome
+
+    def verdicts(self, results: Sequence[str]) -> dict[str, list[str] | list[bool | None]]:
+        """The columns `result` and `passed` of a row. What was no failure of the sample is no verdict: it is
+        run again when the run is started again, or judged."""
+        shown = [f"{NOT_EXECUTED}{LOST}" if result == LOST else result for result in results]
+        self.lost += results.count(LOST)
+        self.samples += len(results)
+        self.passed += results.count("passed")
+        self.timed_out += results.count("timed out")
+        passed = [None if one.startswith(NOT_EXECUTED) else one == "passed" for one in shown]
+        return {"result": shown, "passed": passed}
 
     def report(self) -> dict[str, int | str]:
         """The account, by name."""
