@@ -11,6 +11,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -103,12 +104,14 @@ def _plain(text: str) -> str:
 
 def read_run(folder: Path) -> Run:
     """The Run of a folder; UserError where there is none, it is not one of ours, or it is not what was
-    written. A finished run has all of its files as they were when it ended."""
+    written: a finished run has all of its files as they were when it ended, an unfinished one has no row that
+    it did not store."""
     path = folder / RUN
     if not path.exists():
         raise UserError(f"no run in '{folder}': it has no {RUN}")
+    stored = content_of(path)
     try:
-        content = json.loads(content_of(path))
+        content = json.loads(stored)
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA:
             raise OtherVersion(
@@ -122,8 +125,15 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"cannot read '{path}': {error}") from None
     if (folder / COST).exists() if seal is None else seal != _seal(content, _files_of(seal)):
         raise _damaged(path, "it was changed by hand")
-    if seal is not None and run.status == "done":
-        _require_files(folder, _files_of(seal))
+    try:
+        if seal is not None and run.status == "done":
+            _require_files(folder, _files_of(seal))
+        elif seal is not None:
+            _require_rows(folder)
+    except UserError:
+        if path.exists() and content_of(path) != stored:
+            return read_run(folder)  # another process has judged it in this moment
+        raise
     return run
 
 
@@ -162,17 +172,16 @@ def _require_files(folder: Path, files: Mapping[str, str]) -> None:
             raise _damaged(path, "it is missing")
         problem = None
         if name != COST and COST in files:
-            problem = _problem(complete_lines(path), _records(folder), name)
+            problem = problem_of(complete_lines(path), _records(folder), _COLUMNS[name], whole=True)
         raise _damaged(path, problem or "it is not what was stored")
 
 
-def _problem(lines: Sequence[tuple[JsonRow, bytes]], records: Mapping[str, JsonRow], name: str) -> str | None:
-    """Which example of a file is missing, or not as the records have it."""
-    found = problem_of(lines, records, _COLUMNS[name])
-    missing = [key for key in records if key not in by_id(lines)]
-    if found is not None or not missing:
-        return found
-    return f"'{missing[0]}' is missing" + (f" (and {len(missing) - 1} more)" if missing[1:] else "")
+def _require_rows(folder: Path) -> None:
+    """UserError that names a row of an unfinished run that it did not store."""
+    path = folder / PREDICTIONS
+    lines = complete_lines(path)  # before the records: another process may be adding to both
+    if (problem := problem_of(lines, _records(folder), _COLUMNS[PREDICTIONS])) is not None:
+        raise _damaged(path, f"{problem} (without its lines it is made again)")
 
 
 def read_rows(folder: Path) -> list[JsonRow]:
@@ -202,6 +211,12 @@ def _records(folder: Path) -> dict[str, JsonRow]:
         if found.setdefault(record["id"], record) is not record:
             raise _damaged(folder / COST, f"'{record['id']}' is there twice")
     return found
+
+
+def require_intact(path: Path) -> None:
+    """UserError where a file belongs to a run that is damaged."""
+    if (path.parent / RUN).exists():
+        read_run(path.parent)
 
 
 def find_runs(root: Path) -> list[tuple[Path, Run]]:
@@ -272,9 +287,6 @@ class RunFolder:
         if lines and not self.records and _unsealed(self.path):
             traces = by_id(complete_lines(self.path / TRACE))
             self.records = {row["id"]: _adopted(row, line, traces) for row, line in lines}
-        if (problem := problem_of(lines, self.records, _COLUMNS[PREDICTIONS])) is not None:
-            more = "delete its lines to have it made again, or the folder to start anew"
-            raise UserError(f"'{path}' is damaged: {problem}. Restore it, {more}")
         self.done = {row["id"] for row, _ in lines}
         self.records = {name: record for name, record in self.records.items() if name in self.done}
         whole = b"".join(line for _, line in lines)
@@ -283,7 +295,7 @@ class RunFolder:
             write_atomically(path, whole)
         write_atomically(self.path / COST, b"".join(map(_encode, self.records.values())))
         self._begin_traces()
-        write_atomically(self.path / RUN, _json(self.run))
+        write_atomically(self.path / RUN, run_json(self.run))
         names = [COST, PREDICTIONS] if self.run.spec.trace == "off" else [COST, TRACE, PREDICTIONS]
         self._files = {name: GrowingFile(self.path / name) for name in names}
 
@@ -294,7 +306,7 @@ class RunFolder:
             path.unlink(missing_ok=True)
             return
         lines = [(row, line) for row, line in complete_lines(path) if row["id"] in self.done]
-        if (problem := _problem(lines, self.records, TRACE)) is not None:
+        if (problem := problem_of(lines, self.records, "trace", whole=True)) is not None:
             raise _damaged(path, problem)
         kept = b"".join(line for _, line in lines)
         if path.exists() and len(kept) != path.stat().st_size:
@@ -326,7 +338,7 @@ class RunFolder:
     def save(self, run: Run) -> None:
         """Replace run.json."""
         self._check()
-        write_atomically(self.path / RUN, _json(run))
+        write_atomically(self.path / RUN, run_json(run))
         self.run = run
 
     def finish(self, run: Run, order: Sequence[str]) -> None:
@@ -336,14 +348,15 @@ class RunFolder:
         for name in self._files:
             path = self.path / name
             lines = complete_lines(path)
-            if name != COST and (problem := _problem(lines, self.records, name)) is not None:
+            column = _COLUMNS.get(name)
+            if column and (problem := problem_of(lines, self.records, column, whole=True)) is not None:
                 raise _damaged(path, problem)
             ordered = sorted(lines, key=lambda pair: (place[pair[0]["id"]], _sample(pair[0])))
             content = b"".join(line for _, line in ordered)
             if ordered != lines:
                 write_atomically(path, content)
             files[name] = digest(content)
-        write_atomically(self.path / RUN, _json(run, files))
+        write_atomically(self.path / RUN, run_json(run, files))
         self.run = run
 
     def close(self) -> None:
@@ -360,26 +373,35 @@ class RunFolder:
         self.close()
 
 
-def replace_rows(path: Path, rows: Sequence[JsonRow], run: Run) -> None:
-    """Put judged rows and their metrics in the place of those of a finished run, in one step: the replacement
-    of run.json. Whoever reads the folder after a kill finds all of the old or all of the new."""
+@contextlib.contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """The sole right to write to a folder, for work on a finished run. UserError if another process has
+    it."""
     owner = FolderOwner(path)
     try:
         owner.take()
-        files = _files_of(json.loads(content_of(path / RUN)).get(SEAL))
-        lines = [(row, _encode(row)) for row in rows]
-        new = {PREDICTIONS: b"".join(line for _, line in lines)}
-        if COST in files:
-            digests, records = by_id(lines), _records(path)
-            changed = [{**records[name], "row": digest(digests[name])} for name in records]
-            new[COST] = b"".join(map(_encode, changed))
-        for name, content in new.items():
-            write_atomically(path / f"{PENDING}{name}", content)
-        files |= {name: digest(content) for name, content in new.items()}
-        write_atomically(path / RUN, _json(run, files))
-        _require_files(path, files)
+        yield
+        owner.check()
     finally:
         owner.release()
+
+
+def replace_rows(path: Path, rows: Sequence[JsonRow], run: Run) -> None:
+    """Put judged rows and their metrics in the place of those of a finished run, within `holding`, in one
+    step: the replacement of run.json. Whoever reads the folder after a kill finds all of the old or all of
+    the new."""
+    files = _files_of(json.loads(content_of(path / RUN)).get(SEAL))
+    lines = [(row, _encode(row)) for row in rows]
+    new = {PREDICTIONS: b"".join(line for _, line in lines)}
+    if COST in files:
+        digests, records = by_id(lines), _records(path)
+        changed = [{**records[name], "row": digest(digests[name])} for name in records]
+        new[COST] = b"".join(map(_encode, changed))
+    for name, content in new.items():
+        write_atomically(path / f"{PENDING}{name}", content)
+    files |= {name: digest(content) for name, content in new.items()}
+    write_atomically(path / RUN, run_json(run, files))
+    _require_files(path, files)
 
 
 def _sample(row: JsonRow) -> int:
@@ -388,7 +410,7 @@ def _sample(row: JsonRow) -> int:
     return found
 
 
-def _json(run: Run, files: Mapping[str, str] | None = None) -> bytes:
+def run_json(run: Run, files: Mapping[str, str] | None = None) -> bytes:
     """The content of run.json; `files` are the digests of a finished run's."""
     content = run.model_dump(mode="json")
     content[SEAL] = _seal(content, files or {})

@@ -77,18 +77,25 @@ def by_id(lines: Iterable[tuple[JsonRow, bytes]]) -> dict[str, bytes]:
 
 
 def problem_of(
-    lines: Sequence[tuple[JsonRow, bytes]], records: Mapping[str, JsonRow], column: str
+    lines: Sequence[tuple[JsonRow, bytes]],
+    records: Mapping[str, JsonRow],
+    column: str,
+    *,
+    whole: bool = False,
 ) -> str | None:
-    """Which id of a file is not as it was stored, by the digests in a column of the records; None where all
-    are. Ids without lines are no problem here."""
-    for name, own in by_id(lines).items():
+    """Which id of a file is not as it was stored, by the digests in a column of the records, or (of a `whole`
+    file) is missing; None where all are as they were."""
+    found = by_id(lines)
+    for name, own in found.items():
         if name not in records:
             return f"'{name}' is none that this run stored"
         if records[name].get(column) != digest(own):
             count = sum(row["id"] == name for row, _ in lines)
             again = column == "row" and count > 1
             return f"'{name}' is there twice" if again else f"'{name}' is not what was stored"
-    return None
+    missing = [name for name in records if name not in found] if whole else []
+    more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
+    return f"'{missing[0]}' is missing{more}" if missing else None
 
 
 # Writing

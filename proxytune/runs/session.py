@@ -251,10 +251,11 @@ class Session:
 
 def total(parts: Sequence[Took]) -> Took:
     """All of them together, the same in every order."""
-    sums = {name: [getattr(part, name) for part in parts] for name in COUNTS}
-    return Took(**{
-        name: math.fsum(values) if name.endswith("seconds") else sum(values) for name, values in sums.items()
-    })  # fmt: skip
+    sums: dict[str, Any] = {}
+    for name in COUNTS:
+        values = [getattr(part, name) for part in parts]
+        sums[name] = math.fsum(values) if name.endswith("seconds") else sum(values)
+    return Took(**sums)
 
 
 def prediction(
@@ -267,7 +268,7 @@ def prediction(
     if fault is not None:
         row = _as_numbers(row) | {FAULT: fault}
     elif sandbox is not None and task.execute is not None:
-        (row,) = task.execute([row], Execution(sandbox, {example.id: example.target}))
+        (row,) = task.run_code([row], Execution(sandbox, {example.id: example.target}))
     responses = [stored_response(completion) for completion in completions]
     return {"id": example.id, **row, "scores": task.scores(row), "responses": responses}
 

@@ -25,7 +25,7 @@ import numpy as np
 from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, JsonRow, Prompt
-from proxytune.sandbox import LOST, MIB, Job, Limits, Outcome, Program
+from proxytune.sandbox import MIB, Job, Limits, Outcome, Program
 from proxytune.tasks.data import DataTable, Hub
 from proxytune.tasks.scoring.rules import clean_code, pass_at_k, verdict
 from proxytune.tasks.task import NOT_EXECUTED, NOT_RUN, Execution, Task
@@ -143,24 +143,22 @@ def execute(rows: Sequence[JsonRow], execution: Execution) -> list[JsonRow]:
     because their imports take longer than they do."""
     sandbox = execution.sandbox.limited(LIMITS)
     items = [item_of(row, execution.items) for row in rows]
-    asked = [answer_jobs(item) for item in items]
-    answers = [
-        execution.settled(sandbox, jobs[0], made[0]) if made else None
-        for jobs, made in zip(asked, list(sandbox.map(asked)), strict=True)
-    ]
+    answers = [made[0] if made else None for made in sandbox.map([answer_jobs(item) for item in items])]
     batches = [
         [sample_job(item, answer, sample) for sample in row["output"]] if ready(answer) else []
         for row, item, answer in zip(rows, items, answers, strict=True)
     ]
-    made, ended = [], list(sandbox.map(batches))
-    for row, item, answer, jobs, outcomes in zip(rows, items, answers, batches, ended, strict=True):
-        results = [result_of(execution.settled(sandbox, *pair)) for pair in zip(jobs, outcomes, strict=True)]
+    made = []
+    for row, item, answer, outcomes in zip(rows, items, answers, sandbox.map(batches), strict=True):
+        results = [result_of(outcome) for outcome in outcomes]
         if answer is not None and not ready(answer):
-            why = f"{NOT_EXECUTED}no answers to compare with: {result_of(answer)}"
-            results = [why] * len(row["output"])
+            results = [f"{NOT_EXECUTED}no answers to compare with: {result_of(answer)}"] * len(row["output"])
             execution.broken += len(results)
-        kind = {"perturbation_type": item.get("perturbation_type", "")}
-        made.append({**kind, **row, **execution.verdicts(results)})
+        execution.samples += len(results)
+        execution.passed += results.count("passed")
+        execution.timed_out += results.count("timed out")
+        verdicts = {"result": results, "passed": [result == "passed" for result in results]}
+        made.append({"perturbation_type": item.get("perturbation_type", ""), **row, **verdicts})
     return made
 
 
@@ -233,8 +231,6 @@ def ready(answer: Outcome | None) -> bool:
 
 def result_of(outcome: Outcome) -> str:
     """The result of a sample: the check decides; where it fails, the reason is the first that went wrong."""
-    if LOST in outcome.results:
-        return LOST
     if outcome.results[-1] == "passed":
         return "passed"
     return next(result for result in outcome.results if result != "passed")

@@ -15,7 +15,7 @@ from dataclasses import replace
 from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, JsonRow, Prompt
-from proxytune.sandbox import LOST, Job, Program, Sandbox
+from proxytune.sandbox import Job, Program, Sandbox
 from proxytune.tasks.data import DataTable, Hub
 from proxytune.tasks.scoring.rules import clean_code, pass_at_k, verdict
 from proxytune.tasks.task import NOT_RUN, Execution, Task
@@ -108,12 +108,9 @@ def execute(rows: Sequence[JsonRow], execution: Execution) -> list[JsonRow]:
         for row in rows
         for completion in row["completions"]
     ]
-    jobs, sandbox = [Job((one,)) for one in dict.fromkeys(programs)], execution.sandbox
-    outcomes = list(sandbox.map([job] for job in jobs))
-    ended = {
-        job.programs[0]: execution.settled(sandbox, job, outcome).results[0]
-        for job, (outcome,) in zip(jobs, outcomes, strict=True)
-    }
+    different = list(dict.fromkeys(programs))
+    outcomes = execution.sandbox.map([Job((one,))] for one in different)
+    ended = {one: outcome.results[0] for one, (outcome,) in zip(different, outcomes, strict=True)}
     results = [ended[one] for one in programs]
     before = [verdict for row in rows for verdict in _verdicts(row)]
     results = settle(execution, programs, results, before)
@@ -121,7 +118,7 @@ def execute(rows: Sequence[JsonRow], execution: Execution) -> list[JsonRow]:
     for row in rows:
         own = results[at : at + len(row["completions"])]
         at += len(own)
-        made.append({**row, **execution.verdicts(own)})
+        made.append({**row, "result": own, "passed": [result == "passed" for result in own]})
     return made
 
 
@@ -159,14 +156,15 @@ def settle(
     final = list(results)
     alone = Sandbox(execution.sandbox.backend, execution.sandbox.python.executable, workers=1)
     for index, (result, (passed, reason)) in enumerate(zip(results, before, strict=True)):
-        if result == LOST:
-            continue
         execution.compared += passed is not None
         if passed is not None and (result == "passed") != passed and "timed out" in (result, reason):
             execution.rerun += 1
             again = replace(programs[index], seconds=ALONE_SECONDS)
             final[index] = alone.run(Job((again,))).results[0]
         execution.flips += passed is not None and (final[index] == "passed") != passed
+    execution.samples += len(final)
+    execution.passed += final.count("passed")
+    execution.timed_out += final.count("timed out")
     return final
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ from proxytune.config import SMOKE, SOURCES, Sampling
 from proxytune.errors import UserError
 from proxytune.intervals import mean_metrics
 from proxytune.records import FAULT, UNSCORED, Completion, Example, JsonRow, Metric
-from proxytune.sandbox import LOST, Job, Outcome, Sandbox
+from proxytune.sandbox import LOST, Sandbox
 from proxytune.tasks.data import DataTable, Hub, generate, read_file, read_hub, read_smoke_data
 
 JudgeName = Literal["toxicity", "truth", "pairwise"]
@@ -127,6 +127,19 @@ class Task:
         if not sound:
             found.setdefault(self.headline, Metric(value=0.0, n=0))
         return found
+
+    def run_code(self, rows: Sequence[JsonRow], execution: Execution) -> list[JsonRow]:
+        """The rows with the verdicts of their code, which is run once more where a sandbox ended without one.
+        What was no failure of a sample is no verdict: it is tried again when the run is started again."""
+        assert self.execute is not None, f"'{self.name}' has no code"
+        made = self.execute(rows, execution)
+        lost = [place for place, row in enumerate(made) if any(map(_is_lost, row["result"]))]
+        if lost:
+            again = self.execute([rows[place] for place in lost], replace(execution))
+            for place, row in zip(lost, again, strict=True):
+                made[place] = row
+        execution.lost += sum(_is_lost(result) for row in made for result in row["result"])
+        return [_without_verdicts_on_others(row) for row in made]
 
     def aggregate(self, scores: Sequence[Mapping[str, float]]) -> dict[str, Metric]:
         """The metrics of per-example scores: means with intervals, the task's own first."""
@@ -264,6 +277,21 @@ NOT_EXECUTED = "not run: "
 """How the result of a sample begins that has no verdict, for a reason that is not its own."""
 
 
+def _is_lost(result: str) -> bool:
+    """Whether a sandbox was killed from outside, or had no memory left."""
+    return result.endswith(LOST)
+
+
+def _without_verdicts_on_others(row: JsonRow) -> JsonRow:
+    """The row with null as the verdict on every sample that did not fail by itself."""
+    results = [f"{NOT_EXECUTED}{result}" if _is_lost(result) else result for result in row["result"]]
+    passed = [
+        None if result.startswith(NOT_EXECUTED) else verdict
+        for result, verdict in zip(results, row["passed"], strict=True)
+    ]
+    return {**row, "result": results, "passed": passed}
+
+
 @dataclass
 class Execution:
     """The leave to run the code of stored rows, with what that takes and an account of it."""
@@ -286,21 +314,6 @@ class Execution:
     difference."""
     flips: int = 0
     """Samples whose verdict is another one than before."""
-
-    def settled(self, sandbox: Sandbox, job: Job, outcome: Outcome) -> Outcome:
-        """The outcome of a job; of a second try, alone, where its sandbox ended without a verdict."""
-        return sandbox.run(job) if LOST in outcome.results else outcome
-
-    def verdicts(self, results: Sequence[str]) -> dict[str, list[str] | list[bool | None]]:
-        """The columns `result` and `passed` of a row. What was no failure of the sample is no verdict: it is
-        run again when the run is started again, or judged."""
-        shown = [f"{NOT_EXECUTED}{LOST}" if result == LOST else result for result in results]
-        self.lost += results.count(LOST)
-        self.samples += len(results)
-        self.passed += results.count("passed")
-        self.timed_out += results.count("timed out")
-        passed = [None if one.startswith(NOT_EXECUTED) else one == "passed" for one in shown]
-        return {"result": shown, "passed": passed}
 
     def report(self) -> dict[str, int | str]:
         """The account, by name."""

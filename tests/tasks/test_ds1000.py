@@ -260,7 +260,7 @@ def test_a_problem_that_cannot_be_set_up_is_counted_apart(box: Sandbox, problems
     item = {**problems["Numpy/120"], "test_generate_pickle": "import no_such_library"}
     execution = Execution(box, {"Numpy/120": item})
     (row,) = ds1000.execute([asked(item, "a", "b")], execution)
-    assert row["passed"] == [None, None] and (execution.samples, execution.broken) == (2, 2)
+    assert row["passed"] == [False, False] and (execution.samples, execution.broken) == (2, 2)
     assert row["result"][0].startswith("not run: no answers to compare with: failed: ModuleNotFoundError")
 
 
