@@ -310,14 +310,20 @@ class RunFolder:
         self.close()
 
 
-def replace_rows(path: Path, rows: Sequence[JsonRow], run: Run) -> None:
-    """Put judged rows and their metrics in the place of those of a finished run."""
+@contextlib.contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """The lock of a folder, for work on a finished run. UserError if another process has it."""
     lock = _locked(path)
     try:
-        write_atomically(path / PREDICTIONS, b"".join(_encode(row) for row in rows))
-        write_atomically(path / RUN, _json(run))
+        yield
     finally:
         os.close(lock)
+
+
+def replace_rows(path: Path, rows: Sequence[JsonRow], run: Run) -> None:
+    """Put judged rows and their metrics in the place of those of a finished run, within `holding`."""
+    write_atomically(path / PREDICTIONS, b"".join(_encode(row) for row in rows))
+    write_atomically(path / RUN, _json(run))
 
 
 def _json(run: Run) -> bytes:

@@ -27,6 +27,8 @@ class Estimate:
     usd: float | None
     """None where no price is known."""
     seconds: float
+    spent: float = 0.0
+    """US dollars that earlier sessions spent on the same."""
 
     def __str__(self) -> str:
         cost = "cost unknown (give --price IN,OUT)" if self.usd is None else f"about {self.usd:.2f} USD"
