@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
@@ -45,9 +46,9 @@ class Budget:
         """What a call may cost, as far as we know this endpoint."""
         return estimate * self.excess
 
-    def affords(self, estimate: float) -> bool:
+    def affords(self, need: float) -> bool:
         """Whether one more call cannot pass the limit."""
-        return self.limit is None or self.spent + self.in_flight + self.need(estimate) <= self.limit
+        return self.limit is None or self.spent + self.in_flight + need <= self.limit
 
     def settle(self, reserved: float, estimate: float, usd: float) -> None:
         """A call has ended."""
@@ -79,62 +80,75 @@ class Calls:
     budget: Budget
     workers: int
     limits: CallLimits
-    _waiting: list[tuple[float, int, int]] = field(default_factory=list)
-    """(when, which, how many retries), the next first."""
+    _new: deque[int] = field(default_factory=deque)
+    _again: list[tuple[float, int, int]] = field(default_factory=list)
+    """Failed ones, (when, which, how many retries), the next first. Each keeps its worker's place, so that an
+    endpoint in trouble is not asked for more."""
     _running: dict[Future[Outcome], _Sent] = field(default_factory=dict)
 
-    def replies(self, places: Sequence[int]) -> Iterator[tuple[int, Reply]]:
+    def replies(self, places: Iterable[int]) -> Iterator[tuple[int, Reply]]:
         """The replies as they come. When a call fails for good, or the next could pass the limit, those in
         flight are awaited, and then CallsEnded says why."""
-        self._waiting = [(0.0, place, 0) for place in places]
-        heapq.heapify(self._waiting)
+        self._new.extend(places)
         stopped: CallsEnded | None = None
         with ThreadPoolExecutor(self.workers) as pool:
-            while self._running or (self._waiting and stopped is None):
+            while self._running or (stopped is None and (self._new or self._again)):
                 if stopped is None:
                     stopped = self._send_more(pool)
-                for place, result, retry in self._ended(until_next=stopped is None):
+                for sent, result in self._ended(until_next=stopped is None):
                     if isinstance(result, Reply):
-                        yield place, result
-                    elif result.again and retry < self.limits.retries:
-                        pause = self.limits.pause_before(retry + 1, result.after)
-                        heapq.heappush(self._waiting, (time.monotonic() + pause, place, retry + 1))
-                    else:
-                        times = f" after {retry} retries" if retry else ""
-                        stopped = stopped or CallsEnded(f"it failed{times}: {result.reason}", money=False)
+                        yield sent.place, result
+                    elif result.again and sent.retry < self.limits.retries:
+                        pause = self.limits.pause_before(sent.retry + 1, result.after)
+                        entry = (time.monotonic() + pause, sent.place, sent.retry + 1)
+                        heapq.heappush(self._again, entry)
+                    elif stopped is None:
+                        times = f" after {sent.retry} retries" if sent.retry else ""
+                        stopped = CallsEnded(f"it failed{times}: {result.reason}", money=False)
         if stopped is not None:
             raise stopped
 
-    def _send_more(self, pool: ThreadPoolExecutor) -> CallsEnded | None:
-        """Send what is due, as far as workers and money go; -> why nothing can be sent any more."""
+    def _next(self) -> tuple[int, int] | None:
+        """What is to be sent now, and how many retries that makes; None if nothing is due."""
         # with a limit, only as many at once as have shown what they cost, and one more
         most = self.workers if self.budget.limit is None else min(self.workers, 1 + self.budget.settled)
-        while self._waiting and len(self._running) < most and self._waiting[0][0] <= time.monotonic():
-            _, place, retry = self._waiting[0]
+        if len(self._running) < most and self._again and self._again[0][0] <= time.monotonic():
+            return self._again[0][1:]
+        if len(self._running) + len(self._again) < most and self._new:
+            return self._new[0], 0
+        return None
+
+    def _send_more(self, pool: ThreadPoolExecutor) -> CallsEnded | None:
+        """Send what is due, as far as workers and money go; -> why nothing can be sent any more."""
+        while (due := self._next()) is not None:
+            place, retry = due
             estimate = self.estimate(place)
-            if not self.budget.affords(estimate):
+            reserved = self.budget.need(estimate)
+            if not self.budget.affords(reserved):
                 if self._running:
                     return None
+                limit, spent = self.budget.limit, self.budget.spent
                 return CallsEnded(
-                    f"--max-cost {self.budget.limit:g}: {self.budget.spent:.4f} USD are spent, and the next "
-                    f"call may cost {self.budget.need(estimate):.4f}",
+                    f"--max-cost {limit:g}: {spent:.4f} USD are spent, and the next call may cost {reserved:.4f}",
                     money=True,
                 )
-            heapq.heappop(self._waiting)
-            reserved = self.budget.need(estimate)
+            if retry:
+                heapq.heappop(self._again)
+            else:
+                self._new.popleft()
             self.budget.in_flight += reserved
             self._running[pool.submit(self.send, place)] = _Sent(place, retry, estimate, reserved)
         return None
 
-    def _ended(self, *, until_next: bool) -> Iterator[tuple[int, Reply | CallFailed, int]]:
-        """Calls that have ended, after waiting for one, or until the next is due."""
+    def _ended(self, *, until_next: bool) -> Iterator[tuple[_Sent, Reply | CallFailed]]:
+        """Calls that have ended, after waiting for one, or until the next retry is due."""
         pause = None
-        if until_next and self._waiting and len(self._running) < self.workers:
-            pause = max(self._waiting[0][0] - time.monotonic(), 0.0)
+        if until_next and self._again and len(self._running) < self.workers:
+            pause = max(self._again[0][0] - time.monotonic(), 0.0)
         if not self._running:
             time.sleep(pause or 0.0)
             return
         for future in wait(self._running, timeout=pause or None, return_when=FIRST_COMPLETED).done:
             sent, outcome = self._running.pop(future), future.result()
             self.budget.settle(sent.reserved, sent.estimate, outcome.usd)
-            yield sent.place, outcome.result, sent.retry
+            yield sent, outcome.result

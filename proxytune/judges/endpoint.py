@@ -118,7 +118,13 @@ class Endpoint:
             raise CallFailed(f"no whole answer within {seconds:g} s", again=True, paid=True) from None
         except (httpx2.ConnectError, httpx2.ProxyError) as error:
             raise CallFailed(f"no connection ({self._plain(error)})", again=True, paid=False) from None
-        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, ImportError, ValueError) as error:
+        except (
+            httpx2.InvalidURL,
+            httpx2.UnsupportedProtocol,
+            ImportError,
+            ValueError,
+            OverflowError,
+        ) as error:
             # a URL that cannot be meant, here or in HTTP_PROXY; a SOCKS proxy without its package
             raise CallFailed(f"cannot ask it ({self._plain(error)})", again=False, paid=False) from None
         except httpx2.TransportError as error:

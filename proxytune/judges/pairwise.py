@@ -219,7 +219,12 @@ class PairwiseJudge:
         return [{"annotator": f"proxytune/{self.model}", "preference": preference} for preference in found]
 
     def _store(self) -> Judgements:
-        return Judgements(self.cache or cache_folder() / "judgements.sqlite")
+        return Judgements(self.cache_path)
+
+    @property
+    def cache_path(self) -> Path:
+        """Where judgements are stored."""
+        return self.cache or cache_folder() / "judgements.sqlite"
 
     def key(self, pair: Pair) -> str:
         """The content that a judgement depends on."""

@@ -120,8 +120,8 @@ def judge_run(
     """Judge the run in a folder, store the verdicts in its rows, and return it with its new metrics. `agree`
     hears what that would cost before anything is asked.
 
-    The folder is locked from the start, so that nothing is asked twice at a time. UserError, and the run as it
-    was, where the judge gives no verdict at all."""
+    The folder is locked from the start, so that nothing is asked twice at a time. UserError, and the run as
+    it was, where the judge gives no verdict at all."""
     with results.holding(folder):
         return _judge_run(folder, judge, on_progress, agree)
 
@@ -140,8 +140,8 @@ def _judge_run(
     metrics = task.metrics(judged)
     if sound and task.headline_of(metrics) not in task.judged_headlines:
         raise UserError(
-            f"the judge '{judge.name}' gave no verdict on any of {len(sound)} responses, so the run in '{folder}' "
-            "stays as it was: name another with --judge"
+            f"the judge '{judge.name}' gave no verdict on any of {len(sound)} responses, so the run in "
+            f"'{folder}' stays as it was: name another with --judge"
         )
     update = {"metrics": metrics, "headline": task.headline_of(metrics), "judge": judge.name}
     run = run.model_copy(update=update)
