@@ -129,7 +129,8 @@ class Calls:
                     return None
                 limit, spent = self.budget.limit, self.budget.spent
                 return CallsEnded(
-                    f"--max-cost {limit:g}: {spent:.4f} USD are spent, and the next call may cost {reserved:.4f}",
+                    f"--max-cost {limit:g}: {spent:.4f} USD are spent, and the next call may cost "
+                    f"{reserved:.4f}",
                     money=True,
                 )
             if retry:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+import urllib.parse
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -101,8 +102,8 @@ class Endpoint:
     def of_environment(cls, limits: CallLimits) -> Endpoint:
         """The endpoint in OPENAI_BASE_URL and OPENAI_API_KEY; local servers need no key."""
         url, key = os.environ.get("OPENAI_BASE_URL") or USUAL_URL, os.environ.get("OPENAI_API_KEY") or "none"
-        if not url.startswith(("http://", "https://")) or not url.isascii() or not url.isprintable():
-            raise UserError(f"OPENAI_BASE_URL={url!r}: it must begin with http:// or https://")
+        if not _is_address(url):
+            raise UserError(f"OPENAI_BASE_URL={url!r:.200}: give http:// or https://, a host and a path")
         if not key.isascii() or not key.isprintable():
             raise UserError("OPENAI_API_KEY holds characters that no key has (a line break?): set it again")
         return cls(url.rstrip("/"), key, limits)
@@ -123,9 +124,9 @@ class Endpoint:
             httpx2.UnsupportedProtocol,
             ImportError,
             ValueError,
-            OverflowError,
+            ExceptionGroup,
         ) as error:
-            # a URL that cannot be meant, here or in HTTP_PROXY; a SOCKS proxy without its package
+            # a proxy in the environment that cannot be meant, or whose kind needs another package
             raise CallFailed(f"cannot ask it ({self._plain(error)})", again=False, paid=False) from None
         except httpx2.TransportError as error:
             what = f"the connection failed ({type(error).__name__}: {self._plain(error)})"
@@ -241,6 +242,18 @@ class Endpoint:
         """A server's words as part of one line of readable length: no key, nothing that a terminal obeys."""
         words = " ".join(str(text).replace(self.key, "***").split())
         return "".join(letter if letter.isprintable() else "?" for letter in words[:200])
+
+
+def _is_address(url: str) -> bool:
+    """Whether requests can be sent there."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return (
+        named and parts.scheme in ("http", "https") and url.isascii() and url.isprintable() and " " not in url
+    )
 
 
 def _count(value: object) -> int | None:

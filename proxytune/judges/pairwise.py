@@ -254,7 +254,7 @@ class _Session:
     def tokens(self, pair: Pair) -> Tokens:
         """The most that a call can take: no token is shorter than a byte."""
         framing = MESSAGE_TOKENS * len(pair.messages)
-        written = sum(len(message["content"].encode("utf-8", "replace")) for message in pair.messages)
+        written = sum(len(message["content"].encode("utf-8", "surrogatepass")) for message in pair.messages)
         return written + framing, FORMS[self.form][1]
 
     def estimate(self, number: int) -> float:

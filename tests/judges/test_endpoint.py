@@ -70,17 +70,23 @@ def test_many_kinds_are_known() -> None:
 def test_nobody_answers(server: Misbehaving, monkeypatch: pytest.MonkeyPatch) -> None:
     for url, says in [
         ("http://127.0.0.1:9/v1", "no connection"),
-        ("http://[::1", "cannot ask it"),
-        ("http://127.0.0.1:99999/v1", "cannot ask it"),
-        ("ftp://127.0.0.1/v1", "must begin with http:// or https://"),
-        ("localhost:8000", "must begin with http:// or https://"),
-        ("http://127.0.0.1/\x1b[31m", "must begin with http:// or https://"),
+        ("http://[::1", "OPENAI_BASE_URL='http://"),
+        ("http://127.0.0.1:99999/v1", "OPENAI_BASE_URL='http://"),
+        ("http://", "OPENAI_BASE_URL='http://"),
+        ("ftp://127.0.0.1/v1", "give http:// or https://"),
+        ("localhost:8000", "give http:// or https://"),
+        ("http://127.0.0.1/\x1b[31m", "give http:// or https://"),
     ]:
         monkeypatch.setenv("OPENAI_BASE_URL", url)
         with pytest.raises(UserError, match=says) as raised:
             PairwiseJudge("m", limits=limits(hangs=False)).judge(ROWS)
         assert str(raised.value).isprintable()
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    for proxy in ("http://127.0.0.1:99999", "nonsense://x", "http://127.0.0.1:9"):
+        monkeypatch.setenv("HTTP_PROXY", proxy)
+        monkeypatch.setenv("NO_PROXY", "")
+        with pytest.raises(UserError, match=r"cannot ask it|no connection"):
+            PairwiseJudge("m", limits=limits(hangs=False)).judge(ROWS)
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
     with pytest.raises(UserError, match="OPENAI_API_KEY holds characters") as raised:
         PairwiseJudge("m").check()

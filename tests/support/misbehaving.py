@@ -199,7 +199,7 @@ KINDS: dict[str, Kind] = {
     "529": refuses("529 Overloaded"),
     "999": refuses("999 Nonsense", once=True),
     "204": sends(head("204 No Content")),
-    "101": sends(head("101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade"), once=True),
+    "101": sends(head("101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade")),
     "a redirect elsewhere": refuses("302 Found", "Location: http://127.0.0.1:9/steal", once=True),
     "a redirect to itself": refuses("307 Temporary Redirect", "Location: /v1/chat/completions", once=True),
     "a redirect to nowhere": refuses("301 Moved Permanently", once=True),
