@@ -381,7 +381,6 @@ def holding(path: Path) -> Iterator[None]:
     try:
         owner.take()
         yield
-        owner.check()
     finally:
         owner.release()
 
@@ -389,7 +388,10 @@ def holding(path: Path) -> Iterator[None]:
 def replace_rows(path: Path, rows: Sequence[JsonRow], run: Run) -> None:
     """Put judged rows and their metrics in the place of those of a finished run, within `holding`, in one
     step: the replacement of run.json. Whoever reads the folder after a kill finds all of the old or all of
-    the new."""
+    the new. UserError where the folder holds another run by now."""
+    there = read_run(path)
+    if (there.spec, there.started) != (run.spec, run.started):
+        raise UserError(f"'{path}' was replaced while its rows were judged: nothing is stored")
     files = _files_of(json.loads(content_of(path / RUN)).get(SEAL))
     lines = [(row, _encode(row)) for row in rows]
     new = {PREDICTIONS: b"".join(line for _, line in lines)}
