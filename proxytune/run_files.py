@@ -18,6 +18,7 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from proxytune.errors import UserError
 from proxytune.records import JsonRow
@@ -98,7 +99,29 @@ def problem_of(
     return f"'{missing[0]}' is missing{more}" if missing else None
 
 
+def files_of(seal: Any) -> dict[str, str]:
+    """File -> digest, of a seal."""
+    found = seal.get("files") if isinstance(seal, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def seal_of(content: JsonRow, files: Mapping[str, str]) -> JsonRow:
+    """The digests of a run's files, and one of these and everything else in run.json."""
+    whole = json.dumps([content, files], sort_keys=True).encode()
+    return {"files": dict(files), "sha256": digest(whole)}
+
+
+def damaged(path: Path, how: str) -> UserError:
+    """The line about a file that is not what was written."""
+    return UserError(f"'{path}' is damaged: {how}. Restore it, or delete the folder to run it again")
+
+
 # Writing
+
+
+def encode(row: JsonRow) -> bytes:
+    """One line of JSONL."""
+    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 @contextlib.contextmanager
