@@ -40,6 +40,7 @@ from proxytune.run_files import (
     files_of,
     problem_of,
     seal_of,
+    sealed,
     write_atomically,
 )
 
@@ -165,11 +166,16 @@ def _require_files(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def _require_rows(folder: Path) -> None:
-    """UserError that names a row of an unfinished run that it did not store."""
+    """UserError that names a row of an unfinished run that it did not store, or one that is missing. The last
+    ones may be: a crash takes the end of a file."""
     path = folder / PREDICTIONS
     lines = complete_lines(path)  # before the records: another process may be adding to both
-    if (problem := problem_of(lines, _records(folder), _COLUMNS[PREDICTIONS])) is not None:
-        raise damaged(path, f"{problem} (without its lines it is made again)")
+    records = _records(folder)
+    stored = {row["id"] for row, _ in lines}
+    while records and next(reversed(records)) not in stored:
+        records.popitem()
+    if (problem := problem_of(lines, records, _COLUMNS[PREDICTIONS], whole=True)) is not None:
+        raise damaged(path, problem)
 
 
 def read_rows(folder: Path) -> list[JsonRow]:
@@ -198,6 +204,8 @@ def _records(folder: Path) -> dict[str, JsonRow]:
     for record, _ in complete_lines(folder / COST):
         if found.setdefault(record["id"], record) is not record:
             raise damaged(folder / COST, f"'{record['id']}' is there twice")
+        if record != sealed(record):
+            raise damaged(folder / COST, f"'{record['id']}' is not what was stored")
     return found
 
 
@@ -304,7 +312,7 @@ class RunFolder:
         record: JsonRow = {"id": row["id"], "row": digest(line)}
         if traces:
             record["trace"] = digest(b"".join(seen))
-        record |= took or {}
+        record = sealed(record | (took or {}))
         self._files[COST].append(encode(record))
         for trace in seen:
             self._files[TRACE].append(trace)
@@ -380,13 +388,15 @@ def replace_rows(path: Path, rows: Sequence[JsonRow], run: Run) -> None:
     new = {PREDICTIONS: b"".join(line for _, line in lines)}
     if COST in files:
         digests, records = by_id(lines), _records(path)
-        changed = [{**records[name], "row": digest(digests[name])} for name in records]
+        changed = [sealed({**records[name], "row": digest(digests[name])}) for name in records]
         new[COST] = b"".join(map(encode, changed))
     for name, content in new.items():
         write_atomically(path / f"{PENDING}{name}", content)
     files |= {name: digest(content) for name, content in new.items()}
     write_atomically(path / RUN, run_json(run, files))
     _require_files(path, files)
+    for name in new:  # where it is what was there before
+        (path / f"{PENDING}{name}").unlink(missing_ok=True)
 
 
 def _sample(row: JsonRow) -> int:
@@ -411,7 +421,7 @@ def _adopted(row: JsonRow, line: bytes, traces: Mapping[str, bytes]) -> JsonRow:
     """The record of a row that a version before 0.2.0 stored: of what it took, only the tokens are known."""
     tokens = sum(response["tokens"] for response in row["responses"])
     record = {"id": row["id"], "row": digest(line), "generated_tokens": tokens}
-    return record | ({"trace": digest(traces[row["id"]])} if row["id"] in traces else {})
+    return sealed(record | ({"trace": digest(traces[row["id"]])} if row["id"] in traces else {}))
 
 
 def _stored_or_new(path: Path, new: Run) -> Run:

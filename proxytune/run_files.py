@@ -99,6 +99,12 @@ def problem_of(
     return f"'{missing[0]}' is missing{more}" if missing else None
 
 
+def sealed(record: JsonRow) -> JsonRow:
+    """A record with its own digest."""
+    content = {name: value for name, value in record.items() if name != "sha256"}
+    return {**content, "sha256": digest(json.dumps(content, sort_keys=True).encode())}
+
+
 def files_of(seal: Any) -> dict[str, str]:
     """File -> digest, of a seal."""
     found = seal.get("files") if isinstance(seal, dict) else None
@@ -249,6 +255,8 @@ class FolderOwner:
             ) from None
         if (there.st_dev, there.st_ino) != (own.st_dev, own.st_ino):
             raise UserError(f"'{self.folder}' was replaced while this run was going on: it stops here")
+        if not (self.folder / WRITER).exists():
+            raise UserError(f"'{self.folder}' was emptied while this run was going on: it stops here")
         if not self._has_token():
             raise UserError(
                 f"another process has begun to write to '{self.folder}', where locks do not work: this one "
