@@ -22,7 +22,7 @@ class CallsEnded(Exception):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CallResult:
     """What became of a call."""
 
     result: Reply | CallFailed
@@ -73,7 +73,7 @@ class _Sent:
 class Calls:
     """Asks for things by their number. Everything but `send` runs in the caller's thread."""
 
-    send: Callable[[int], Outcome]
+    send: Callable[[int], CallResult]
     """One call. It keeps what it brought before it returns, so that a kill loses only calls in flight."""
     estimate: Callable[[int], float]
     """US dollars that a call may cost at most."""
@@ -84,7 +84,7 @@ class Calls:
     _again: list[tuple[float, int, int]] = field(default_factory=list)
     """Failed ones, (when, which, how many retries), the next first. Each keeps its worker's place, so that an
     endpoint in trouble is not asked for more."""
-    _running: dict[Future[Outcome], _Sent] = field(default_factory=dict)
+    _running: dict[Future[CallResult], _Sent] = field(default_factory=dict)
 
     def replies(self, places: Iterable[int]) -> Iterator[tuple[int, Reply]]:
         """The replies as they come. When a call fails for good, or the next could pass the limit, those in

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from proxytune.config import cache_folder
 from proxytune.errors import UserError, needs_extra
-from proxytune.judges.calls import Budget, Calls, CallsEnded, Outcome
+from proxytune.judges.calls import Budget, CallResult, Calls, CallsEnded
 from proxytune.judges.endpoint import CallFailed, CallLimits, Endpoint, Reply
 from proxytune.judges.judge import Estimate, OnProgress
 from proxytune.judges.judgements import Judgements, Tokens
@@ -261,7 +261,7 @@ class _Session:
         """US dollars that a call can cost."""
         return self.judge.usd(self.tokens(self.pairs[number])) or 0.0
 
-    def send(self, number: int) -> Outcome:
+    def send(self, number: int) -> CallResult:
         """Ask about a pair, and keep the verdict and the cost. A reply that is no verdict is not kept, so
         that a later session asks again."""
         pair, form = self.pairs[number], self.form
@@ -278,7 +278,7 @@ class _Session:
                 self.form, error.again, error.after = 1, True, 0.0
         word = pair.verdict(result.text) if isinstance(result, Reply) else None
         self.store.ended(entered, key, tokens, word)
-        return Outcome(result, self.judge.usd(tokens) or 0.0)
+        return CallResult(result, self.judge.usd(tokens) or 0.0)
 
 
 def _reported(reply: Reply, estimate: Tokens) -> Tokens:
