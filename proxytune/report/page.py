@@ -20,7 +20,7 @@ from proxytune.report.figures import in_percent
 from proxytune.report.sections import Inputs, Section, read_inputs, sections
 from proxytune.report.tables import RoleRow
 from proxytune.report.token_view import token_data
-from proxytune.results import write_atomically
+from proxytune.run_files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxytune import results
 from proxytune.errors import UserError, did_you_mean
 from proxytune.records import JsonRow
+from proxytune.run_files import write_atomically
 from proxytune.runs.verdicts import read_finished
 
 
@@ -66,6 +66,6 @@ def export(kind: str, folder: Path, out: Path | None = None) -> list[Path]:
     written = []
     for name, rows in FORMATS[kind].files(folder).items():
         content = json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
-        results.write_atomically(target / name, content.encode())
+        write_atomically(target / name, content.encode())
         written.append(target / name)
     return written

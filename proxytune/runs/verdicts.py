@@ -54,7 +54,7 @@ def _add_verdicts(folder: Path, items: Mapping[str, dict[str, Any]], sandbox: Sa
     todo = [place for place, row in enumerate(rows) if lacks_verdict(task, row)]
     if not todo and run.headline != task.headline:
         return run
-    executed = task.execute([rows[place] for place in todo], Execution(sandbox, items))
+    executed = task.run_code([rows[place] for place in todo], Execution(sandbox, items))
     for place, row in zip(todo, executed, strict=True):
         rows[place] = with_columns(rows[place], row) | {"scores": task.scores(row)}
     metrics = task.metrics(rows)
