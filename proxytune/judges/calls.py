@@ -110,8 +110,8 @@ class Calls:
 
     def _next(self) -> tuple[int, int] | None:
         """What is to be sent now, and how many retries that makes; None if nothing is due."""
-        # with a limit, only as many at once as have shown what they cost, and one more
-        most = self.workers if self.budget.limit is None else min(self.workers, 1 + self.budget.settled)
+        # as many at once as have ended, and one more: little is lost to a kill, or to a price that surprises
+        most = min(self.workers, 1 + self.budget.settled)
         if len(self._running) < most and self._again and self._again[0][0] <= time.monotonic():
             return self._again[0][1:]
         if len(self._running) + len(self._again) < most and self._new:
