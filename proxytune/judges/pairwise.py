@@ -118,10 +118,12 @@ class PairwiseJudge:
     price: tuple[float, float] | None = None
     """US dollars per million tokens, in and out."""
     max_cost: float | None = None
-    """Stop before more than this many US dollars are spent on the same pairs, in all sessions together."""
+    """Stop before more than this many US dollars are spent on what it is given, in all sessions together."""
     limits: CallLimits = field(default_factory=CallLimits)
     workers: int = 8
     cache: Path | None = None
+    _given: set[str] = field(default_factory=set, compare=False, repr=False)
+    """The keys of all pairs so far: one command may judge several runs, and has one limit."""
 
     @property
     def name(self) -> str:
@@ -168,7 +170,7 @@ class PairwiseJudge:
             completion_tokens=tokens[1],
             usd=self.usd(tokens),
             seconds=SECONDS_PER_CALL * len(asked) / self.workers,
-            spent=self.usd(store.spent({self.key(pair) for pair in pairs})) or 0.0,
+            spent=self.usd(store.spent(self._given.union(map(self.key, pairs)))) or 0.0,
         )
 
     def forecast(self, count: int, characters: float) -> Estimate:
@@ -201,7 +203,8 @@ class PairwiseJudge:
         session = _Session(
             self, Endpoint.of_environment(self.limits), store, [pairs[own[0]] for own in places]
         )
-        budget = Budget(self.max_cost, self.usd(store.spent({self.key(pair) for pair in pairs})) or 0.0)
+        self._given.update(map(self.key, pairs))
+        budget = Budget(self.max_cost, self.usd(store.spent(self._given)) or 0.0)
         calls = Calls(session.send, session.estimate, budget, self.workers, self.limits)
         done = len(pairs) - sum(map(len, places))
         try:
