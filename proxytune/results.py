@@ -370,6 +370,7 @@ def holding(path: Path) -> Iterator[None]:
     it."""
     owner = FolderOwner(path)
     try:
+        read_run(path)  # rows that a killed process left are put in their place, before `take` deletes them
         owner.take()
         yield
     finally:

@@ -22,7 +22,7 @@ class CallsEnded(Exception):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CallResult:
     """What became of a call."""
 
     result: Reply | CallFailed
@@ -73,7 +73,7 @@ class _Sent:
 class Calls:
     """Asks for things by their number. Everything but `send` runs in the caller's thread."""
 
-    send: Callable[[int], Outcome]
+    send: Callable[[int], CallResult]
     """One call. It keeps what it brought before it returns, so that a kill loses only calls in flight."""
     estimate: Callable[[int], float]
     """US dollars that a call may cost at most."""
@@ -84,7 +84,7 @@ class Calls:
     _again: list[tuple[float, int, int]] = field(default_factory=list)
     """Failed ones, (when, which, how many retries), the next first. Each keeps its worker's place, so that an
     endpoint in trouble is not asked for more."""
-    _running: dict[Future[Outcome], _Sent] = field(default_factory=dict)
+    _running: dict[Future[CallResult], _Sent] = field(default_factory=dict)
 
     def replies(self, places: Iterable[int]) -> Iterator[tuple[int, Reply]]:
         """The replies as they come. When a call fails for good, or the next could pass the limit, those in
@@ -110,8 +110,8 @@ class Calls:
 
     def _next(self) -> tuple[int, int] | None:
         """What is to be sent now, and how many retries that makes; None if nothing is due."""
-        # with a limit, only as many at once as have shown what they cost, and one more
-        most = self.workers if self.budget.limit is None else min(self.workers, 1 + self.budget.settled)
+        # as many at once as have ended, and one more: little is lost to a kill, or to a price that surprises
+        most = min(self.workers, 1 + self.budget.settled)
         if len(self._running) < most and self._again and self._again[0][0] <= time.monotonic():
             return self._again[0][1:]
         if len(self._running) + len(self._again) < most and self._new:

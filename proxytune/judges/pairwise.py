@@ -20,7 +20,7 @@ from pathlib import Path
 
 from proxytune.config import cache_folder
 from proxytune.errors import UserError, needs_extra
-from proxytune.judges.calls import Budget, Calls, CallsEnded, Outcome
+from proxytune.judges.calls import Budget, CallResult, Calls, CallsEnded
 from proxytune.judges.endpoint import CallFailed, CallLimits, Endpoint, Reply
 from proxytune.judges.judge import Estimate, OnProgress
 from proxytune.judges.judgements import Judgements, Tokens
@@ -118,10 +118,12 @@ class PairwiseJudge:
     price: tuple[float, float] | None = None
     """US dollars per million tokens, in and out."""
     max_cost: float | None = None
-    """Stop before more than this many US dollars are spent on the same pairs, in all sessions together."""
+    """Stop before more than this many US dollars are spent on what it is given, in all sessions together."""
     limits: CallLimits = field(default_factory=CallLimits)
     workers: int = 8
     cache: Path | None = None
+    _given: set[str] = field(default_factory=set, compare=False, repr=False)
+    """The keys of all pairs so far: one command may judge several runs, and has one limit."""
 
     @property
     def name(self) -> str:
@@ -168,7 +170,7 @@ class PairwiseJudge:
             completion_tokens=tokens[1],
             usd=self.usd(tokens),
             seconds=SECONDS_PER_CALL * len(asked) / self.workers,
-            spent=self.usd(store.spent({self.key(pair) for pair in pairs})) or 0.0,
+            spent=self.usd(store.spent(self._given.union(map(self.key, pairs)))) or 0.0,
         )
 
     def forecast(self, count: int, characters: float) -> Estimate:
@@ -201,7 +203,8 @@ class PairwiseJudge:
         session = _Session(
             self, Endpoint.of_environment(self.limits), store, [pairs[own[0]] for own in places]
         )
-        budget = Budget(self.max_cost, self.usd(store.spent({self.key(pair) for pair in pairs})) or 0.0)
+        self._given.update(map(self.key, pairs))
+        budget = Budget(self.max_cost, self.usd(store.spent(self._given)) or 0.0)
         calls = Calls(session.send, session.estimate, budget, self.workers, self.limits)
         done = len(pairs) - sum(map(len, places))
         try:
@@ -261,7 +264,7 @@ class _Session:
         """US dollars that a call can cost."""
         return self.judge.usd(self.tokens(self.pairs[number])) or 0.0
 
-    def send(self, number: int) -> Outcome:
+    def send(self, number: int) -> CallResult:
         """Ask about a pair, and keep the verdict and the cost. A reply that is no verdict is not kept, so
         that a later session asks again."""
         pair, form = self.pairs[number], self.form
@@ -278,7 +281,7 @@ class _Session:
                 self.form, error.again, error.after = 1, True, 0.0
         word = pair.verdict(result.text) if isinstance(result, Reply) else None
         self.store.ended(entered, key, tokens, word)
-        return Outcome(result, self.judge.usd(tokens) or 0.0)
+        return CallResult(result, self.judge.usd(tokens) or 0.0)
 
 
 def _reported(reply: Reply, estimate: Tokens) -> Tokens:

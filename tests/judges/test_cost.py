@@ -92,6 +92,15 @@ def test_what_is_spent_counts_in_later_sessions(endpoint: Endpoint) -> None:
     assert len(endpoint.seen) == 20 and spent(judge(1)) == 20 * 101
 
 
+def test_one_limit_for_all_that_a_judge_is_given(endpoint: Endpoint) -> None:
+    """As `eval --as all` does, which judges one run after another."""
+    judge = PairwiseJudge("m", price=A_DOLLAR_A_TOKEN, max_cost=1900)
+    judge.judge(ROWS[:10])
+    with pytest.raises(UserError, match="--max-cost 1900"):
+        judge.judge(ROWS[10:])
+    assert 10 <= len(endpoint.seen) < 20 and spent(judge) == 101 * len(endpoint.seen)
+
+
 def test_a_call_that_was_in_flight_when_it_was_killed_counts(endpoint: Endpoint) -> None:
     judge = PairwiseJudge("m", price=A_DOLLAR_A_TOKEN, max_cost=5000)
     key = judge.key(judge.pairs(ROWS)[0])
