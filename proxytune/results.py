@@ -128,11 +128,12 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"'{path}' is not a run: {explain(error)}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"cannot read '{path}': {error}") from None
-    if (folder / COST).exists() if seal is None else seal != seal_of(content, files_of(seal)):
+    files = files_of(seal)
+    if (folder / COST).exists() if seal is None else seal != seal_of(content, files):
         raise damaged(path, "it was changed by hand")
     try:
         if seal is not None and run.status == "done":
-            _require_files(folder, files_of(seal))
+            _require_files(folder, files)
         elif seal is not None:
             _require_rows(folder)
     except UserError:
@@ -143,7 +144,7 @@ def read_run(folder: Path) -> Run:
 
 
 class OtherVersion(UserError):
-    """A run that another version of proxytune wrote, or will read."""
+    """A run of another version of proxytune."""
 
 
 def _require_files(folder: Path, files: Mapping[str, str]) -> None:
@@ -160,7 +161,7 @@ def _require_files(folder: Path, files: Mapping[str, str]) -> None:
         if not path.exists():
             raise damaged(path, "it is missing")
         problem = None
-        if name != COST and COST in files:
+        if name in _COLUMNS and COST in files:
             problem = problem_of(complete_lines(path), _records(folder), _COLUMNS[name], whole=True)
         raise damaged(path, problem or "it is not what was stored")
 
@@ -170,8 +171,7 @@ def _require_rows(folder: Path) -> None:
     ones may be: a crash takes the end of a file."""
     path = folder / PREDICTIONS
     lines = complete_lines(path)  # before the records: another process may be adding to both
-    records = _records(folder)
-    stored = {row["id"] for row, _ in lines}
+    stored, records = by_id(lines), _records(folder)
     while records and next(reversed(records)) not in stored:
         records.popitem()
     if (problem := problem_of(lines, records, _COLUMNS[PREDICTIONS], whole=True)) is not None:
@@ -261,6 +261,8 @@ class RunFolder:
             if run.status == "running":
                 owner.take()
                 run = _stored_or_new(path, new)  # it may have ended since, where locks do not work
+            else:
+                owner.tidy()
             folder = cls(path, run, owner)
             folder._begin()
         except BaseException:
@@ -275,7 +277,7 @@ class RunFolder:
             return
         path = self.path / PREDICTIONS
         lines, self.records = complete_lines(path), _records(self.path)
-        if lines and not self.records and _unsealed(self.path):
+        if lines and not self.records:  # of a version before 0.2.0: otherwise `read_run` has refused it
             traces = by_id(complete_lines(self.path / TRACE))
             self.records = {row["id"]: _adopted(row, line, traces) for row, line in lines}
         self.done = {row["id"] for row, _ in lines}
@@ -366,8 +368,7 @@ class RunFolder:
 
 @contextlib.contextmanager
 def holding(path: Path) -> Iterator[None]:
-    """The sole right to write to a folder, for work on a finished run. UserError if another process has
-    it."""
+    """The sole right to write to a finished run's folder. UserError if another process has it."""
     owner = FolderOwner(path)
     try:
         read_run(path)  # rows that a killed process left are put in their place, before `take` deletes them
@@ -411,11 +412,6 @@ def run_json(run: Run, files: Mapping[str, str] | None = None) -> bytes:
     content = run.model_dump(mode="json")
     content[SEAL] = seal_of(content, files or {})
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _unsealed(path: Path) -> bool:
-    """Whether a version before 0.2.0 wrote the run of a folder."""
-    return SEAL not in json.loads(content_of(path / RUN))
 
 
 def _adopted(row: JsonRow, line: bytes, traces: Mapping[str, bytes]) -> JsonRow:

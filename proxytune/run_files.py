@@ -106,9 +106,11 @@ def sealed(record: JsonRow) -> JsonRow:
 
 
 def files_of(seal: Any) -> dict[str, str]:
-    """File -> digest, of a seal."""
+    """File -> digest, of a seal; nothing outside the folder."""
     found = seal.get("files") if isinstance(seal, dict) else None
-    return found if isinstance(found, dict) else {}
+    return (
+        {name: wanted for name, wanted in found.items() if "/" not in name} if isinstance(found, dict) else {}
+    )
 
 
 def seal_of(content: JsonRow, files: Mapping[str, str]) -> JsonRow:
@@ -238,11 +240,20 @@ class FolderOwner:
     def take(self) -> None:
         """Put our token there; UserError where a process that runs on this machine has its own there."""
         path = self.folder / WRITER
-        if path.exists() and _runs_here(content_of(path)):
+        if self._has_other_writer():
             raise self._taken()
         self._token = json.dumps({"token": secrets.token_hex(8), **_this_process()}).encode()
         write_atomically(path, self._token)
         remove_strays(self.folder)
+
+    def tidy(self) -> None:
+        """Delete what killed processes left in the folder, which is only read."""
+        if not self._has_other_writer():
+            remove_strays(self.folder)
+
+    def _has_other_writer(self) -> bool:
+        path = self.folder / WRITER
+        return path.exists() and _runs_here(content_of(path))
 
     def check(self) -> None:
         """UserError where the folder is gone, is another one, or another process has taken it over."""

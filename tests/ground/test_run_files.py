@@ -174,9 +174,14 @@ def test_what_killed_processes_left_is_removed_at_the_next_start(tmp_path: Path)
     others = (".run.json.old", ".gitignore", "notes.txt", f".run.json.{os.getppid()}")
     for name in (*strays, *others):
         (tmp_path / name).write_bytes(b"{")
-    RunFolder.open(tmp_path, new()).close()
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {*others, results.RUN, results.PREDICTIONS, results.COST}
+    RunFolder.open(tmp_path, new(trace="tokens")).close()
+    files = {results.RUN, results.PREDICTIONS, results.COST, results.TRACE}
+    assert {path.name for path in tmp_path.iterdir()} == {*others, *files}
+    finished(tmp_path)
+    for name in strays:
+        (tmp_path / name).write_bytes(b"{")
+    RunFolder.open(tmp_path, new(trace="tokens")).close()
+    assert {path.name for path in tmp_path.iterdir()} == {*others, *files}
 
 
 # What is read
