@@ -30,7 +30,7 @@ class Killer:
 
     def start(self, work: Callable[[], Any]) -> bool:
         """Run the work in a process of its own, and kill it at a random moment. -> whether it was killed."""
-        deadline = time.monotonic() + self.draw.uniform(0, 1.1 * self.whole)
+        deadline = time.monotonic() + self.draw.uniform(0, self.whole)
         child = in_another_process(work)
         while time.monotonic() < deadline:
             ended, status = os.waitpid(child, os.WNOHANG)
