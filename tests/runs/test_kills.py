@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -72,10 +73,9 @@ def killed(work: Work, root: Path, kills: int, seed: int) -> None:
             assert not strays, "nothing half-written stays"
         shutil.rmtree(folder)
     assert killer.endings and set(killer.endings) == {0}
-    ratios.sort()
     print(
         f"\n{killer.kills} kills in {number} runs (up to {most} in one), all figures equal; "
-        f"seconds {ratios[0]:.2f} to {ratios[-1]:.2f} of a run left alone (median {ratios[len(ratios) // 2]:.2f})"
+        f"seconds {min(ratios):.2f} to {max(ratios):.2f} of a run left alone (median {median(ratios):.2f})"
     )
 
 
