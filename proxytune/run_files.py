@@ -108,9 +108,9 @@ def sealed(record: JsonRow) -> JsonRow:
 def files_of(seal: Any) -> dict[str, str]:
     """File -> digest, of a seal; nothing outside the folder."""
     found = seal.get("files") if isinstance(seal, dict) else None
-    return (
-        {name: wanted for name, wanted in found.items() if "/" not in name} if isinstance(found, dict) else {}
-    )
+    if not isinstance(found, dict):
+        return {}
+    return {name: wanted for name, wanted in found.items() if "/" not in name}
 
 
 def seal_of(content: JsonRow, files: Mapping[str, str]) -> JsonRow:
@@ -243,6 +243,7 @@ class FolderOwner:
         if self._has_other_writer():
             raise self._taken()
         self._token = json.dumps({"token": secrets.token_hex(8), **_this_process()}).encode()
+        _ours.add(self._token)
         write_atomically(path, self._token)
         remove_strays(self.folder)
 
@@ -282,9 +283,14 @@ class FolderOwner:
 
     def release(self) -> None:
         """Let go of the folder."""
+        _ours.discard(self._token)
         if self._token and self._has_token():
             (self.folder / WRITER).unlink(missing_ok=True)
         os.close(self._lock)
+
+
+_ours: set[bytes] = set()
+"""The tokens that this process has in folders."""
 
 
 def _this_process() -> dict[str, str]:
@@ -298,8 +304,10 @@ def _runs_here(writer: bytes) -> bool:
         found = json.loads(writer)
         pid, started, machine = int(found["process"]), found["started"], found["machine"]
     except (ValueError, TypeError, KeyError):
-        return False  # torn, or not ours
-    return bool(started) and machine == _machine() and _started(pid) == started
+        return False  # torn
+    if not started or machine != _machine() or _started(pid) != started:
+        return False
+    return pid != os.getpid() or writer in _ours  # not one that was left where its folder had been moved away
 
 
 def _machine() -> str:

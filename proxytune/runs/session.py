@@ -226,7 +226,8 @@ class Session:
     def _unknown(self) -> Iterator[str]:
         """What the cost cannot say."""
         if (times := self.before.sessions - 1) > 0:
-            yield f"continued {times} times: what a session had under way when it was stopped is in no figure"
+            often = "once" if times == 1 else f"{times} times"
+            yield f"continued {often}: what a session had under way when it was stopped is in no figure"
         records = self.folder.records.values()
         if unknown := sum("seconds" not in record for record in records):
             yield f"what {unknown} of {len(records)} examples took is not known, but for their tokens"

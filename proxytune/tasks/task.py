@@ -278,13 +278,14 @@ NOT_EXECUTED = "not run: "
 
 
 def _is_lost(result: str) -> bool:
-    """Whether a sandbox was killed from outside, or had no memory left."""
-    return result.endswith(LOST)
+    """Whether a sandbox was killed from outside, or had no memory left: the sample's, or that of its answers.
+    Code can raise an error of any text, but its result begins in another way."""
+    return result == LOST or (result.startswith(NOT_EXECUTED) and result.endswith(LOST))
 
 
 def _without_verdicts_on_others(row: JsonRow) -> JsonRow:
     """The row with null as the verdict on every sample that did not fail by itself."""
-    results = [f"{NOT_EXECUTED}{result}" if _is_lost(result) else result for result in row["result"]]
+    results = [f"{NOT_EXECUTED}{result}" if result == LOST else result for result in row["result"]]
     passed = [
         None if result.startswith(NOT_EXECUTED) else verdict
         for result, verdict in zip(results, row["passed"], strict=True)

@@ -83,6 +83,18 @@ def test_without_locks_a_process_of_this_machine_is_refused_at_once(tmp_path: Pa
     assert not (tmp_path / WRITER).exists()
 
 
+def test_a_folder_that_was_moved_away_and_back_is_taken_again(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with RunFolder.open(path, new()) as folder:
+        path.rename(tmp_path / "away")
+        with pytest.raises(UserError, match="deleted or moved"):
+            folder.append(row("a"))
+    (tmp_path / "away").rename(path)
+    with RunFolder.open(path, new()) as folder:
+        folder.append(row("a"))
+    assert stored(path) == ["a"]
+
+
 @pytest.mark.usefixtures("no_locks")
 def test_without_locks_the_first_of_two_machines_finds_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -79,6 +79,16 @@ def test_what_stays_lost_is_not_the_models_failure(sandbox: Any) -> None:
     assert task.scores(found) == {"not_run": 1.0}
 
 
+@pytest.mark.parametrize(
+    "result", [f"failed: ValueError: {LOST}", "failed: ValueError: not run: ", "timed out"]
+)
+def test_code_cannot_call_itself_lost(sandbox: Any, result: str) -> None:
+    execution = Execution(sandbox(lambda job: result), {"0": {**ITEM, "task_id": "0"}})
+    row = {"task_id": "0", "prompt": ITEM["prompt"], "completions": ["    return 1"]}
+    (found,) = get_task("humaneval").run_code([row], execution)
+    assert found["passed"] == [False] and found["result"] == [result] and execution.lost == 0
+
+
 def test_it_is_run_again_at_the_next_start(
     sandbox: Any, job: RunPlan, models: Models, tmp_path: Path
 ) -> None:
