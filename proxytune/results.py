@@ -33,9 +33,14 @@ from proxytune.run_files import (
     by_id,
     complete_lines,
     content_of,
+    damaged,
     digest,
     disk_errors_in_one_line,
+    encode,
+    files_of,
     problem_of,
+    seal_of,
+    sealed,
     write_atomically,
 )
 
@@ -123,11 +128,12 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"'{path}' is not a run: {explain(error)}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"cannot read '{path}': {error}") from None
-    if (folder / COST).exists() if seal is None else seal != _seal(content, _files_of(seal)):
-        raise _damaged(path, "it was changed by hand")
+    files = files_of(seal)
+    if (folder / COST).exists() if seal is None else seal != seal_of(content, files):
+        raise damaged(path, "it was changed by hand")
     try:
         if seal is not None and run.status == "done":
-            _require_files(folder, _files_of(seal))
+            _require_files(folder, files)
         elif seal is not None:
             _require_rows(folder)
     except UserError:
@@ -138,23 +144,7 @@ def read_run(folder: Path) -> Run:
 
 
 class OtherVersion(UserError):
-    """A run that another version of proxytune wrote, or will read."""
-
-
-def _files_of(seal: Any) -> dict[str, str]:
-    """File -> digest, of a seal."""
-    found = seal.get("files") if isinstance(seal, dict) else None
-    return found if isinstance(found, dict) else {}
-
-
-def _seal(content: JsonRow, files: Mapping[str, str]) -> JsonRow:
-    """The digests of a run's files, and one of these and everything else in run.json."""
-    whole = json.dumps([content, files], sort_keys=True).encode()
-    return {"files": dict(files), "sha256": digest(whole)}
-
-
-def _damaged(path: Path, how: str) -> UserError:
-    return UserError(f"'{path}' is damaged: {how}. Restore it, or delete the folder to run it again")
+    """A run of another version of proxytune."""
 
 
 def _require_files(folder: Path, files: Mapping[str, str]) -> None:
@@ -169,19 +159,23 @@ def _require_files(folder: Path, files: Mapping[str, str]) -> None:
                 pending.replace(path)
             continue
         if not path.exists():
-            raise _damaged(path, "it is missing")
+            raise damaged(path, "it is missing")
         problem = None
-        if name != COST and COST in files:
+        if name in _COLUMNS and COST in files:
             problem = problem_of(complete_lines(path), _records(folder), _COLUMNS[name], whole=True)
-        raise _damaged(path, problem or "it is not what was stored")
+        raise damaged(path, problem or "it is not what was stored")
 
 
 def _require_rows(folder: Path) -> None:
-    """UserError that names a row of an unfinished run that it did not store."""
+    """UserError that names a row of an unfinished run that it did not store, or one that is missing. The last
+    ones may be: a crash takes the end of a file."""
     path = folder / PREDICTIONS
     lines = complete_lines(path)  # before the records: another process may be adding to both
-    if (problem := problem_of(lines, _records(folder), _COLUMNS[PREDICTIONS])) is not None:
-        raise _damaged(path, f"{problem} (without its lines it is made again)")
+    stored, records = by_id(lines), _records(folder)
+    while records and next(reversed(records)) not in stored:
+        records.popitem()
+    if (problem := problem_of(lines, records, _COLUMNS[PREDICTIONS], whole=True)) is not None:
+        raise damaged(path, problem)
 
 
 def read_rows(folder: Path) -> list[JsonRow]:
@@ -200,7 +194,7 @@ def _read(folder: Path, name: str) -> list[JsonRow]:
         read_run(folder)
     rows = [row for row, _ in complete_lines(folder / name)]
     if name == PREDICTIONS and len({row["id"] for row in rows}) < len(rows):
-        raise _damaged(folder / name, "a row is there twice")
+        raise damaged(folder / name, "a row is there twice")
     return rows
 
 
@@ -209,7 +203,9 @@ def _records(folder: Path) -> dict[str, JsonRow]:
     found: dict[str, JsonRow] = {}
     for record, _ in complete_lines(folder / COST):
         if found.setdefault(record["id"], record) is not record:
-            raise _damaged(folder / COST, f"'{record['id']}' is there twice")
+            raise damaged(folder / COST, f"'{record['id']}' is there twice")
+        if record != sealed(record):
+            raise damaged(folder / COST, f"'{record['id']}' is not what was stored")
     return found
 
 
@@ -235,11 +231,6 @@ def find_runs(root: Path) -> list[tuple[Path, Run]]:
 
 
 # Writing
-
-
-def _encode(row: JsonRow) -> bytes:
-    """One line of JSONL."""
-    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 @dataclass
@@ -270,6 +261,8 @@ class RunFolder:
             if run.status == "running":
                 owner.take()
                 run = _stored_or_new(path, new)  # it may have ended since, where locks do not work
+            else:
+                owner.tidy()
             folder = cls(path, run, owner)
             folder._begin()
         except BaseException:
@@ -284,7 +277,7 @@ class RunFolder:
             return
         path = self.path / PREDICTIONS
         lines, self.records = complete_lines(path), _records(self.path)
-        if lines and not self.records and _unsealed(self.path):
+        if lines and not self.records:  # of a version before 0.2.0: otherwise `read_run` has refused it
             traces = by_id(complete_lines(self.path / TRACE))
             self.records = {row["id"]: _adopted(row, line, traces) for row, line in lines}
         self.done = {row["id"] for row, _ in lines}
@@ -293,7 +286,7 @@ class RunFolder:
         self.cut = path.exists() and len(whole) < path.stat().st_size
         if self.cut:
             write_atomically(path, whole)
-        write_atomically(self.path / COST, b"".join(map(_encode, self.records.values())))
+        write_atomically(self.path / COST, b"".join(map(encode, self.records.values())))
         self._begin_traces()
         write_atomically(self.path / RUN, run_json(self.run))
         names = [COST, PREDICTIONS] if self.run.spec.trace == "off" else [COST, TRACE, PREDICTIONS]
@@ -307,7 +300,7 @@ class RunFolder:
             return
         lines = [(row, line) for row, line in complete_lines(path) if row["id"] in self.done]
         if (problem := problem_of(lines, self.records, "trace", whole=True)) is not None:
-            raise _damaged(path, problem)
+            raise damaged(path, problem)
         kept = b"".join(line for _, line in lines)
         if path.exists() and len(kept) != path.stat().st_size:
             write_atomically(path, kept)
@@ -316,13 +309,13 @@ class RunFolder:
         """Store one finished example and what it took; `row["id"]` is its id. UserError where the folder or a
         file in it is no longer ours to write."""
         self._check()
-        line = _encode(row)
-        seen = [_encode(trace) for trace in sorted(traces, key=_sample)]
+        line = encode(row)
+        seen = [encode(trace) for trace in sorted(traces, key=_sample)]
         record: JsonRow = {"id": row["id"], "row": digest(line)}
         if traces:
             record["trace"] = digest(b"".join(seen))
-        record |= took or {}
-        self._files[COST].append(_encode(record))
+        record = sealed(record | (took or {}))
+        self._files[COST].append(encode(record))
         for trace in seen:
             self._files[TRACE].append(trace)
         self._files[PREDICTIONS].append(line)
@@ -350,7 +343,7 @@ class RunFolder:
             lines = complete_lines(path)
             column = _COLUMNS.get(name)
             if column and (problem := problem_of(lines, self.records, column, whole=True)) is not None:
-                raise _damaged(path, problem)
+                raise damaged(path, problem)
             ordered = sorted(lines, key=lambda pair: (place[pair[0]["id"]], _sample(pair[0])))
             content = b"".join(line for _, line in ordered)
             if ordered != lines:
@@ -375,8 +368,7 @@ class RunFolder:
 
 @contextlib.contextmanager
 def holding(path: Path) -> Iterator[None]:
-    """The sole right to write to a folder, for work on a finished run. UserError if another process has
-    it."""
+    """The sole right to write to a finished run's folder. UserError if another process has it."""
     owner = FolderOwner(path)
     try:
         read_run(path)  # rows that a killed process left are put in their place, before `take` deletes them
@@ -393,18 +385,20 @@ def replace_rows(path: Path, rows: Sequence[JsonRow], run: Run) -> None:
     there = read_run(path)
     if (there.spec, there.started) != (run.spec, run.started):
         raise UserError(f"'{path}' was replaced while its rows were judged: nothing is stored")
-    files = _files_of(json.loads(content_of(path / RUN)).get(SEAL))
-    lines = [(row, _encode(row)) for row in rows]
+    files = files_of(json.loads(content_of(path / RUN)).get(SEAL))
+    lines = [(row, encode(row)) for row in rows]
     new = {PREDICTIONS: b"".join(line for _, line in lines)}
     if COST in files:
         digests, records = by_id(lines), _records(path)
-        changed = [{**records[name], "row": digest(digests[name])} for name in records]
-        new[COST] = b"".join(map(_encode, changed))
+        changed = [sealed({**records[name], "row": digest(digests[name])}) for name in records]
+        new[COST] = b"".join(map(encode, changed))
     for name, content in new.items():
         write_atomically(path / f"{PENDING}{name}", content)
     files |= {name: digest(content) for name, content in new.items()}
     write_atomically(path / RUN, run_json(run, files))
     _require_files(path, files)
+    for name in new:  # where it is what was there before
+        (path / f"{PENDING}{name}").unlink(missing_ok=True)
 
 
 def _sample(row: JsonRow) -> int:
@@ -416,20 +410,15 @@ def _sample(row: JsonRow) -> int:
 def run_json(run: Run, files: Mapping[str, str] | None = None) -> bytes:
     """The content of run.json; `files` are the digests of a finished run's."""
     content = run.model_dump(mode="json")
-    content[SEAL] = _seal(content, files or {})
+    content[SEAL] = seal_of(content, files or {})
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _unsealed(path: Path) -> bool:
-    """Whether a version before 0.2.0 wrote the run of a folder."""
-    return SEAL not in json.loads(content_of(path / RUN))
 
 
 def _adopted(row: JsonRow, line: bytes, traces: Mapping[str, bytes]) -> JsonRow:
     """The record of a row that a version before 0.2.0 stored: of what it took, only the tokens are known."""
     tokens = sum(response["tokens"] for response in row["responses"])
     record = {"id": row["id"], "row": digest(line), "generated_tokens": tokens}
-    return record | ({"trace": digest(traces[row["id"]])} if row["id"] in traces else {})
+    return sealed(record | ({"trace": digest(traces[row["id"]])} if row["id"] in traces else {}))
 
 
 def _stored_or_new(path: Path, new: Run) -> Run:

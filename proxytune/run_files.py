@@ -18,6 +18,7 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from proxytune.errors import UserError
 from proxytune.records import JsonRow
@@ -98,7 +99,37 @@ def problem_of(
     return f"'{missing[0]}' is missing{more}" if missing else None
 
 
+def sealed(record: JsonRow) -> JsonRow:
+    """A record with its own digest."""
+    content = {name: value for name, value in record.items() if name != "sha256"}
+    return {**content, "sha256": digest(json.dumps(content, sort_keys=True).encode())}
+
+
+def files_of(seal: Any) -> dict[str, str]:
+    """File -> digest, of a seal; nothing outside the folder."""
+    found = seal.get("files") if isinstance(seal, dict) else None
+    return (
+        {name: wanted for name, wanted in found.items() if "/" not in name} if isinstance(found, dict) else {}
+    )
+
+
+def seal_of(content: JsonRow, files: Mapping[str, str]) -> JsonRow:
+    """The digests of a run's files, and one of these and everything else in run.json."""
+    whole = json.dumps([content, files], sort_keys=True).encode()
+    return {"files": dict(files), "sha256": digest(whole)}
+
+
+def damaged(path: Path, how: str) -> UserError:
+    """The line about a file that is not what was written."""
+    return UserError(f"'{path}' is damaged: {how}. Restore it, or delete the folder to run it again")
+
+
 # Writing
+
+
+def encode(row: JsonRow) -> bytes:
+    """One line of JSONL."""
+    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 @contextlib.contextmanager
@@ -209,11 +240,20 @@ class FolderOwner:
     def take(self) -> None:
         """Put our token there; UserError where a process that runs on this machine has its own there."""
         path = self.folder / WRITER
-        if path.exists() and _runs_here(content_of(path)):
+        if self._has_other_writer():
             raise self._taken()
         self._token = json.dumps({"token": secrets.token_hex(8), **_this_process()}).encode()
         write_atomically(path, self._token)
         remove_strays(self.folder)
+
+    def tidy(self) -> None:
+        """Delete what killed processes left in the folder, which is only read."""
+        if not self._has_other_writer():
+            remove_strays(self.folder)
+
+    def _has_other_writer(self) -> bool:
+        path = self.folder / WRITER
+        return path.exists() and _runs_here(content_of(path))
 
     def check(self) -> None:
         """UserError where the folder is gone, is another one, or another process has taken it over."""
@@ -226,6 +266,8 @@ class FolderOwner:
             ) from None
         if (there.st_dev, there.st_ino) != (own.st_dev, own.st_ino):
             raise UserError(f"'{self.folder}' was replaced while this run was going on: it stops here")
+        if not (self.folder / WRITER).exists():
+            raise UserError(f"'{self.folder}' was emptied while this run was going on: it stops here")
         if not self._has_token():
             raise UserError(
                 f"another process has begun to write to '{self.folder}', where locks do not work: this one "

@@ -221,7 +221,7 @@ def test_a_damaged_run_is_one_clear_line(tmp_path: Path, content: str) -> None:
     assert "run.json" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("bytes_left", [150, 230])
+@pytest.mark.parametrize("bytes_left", [230, 390])
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_left: int) -> None:
     """Whether it is full at the record of what an example took, or at its row."""
     real, room = os.write, [bytes_left]
