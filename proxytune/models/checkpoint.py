@@ -284,7 +284,8 @@ def _weight_files(folder: Path, named: str | None, model: str) -> list[Path]:
     """The safetensors files that transformers would read: one or the shards of an index, as found, or as the
     configuration names it."""
     name = named or (WEIGHTS if (folder / WEIGHTS).is_file() else INDEX)
-    _require_beside("config.json", name, folder, model)
+    if named is not None:
+        _require_beside("config.json", name, folder, model)
     if not (folder / name).is_file():
         raise UserError(f"cannot load the model '{model}': {_why_no_weights(folder)}")
     if not name.endswith(".json"):

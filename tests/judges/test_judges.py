@@ -452,7 +452,7 @@ def test_judging_is_refused_where_it_makes_no_sense(system: System, tmp_path: Pa
     made = results.read_run(tmp_path / "gsm")
     spec = made.spec.model_copy(update={"task": "toxigen"})
     running = made.model_copy(update={"status": "running", "spec": spec})
-    (tmp_path / "gsm" / results.RUN).write_text(running.model_dump_json())
+    (tmp_path / "gsm" / results.RUN).write_bytes(results.run_json(running))
     with pytest.raises(UserError, match="is not finished"):
         run_judge.judge_run(tmp_path / "gsm", ToxicityClassifier("./none"))
     for option, message in [
