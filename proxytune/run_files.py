@@ -248,9 +248,11 @@ class FolderOwner:
         remove_strays(self.folder)
 
     def tidy(self) -> None:
-        """Delete what killed processes left in the folder, which is only read."""
+        """Delete what killed processes left in the folder of a finished run, which is only read."""
         if not self._has_other_writer():
             remove_strays(self.folder)
+            with disk_errors_in_one_line(self.folder):
+                (self.folder / WRITER).unlink(missing_ok=True)
 
     def _has_other_writer(self) -> bool:
         path = self.folder / WRITER

@@ -190,7 +190,7 @@ def test_what_killed_processes_left_is_removed_at_the_next_start(tmp_path: Path)
     files = {results.RUN, results.PREDICTIONS, results.COST, results.TRACE}
     assert {path.name for path in tmp_path.iterdir()} == {*others, *files}
     finished(tmp_path)
-    for name in strays:
+    for name in (*strays, WRITER):
         (tmp_path / name).write_bytes(b"{")
     RunFolder.open(tmp_path, new(trace="tokens")).close()
     assert {path.name for path in tmp_path.iterdir()} == {*others, *files}
