@@ -22,7 +22,7 @@ from proxytune.report.figures import in_percent
 from proxytune.report.sections import Inputs, Part, Section, read_inputs, sections
 from proxytune.report.tables import RoleRow, alike
 from proxytune.report.token_view import token_data
-from proxytune.results import write_atomically
+from proxytune.run_files import write_atomically
 
 TRACK, CHARACTER = 152, 6.7
 """Pixels of a tile's track where it is narrowest, and of a character of its labels."""

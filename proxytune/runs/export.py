@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxytune import results
 from proxytune.errors import UserError, did_you_mean
 from proxytune.records import JsonRow
+from proxytune.run_files import write_atomically
 from proxytune.runs.verdicts import read_finished
 from proxytune.terminal import json_text
 
@@ -65,6 +65,6 @@ def export(kind: str, folder: Path, out: Path | None = None) -> list[Path]:
         raise UserError(f"no folder '{target}' to write to")
     written = []
     for name, rows in FORMATS[kind].files(folder).items():
-        results.write_atomically(target / name, f"{json_text(rows)}\n".encode())
+        write_atomically(target / name, f"{json_text(rows)}\n".encode())
         written.append(target / name)
     return written

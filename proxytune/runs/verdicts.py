@@ -43,13 +43,18 @@ def open_sandbox(task: Task, code: CodeOptions) -> Sandbox | None:
 def add_verdicts(folder: Path, items: Mapping[str, dict[str, Any]], sandbox: Sandbox) -> Run:
     """Run the code of the rows that have no verdict yet, store the verdicts, and return the run with its new
     metrics. `items` are the targets of the run's examples by id."""
+    with results.holding(folder):
+        return _add_verdicts(folder, items, sandbox)
+
+
+def _add_verdicts(folder: Path, items: Mapping[str, dict[str, Any]], sandbox: Sandbox) -> Run:
     task = get_task(results.read_run(folder).spec.task)
     assert task.execute is not None, f"'{task.name}' has no code"
     run, rows = read_finished(task.name, folder)
     todo = [place for place, row in enumerate(rows) if lacks_verdict(task, row)]
     if not todo and run.headline != task.headline:
         return run
-    executed = task.execute([rows[place] for place in todo], Execution(sandbox, items))
+    executed = task.run_code([rows[place] for place in todo], Execution(sandbox, items))
     for place, row in zip(todo, executed, strict=True):
         rows[place] = with_columns(rows[place], row) | {"scores": task.scores(row)}
     metrics = task.metrics(rows)

@@ -13,7 +13,7 @@ import typer
 from proxytune.cli.console import show, show_table
 from proxytune.errors import UserError
 from proxytune.records import Run
-from proxytune.results import write_atomically
+from proxytune.run_files import write_atomically
 
 if TYPE_CHECKING:
     from proxytune.paper import recipes

@@ -66,5 +66,9 @@ def _print_account(execution: Execution) -> None:
     stored = f"{execution.flips} of {execution.compared} stored verdicts flipped"
     console.show(f"  {ran}; {stored} ({execution.rerun} run once more, alone)")
     if execution.broken:
-        why = "samples failed unrun: their problems need other libraries (--code-python)"
+        why = "samples were not run, and have no score: their problems need other libraries (--code-python)"
         console.show(f"  {execution.broken} {why}")
+    if execution.lost:
+        console.show(
+            f"  {execution.lost} samples have no verdict: their sandbox was killed, or had no memory left"
+        )
