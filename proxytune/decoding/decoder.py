@@ -33,7 +33,7 @@ from proxytune.errors import UserError
 from proxytune.models import Loaded, Models, free_memory
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion, Example, Prompt, RoleMemory, Took
-from proxytune.time_left import WorkSoFar
+from proxytune.terminal import WorkSoFar
 
 MAX_ROWS = 128
 """Rows decoded together unless set otherwise: past that, matrix products are compute-bound everywhere we
