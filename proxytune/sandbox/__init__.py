@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from proxytune.sandbox.root import MIB
-from proxytune.sandbox.sandbox import Job, Limits, Outcome, Program, Sandbox
+from proxytune.sandbox.sandbox import Limits, Sandbox
+from proxytune.sandbox.talk import Job, Outcome, Program
 
 __all__ = ["MIB", "Job", "Limits", "Outcome", "Program", "Sandbox"]
