@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from proxytune.sandbox.inside.plain import NOT_APART
 from proxytune.sandbox.root import MIB
 from proxytune.sandbox.sandbox import Limits, Sandbox
 from proxytune.sandbox.talk import Job, Outcome, Program
 
-__all__ = ["MIB", "Job", "Limits", "Outcome", "Program", "Sandbox"]
+__all__ = ["MIB", "NOT_APART", "Job", "Limits", "Outcome", "Program", "Sandbox"]

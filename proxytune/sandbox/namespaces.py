@@ -84,7 +84,7 @@ def main() -> None:
     call("prctl", PDEATHSIG, 9)
     build_root(layout)
     for capability in range(CAP_LAST + 1):
-        if capability not in NEEDED:
+        if uid != 0 or capability not in NEEDED:
             libc.prctl(CAPBSET_DROP, capability, 0, 0, 0)
     call("prctl", NO_NEW_PRIVS, 1, 0, 0, 0)
     code = bytes.fromhex(layout["filter"])

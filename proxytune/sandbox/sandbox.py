@@ -47,6 +47,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from proxytune.errors import UserError
+from proxytune.sandbox.inside.files import empty
 from proxytune.sandbox.inside.processes import descendants, kill_all
 from proxytune.sandbox.inside.seccomp import filter_bytes, missing
 from proxytune.sandbox.root import (
@@ -266,7 +267,10 @@ def _folder_for(user: int) -> Iterator[str]:
         if user:
             os.chmod(outer, 0o711)
             os.chown(folder, user, NOBODY)
-        yield folder
+        try:
+            yield folder
+        finally:
+            empty(outer)
 
 
 def _filter_pipe() -> int:

@@ -99,7 +99,8 @@ class Calls:
         """Wait until the program's text has been run."""
         failure = self._receive()
         if failure != "passed":
-            raise ProgramError(str(failure)[:400])
+            told = isinstance(failure, str) and failure.startswith("failed: ")
+            raise ProgramError(failure[:400] if told else f"failed: {GONE}")
 
     def _call(self, name: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """One call. What it did to its arguments is done to ours, as within one process."""

@@ -26,6 +26,10 @@ _ITERATORS = tuple(
 _VIEWS = {type({}.keys()): "keys", type({}.values()): "values", type({}.items()): "items"}
 
 
+NOT_APART = "failed: the check needs the program in its own process"
+"""The result where a check hands over what is no plain data: a function, say."""
+
+
 class NotPlain(BaseException):
     """A value that the trusted side cannot send. No test that expects an error catches it."""
 

@@ -29,13 +29,13 @@ import types
 from typing import Any, Callable
 
 from proxytune.sandbox.inside import calls, seccomp
-from proxytune.sandbox.inside.plain import NotPlain
+from proxytune.sandbox.inside.files import collect, empty, write_files
+from proxytune.sandbox.inside.plain import NOT_APART, NotPlain
 from proxytune.sandbox.inside.processes import SCRATCH, kill_others, memory_used, reap
 
 NOBODY = 65534
 DUMPABLE, CAPBSET_READ, CAPBSET_DROP, SUBREAPER, NO_NEW_PRIVS, SECCOMP = 4, 23, 24, 36, 38, 22
 CAP_LAST = 63
-NOT_APART = "failed: the check needs the program in its own process"
 SPOILED = "what a job left cannot be deleted"
 CREDENTIALS = struct.Struct("3i")
 
@@ -57,7 +57,7 @@ def main() -> None:
             send(channel, secret, {"spoiled": True})
             break
         if job["files_bytes"]:
-            finish(start(lambda _: write_files(job["files_bytes"])))
+            finish(start(lambda _: write_files(calls.read_exactly(0, job["files_bytes"]))))
         runner = Runner(header, null, channel)
         endings = [runner.run(program) for program in job["programs"]]
         report = {"results": [result for result, _ in endings], "seconds": [took for _, took in endings]}
@@ -97,41 +97,14 @@ def close_off(user: int, weak: bool) -> None:
 
 def clean_up() -> bool:
     """Kill and delete what the last job left, where all that can be seen is ours; whether it is all gone."""
-    import shutil  # costs more than a short program
-
     kill_others()
     if os.getpid() != 1:
         return False
-    for folder in SCRATCH:
-        for entry in list(os.scandir(folder)):
-            if is_mount(entry.path):
-                continue  # the interpreter, where it lies here
-            with contextlib.suppress(OSError, RecursionError):
-                if not entry.is_dir(follow_symlinks=False):
-                    os.unlink(entry.path)
-                    continue
-                for at, folders, _ in os.walk(entry.path):
-                    for name in folders:
-                        os.chmod(os.path.join(at, name), 0o700)
-                shutil.rmtree(entry.path)
-    return all(is_mount(entry.path) for folder in SCRATCH for entry in os.scandir(folder))
-
-
-def is_mount(path: str) -> bool:
-    """Whether another file system begins here; not, if a program took it away."""
-    try:
-        return os.lstat(path).st_dev != os.lstat(os.path.dirname(path)).st_dev
-    except FileNotFoundError:
-        return False
-
-
-def write_files(size: int) -> None:
-    """Put the given files below the working directory; a name that ends in / is a folder."""
-    for name, content in json.loads(calls.read_exactly(0, size)).items():
-        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
-        if not name.endswith("/"):
-            with open(name, "wb") as file:
-                file.write(base64.b64decode(content))
+    with contextlib.suppress(OSError):
+        for folder in SCRATCH:
+            empty(folder)
+        return True
+    return False
 
 
 def try_import(name: str) -> None:
@@ -381,26 +354,3 @@ def close(*fds: int) -> None:
     """Close file descriptors."""
     for fd in fds:
         os.close(fd)
-
-
-def collect(patterns: list[str], most: int) -> dict[str, str]:
-    """The regular files below the working directory that match, as base64, as long as they fit."""
-    import fnmatch
-
-    found: dict[str, str] = {}
-    for folder, inner, names in os.walk(".") if patterns else ():
-        inner[:] = [name for name in inner if not is_mount(os.path.join(folder, name))]
-        for name in names:
-            path = os.path.join(folder, name)[2:]
-            if not any(fnmatch.fnmatch(path, pattern) for pattern in patterns):
-                continue
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-                with os.fdopen(fd, "rb") as file:
-                    content = file.read(most + 1)
-            except OSError:
-                continue
-            most -= len(content)
-            if most >= 0:
-                found[path] = base64.b64encode(content).decode()
-    return found
