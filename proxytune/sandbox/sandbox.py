@@ -9,25 +9,21 @@ Backends, best first (`auto` takes the first that starts here, never `weak`):
   processes, file size, open files and CPU. The worker is process 1: nothing inside can kill it, and
   everything inside ends with it.
 - `weak`: a separate process in its own folder with the limits and a clean environment, and, where proxytune
-  runs as root, under a user without rights. Only against accidents: the code can read what that user can
-  read, open the network, write where that user may, and hide from the clean-up.
+  runs as root, under a user without rights. Only against accidents, and only where it is named: the code can
+  read what that user can read, and what it writes elsewhere stays. It has no network, it can signal no
+  process but its own, and nothing that it starts outlives it.
 
-`run` gives a job a sandbox of its own that starts empty and is thrown away: about 40 ms a start.
+Everywhere a filter of system calls (inside/seccomp.py) refuses namespaces, mounts, traces and memory that no
+process holds. The worker counts the memory of all processes and folders together, and kills what is over.
+
+`run` gives a job a sandbox of its own that starts empty and is thrown away: about 50 ms a start.
 `run_together` gives several jobs one sandbox, for code whose imports take longer than that (DS-1000: the
 samples of one problem). There everything that a job left running or wrote is killed and deleted before the
-next, and the worker cannot be traced; but a job that found a way into the worker would decide the verdicts
-of those after it (in `weak` nothing is cleaned in between, so each job gets its own). Nothing is shared
-with the host but two pipes: files go in and come out as bytes, and the host never unpickles them.
+next; where it cannot be, the next gets a sandbox of its own (in `weak`, always). Nothing is shared with the
+host but two pipes: files go in and come out as bytes, and the host never unpickles them.
 
-What this does not protect from: a bug in the kernel (there is no seccomp filter, and no virtual machine);
-use of all cores, and of `Limits.memory` times the number of processes (no cgroup is needed, so none bounds
-the sum); side channels; readable system files under /usr and /etc/ld.so.cache; the interpreter's own
-site-packages.
-
-What no checker in the program's own process can stop, here as in the paper's harness: code that wants to
-pass can return objects that equal everything, patch builtins that the test uses (`abs`, `all`), replace the
-function that checks it, or find the worker's token in the frames of the interpreter and report `passed`. An
-exit, a printed verdict, a killed parent or a message without the token never count as passing.
+A program with a `check` is judged from another process, which alone holds the test and what it expects. One
+without is judged where it runs; docs/sandbox.md says what that cannot rule out.
 """
 
 from __future__ import annotations
@@ -127,7 +123,7 @@ class Sandbox:
             advice.append("install bubblewrap (apt-get install bubblewrap)")
         if cls("weak", python)._refusal() is None:
             advice.append(
-                "say --sandbox weak: a process with limits, which can read your files and use the network"
+                "say --sandbox weak: a process with limits, which can read your files and leave others behind"
             )
         then = f". You may {', or '.join(advice)}" if advice else ""
         raise UserError(f"no sandbox works here ({reasons}){then}")
@@ -172,6 +168,16 @@ class Sandbox:
             f"as root it runs code as a user without rights, who cannot enter '{folder}', which "
             f"'{self.python.executable}' needs: {opening}run as another user, or name an interpreter "
             "that everybody can read (--code-python)"
+        )
+
+    @property
+    def warning(self) -> str:
+        """What is to be said before this backend is used, or ""."""
+        if self.backend != "weak":
+            return ""
+        return (
+            "'weak' does not isolate: code can read what its user can read, and what it writes outside of its "
+            "folder (in /tmp, /dev/shm or a home) stays behind"
         )
 
     # Running

@@ -67,8 +67,12 @@ def report(folder: Path, backend: str, other_user: bool) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("other_user", [False, True], ids=["own user", "other user"])
-@pytest.mark.parametrize("backend", ["bubblewrap", "namespaces", "weak"])
+@pytest.mark.parametrize(
+    "other_user", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["own user", "other user"]
+)
+@pytest.mark.parametrize(
+    "backend", ["bubblewrap", "namespaces", pytest.param("weak", marks=pytest.mark.slow)]
+)
 def test_attacks_are_contained(alone: Path, backend: str, other_user: bool) -> None:
     found = report(alone, backend, other_user)
     expected = {name for name, attack in ATTACKS.items() if backend != "weak" or attack.weak}

@@ -281,7 +281,7 @@ ATTACKS: dict[str, Attack] = {name: forging(code) for name, code in FALSE_PASSES
     "one process takes all memory": bombing("x = bytearray(2 << 30)\n"),
     "many processes take all memory": bombing(
         "for _ in range(12):\n    if os.fork() == 0:\n        x = bytearray(os.urandom(1)) * (100 << 20)\n"
-        "        time.sleep(8); os._exit(0)\ntime.sleep(4)\n"
+        "        time.sleep(8); os._exit(0)\ntime.sleep(2)\n"
     ),
     "memory that processes share": bombing(
         "import mmap\nkept = []\nfor _ in range(9):\n    kept.append(mmap.mmap(-1, 100 << 20))\n"
@@ -338,7 +338,7 @@ class Surroundings:
 def run(box: Sandbox, attack: Attack, around: Surroundings) -> tuple[bool, str]:
     """Whether an attack was contained, and how it ended."""
     check = CHECK if attack.kind == "false pass" else ""
-    program = Program(around.fill(attack.code), 6.0, check=check)
+    program = Program(around.fill(attack.code), 3.0, check=check)
     jobs = [Job((program,))] + ([Job((Program(attack.then, 10.0),))] if attack.then else [])
     results = [outcome.results[0] for outcome in box.run_together(jobs)]
     contained = (results[-1] == "passed") == (attack.contained == "reaches its end")
