@@ -176,8 +176,8 @@ class Sandbox:
         if self.backend != "weak":
             return ""
         return (
-            "'weak' does not isolate: code can read what its user can read, and what it writes outside of its "
-            "folder (in /tmp, /dev/shm or a home) stays behind"
+            "'weak' does not isolate: code can read what its user can read, and what it writes outside of "
+            "its folder (in /tmp, /dev/shm or a home) stays behind"
         )
 
     # Running
@@ -251,7 +251,7 @@ class Sandbox:
         return outcomes(output, secret, jobs)
 
     def _stop(self, process: subprocess.Popen[bytes]) -> None:
-        """End everything that the job started. The worker ends itself and all below it when its stdin does."""
+        """End everything that the job started. The worker ends, and all below it, when its stdin does."""
         assert process.stdin is not None and process.stdout is not None
         process.stdin.close()
         try:

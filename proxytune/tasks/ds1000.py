@@ -185,7 +185,7 @@ def run_samples(
     apart = sandbox.map([sample_job(item, answer, one) for one in own] for item, answer, own in problems)
     first = [[result_of(outcome) for outcome in outcomes] for outcomes in apart]
     again = [
-        [sample_job(item, answer, one, apart=False) for one, result in zip(own, found) if result == NOT_APART]
+        [sample_job(item, answer, own[at], apart=False) for at, one in enumerate(found) if one == NOT_APART]
         for (item, answer, own), found in zip(problems, first, strict=True)
     ]
     made = []
@@ -244,8 +244,8 @@ def sample_job(item: JsonRow, answer: Outcome | None, solution: str, *, apart: b
         text += "test_string(code)\n" if "def test_string" in item["code_context"] else ""
         return Job((Program(text, CASE_SECONDS),), imports=imports)
     if answer is None:
-        call = f"check_new(*{(item['code_context'], solution)!r}, call('run'))"
-        return Job((Program(_RUN, CASE_SECONDS, check=f"{reader}\n{call}\n"),), imports=imports)
+        text = f"{reader}\ncheck_new(*{(item['code_context'], solution)!r}, call('run'))\n"
+        return Job((Program(_RUN, CASE_SECONDS, check=text),), imports=imports)
     plot = item["lib"] in IN_PROCESS
     solution = without_clears(solution) if plot else solution
     given = {name: content for name, content in answer.files.items() if plot or name.startswith("input/")}

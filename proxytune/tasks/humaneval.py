@@ -178,7 +178,7 @@ def _at_top(tree: ast.Module) -> set[str]:
 
 
 def _imports(test: str) -> str:
-    """What the tests import before their first function: in the paper's program the completion has it, too."""
+    """What the tests import outside of functions: in the paper's program the completion has it, too."""
     found = [node for node in ast.parse(test).body if isinstance(node, ast.Import | ast.ImportFrom)]
     return "".join(f"{ast.unparse(node)}\n" for node in found)
 
@@ -186,9 +186,7 @@ def _imports(test: str) -> str:
 def execute(rows: Sequence[JsonRow], execution: Execution) -> list[JsonRow]:
     """The rows with `passed` and `result` of every completion, each run in a sandbox of its own; equal
     programs are run once."""
-    asked = [
-        (item_of(row, execution.items), completion) for row in rows for completion in row["completions"]
-    ]
+    asked = [(item_of(row, execution.items), completion) for row in rows for completion in row["completions"]]
     programs = [program(item, completion) for item, completion in asked]
     ended = run_each(programs, execution)
     programs = [

@@ -1,5 +1,5 @@
-"""Every attack of tests/support/attacks.py against every backend, as the user of the tests and, under root, as
-another one."""
+"""Every attack of tests/support/attacks.py against every backend, as the user of the tests and, under root,
+as another one."""
 
 from __future__ import annotations
 
@@ -133,7 +133,9 @@ def test_another_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(seccomp.platform, "machine", lambda: "riscv64")
     for backend in ("bubblewrap", "namespaces", "weak"):
-        problem = Sandbox(backend, SYSTEM_PYTHON if os.path.exists(SYSTEM_PYTHON) else sys.executable).problem()  # type: ignore[arg-type]
+        problem = Sandbox(
+            backend, SYSTEM_PYTHON if os.path.exists(SYSTEM_PYTHON) else sys.executable
+        ).problem()  # type: ignore[arg-type]
         assert problem == "no filter of system calls for 'riscv64' (only x86_64, aarch64)"
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from proxytune.errors import UserError
-from proxytune.sandbox.root import MIB, Interpreter, closed_folder, environment
 from proxytune.sandbox import NOT_APART, Job, Limits, Program, Sandbox
-from proxytune.sandbox.sandbox import LOST, Backend
+from proxytune.sandbox.root import MIB, Interpreter, closed_folder, environment
+from proxytune.sandbox.sandbox import Backend
 from tests.support.checkout import ROOT
 from tests.support.require import require_or_skip
 

@@ -5,6 +5,8 @@ Each is bounded in itself: were the sandbox not there, it would harm nothing. It
 `proxytune.sandbox` only.
 """
 
+# ruff: noqa: E501  a line of a program stays a line
+
 from __future__ import annotations
 
 import json
@@ -366,7 +368,10 @@ def main() -> None:
         name = f"\0proxytune-test-{os.getpid()}"
         local.bind(name)
         local.listen()
-        with tempfile.NamedTemporaryFile(dir="/var/tmp") as canary, subprocess.Popen(["sleep", "600"]) as outside:
+        with (
+            tempfile.NamedTemporaryFile(dir="/var/tmp") as canary,
+            subprocess.Popen(["sleep", "600"]) as outside,
+        ):
             around = Surroundings(canary.name, server.getsockname(), name, outside.pid)
             wanted = {title: attack for title, attack in ATTACKS.items() if not only or title in only}
             if backend == "weak":  # the others would be seen on the host

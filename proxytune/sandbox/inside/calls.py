@@ -109,8 +109,8 @@ class Calls:
         except OSError:
             raise ProgramError(f"failed: {GONE}") from None
         how, what, after = self._receive()
-        for ours, theirs in zip(given, after or (), strict=False):
-            _overwrite(ours, theirs)
+        for at, theirs in enumerate((after or [])[: len(given)]):
+            _overwrite(given[at], theirs)
         if how == "returned":
             return what
         raise _error(*what)
@@ -137,12 +137,15 @@ def _overwrite(ours: Any, theirs: Any) -> None:
 def _error(kind: str, arguments: list[Any], text: str) -> BaseException:
     """The exception that a call raised: the built-in one of that name, or one that is called so. The end of
     an iteration is none: it would end a loop of the check before its last test."""
-    known = getattr(builtins, kind, None)
+    known: Any = getattr(builtins, kind, None)
     if isinstance(known, type) and issubclass(known, BaseException):
         if issubclass(known, (StopIteration, StopAsyncIteration, GeneratorExit)):
             return RuntimeError(f"it raised {kind}")
         try:
-            return known(*arguments)
+            made: BaseException = known(*arguments)
         except Exception:
             pass
-    return type(str(kind), (Exception,), {})(text)
+        else:
+            return made
+    named: BaseException = type(kind, (Exception,), {})(text)
+    return named

@@ -10,18 +10,16 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import types
 from typing import Any
 
 MOST_ITEMS = 100_000
 """Items that are taken from an iterator: it may have no end."""
 LONG = 1 << 4096
 """Larger integers go as hexadecimal digits: Python limits decimal ones."""
-_ITERATORS = tuple(
-    type(one)
-    for one in (
-        iter([]), iter(()), iter(""), iter({}), iter(set()), iter(range(0)), reversed([]), map(str, ()),
-        filter(None, ()), zip(), enumerate(()), (None for _ in ()), itertools.chain(), itertools.count(),
-    )
+_ITERATORS: tuple[Any, ...] = (
+    type(iter([])), type(iter(())), type(iter("")), type(iter({})), type(iter(set())), type(iter(range(0))),
+    type(reversed([])), map, filter, zip, enumerate, types.GeneratorType, itertools.chain, itertools.count,
 )  # fmt: skip
 _VIEWS = {type({}.keys()): "keys", type({}.values()): "values", type({}.items()): "items"}
 
@@ -88,13 +86,9 @@ def _pack(value: Any, strict: bool) -> Any:
 def _pack_base(value: Any) -> Any:
     """The value of the built-in base of a subclass, of a number of numpy's, or a mark of what it is."""
     kind = type(value)
-    for base in (int, float, str):
+    for base, whole in ((int, int.__pos__), (float, float.__pos__), (str, str.__str__), *_COPIED):
         if isinstance(value, base):
-            whole = {int: int.__pos__, float: float.__pos__, str: str.__str__}[base]
             return _pack(whole(value), False)
-    for base in (complex, bytes, bytearray, list, tuple, set, frozenset, dict):
-        if isinstance(value, base):
-            return _pack(base(value), False)
     if kind.__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item"):
         plain = value.item()
         if type(plain) is not kind:
@@ -132,7 +126,10 @@ def _fraction(text: str) -> Any:
     return fractions.Fraction(text)
 
 
-_CONTAINERS = {
+_COPIED: tuple[Any, ...] = tuple(
+    (base, base) for base in (complex, bytes, bytearray, list, tuple, set, frozenset, dict)
+)
+_CONTAINERS: dict[str, Any] = {
     "list": list,
     "tuple": tuple,
     "set": set,
@@ -142,7 +139,7 @@ _CONTAINERS = {
     "values": lambda items: dict(enumerate(items)).values(),
     "items": lambda items: dict(items).items(),
 }
-_SINGLE = {
+_SINGLE: dict[str, Any] = {
     "int": lambda text: int(text, 16),
     "bytes": base64.b64decode,
     "bytearray": lambda text: bytearray(base64.b64decode(text)),

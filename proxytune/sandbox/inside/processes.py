@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from typing import Callable
+from collections.abc import Callable
 
 SCRATCH = ("/tmp", "/dev/shm")
 """The folders in memory that code may write to."""

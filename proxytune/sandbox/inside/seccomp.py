@@ -48,7 +48,7 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "memfd_create": (319, 279), "memfd_secret": (447, 447),
 }  # fmt: skip
 UNKNOWN: dict[str, tuple[int | None, int | None]] = {"clone3": (435, 435)}
-"""Refused with ENOSYS: its flags lie in memory, where a filter cannot look, and libraries fall back to clone."""
+"""Refused with ENOSYS: its flags lie in memory, where a filter cannot look. Libraries fall back to clone."""
 CONDITIONAL: dict[str, tuple[int | None, int | None]] = {
     "unshare": (272, 97), "clone": (56, 220), "socket": (41, 198), "ioctl": (16, 29), "fcntl": (72, 25),
     "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261),

@@ -26,7 +26,8 @@ import struct
 import sys
 import time
 import types
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from proxytune.sandbox.inside import calls, seccomp
 from proxytune.sandbox.inside.files import collect, empty, write_files
@@ -57,7 +58,7 @@ def main() -> None:
             send(channel, secret, {"spoiled": True})
             break
         if job["files_bytes"]:
-            finish(start(lambda _: write_files(calls.read_exactly(0, job["files_bytes"]))))
+            put_files(job["files_bytes"])
         runner = Runner(header, null, channel)
         endings = [runner.run(program) for program in job["programs"]]
         report = {"results": [result for result, _ in endings], "seconds": [took for _, took in endings]}
@@ -158,8 +159,9 @@ def start(body: Callable[[_socket.socket], None]) -> Child:
     return Child(pid, here)
 
 
-def finish(child: Child) -> None:
-    """Wait for a process that we trust."""
+def put_files(size: int) -> None:
+    """Read a job's files and put them in place, in a process of their own."""
+    child = start(lambda _: write_files(calls.read_exactly(0, size)))
     ended = os.waitpid(child.pid, 0)[1]
     child.socket.close()
     if ended:
