@@ -18,7 +18,7 @@ from proxytune.errors import UserError
 from proxytune.records import Completion, JsonRow
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import ds1000, get_task, read_source, score_file
-from proxytune.tasks.programs.ds1000_check import Reader, Refused, answer_of, old_parser, without_prints
+from proxytune.tasks.programs.ds1000_check import NoData, Reader, answer_of, old_parser, without_prints
 from proxytune.tasks.task import Execution
 from tests.support import published
 from tests.support.published import DS1000
@@ -279,7 +279,7 @@ def test_results_are_read_without_running_them() -> None:
             data = pickle.dumps(value, protocol)
             assert repr(Reader(io.BytesIO(data), set()).load()) == repr(value)
     answer = pickle.dumps(re.compile("a"))
-    with pytest.raises(Refused, match=r"the result holds 're\._compile', which is no data"):
+    with pytest.raises(NoData, match=r"the result holds 're\._compile', which is no data"):
         Reader(io.BytesIO(answer), set()).load()
     assert Reader(io.BytesIO(answer), answer_of(answer)[1]).load() == re.compile("a")
 
@@ -300,7 +300,7 @@ def test_results_are_read_without_running_them() -> None:
 )
 def test_a_result_changes_nothing(data: bytes, reason: str) -> None:
     pytest.importorskip("pandas")
-    with pytest.raises(Refused, match=reason):
+    with pytest.raises(NoData, match=reason):
         Reader(io.BytesIO(b"\x80\x04" + data), set()).load()
 
 

@@ -59,7 +59,7 @@ def main() -> None:
             break
         if job["files_bytes"]:
             put_files(job["files_bytes"])
-        runner = Runner(header, null, channel)
+        runner = JobRunner(header, null, channel)
         endings = [runner.run(program) for program in job["programs"]]
         report = {"results": [result for result, _ in endings], "seconds": [took for _, took in endings]}
         send(channel, secret, dict(report, files=collect(job["collect"], header["collect_bytes"])))
@@ -168,7 +168,7 @@ def put_files(size: int) -> None:
         raise OSError("the files of a job cannot be written")
 
 
-class Runner:
+class JobRunner:
     """Runs the programs of a job."""
 
     def __init__(self, header: dict[str, Any], null: int, channel: int) -> None:

@@ -66,7 +66,7 @@ NOT_PICKLED = (pickle.PicklingError, AttributeError, TypeError)
 """What Python raises where something cannot be pickled."""
 
 
-class Refused(Exception):
+class NoData(Exception):
     """A result names what is no data."""
 
 
@@ -102,10 +102,10 @@ class Reader(pickle._Unpickler):
         found = super().find_class(module, name)
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         if module in ("builtins", "operator") and not isinstance(found, type):
-            raise Refused(f"the result holds '{module}.{name}', which is no data that can be compared")
+            raise NoData(f"the result holds '{module}.{name}', which is no data that can be compared")
         listed = (module, name) in self.named or name in PLAIN.get(module, "").split()
         if not listed and ("." in name or not is_data(module, name, found)):
-            raise Refused(f"the result holds '{module}.{name}', which is no data that can be compared")
+            raise NoData(f"the result holds '{module}.{name}', which is no data that can be compared")
         return found
 
     def _load_storage(self, data: bytes) -> Any:
@@ -120,11 +120,11 @@ class Reader(pickle._Unpickler):
         """Give an instance its state."""
         state, instance = self.stack[-1], self.stack[-2]
         if isinstance(instance, THINGS):
-            raise Refused("the result changes a class or a function")
+            raise NoData("the result changes a class or a function")
         for part in state if isinstance(state, tuple) else (state,):
             for name in part if isinstance(part, dict) else ():
                 if isinstance(name, str) and callable(getattr(type(instance), name, None)):
-                    raise Refused(f"the result replaces the method '{name}' of a {type(instance).__name__}")
+                    raise NoData(f"the result replaces the method '{name}' of a {type(instance).__name__}")
         pickle._Unpickler.load_build(self)  # type: ignore[attr-defined]
 
     dispatch[pickle.BUILD[0]] = load_build
@@ -154,7 +154,7 @@ def is_data(module: str, name: str, found: Any) -> bool:
 def get_time_zone(thing: Any, name: str) -> Any:
     """What Python's own time zones ask `getattr` for."""
     if name != "_unpickle" or (thing.__module__, thing.__name__) != ("zoneinfo", "ZoneInfo"):
-        raise Refused("the result looks into what is no data")
+        raise NoData("the result looks into what is no data")
     return getattr(thing, name)
 
 
@@ -185,7 +185,7 @@ def check_new(code_context: str, solution: str, run: Callable[..., dict[str, byt
     """The newer release: its `test_execution` runs the sample by `exec`. Here that is a call to the sample's
     process (`run`), which sends back what the sample gave a value."""
     named: set[tuple[str, str]] = set()
-    refused: dict[str, Refused] = {}
+    refused: dict[str, NoData] = {}
 
     def execute(code: str, names: dict[str, Any]) -> None:
         try:
@@ -196,7 +196,7 @@ def check_new(code_context: str, solution: str, run: Callable[..., dict[str, byt
         for name, data in run(code, given).items():
             try:
                 names[name] = Reader(io.BytesIO(data), named).load()
-            except Refused as error:
+            except NoData as error:
                 refused[name] = error
 
     module = types.ModuleType("code_context")
