@@ -33,7 +33,7 @@ from proxytune.tasks.task import NOT_RUN, Execution, Task
 LIBRARIES = ("Pandas", "Numpy", "Matplotlib", "Tensorflow", "Scipy", "Sklearn", "Pytorch")
 ALL, SUBSET, SUBSET_SEED = 1000, 200, 42
 CASE_SECONDS, ANSWER_SECONDS = 60.0, 300.0
-LIMITS = Limits(memory=16384 * MIB, processes=512, open_files=1024, tmp_bytes=1024 * MIB)
+LIMITS = Limits(memory=16384 * MIB, processes=512, open_files=1024, tmp_bytes=1024 * MIB, total=16384 * MIB)
 FOLDERS = {"input/": b"", "ans/": b"", "result/": b""}
 SAMPLING = Sampling(
     max_new_tokens=512,

@@ -96,7 +96,8 @@ class Calls:
         return function
 
     def begin(self) -> None:
-        """Wait until the program's text has been run."""
+        """Have the program's text run, and wait for how that ends."""
+        send(self.requests, b"begin")
         failure = self._receive()
         if failure != "passed":
             told = isinstance(failure, str) and failure.startswith("failed: ")

@@ -37,7 +37,6 @@ from proxytune.sandbox.inside.processes import SCRATCH, kill_others, memory_used
 NOBODY = 65534
 DUMPABLE, CAPBSET_READ, CAPBSET_DROP, SUBREAPER, NO_NEW_PRIVS, SECCOMP = 4, 23, 24, 36, 38, 22
 CAP_LAST = 63
-SPOILED = "what a job left cannot be deleted"
 CREDENTIALS = struct.Struct("3i")
 
 
@@ -53,17 +52,20 @@ def main() -> None:
     send(channel, secret, {"ready": True})
     for fd in (1, 2):  # until here sandbox.py read from them why there was no start
         os.dup2(null, fd)
-    for number, job in enumerate(header["jobs"]):
-        if number and not clean_up():
-            send(channel, secret, {"spoiled": True})
-            break
-        if job["files_bytes"]:
-            put_files(job["files_bytes"])
-        runner = JobRunner(header, null, channel)
-        endings = [runner.run(program) for program in job["programs"]]
-        report = {"results": [result for result, _ in endings], "seconds": [took for _, took in endings]}
-        send(channel, secret, dict(report, files=collect(job["collect"], header["collect_bytes"])))
-    kill_others()
+    try:
+        for number, job in enumerate(header["jobs"]):
+            if number and not clean_up():
+                send(channel, secret, {"spoiled": True})
+                break
+            if job["files_bytes"]:
+                put_files(job["files_bytes"])
+            runner = JobRunner(header, null, channel)
+            endings = [runner.run(program) for program in job["programs"]]
+            kill_others()  # nobody moves the files that are collected
+            report = {"results": [result for result, _ in endings], "seconds": [took for _, took in endings]}
+            send(channel, secret, dict(report, files=collect(job["collect"], header["collect_bytes"])))
+    finally:
+        kill_others()
 
 
 def send(channel: int, secret: bytes, content: Any) -> None:
@@ -213,8 +215,8 @@ class JobRunner:
             heard = children[-1].hear()
             if heard == b"ready":
                 return
-            if heard == b"":  # the texts would come to the wrong ones from here
-                os._exit(4)
+            if heard == b"":
+                raise EOFError("the texts would come to the wrong ones from here")
 
     def wait(self, children: list[Child], deadline: float) -> bytes | str:
         """What the last child said, b"" if it died silently; or, as text, what is to be said of it."""
@@ -253,9 +255,10 @@ class JobRunner:
     def served(
         self, way: _socket.socket, program: dict[str, Any], theirs: tuple[int, int], ours: tuple[int, int]
     ) -> None:
-        """Run a text, then answer the calls of its check."""
+        """Run a text, then answer the calls of its check. It begins when the check is ready for it."""
         close(*ours)
         text = self.enter(way, program["code_bytes"], program["seconds"], ours=False)
+        calls.receive(theirs[0])
         names = names_for(program)
         calls.serve(*theirs, names, ending(lambda: run_text(text, names)))
 
