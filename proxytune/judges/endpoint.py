@@ -96,12 +96,13 @@ class Endpoint:
 
     url: str
     key: str = field(repr=False)
+    """Empty where there is none."""
     limits: CallLimits = CallLimits()
 
     @classmethod
     def of_environment(cls, limits: CallLimits) -> Endpoint:
         """The endpoint in OPENAI_BASE_URL and OPENAI_API_KEY; local servers need no key."""
-        url, key = os.environ.get("OPENAI_BASE_URL") or USUAL_URL, os.environ.get("OPENAI_API_KEY") or "none"
+        url, key = os.environ.get("OPENAI_BASE_URL") or USUAL_URL, os.environ.get("OPENAI_API_KEY", "")
         if not _is_address(url):
             raise UserError(f"OPENAI_BASE_URL={url!r:.200}: give http:// or https://, a host and a path")
         if not key.isascii() or not key.isprintable():
@@ -140,7 +141,7 @@ class Endpoint:
         import httpx2
 
         headers = {
-            "Authorization": f"Bearer {self.key}",
+            "Authorization": f"Bearer {self.key or 'none'}",
             "Content-Type": "application/json",
             "Accept-Encoding": "identity",
         }
@@ -234,13 +235,14 @@ class Endpoint:
 
     def _unreadable(self, why: str, body: bytes) -> CallFailed:
         """The failure that a reply is none."""
-        begins = self._plain(body[:200].decode("utf-8", "replace"))[:60]
+        begins = self._plain(body[:4096].decode("utf-8", "replace"))[:60]
         more = f" (it begins '{begins}')" if begins else ""
         return CallFailed(f"its reply {why}{more}", again=True, paid=True)
 
     def _plain(self, text: object) -> str:
         """A server's words as part of one line of readable length: no key, nothing that a terminal obeys."""
-        words = " ".join(str(text).replace(self.key, "***").split())
+        said = str(text).replace(self.key, "***") if self.key else str(text)
+        words = " ".join(said.split())
         return "".join(letter if letter.isprintable() else "?" for letter in words[:200])
 
 

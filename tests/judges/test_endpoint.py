@@ -19,7 +19,7 @@ from proxytune.judges.pairwise import PairwiseJudge
 from proxytune.runs.judging import judge_run
 from tests.support.command_line import proxytune
 from tests.support.endpoint import KEY, Endpoint
-from tests.support.misbehaving import KINDS, Misbehaving, misbehaving
+from tests.support.misbehaving import KINDS, Misbehaving, misbehaving, says
 from tests.support.require import require_or_skip
 from tests.support.runs import evaluated
 
@@ -68,7 +68,7 @@ def test_many_kinds_are_known() -> None:
 
 
 def test_nobody_answers(server: Misbehaving, monkeypatch: pytest.MonkeyPatch) -> None:
-    for url, says in [
+    for url, shown in [
         ("http://127.0.0.1:9/v1", "no connection"),
         ("http://[::1", "OPENAI_BASE_URL='http://"),
         ("http://127.0.0.1:99999/v1", "OPENAI_BASE_URL='http://"),
@@ -78,7 +78,7 @@ def test_nobody_answers(server: Misbehaving, monkeypatch: pytest.MonkeyPatch) ->
         ("http://127.0.0.1/\x1b[31m", "give http:// or https://"),
     ]:
         monkeypatch.setenv("OPENAI_BASE_URL", url)
-        with pytest.raises(UserError, match=says) as raised:
+        with pytest.raises(UserError, match=shown) as raised:
             PairwiseJudge("m", limits=limits(hangs=False)).judge(ROWS)
         assert str(raised.value).isprintable()
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
@@ -93,12 +93,26 @@ def test_nobody_answers(server: Misbehaving, monkeypatch: pytest.MonkeyPatch) ->
     assert KEY not in str(raised.value)
 
 
+def test_the_key_is_never_shown(server: Misbehaving, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = PairwiseJudge("m", limits=limits(hangs=False))
+    for key, body, shown in [
+        ("k" * 150, b"x" + b"k" * 150 + b"y", "it begins 'x***y'"),
+        ("k" * 150, b"x" * 50 + b"k" * 150, f"it begins '{'x' * 50}***'"),
+        ("", b"none of that", "it begins 'none of that'"),
+    ]:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        server.kind = says(body)
+        with pytest.raises(UserError) as raised:
+            judge.judge(ROWS)
+        assert shown in str(raised.value)
+
+
 def test_the_command_line_ends_with_2(server: Misbehaving, system: System, tmp_path: Path) -> None:
     """A server that never says anything usable leaves the run as it was."""
     folder = tmp_path / "run"
     evaluated(system, "alpaca_farm", data="plumbing", limit=2, out=folder, progress=False)
     before = (folder / results.RUN).read_bytes(), (folder / results.PREDICTIONS).read_bytes()
-    for name, says in [
+    for name, why in [
         ("403", "it refuses OPENAI_API_KEY"),
         ("a redirect elsewhere", "it redirects to"),
         ("content null", "gave no verdict on any of 2 responses"),
@@ -106,7 +120,7 @@ def test_the_command_line_ends_with_2(server: Misbehaving, system: System, tmp_p
     ]:
         server.kind = KINDS[name]
         asked = proxytune("judge", "alpaca_farm", folder, "--judge", "m", "--price", "1,1", "--yes")
-        assert asked.exit_code == 2 and says in asked.stderr and "Traceback" not in asked.stderr
+        assert asked.exit_code == 2 and why in asked.stderr and "Traceback" not in asked.stderr
         assert before == ((folder / results.RUN).read_bytes(), (folder / results.PREDICTIONS).read_bytes())
     server.kind = KINDS["usage null"]
     asked = proxytune("judge", "alpaca_farm", folder, "--judge", "m", "--price", "1,1", "--yes", "--json")
