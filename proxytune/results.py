@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +42,7 @@ from proxytune.run_files import (
     sealed,
     write_atomically,
 )
+from proxytune.terminal import say
 
 RUN, PREDICTIONS, TRACE, SWEEP = "run.json", "predictions.jsonl", "trace.jsonl", "sweep.json"
 COST = "cost.jsonl"
@@ -223,7 +223,7 @@ def find_runs(root: Path) -> list[tuple[Path, Run]]:
         try:
             run = read_run(path.parent)
         except OtherVersion as error:
-            print(f"note: left out: {error}", file=sys.stderr)
+            say(f"note: left out: {error}")
             continue
         if run.status == "done":
             found.append((path.parent, run))

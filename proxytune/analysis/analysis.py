@@ -89,13 +89,15 @@ class Analysis(Figures):
 
 def flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The columns of a nested record: a metric's value has the metric's own name, its bounds `_low` and
-    `_high`."""
+    `_high`, and where it is over examples these `_n`."""
     for key, value in row.items():
         name = prefix + key
         if isinstance(value, Mapping) and "value" in value and "unit" in value:
             yield name, value["value"]
             yield f"{name}_low", value["low"]
             yield f"{name}_high", value["high"]
+            if value["n"] is not None:
+                yield f"{name}_n", value["n"]
         elif isinstance(value, Mapping):
             yield from flat(value, f"{name}_")
         else:
@@ -154,10 +156,20 @@ def tokens_of(folder: Path, run: Run, needs: str = "tokens") -> pd.DataFrame:
 def _entries(number: int, trace: JsonRow) -> Iterator[dict[str, Any]]:
     """The lines of one response."""
     for position, token in enumerate(trace["tokens"]):
-        entry = {"response": number, "position": position, "text": token["text"], "alpha": token["alpha"]}
+        entry = {
+            "response": number,
+            "position": position,
+            "text": _whole(token["text"]),
+            "alpha": token["alpha"],
+        }
         entry |= {f"p_{role}": p for role, p in token["probability"].items()}
-        entry |= {f"top_{role}": top for role, top in token["top"].items()}
+        entry |= {f"top_{role}": _whole(top) for role, top in token["top"].items()}
         yield entry | {f"kl_{role}": kl for role, kl in token.get("divergence", {}).items()}
+
+
+def _whole(text: str) -> str:
+    """A text that a frame's column can hold: half a surrogate pair is written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def steered_tokens(folder: Path, run: Run) -> pd.DataFrame:

@@ -5,7 +5,6 @@ traces."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -18,7 +17,7 @@ import torch
 from proxytune import cpu_load
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.decoding.call import DecodeStats, RunningStream, Scored, ScoringTexts, Tag
-from proxytune.decoding.completions import NOT_NUMBERS, ResultReader, failed
+from proxytune.decoding.completions import ResultReader, failed, scored
 from proxytune.decoding.prompts import context, form_of, noise_key
 from proxytune.decoding.response_text import ResponseText
 from proxytune.decoding.sample import sample_context
@@ -248,6 +247,23 @@ class Decoder:
         """As `stream`, for every example under all of its alphas at once, which share the prompt's KV.
 
         `on_text` does not say which alpha a text is of."""
+        steps = self.steps(asked, sampling, task=task, trace=trace, forced=forced, on_text=on_text)
+        with closing(steps):
+            for finished in steps:
+                yield from finished
+
+    def steps(
+        self,
+        asked: Sequence[tuple[Example, Sequence[AlphaSchedule]]],
+        sampling: Sampling,
+        *,
+        task: str = "",
+        trace: TraceKind = "off",
+        forced: str | None = None,
+        on_text: OnText | None = None,
+    ) -> Generator[list[tuple[AlphaSchedule, Completion]], None, None]:
+        """As `sweep`, with what every step of the engine finished, which may be nothing: who calls it has the
+        word between two steps, whatever is still being written."""
         stops = StopStrings(self.text_of, sampling.stop)
         windows = {name: runner.window for name, runner in self.ensemble.runners.items()}
         alone = self.role != "proxy" and not self.agreement
@@ -268,18 +284,18 @@ class Decoder:
         try:
             for request in self._requests(asked, sampling, stops, task, forced, unasked):
                 running.submit(request)
-            yield from unasked
+            yield unasked
             while engine.busy:
-                results = engine.step()
-                self.stats = before.after(engine)
+                finished, results = [], engine.step()
                 for result, took in zip(results, running.took(results, self.target), strict=True):
                     tag = result.request.tag
                     assert isinstance(tag, Tag)
                     running.ended(result)
-                    completion = reader.completion(result, *tag.where, took)
+                    finished.append((tag.alpha, reader.completion(result, *tag.where, took)))
                     if on_text is not None and (tag.alpha, *tag.where) in streams:
                         on_text(*tag.where, streams.pop((tag.alpha, *tag.where)).finish())
-                    yield tag.alpha, completion
+                self.stats = before.after(engine)
+                yield finished
         finally:
             engine.close()
 
@@ -350,21 +366,7 @@ class Decoder:
             before = self.stats.seconds
             took = Took(seconds=share, prompt_tokens=prompt, generated_tokens=len(ids))
             for alpha, logprobs in zip(alphas, result.logprobs, strict=True):
-                logprob = float(logprobs.double().sum())
-                faulty = math.isnan(logprob)
-                yield (
-                    alpha,
-                    Completion(
-                        example_id=tag.example.id,
-                        sample=tag.number,
-                        text=tag.text,
-                        token_ids=ids,
-                        finish_reason="nan" if faulty else "length",
-                        logprob=logprob,
-                        remark=NOT_NUMBERS if faulty else None,
-                        took=took,
-                    ),
-                )
+                yield alpha, scored(tag, ids, float(logprobs.double().sum()), took)
 
     def _timed(self, found: Iterator[Found]) -> Found | None:
         """The next of the texts that are scored, its time counted."""

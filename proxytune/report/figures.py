@@ -8,16 +8,18 @@ from typing import Any, Literal
 
 from proxytune.config import ROLES
 from proxytune.paper import published
-from proxytune.records import Metric
+from proxytune.records import NO_SCORE, Metric
 from proxytune.report import charts
 from proxytune.report.charts import Figure, ReportTable, TableRow
 from proxytune.report.escape import visible
-from proxytune.report.tables import RoleRow, percent, size
+from proxytune.report.tables import RoleRow, alike, size, title
 from proxytune.report.token_view import LOWER_IS_BETTER
 
 PAPER_TASKS = {"codex_humaneval": "humaneval"}
 """The paper's repository's names of tasks that we call otherwise."""
 PAPER_TABLES = ("2", "4", "5")
+EDGE = {"value": "width"}
+"""The right edge of a drawing: words there stand outside."""
 SCORE_COLUMNS = ("as", "score, %", "95% interval", "gap closed", "memory", "ms / token", "examples")
 Published = dict[str, Any]
 
@@ -71,18 +73,25 @@ def beside_table(rows: Sequence[RoleRow], paper: Mapping[str, Sequence[Published
     """A line for every task and system, and under it the paper's lines for that task, marked as such."""
     lines = []
     for task in dict.fromkeys(row.task for row in rows):
-        own = [row for row in rows if row.task == task]
-        for system in dict.fromkeys(row.system for row in own):
-            roles = {row.role: row for row in own if row.system == system and not row.forced}
-            first = next(iter(roles.values()), None) or next(row for row in own if row.system == system)
-            gap = roles["proxy"].cells[3] if "proxy" in roles else ""
-            cells = [percent(roles[role].score).split()[0] if role in roles else "" for role in ROLES]
-            name = (task, visible(system), visible(first.metric))
-            lines.append(TableRow((*name, *cells, gap, str(first.n)), "strong"))
+        for own in alike([row for row in rows if row.task == task]):
+            lines += [_own_line(own, system) for system in dict.fromkeys(row.system for row in own)]
         lines += _published_lines(task, paper.get(task, ()))
     note = "ours in bold, published figures of other models in grey; the drawings have the intervals"
     columns = ("task", "models", "metric, %", *ROLES, "gap closed", "examples")
-    return ReportTable("All scores", columns, tuple(lines), note, words=3)
+    return ReportTable("All scores, beside the paper's", columns, tuple(lines), note, words=3, folded=True)
+
+
+def _own_line(rows: Sequence[RoleRow], system: str) -> TableRow:
+    """The scores of a system's roles on the same items, and over how many of these they are."""
+    own = [row for row in rows if row.system == system]
+    roles = {row.role: row for row in reversed(own) if not row.forced}
+    values = [row.shown if row.score is None else row.shown.split()[0] for row in roles.values()]
+    scores = dict(zip(roles, values, strict=True))
+    gap = roles["proxy"].cells[3] if "proxy" in roles else ""
+    metric = NO_SCORE.get(own[0].metric, own[0].metric) + (f" ({own[0].apart})" if own[0].apart else "")
+    over = "; ".join(dict.fromkeys(row.examples for row in roles.values())) or own[0].examples
+    cells = (scores.get(role, "") for role in ROLES)
+    return TableRow((own[0].task, visible(system), visible(metric), *cells, gap, over), "strong")
 
 
 def _published_lines(task: str, entries: Sequence[Published]) -> list[TableRow]:
@@ -106,14 +115,14 @@ def score_table(rows: Sequence[RoleRow]) -> ReportTable:
     lines = [
         TableRow(
             (
-                visible(name), *_score_cells(row.score), row.cells[3], size(row.memory),
+                visible(name), *_score_cells(row), row.cells[3], size(row.memory),
                 row.speed, row.examples,
             ),
             "strong" if row.role == "proxy" else "",
         )
         for name, row in zip(names(rows), rows, strict=True)
     ]  # fmt: skip
-    return ReportTable(f"{rows[0].task}: {rows[0].metric}", SCORE_COLUMNS, tuple(lines))
+    return ReportTable(visible(title(rows)), SCORE_COLUMNS, tuple(lines))
 
 
 def names(rows: Sequence[RoleRow]) -> list[str]:
@@ -121,46 +130,50 @@ def names(rows: Sequence[RoleRow]) -> list[str]:
     return [row.label if row.system == rows[0].system else f"{row.system}: {row.label}" for row in rows]
 
 
-def _score_cells(metric: Metric) -> tuple[str, str]:
-    """The value and its interval."""
-    value, _, interval = percent(metric).partition(" ")
+def _score_cells(row: RoleRow) -> tuple[str, str]:
+    """The value and its interval, or why there is none."""
+    if row.score is None:
+        return row.shown, ""
+    value, _, interval = row.shown.partition(" ")
     return value, interval.strip("[]").replace(", ", " to ")
 
 
 # Figures
 
 
-def score_figure(rows: Sequence[RoleRow]) -> Figure:
-    """Every role's score with its interval."""
+def score_figure(rows: Sequence[RoleRow]) -> Figure | None:
+    """Every role's score with its interval, or why it has none; None where no role has one."""
+    if all(row.score is None for row in rows):
+        return None
     task, called = rows[0].task, [visible(name) for name in names(rows)]
-    unit = "" if rows[0].score.unit == "number" else ", %"
-    domain: dict[str, Any] = {} if rows[0].score.unit == "number" else {"domain": [0, 100]}
-    x = charts.axis("score", visible(rows[0].metric) + unit, **domain)
+    number = any(row.score is not None and row.score.unit == "number" for row in rows)
+    domain: dict[str, Any] = {} if number else {"domain": [0, 100]}
+    x = charts.axis("score", visible(rows[0].metric) + ("" if number else ", %"), **domain)
     y = {**charts.axis("name", "", "nominal"), "sort": called, "title": None}
     layers: list[charts.Layer] = []
     for name, row in zip(called, rows, strict=True):
+        if row.score is None:
+            layers.append(charts.words([{"name": name, "text": row.shown}], EDGE, y, "muted"))
+            continue
         value = in_percent(row.score.value, row.score)
         datum = {
             "name": name, "score": value, "low": in_percent(row.score.low, row.score),
             "high": in_percent(row.score.high, row.score), "text": f"{value:.1f}",
-            "label": f"{name}; {percent(row.score)}; {row.examples} examples",
+            "label": f"{name}; {row.shown}; {row.examples} examples",
         }  # fmt: skip
         shape = "diamond" if row.forced else "circle"
         layers += [
             charts.intervals([datum], x, y, row.role, along="x"),
             charts.points([datum], x, y, row.role, size=80, shape=shape),
-            charts.words(
-                [datum], {"value": 338}, y, row.role, fontWeight="bold" if row.role == "proxy" else "normal"
-            ),
+            charts.words([datum], EDGE, y, row.role, fontWeight="bold" if row.role == "proxy" else "normal"),
         ]
     return Figure(
         name=f"score-{task}",
-        title=f"{task}: {visible(rows[0].metric)}",
-        caption=f"{rows[0].n} examples; lines are 95% intervals",
+        title=visible(title(rows)),
+        caption=f"{', '.join(dict.fromkeys(row.examples for row in rows))} examples; lines are 95% intervals",
         table=score_table(rows),
         layers=tuple(layers),
-        height=36 * len(rows),
-        width=330,
+        height=27 * len(rows),
     )
 
 
@@ -193,40 +206,52 @@ def gap_figure(rows: Sequence[RoleRow], paper: Mapping[str, Sequence[Published]]
     low, high = min(0, math.floor(min(values) / 20) * 20), max(100, math.ceil(max(values) / 20) * 20)
     x = charts.axis("gap", "gap closed, %", domain=[low, high])
     y = {**charts.axis("row", "", "nominal"), "sort": rows_shown, "title": None}
+    theirs = "test(/: paper, table [0-9]+$/, datum.label)"
+    y["axis"] = {
+        "labelExpr": f"{theirs} ? replace(datum.label, /^.*: /, '') : replace(datum.label, ': ', ', ')",
+        "labelFontWeight": {"condition": {"test": theirs, "value": "normal"}, "value": "bold"},
+    }
     cells = [(d["row"], "" if d in data else d["text"], f"{d['gap']:.1f}") for d in both]
     return Figure(
         name="gap",
-        title="How much of the gap between base and tuned the proxy closes",
-        caption="(proxy - base) / (tuned - base). Hollow: published, of 13B and 70B models",
+        title="Gap closed, beside the paper's",
+        caption="(proxy - base) / (tuned - base). Hollow: published, 13B and 70B",
         table=ReportTable(
             "Gap closed", ("task and source", "model", "gap closed, %"), charts.rows_of(cells), words=2
         ),
         layers=(
             charts.level(100, x, "muted", along="x"),
             charts.hollow(printed, x, y),
-            charts.words(
-                [d for d in printed if d["text"] != "70B"], x, y, "published", "above", fontSize=10.5
-            ),
-            charts.words(
-                [d for d in printed if d["text"] == "70B"], x, y, "published", "below", fontSize=10.5
-            ),
+            *_outward(printed, x, y),
             charts.points(data, x, y, "proxy", size=95),
             charts.words(data, x, y, "proxy", "left", fontWeight="bold"),
         ),
-        height=42 * len(rows_shown),
-        width=340,
+        height=21 * len(rows_shown),
     )
+
+
+def _outward(printed: Sequence[charts.Datum], x: Any, y: Any) -> list[charts.Layer]:
+    """The names of published points of a row: left of the lowest, right of the highest."""
+    layers = []
+    for row in dict.fromkeys(datum["row"] for datum in printed):
+        own = sorted((d for d in printed if d["row"] == row), key=lambda d: float(d["gap"]))
+        for place, datum in enumerate(own):
+            side: charts.Side = "right" if place == len(own) - 1 else "left" if place == 0 else "above"
+            layers.append(charts.words([datum], x, y, "published", side))
+    return layers
 
 
 def price_figure(rows: Sequence[RoleRow], what: Literal["memory", "time"]) -> Figure | None:
     """Score against memory, or against time per token; None where that was not recorded."""
-    known = [row for row in rows if (row.memory if what == "memory" else row.ms_per_token)]
+    priced = [row for row in rows if (row.memory if what == "memory" else row.ms_per_token)]
+    known = [row for row in priced if row.score is not None]
+    scores = [row.score for row in known if row.score is not None]
     if len(known) < 2:
         return None
     prices = [row.memory / 1e6 if what == "memory" else float(row.ms_per_token or 0) for row in known]
     words = "memory of weights and KV cache, MB" if what == "memory" else "time per generated token, ms"
     low, high = min(prices) / 1.6, max(prices) * 1.9
-    shares = known[0].score.unit != "number"
+    shares = scores[0].unit != "number"
     x = charts.log_axis("price", words + " (log scale)", low, high)
     bounds: dict[str, Any] = {"domain": [-4, 106]} if shares else {}
     y = charts.axis("score", visible(known[0].metric) + (", %" if shares else ""), **bounds)
@@ -234,17 +259,17 @@ def price_figure(rows: Sequence[RoleRow], what: Literal["memory", "time"]) -> Fi
         y["axis"] = {"values": [0, 20, 40, 60, 80, 100]}
     data: list[charts.Datum] = []
     unit = "MB" if what == "memory" else "ms per token"
-    for name, row, price in zip(names(known), known, prices, strict=True):
-        description = visible(f"{name}; {percent(row.score)}; {price:.3g} {unit}")
+    for name, row, score, price in zip(names(known), known, scores, prices, strict=True):
+        description = visible(f"{name}; {row.shown}; {row.examples} examples; {price:.3g} {unit}")
         data.append({
-            "price": price, "score": in_percent(row.score.value, row.score), "role": row.role,
-            "low": in_percent(row.score.low, row.score), "high": in_percent(row.score.high, row.score),
+            "price": price, "score": in_percent(score.value, score), "role": row.role,
+            "low": in_percent(score.low, score), "high": in_percent(score.high, score),
             "text": visible(name), "label": description,
         })  # fmt: skip
     top = 110 if shares else 1.1 * max(d["score"] for d in data)
     places = [
         (
-            charts.WIDTH * math.log(d["price"] / low) / math.log(high / low),
+            charts.INSIDE * math.log(d["price"] / low) / math.log(high / low),
             charts.HEIGHT * (d["score"] + 4) / top,
         )
         for d in data

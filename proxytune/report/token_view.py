@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from proxytune.comparison import comparable, conditions, models_of
 from proxytune.config import Role
 from proxytune.records import JsonRow, Run
 from proxytune.report.escape import clipped, visible
@@ -18,6 +19,10 @@ from proxytune.tasks import TASKS
 
 TOKEN_BUDGET = 80_000
 """Traced tokens in one page, shared by its tasks: some 3 MB."""
+RESPONSE_TOKENS = 4000
+"""Tokens of one response that are shown."""
+TOKEN_LIMIT = 200
+"""Characters of a token that are shown."""
 ANSWER_LIMIT = 3000
 """Characters of an answer that are shown."""
 TRACED: tuple[Role, ...] = ("base", "expert", "antiexpert", "proxy")
@@ -59,7 +64,8 @@ def trace_sets(found: Sequence[tuple[Path, Run]]) -> list[TraceSet]:
 
 
 def _others(proxy: Run, found: Sequence[tuple[Path, Run]]) -> dict[Role, tuple[Path, Run]]:
-    """Per role the run whose answers are shown beside the proxy's: on the same data where there is one."""
+    """Per role the run whose answers are shown beside the proxy's: of the same sampling and judge, and on the
+    same items where there is one (its answers to the same questions otherwise)."""
     near: dict[Role, tuple[Path, Run]] = {}
     same = [
         (folder, run)
@@ -67,11 +73,10 @@ def _others(proxy: Run, found: Sequence[tuple[Path, Run]]) -> dict[Role, tuple[P
         if (run.spec.system.name, run.spec.task) == (proxy.spec.system.name, proxy.spec.task)
         and run.spec.role != "proxy"
         and not run.spec.forced
-        and run.headline == proxy.headline
+        and replace(conditions(run), data_sha256="") == replace(conditions(proxy), data_sha256="")
+        and models_of(run) == models_of(proxy)
     ]
-    for folder, run in sorted(
-        same, key=lambda pair: (pair[1].spec.data_sha256 != proxy.spec.data_sha256, plainness(pair))
-    ):
+    for folder, run in sorted(same, key=lambda pair: (not comparable((pair[1], proxy)), plainness(pair))):
         near.setdefault(run.spec.role, (folder, run))
     return near
 
@@ -88,7 +93,7 @@ def token_data(sets: Sequence[TraceSet], budget: int = TOKEN_BUDGET) -> dict[str
     """The content of the page's JSON block.
 
     `texts` is the table of token texts that the tokens refer to; each set has `total` examples of which the
-    first are in `items`, up to its share of `budget` tokens.
+    first are in `items`, up to its share of `budget` tokens. A long response is cut: `length` is all of it.
     """
     table = _Texts()
     share = budget // max(len(sets), 1)
@@ -105,7 +110,7 @@ class _Texts:
 
     def index(self, text: str) -> int:
         """The place of a text in the table."""
-        shown = visible(text)
+        shown = visible(clipped(text, TOKEN_LIMIT))
         if shown not in self._place:
             self._place[shown] = len(self.texts)
             self.texts.append(shown)
@@ -120,19 +125,22 @@ def _set(chosen: TraceSet, table: _Texts, budget: int) -> dict[str, Any]:
         role: {row["id"]: row for row in read_rows(folder)} for role, (folder, _) in chosen.others.items()
     }
     items, left = list[dict[str, Any]](), budget
+    most = max(1, min(RESPONSE_TOKENS, budget))
     for trace in _traces(chosen.folder):
         row = rows.get(trace["id"])
         if row is None or trace.get("sample", 0) != 0:
             continue
-        left -= len(trace["tokens"])
+        tokens = trace["tokens"]
+        left -= min(len(tokens), most)
         if left < 0 and items:
             break
-        items.append(_item(chosen, row, trace, others, table))
+        item = _item(chosen, row, tokens[:most], others, table)
+        items.append(item | {"length": len(tokens)} if len(tokens) > most else item)
     return {
         "system": visible(spec.system.name),
-        "task": spec.task,
+        "task": visible(spec.task),
         "alpha": spec.alpha.text,
-        "metric": chosen.run.headline,
+        "metric": visible(chosen.run.headline),
         "sensitive": spec.task in SENSITIVE,
         "total": chosen.run.n,
         "items": items,
@@ -150,12 +158,12 @@ def _traces(folder: Path) -> Iterator[JsonRow]:
 def _item(
     chosen: TraceSet,
     row: JsonRow,
-    trace: JsonRow,
+    tokens: Sequence[JsonRow],
     others: Mapping[Role, Mapping[str, JsonRow]],
     table: _Texts,
 ) -> dict[str, Any]:
     """One example: what was asked, everybody's answer, and the proxy's tokens."""
-    spec, tokens = chosen.run.spec, trace["tokens"]
+    spec = chosen.run.spec
     answers = {role: own[row["id"]] for role, own in others.items() if row["id"] in own}
     same = {role: other for role, other in answers.items() if asked(other) == asked(row)}
     by_role = {role: _answer(other, spec.task, chosen.run.headline) for role, other in same.items()}
