@@ -5,7 +5,6 @@ traces."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -18,7 +17,7 @@ import torch
 from proxytune import cpu_load
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.decoding.call import DecodeStats, RunningStream, Scored, ScoringTexts, Tag
-from proxytune.decoding.completions import NOT_NUMBERS, ResultReader, failed
+from proxytune.decoding.completions import ResultReader, failed, scored
 from proxytune.decoding.prompts import context, form_of, noise_key
 from proxytune.decoding.response_text import ResponseText
 from proxytune.decoding.sample import sample_context
@@ -367,21 +366,7 @@ class Decoder:
             before = self.stats.seconds
             took = Took(seconds=share, prompt_tokens=prompt, generated_tokens=len(ids))
             for alpha, logprobs in zip(alphas, result.logprobs, strict=True):
-                logprob = float(logprobs.double().sum())
-                faulty = math.isnan(logprob)
-                yield (
-                    alpha,
-                    Completion(
-                        example_id=tag.example.id,
-                        sample=tag.number,
-                        text=tag.text,
-                        token_ids=ids,
-                        finish_reason="nan" if faulty else "length",
-                        logprob=logprob,
-                        remark=NOT_NUMBERS if faulty else None,
-                        took=took,
-                    ),
-                )
+                yield alpha, scored(tag, ids, float(logprobs.double().sum()), took)
 
     def _timed(self, found: Iterator[Found]) -> Found | None:
         """The next of the texts that are scored, its time counted."""
