@@ -8,18 +8,30 @@ from proxytune.lazy import door
 
 if TYPE_CHECKING:
     from proxytune.decoding.call import DecodeStats
+    from proxytune.decoding.conversations import Conversation
     from proxytune.decoding.decoder import Decoder
+    from proxytune.decoding.prompts import opened
     from proxytune.decoding.remarks import notes_on, stored_response
     from proxytune.decoding.sample import sample_context
 
-__all__ = ["DecodeStats", "Decoder", "notes_on", "sample_context", "stored_response"]
+__all__ = [
+    "Conversation",
+    "DecodeStats",
+    "Decoder",
+    "notes_on",
+    "opened",
+    "sample_context",
+    "stored_response",
+]
 
 __getattr__ = door(
     __name__,
     {
+        "Conversation": "conversations",
         "DecodeStats": "call",
         "Decoder": "decoder",
         "notes_on": "remarks",
+        "opened": "prompts",
         "sample_context": "sample",
         "stored_response": "remarks",
     },

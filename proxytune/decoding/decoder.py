@@ -182,8 +182,9 @@ class Decoder:
         """Ids that every model sees before the response; experts that only watch see what they see in the
         proxy. TemplateFault, which names the model and what the prompt is `of`, where a chat template
         fails."""
+        given = prompt.ids
         return {
-            name: (*model.virtual_ids, *self._context(model, prompt, of))
+            name: (*model.virtual_ids, *(self._context(model, prompt, of) if given is None else given[name]))
             for name, model in self.loaded.items()
         }
 
