@@ -41,8 +41,8 @@ class LmEvalCall:
     """lm-eval's files go to <out>/<system>/lm-eval unless --output_path says otherwise."""
 
 
-def run_lm_eval(call: LmEvalCall) -> Path:
-    """Run lm-eval. -> its file with the results. UserError for what is wrong with the input, tasks included;
+def run_lm_eval(call: LmEvalCall) -> tuple[Path, list[Path]]:
+    """Run lm-eval. -> its file with the results, and the folders of our runs of them. UserError for what is wrong with the input, tasks included;
     what fails while the model answers or scores are computed keeps its traceback."""
     system = load_system(call.system)
     system.require(call.settings.get("role", "proxy"))
@@ -71,7 +71,9 @@ def run_lm_eval(call: LmEvalCall) -> Path:
         with _no_waiting_for_the_hub(), _input_errors_in_one_line():
             parser.execute(asked)
     [made] = set(_results_in(path)) - there
-    return made
+    from proxytune.integrations.lm_eval_runs import write_runs
+
+    return made, write_runs(made, call.out)
 
 
 def register() -> None:

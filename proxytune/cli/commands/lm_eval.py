@@ -49,7 +49,7 @@ Negative = Annotated[
 ]
 Out = Annotated[
     Path,
-    typer.Option(help="Where results go: lm-eval's files to OUT/<system>/lm-eval, a run to every task."),
+    typer.Option(help="Where results go: lm-eval's files to OUT/<system>/lm-eval, a run of each task beside them."),
 ]
 
 
@@ -85,5 +85,7 @@ def lm_eval(
         **decode.model_dump(exclude_defaults=True),
     }
     settings = {name: value for name, value in asked.items() if value is not None and value is not False}
-    found = run_lm_eval(LmEvalCall(system, tasks, settings, tuple(context.args), out))
-    console.say(f"lm-eval's files are in {found.parent}")
+    results, runs = run_lm_eval(LmEvalCall(system, tasks, settings, tuple(context.args), out))
+    console.say(f"lm-eval's files are in {results.parent}")
+    for folder in runs:
+        console.say(f"stored in {folder}")
