@@ -206,11 +206,13 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
         return ChatContext.of(text, conversation)
 
     def _require_chat(self) -> None:
-        """UserError unless a model of the role has a chat format."""
-        if all(spec.chat == "none" for spec in self._specs.values()):
-            roles = ", ".join(self.names)
+        """UserError unless a model of the system has a chat format. The others see a conversation as plain
+        text."""
+        system = self.system
+        alone = [spec for spec in (system.base, system.antiexpert, system.tuned) if spec is not None]
+        if all(spec.chat == "none" for spec in (*alone, *system.expert_specs)):
             raise UserError(
-                f"--apply_chat_template: none of {roles} has a chat format in system '{self.system.name}': set "
+                f"--apply_chat_template: no model of system '{system.name}' has a chat format: set "
                 "`chat: tokenizer` or `chat: llama2` in its file, or leave the option out"
             )
 
@@ -220,8 +222,8 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
             return None
         if isinstance(chat_template, str):
             raise UserError(
-                f"--apply_chat_template '{chat_template}': a model has one chat format, which its system names: "
-                "give the option without a value"
+                f"--apply_chat_template '{chat_template}': a model has one chat format, which its system "
+                "names: give the option without a value"
             )
         self._require_chat()
         return "\n".join(f"{name}: {format_}" for name, format_ in self._formats())
@@ -242,9 +244,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
 
     # Likelihoods
 
-    def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The log-probability of every continuation, and whether greedy decoding would give it."""
         self._begin(requests)
         items = [self._continuation(*request.args[:2]) for request in requests]
@@ -283,7 +283,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
         """As `loglikelihood`, of ids of the first model."""
         items = []
         for _text, context, continuation in requests:
-            contexts = {}
+            contexts: dict[str, Ids] = {}
             for name, runner in self.decoder.ensemble.runners.items():
                 if context == [self.prefix_token_id]:
                     contexts[name] = (prefix_of(self.decoder.loaded[name].tokenizer),)
@@ -295,7 +295,9 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
     def _continuation(self, context: str, continuation: str) -> Continuation:
         contexts, ids = self._reader.pair(context, continuation)
         if not ids:
-            raise UserError(f"a continuation has no tokens of its own: {continuation!r} after {context[-40:]!r}")
+            raise UserError(
+                f"a continuation has no tokens of its own: {continuation!r} after {context[-40:]!r}"
+            )
         return self._fitted(contexts, ids)
 
     def _fitted(self, contexts: Mapping[str, Ids], ids: Ids) -> Continuation:
@@ -305,8 +307,8 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
             room = self.max_length - sum(len(runner.alignment.spell(token)) for token in ids[:-1])
             if room < 1:
                 raise UserError(
-                    f"a continuation of {len(ids)} tokens is longer than the {self.max_length} that the models "
-                    "can see"
+                    f"a continuation of {len(ids)} tokens is longer than the {self.max_length} that the "
+                    "models can see"
                 )
             fitted[name] = (*self.decoder.loaded[name].virtual_ids, *self._cut(name, contexts[name], room))
         return Continuation(fitted, ids)
@@ -354,7 +356,9 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
         names = _names(requests)
         answers = [""] * len(requests)
         faults = 0
-        with tqdm(total=len(requests), desc="responses", disable=disable_tqdm or not self.options.progress) as bar:
+        with tqdm(
+            total=len(requests), desc="responses", disable=disable_tqdm or not self.options.progress
+        ) as bar:
             for sampling, places in groups.items():
                 examples = {names[at]: self._example(names[at], requests[at], sampling) for at in places}
                 place_of = dict(zip(examples, places, strict=True))
@@ -388,14 +392,17 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
         chats = {name: spec.chat for name, spec in self._specs.items() if spec.chat != "none"}
         if chats and any(r.args[0] and not isinstance(r.args[0], ChatContext) for r in requests):
             named = " and ".join(f"the {name} (chat: {chat})" for name, chat in chats.items())
-            self._note(f"{named} got plain texts, as all models did: --apply_chat_template gives it its format")
+            self._note(
+                f"{named} got plain texts, as all models did: --apply_chat_template gives it its format"
+            )
 
     def _end(self, faults: int, n: int) -> None:
         """All requests of a call are answered."""
         if self._too_long:
             name, most = self._too_long.most_common(1)[0]
             self._note(
-                f"{most} of {n} contexts were cut on the left for the {name}: models see {self.max_length} tokens"
+                f"{most} of {n} contexts were cut on the left for the {name}: models see {self.max_length} "
+                "tokens"
             )
         if faults:
             self._note(f"{faults} of {n} answers have no sound logits (NaN or infinite)")

@@ -42,8 +42,8 @@ class LmEvalCall:
 
 
 def run_lm_eval(call: LmEvalCall) -> tuple[Path, list[Path]]:
-    """Run lm-eval. -> its file with the results, and the folders of our runs of them. UserError for what is wrong with the input, tasks included;
-    what fails while the model answers or scores are computed keeps its traceback."""
+    """Run lm-eval. -> its file with the results, and the folders of our runs of them. UserError for
+    what is wrong with the input, tasks included; what fails while the model answers or scores are computed keeps its traceback."""
     system = load_system(call.system)
     system.require(call.settings.get("role", "proxy"))
     if (alpha := call.settings.get("alpha")) is not None:
@@ -149,8 +149,8 @@ def _input_errors_in_one_line() -> Iterator[None]:
         reason = " ".join(str(error).split()) or "no reason given"
         if isinstance(error, ConnectionError):
             raise UserError(
-                f"a task needs data from the hub, which cannot be reached: {reason}. Use a task of your own with "
-                "local files: --tasks ./my_task.yaml (docs/lm-eval.md)"
+                f"a task needs data from the hub, which cannot be reached: {reason}. Use a task of your "
+                "own with local files: --tasks ./my_task.yaml (docs/lm-eval.md)"
             ) from None
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise UserError(f"lm-eval: {kind}{reason}. Its tasks: lm-eval ls tasks") from None

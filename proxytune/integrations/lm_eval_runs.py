@@ -1,6 +1,6 @@
 """lm-eval's files of results as runs of ours, one per task, so that `proxytune report` shows them.
 
-lm-eval's own figures are taken as they are. Where a figure is the mean over documents it gets our interval."""
+lm-eval's own figures are taken as they are. A figure that is a mean over documents gets our interval."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _samples(results: Path, task: str) -> dict[int, dict[str, JsonRow]]:
 
 
 def _free(folder: Path, spec: RunSpec) -> Path:
-    """The folder, or one in it where it has a run of other settings (shots, a chat template, other documents)."""
+    """The folder, or one in it where it has a run of other settings (shots, a chat template, documents)."""
     try:
         taken = bool(differences(read_run(folder).spec, spec))
     except UserError:
@@ -123,7 +123,13 @@ class _Evaluated:
         row: JsonRow = {"id": str(document), "prompt": asked[0][0], "target": first["target"]}
         row |= {"filtered": {name: one["filtered_resps"] for name, one in by_filter.items()}}
         if any("logprob" in response and response["logprob"] is None for response in responses):
-            return {"id": row["id"], "prompt": row["prompt"], FAULT: "nan", "scores": {}, "responses": responses}
+            return {
+                "id": row["id"],
+                "prompt": row["prompt"],
+                FAULT: "nan",
+                "scores": {},
+                "responses": responses,
+            }
         scores = {
             _named(metric, name): float(one[metric])
             for name, one in by_filter.items()
@@ -142,11 +148,15 @@ class _Evaluated:
             metric, comma, chain = key.partition(",")
             if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
                 name = _named(metric, chain)
-                metrics[name] = _metric(float(value), [r["scores"][name] for r in rows if name in r["scores"]])
+                metrics[name] = _metric(
+                    float(value), [r["scores"][name] for r in rows if name in r["scores"]]
+                )
         if not metrics:
             raise UserError(f"lm-eval gave no figure for '{self.name}': its files have the responses")
         alone = len(self.content["configs"]) == 1
-        shared = () if alone else (f"{len(self.content['configs'])} tasks ran together: cost is not told apart",)
+        shared = (
+            () if alone else (f"{len(self.content['configs'])} tasks ran together: cost is not told apart",)
+        )
         began = float(self.content["date"])
         ended = began + float(self.content["total_evaluation_time_seconds"])
         return Run(

@@ -73,7 +73,9 @@ def _shown(place: int, members: Sequence[tuple[Run, list[JsonRow]]], show_hatefu
         text = row["responses"][0]["text"] if row.get("responses") else ""
         responses.append(RoleResponse(own.spec.role + forced, scores, HIDDEN if hide else plain(text)))
     asked = HIDDEN if hide else plain(str(rows[place].get("prompt" if task is None else task.asked, "")))
-    return Shown(f"{run.spec.system.name}, {run.spec.task}, example {rows[place]['id']}", asked, tuple(responses))
+    return Shown(
+        f"{run.spec.system.name}, {run.spec.task}, example {rows[place]['id']}", asked, tuple(responses)
+    )
 
 
 def plain(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Our model of lm-eval beside lm-eval's own, request by request and figure by figure, on tiny random models."""
+"""Our model of lm-eval beside lm-eval's own, request by request, figure by figure, on tiny random models."""
 
 from __future__ import annotations
 
@@ -212,7 +212,9 @@ def test_responses_end_before_the_first_stop_string(trio: System) -> None:
 
 
 def test_a_response_that_leaves_no_room_is_refused(trio: System) -> None:
-    with pytest.raises(UserError, match="256 new tokens leave no room .* in the 256 .* --gen_kwargs max_gen_toks"):
+    with pytest.raises(
+        UserError, match=r"256 new tokens leave no room .* in the 256 .* --gen_kwargs max_gen_toks"
+    ):
         ProxyTunedLM(trio).generate_until(ask("generate_until", ("The sea", {"until": []})))
     with pytest.raises(UserError, match="no tokens of its own: ''"):
         ProxyTunedLM(trio).loglikelihood(ask("loglikelihood", ("The sea", "")))
@@ -245,7 +247,8 @@ def test_broken_logits_are_said(trio: System) -> None:
 # Chat formats
 
 TURNS = (
-    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</{{ m['role'] }}>\n{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
+    "</{{ m['role'] }}>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 OTHER_TURNS = (
@@ -316,7 +319,9 @@ def test_a_chat_model_is_the_hf_model_with_its_template(
     want = oracle.evaluated(oracle.hf(chatty), list(chosen.values()), **given)
     for task in chosen:
         assert oracle.figures(found, task) == oracle.figures(want, task)
-        assert [s["arguments"] for s in found["samples"][task]] == [s["arguments"] for s in want["samples"][task]]
+        assert [s["arguments"] for s in found["samples"][task]] == [
+            s["arguments"] for s in want["samples"][task]
+        ]
     assert oracle.answers(found, "sums") == oracle.answers(want, "sums")
     assert oracle.logprobs(found, "choose") == pytest.approx(oracle.logprobs(want, "choose"), abs=1e-9)
 
@@ -342,7 +347,7 @@ def test_chat_formats_are_told_apart_and_stored(chatty: System, trio: System) ->
     assert ours.chat_template(True) == f"base: {TURNS}\nexpert: {OTHER_TURNS}\nantiexpert: none"
     with pytest.raises(UserError, match="give the option without a value"):
         ours.chat_template("tool_use")
-    with pytest.raises(UserError, match="none of base, expert, antiexpert has a chat format in system 'trio'"):
+    with pytest.raises(UserError, match="no model of system 'trio' has a chat format"):
         ProxyTunedLM(trio).apply_chat_template(HISTORY)
 
 
@@ -370,7 +375,7 @@ def test_plain_texts_for_a_chat_model_are_said(chatty: System) -> None:
     ],
 )
 def test_wrong_model_arguments_are_one_line(given: dict[str, Any], reason: str) -> None:
-    with pytest.raises(UserError, match="(?s)^[^\n]*$") as caught:
+    with pytest.raises(UserError, match=r"(?s)^[^\n]*$") as caught:
         ProxyTunedLM.create_from_arg_obj(given, {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"})
     assert reason in str(caught.value)
 

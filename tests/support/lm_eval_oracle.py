@@ -1,4 +1,4 @@
-"""lm-eval's own `hf` model, and a plain one of the formula: whole sequences through three forwards, no cache."""
+"""lm-eval's own `hf` model, and a plain one of the formula: whole sequences through three models, no cache."""
 
 from __future__ import annotations
 
@@ -93,4 +93,6 @@ def greedy(results: dict[str, Any], task: str) -> list[bool]:
 
 def figures(results: dict[str, Any], task: str) -> dict[str, Any]:
     """The metrics of a task."""
-    return {key: value for key, value in results["results"][task].items() if "," in key and "stderr" not in key}
+    return {
+        key: value for key, value in results["results"][task].items() if "," in key and "stderr" not in key
+    }

@@ -66,7 +66,10 @@ def write(folder: Path, name: str, form: str, rows: Sequence[dict[str, Any]]) ->
 def sums(count: int) -> list[dict[str, Any]]:
     """Questions with a number as the answer."""
     return [
-        {"question": f"Ann has {n + 3} nuts and buys {2 * n + 1}. How many has she?", "answer": str(3 * n + 4)}
+        {
+            "question": f"Ann has {n + 3} nuts and buys {2 * n + 1}. How many has she?",
+            "answer": str(3 * n + 4),
+        }
         for n in range(count)
     ]
 

@@ -49,7 +49,9 @@ Negative = Annotated[
 ]
 Out = Annotated[
     Path,
-    typer.Option(help="Where results go: lm-eval's files to OUT/<system>/lm-eval, a run of each task beside them."),
+    typer.Option(
+        help="Where results go: lm-eval's files to OUT/<system>/lm-eval, a run of each task beside them."
+    ),
 ]
 
 
