@@ -42,8 +42,10 @@ class LmEvalCall:
 
 
 def run_lm_eval(call: LmEvalCall) -> tuple[Path, list[Path]]:
-    """Run lm-eval. -> its file with the results, and the folders of our runs of them. UserError for
-    what is wrong with the input, tasks included; what fails while the model answers or scores are computed keeps its traceback."""
+    """Run lm-eval. -> its file with the results, and the folders of our runs of them.
+
+    UserError for what is wrong with the input, tasks included. What fails while the model answers or scores
+    are computed keeps its traceback."""
     system = load_system(call.system)
     system.require(call.settings.get("role", "proxy"))
     if (alpha := call.settings.get("alpha")) is not None:

@@ -1,4 +1,4 @@
-"""lm-eval's own `hf` model, and a plain one of the formula: whole sequences through three models, no cache."""
+"""lm-eval's own `hf` model, and one of the formula: whole sequences through three models, no cache."""
 
 from __future__ import annotations
 
