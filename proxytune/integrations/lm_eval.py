@@ -17,7 +17,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from tqdm import tqdm
 
 from proxytune import __version__
@@ -52,7 +52,7 @@ class ModelArguments(DecodeOptions):
     """Allow alpha below 0."""
     vocab: str | None = None
     """strict or intersect. Default: the system's."""
-    max_length: int | None = None
+    max_length: int | None = Field(default=None, ge=2)
     """Contexts are cut to this many tokens. Default: the smallest window of the models."""
     trust_remote_code: bool = False
     """Run Python code that comes with a checkpoint."""
@@ -108,7 +108,6 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
         self._max_length = max_length
         self._notes: dict[str, None] = {}
         self._too_long = Counter[str]()
-        self._asked = False
 
     @classmethod
     def create_from_arg_obj(
@@ -152,11 +151,6 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
     @cached_property
     def _reader(self) -> ContextReader:
         return ContextReader(list(self.decoder.loaded.values()), self.role, self._note)
-
-    @property
-    def asked(self) -> bool:
-        """Whether there was a request yet."""
-        return self._asked
 
     @property
     def eot_token_id(self) -> int:
@@ -311,7 +305,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
                     "models can see"
                 )
             fitted[name] = (*self.decoder.loaded[name].virtual_ids, *self._cut(name, contexts[name], room))
-        return Continuation(fitted, ids)
+        return Continuation(fitted, ids, tag="a request of lm-eval")
 
     def _cut(self, name: str, ids: Ids, room: int) -> Ids:
         """The last `room` ids of a context: lm-eval truncates on the left."""
@@ -388,7 +382,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
 
     def _begin(self, requests: Sequence[Instance]) -> None:
         """Requests come, each with its context."""
-        self._asked, self._too_long = True, Counter()
+        self._too_long = Counter()
         chats = {name: spec.chat for name, spec in self._specs.items() if spec.chat != "none"}
         if chats and any(r.args[0] and not isinstance(r.args[0], ChatContext) for r in requests):
             named = " and ".join(f"the {name} (chat: {chat})" for name, chat in chats.items())

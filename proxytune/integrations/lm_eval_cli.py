@@ -70,7 +70,7 @@ def run_lm_eval(call: LmEvalCall) -> tuple[Path, list[Path]]:
                 raise UserError(f"--{option} '{getattr(asked, option)}' is not for a system: use {instead}")
         path = Path(asked.output_path)
         there = set(_results_in(path))
-        with _no_waiting_for_the_hub(), _input_errors_in_one_line():
+        with _no_waiting_for_the_hub(), _notes_on_stderr(), _input_errors_in_one_line():
             parser.execute(asked)
     [made] = set(_results_in(path)) - there
     from proxytune.integrations.lm_eval_runs import write_runs
@@ -135,6 +135,18 @@ def _no_waiting_for_the_hub() -> Iterator[None]:
 
     with _set(constants, "HF_HUB_OFFLINE", True), _set(datasets.config, "HF_HUB_OFFLINE", True):
         yield
+
+
+@contextlib.contextmanager
+def _notes_on_stderr() -> Iterator[None]:
+    """Show what the model says: what is loaded, and what a reader of the figures should know."""
+    log, handler = logging.getLogger(TARGET.partition(":")[0]), logging.StreamHandler()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from lm_eval.models.utils import normalize_gen_kwargs
+from pydantic import ValidationError
 
-from proxytune.config import Role, Sampling
+from proxytune.config import Role, Sampling, explain
 from proxytune.decoding import Conversation, opened
 from proxytune.errors import UserError
 from proxytune.models import Loaded, Tokenizer
@@ -54,13 +55,11 @@ def sampling_of(given: Mapping[str, Any], eos: str | None) -> Sampling:
     temperature = float(settings.get("temperature", 1.0)) if drawn else 0.0
     cuts = {name: settings[name] for name in ("top_k", "top_p", "min_p") if drawn and name in settings}
     seed = int(settings.get("seed", torch.initial_seed() % BIG_SEED)) if temperature > 0 else 0
-    return Sampling(
-        max_new_tokens=settings["max_gen_toks"],
-        temperature=temperature,
-        stop=tuple(dict.fromkeys(until)),
-        seed=seed,
-        **cuts,
-    )
+    made = {"max_new_tokens": settings["max_gen_toks"], "temperature": temperature, "seed": seed, **cuts}
+    try:
+        return Sampling.model_validate({**made, "stop": tuple(dict.fromkeys(until))})
+    except ValidationError as error:
+        raise UserError(f"generation settings: {explain(error)}") from None
 
 
 def prefix_of(tokenizer: Tokenizer) -> int:

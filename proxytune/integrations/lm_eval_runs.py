@@ -146,7 +146,12 @@ class _Evaluated:
         metrics: dict[str, Metric] = {}
         for key, value in found.items():
             metric, comma, chain = key.partition(",")
-            if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+            if (
+                comma
+                and not metric.endswith("_stderr")
+                and isinstance(value, int | float)
+                and math.isfinite(value)
+            ):
                 name = _named(metric, chain)
                 metrics[name] = _metric(
                     float(value), [r["scores"][name] for r in rows if name in r["scores"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,8 @@ def test_settings_of_responses() -> None:
         sampling_of({"repetition_penalty": 1.2}, None)
     with pytest.raises(UserError, match="num_beams=4"):
         sampling_of({"num_beams": 4}, None)
+    with pytest.raises(UserError, match="generation settings: top_p: Input should be greater than 0"):
+        sampling_of({"do_sample": True, "top_p": 0}, None)
 
 
 def test_repetitions_of_a_request_differ_and_come_again(trio: System) -> None:
@@ -288,6 +291,8 @@ def test_every_model_gets_the_conversation_in_its_own_format(chatty: System) -> 
         "expert": "<s>SYSTEM: Be brief.\nUSER: Is it red?\nASSISTANT: Yes.\nUSER: Is it blue?\nASSISTANT:",
         "antiexpert": "<s>Be brief.\n\nIs it red? Yes.\n\nIs it blue?",
     }
+    again = pickle.loads(pickle.dumps(context))  # as lm-eval's cache of requests keeps it
+    assert again == context and again.conversation == context.conversation
     begun = ours.apply_chat_template(
         [*HISTORY, {"role": "assistant", "content": "It is"}], add_generation_prompt=False
     )
@@ -370,6 +375,7 @@ def test_plain_texts_for_a_chat_model_are_said(chatty: System) -> None:
         ({"pretrained": "demo", "alpha": -1.0}, "alpha = -1 is negative"),
         ({"pretrained": "demo", "speculate": "maybe"}, "speculate: give 'auto', 'off' or a length"),
         ({"pretrained": "demo", "dtype": "float16"}, "unknown key 'dtype'. Known: batch"),
+        ({"pretrained": "demo", "max_length": 0}, "max_length: Input should be greater than or equal to 2"),
         ({"pretrained": "demo", "vocab": "loose"}, "vocab 'loose' must be strict or intersect"),
         ({"role": "base"}, "model_args: pretrained: Field required"),
     ],
