@@ -37,7 +37,7 @@ def no_drafts(rows: Sequence[Row]) -> Sequence[int]:
 class Donor(NamedTuple):
     """A row under way whose prompt begins as that of a waiting one."""
 
-    index: int = 0
+    row: int = 0
     shared: Mapping[str, int] = MappingProxyType({})
     """Per model, the tokens that both prompts begin with and whose KV is there."""
     whole: bool = False
@@ -207,7 +207,7 @@ class Scheduler:
             self.rows.append(row)
             for name, rows in self.caches.items():
                 if donor.shared.get(name, 0):
-                    rows.admit(donor.index, donor.shared[name])
+                    rows.admit(donor.row, donor.shared[name])
                 else:
                     rows.admit()
 

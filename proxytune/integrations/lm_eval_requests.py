@@ -55,9 +55,9 @@ def sampling_of(given: Mapping[str, Any], eos: str | None) -> Sampling:
     temperature = float(settings.get("temperature", 1.0)) if drawn else 0.0
     cuts = {name: settings[name] for name in ("top_k", "top_p", "min_p") if drawn and name in settings}
     seed = int(settings.get("seed", torch.initial_seed() % BIG_SEED)) if temperature > 0 else 0
-    made = {"max_new_tokens": settings["max_gen_toks"], "temperature": temperature, "seed": seed, **cuts}
+    made: dict[str, Any] = {"max_new_tokens": settings["max_gen_toks"], "temperature": temperature}
     try:
-        return Sampling.model_validate({**made, "stop": tuple(dict.fromkeys(until))})
+        return Sampling.model_validate({**made, **cuts, "seed": seed, "stop": tuple(dict.fromkeys(until))})
     except ValidationError as error:
         raise UserError(f"generation settings: {explain(error)}") from None
 
