@@ -13,7 +13,8 @@ REFERENCE = Path(os.environ.get("PROXYTUNE_REFERENCE_DATA") or ROOT.parent / "sh
 
 
 def require_or_skip(kind: str, reason: str) -> None:
-    """Skip the test, or fail it where the comma list PROXYTUNE_REQUIRE names the kind.
+    """Skip the test (or the file that is imported), or fail it where the comma list PROXYTUNE_REQUIRE names
+    the kind.
 
     Kinds: golden (reference data), gpu, tune (bitsandbytes, peft), wheel (a build), demo (its weights),
     sandbox (its backends), judges (openai), browser (playwright and a Chromium), triton (its interpreter runs
@@ -21,7 +22,7 @@ def require_or_skip(kind: str, reason: str) -> None:
     model from PyPI)."""
     if kind in os.environ.get("PROXYTUNE_REQUIRE", "").split(","):
         pytest.fail(f"PROXYTUNE_REQUIRE names '{kind}', but {reason}", pytrace=False)
-    pytest.skip(reason)
+    pytest.skip(reason, allow_module_level=True)
 
 
 def require_demo() -> None:
