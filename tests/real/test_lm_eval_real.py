@@ -25,8 +25,8 @@ except ImportError:
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
-ITEMS = 12
-RESPONSES = 4
+ITEMS = 8
+RESPONSES = 2
 """Questions that are answered: the plain model of the formula has no cache."""
 
 
