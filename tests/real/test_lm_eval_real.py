@@ -94,7 +94,8 @@ def _short(figures: dict[str, Any]) -> str:
     return ", ".join(f"{name.removesuffix(',none')} {value:.6g}" for name, value in figures.items())
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-4), ("float64", 1e-9)])
+# In float64 too, the norms of a Llama are computed in float32 by transformers: a last bit may flip there.
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-4), ("float64", 1e-5)])
 def test_a_shift_of_nothing_is_the_hf_model(
     dtype: DType, most: float, steered: System, tasks: dict[str, Path]
 ) -> None:
