@@ -181,10 +181,8 @@ class Decoder:
         """Ids that every model sees before the response; experts that only watch see what they see in the
         proxy. TemplateFault, which names the model and what the prompt is `of`, where a chat template
         fails."""
-        return {
-            name: (*model.virtual_ids, *self._context(model, prompt, of))
-            for name, model in self.loaded.items()
-        }
+        ids = prompt.ids or {name: self._context(model, prompt, of) for name, model in self.loaded.items()}
+        return {name: (*model.virtual_ids, *ids[name]) for name, model in self.loaded.items()}
 
     def _context(self, model: Loaded, prompt: Prompt, of: str) -> tuple[int, ...]:
         role: Role = "proxy" if self.agreement else self.role
