@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -26,6 +27,7 @@ from proxytune.decoding.stop_strings import StopStrings, single_tokens
 from proxytune.decoding.streaming import TextStream, stop_predicate
 from proxytune.decoding.templates import TemplateFault
 from proxytune.engine import Continuation, Engine, Ensemble, Request, Speculation, Term, likelihoods
+from proxytune.engine.cuda import reserve
 from proxytune.engine.kernels import why_not
 from proxytune.engine.kv import CacheSpec, KVCache, PagedCache, SlotCache
 from proxytune.engine.runners import ModelRunner, ReferenceRunner, Runner
@@ -42,12 +44,22 @@ KV_SHARE = 0.5
 """Share of the free CPU memory that KV pools may grow into; they take it only as they fill."""
 KV_SHARE_GPU = 0.85
 """Share of the free GPU memory for KV pools; activations need the rest."""
+GRAPH_SHARE = 0.125
+"""Most of the free GPU memory that is left for graphs; without enough of it, fewer are kept."""
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 512}
 """Prompt tokens per model and step: on a GPU few, so that a step stays about as long as a decode step."""
 
 Found = TypeVar("Found")
 OnText = Callable[[str, int, str], None]
 """Hears of (example id, sample, new text)."""
+
+
+def _kv_budget(device: torch.device, layers: int) -> int:
+    """Bytes on a device for KV pools, beside the graphs of steps of so many layers."""
+    free = free_memory(device)
+    if device.type == "cpu":
+        return int(free * KV_SHARE)
+    return int(free * KV_SHARE_GPU) - min(reserve(layers), int(free * GRAPH_SHARE))
 
 
 class Decoder:
@@ -105,14 +117,23 @@ class Decoder:
         return Ensemble(runners, self.target, observed=proxy, reference=reference)
 
     def _pool_tokens(self, kv_memory: int | None) -> int:
-        """Tokens that every model's pool holds, such that all pools together stay within the memory."""
-        device = self.loaded[self.target].device.type
-        share = KV_SHARE if device == "cpu" else KV_SHARE_GPU
-        budget = int(free_memory(device) * share) if kv_memory is None else kv_memory
-        packed = [model.family for model in self.loaded.values() if model.family.path == "packed"]
-        per_token = sum(CacheSpec(f.layers, 0, f.dtype, f.devices).bytes_per_token for f in packed)
+        """Tokens that every model's pool holds, such that all pools together stay within the memory, on every
+        device that layers are on."""
+        families = [model.family for model in self.loaded.values() if model.family.path == "packed"]
+        need, layers = Counter[torch.device](), Counter[torch.device]()
+        for family in families:
+            for layer, device in zip(family.layers, family.devices, strict=True):
+                need[device] += layer.numbers * family.dtype.itemsize
+                layers[device] += 1
+        if kv_memory is not None:
+            budgets = [(kv_memory, need.total())]
+        else:
+            alone = len(layers) == 1  # else there are no graphs
+            budgets = [(_kv_budget(device, layers[device] if alone else 0), need[device]) for device in need]
         window = min(model.family.window for model in self.loaded.values())
-        tokens = min(budget // max(per_token, 1), self.max_batch * window)
+        most = self.max_batch * window
+        budget, per_token = min(budgets, key=lambda pair: pair[0] // max(pair[1], 1), default=(most, 1))
+        tokens = min(budget // max(per_token, 1), most)
         if tokens < 2:
             raise UserError(
                 f"KV memory of {budget / 2**30:.3f} GiB holds {tokens} tokens at {per_token} bytes each for "

@@ -236,15 +236,14 @@ class Engine:
 
     def _collect(self, device: DeviceLoop) -> tuple[list[Result], int]:
         """Take in the output of a step on the device. -> what finished, and how many tokens it fed."""
-        tokens, logprobs, drafts, views = device.collect()
+        found, chosen = device.collect(), list[list[Chosen]]()
         rows = self.scheduler.rows
-        chosen = [
-            [Chosen(*item) for item in zip(*own, self._recorded(row, own[0], seen), strict=True)]
-            for row, seen, *own in zip(rows, views, tokens, logprobs, strict=True)
-        ]
-        self._learn(self.scheduler.rows, drafts, chosen, None)
-        fed = len(chosen) + sum(map(len, drafts.tokens))
-        return self._advance(self.scheduler.rows, chosen), fed
+        for row, tokens, logprobs, views in zip(rows, found.tokens, found.logprobs, found.views, strict=True):
+            traces = self._recorded(row, tokens, views)
+            chosen.append([Chosen(*item) for item in zip(tokens, logprobs, traces, strict=True)])
+        self._learn(rows, found.drafts, chosen, None)
+        fed = len(chosen) + sum(map(len, found.drafts.tokens))
+        return self._advance(rows, chosen), fed
 
     def _learn(
         self,

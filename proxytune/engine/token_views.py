@@ -45,7 +45,8 @@ class TokenViews(NamedTuple):
     @classmethod
     def unpacked(cls, numbers: Tensor, models: int) -> TokenViews:
         """`packed` undone; so many models."""
-        top, chosen, apart = numbers.split([models, models, numbers.shape[1] - 2 * models], 1)
+        sizes = [models, models, numbers.shape[1] - 2 * models]
+        top, chosen, apart = torch.split_with_sizes(numbers, sizes, 1)
         wide = (part.contiguous().view(torch.float64) for part in (chosen, apart))
         probability, divergence = wide
         return cls(probability, top, divergence)

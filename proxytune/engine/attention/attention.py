@@ -2,8 +2,9 @@
 
 One call carries T tokens of several rows, [1, H, T, D]. `Packed` says which tokens belong to which rows; it
 travels as a keyword argument of the model's forward, so that several engines can run in one process. On the
-CPU a kernel takes the rows as they are, and on CUDA one takes their pages. Where torch attends, rows with equal query length form a group, and a
-group is one attention call: decode is one group, every prefill chunk another."""
+CPU a kernel takes the rows as they are, and on CUDA one takes their pages. Where torch attends, rows with
+equal query length form a group, and a group is one attention call: decode is one group, every prefill chunk
+another."""
 
 from __future__ import annotations
 

@@ -40,11 +40,11 @@ def steps_on_device(runners: Mapping[str, Runner], settings: Speculation) -> boo
     """Whether these models can decode this way: our attention over pages, one device, one id per token."""
     if settings.pick is not pick and settings.propose is None:
         return False
-    devices = set()
+    devices = set[torch.device]()
     for runner in runners.values():
         if not isinstance(runner, ModelRunner) or not isinstance(runner.cache, PagedCache):
             return False
-        devices |= {runner.device, *runner.cache.spec.devices}
+        devices |= runner.devices
         if runner.alignment.longest > 1:
             return False
     return len(devices) == 1 and devices.pop().type in DEVICES

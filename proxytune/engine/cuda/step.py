@@ -73,7 +73,8 @@ class StepOutput(NamedTuple):
     def unpacked(cls, numbers: Tensor, k: int) -> StepOutput:
         """`packed` undone."""
         sizes = [1, k + 1, k, k + 1]
-        accepted, tokens, drafts, bits, views = numbers.split([*sizes, numbers.shape[1] - sum(sizes)], 1)
+        sizes.append(numbers.shape[1] - sum(sizes))
+        accepted, tokens, drafts, bits, views = torch.split_with_sizes(numbers, sizes, 1)
         wide = bits.contiguous().view(torch.float64)
         width = views.shape[1] // (k + 1)
         return cls(accepted[:, 0], tokens, drafts, wide, views.reshape(len(numbers), k + 1, width))

@@ -26,8 +26,9 @@ MOST_NEW = 256
 """Most new tokens per row for the kernel."""
 WIDEST = 256
 """Largest head size for the kernel."""
-WIDE_WINDOW = 4096
-"""Tokens up to which a window is outgrown when the kernel is tried."""
+WIDE_WINDOW = {16: 4096, MOST_NEW: 128}
+"""Window up to which a row outgrows it when the kernel is tried with so many new tokens: scores are written
+out for that."""
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -107,7 +108,8 @@ def _apart(query: Tensor, keys: Tensor, values: Tensor, rule: ScoreRule) -> floa
     from proxytune.engine.kernels.triton_attention import launch
 
     (heads, new, size), (page, *_) = query.shape[1:], keys.shape[1:]
-    beyond = min(rule.window or 0, WIDE_WINDOW) + 2 * page + 3
+    widest = next(most for tokens, most in WIDE_WINDOW.items() if new <= tokens)
+    beyond = min(rule.window or 0, widest) + 2 * page + 3
     lengths = [new, new + page - 1, 0, new + beyond, new + 5 * page + 1]
     width = -(-max(lengths) // page)
     draw = torch.Generator(query.device).manual_seed(0)
@@ -121,7 +123,12 @@ def _apart(query: Tensor, keys: Tensor, values: Tensor, rule: ScoreRule) -> floa
         len(lengths), width
     )
     ends = torch.tensor(lengths, device=query.device)
-    want = gathered(q, k, v, table, ends, rule)
+    want = torch.cat(
+        [
+            gathered(q[row : row + 1], k, v, table[row : row + 1], ends[row : row + 1], rule)
+            for row in range(len(lengths))
+        ]
+    )
     found = [launch(q, k, v, table, ends, rule, splits) for splits in (None, 1)]
     return max((farthest(got, want) for got in found), key=lambda far: (far != far, far))
 

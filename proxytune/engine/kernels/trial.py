@@ -29,6 +29,8 @@ def trusted(what: str, shape: object, device: torch.device, apart: Callable[[], 
         with torch.inference_mode():
             try:
                 found = f"is off by {far:.2g}" if not (far := apart()) <= limit else ""
+            except torch.OutOfMemoryError:
+                raise  # which says nothing of the kernel
             except failures() as error:
                 found = f"does not run ({next(iter(str(error).splitlines()), type(error).__name__)})"
         _found[key] = not found

@@ -311,7 +311,7 @@ def test_a_step_in_which_the_host_reads_is_refused(trio: System, monkeypatch: py
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
 def test_an_exception_in_a_branch_leaves_no_stream_behind(trio: System, broken: int) -> None:
-    """A capture with a stream that nobody waits for cannot be ended, and says so in place of the exception."""
+    """A capture with a stream that nobody waits for cannot be ended, and says that in place of the cause."""
     made, main = decoder(trio, speculation=drafting(1)).ensemble.graphs(("expert",)), Stream()
 
     def branch(number: int) -> Callable[[], dict[str, Tensor]]:
