@@ -130,6 +130,11 @@ class Graphs:
         """How many graphs there are."""
         return len(self.captured)
 
+    @property
+    def full(self) -> bool:
+        """Whether a further graph would take the place of another."""
+        return len(self.captured) >= self.most
+
     def ready(self, shape: StepShape) -> bool:
         """Whether `run` will not have to make a graph first."""
         return self.device.type not in CAPTURED or shape in self.captured or shape in self.dropped
@@ -151,13 +156,14 @@ class Graphs:
         """Make the graph of a shape, on a batch in which nothing moves. Large ones first: the small ones then
         find their memory in the pool. Where there is no memory, older graphs make room; where that is not
         enough, steps of this shape run without one."""
-        while len(self.captured) >= self.most:
+        while self.full:
             self._drop(next(iter(self.captured)))
         state = self.states[shape.widths]
         moving = state.moving.clone()
         state.moving.zero_()
         try:
-            if not self._made(shape) and self._halved():
+            if not self._made(shape):
+                self._make_room()
                 self._made(shape)
         finally:
             state.moving.copy_(moving)
@@ -186,15 +192,15 @@ class Graphs:
             torch.cuda.synchronize(self.device)  # whatever an exception left on one of the streams
         return True
 
-    def _halved(self) -> bool:
-        """Give up the older half of the graphs, and what the allocator keeps; False if there are none."""
+    def _make_room(self) -> None:
+        """Give up the older half of the graphs, and what the allocator keeps."""
         count = len(self.captured)
         for shape in list(self.captured)[: (count + 1) // 2]:
             self._drop(shape)
-        self.most = max(1, count // 2)
+        if count:
+            self.most = max(1, count // 2)
         gc.collect()
         torch.cuda.empty_cache()
-        return count > 0
 
     def _capture(self, shape: StepShape, branches: Branches) -> Captured:
         batch = self.states[shape.widths].views(shape.rows)

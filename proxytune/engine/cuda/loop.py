@@ -147,7 +147,8 @@ class DeviceLoop:
         assert self.graphs.state is not None
         self.graphs.state.fill(rows)
         try:
-            for size in dict.fromkeys((bucket(most), shape.rows)):
+            larger = () if self.graphs.full else (bucket(most),)
+            for size in dict.fromkeys((*larger, shape.rows)):
                 if not self.graphs.ready(shape._replace(rows=size)):
                     self.graphs.prepare(shape._replace(rows=size))
         except Refused as reason:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from proxytune.engine.kernels import int8, triton_attention, triton_linear, trial
+from proxytune.engine.kernels import int8, trial, triton_attention, triton_linear
 from proxytune.engine.kernels import paged_attention as paged
 from proxytune.engine.kernels.int8 import Int8Linear
 from proxytune.engine.kernels.scores import ScoreRule
