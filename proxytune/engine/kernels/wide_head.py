@@ -5,14 +5,16 @@ Products are summed in float32 anyway. To round the sums to bfloat16 leaves step
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-DEVICES = {"cuda"}
-"""Types of devices on which logits come out wide. oneDNN, which multiplies on a CPU, has no such product."""
+from proxytune.engine.kernels.native import NotBuilt, library
+
 HALVES = (torch.bfloat16, torch.float16)
 CHUNK = 1 << 24
 """Numbers of a weight that are made wide at a time, where the product is written out."""
@@ -38,13 +40,13 @@ class WideHead(nn.Linear):
 
 
 def use_wide_head(model: nn.Module) -> None:
-    """Put a WideHead in the place of a model's output head, if that is a plain layer of 16 bits."""
+    """Put a WideHead in the place of a model's output head, if that is a plain layer of 16 bits. On a CPU the
+    product is one of ours, in bfloat16 and where there is a compiler: torch and oneDNN have none."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if type(head) is not nn.Linear or head.weight.dtype not in HALVES:
         return
-    if head.weight.device.type in DEVICES:
-        places = [path for path, module in model.named_modules() if module is head]
-        for path in places:
+    if head.weight.is_cuda or (head.weight.dtype == torch.bfloat16 and on_cpu() is not None):
+        for path in [path for path, module in model.named_modules() if module is head]:
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, WideHead.over(head))
 
@@ -53,9 +55,27 @@ def wide_product(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, K] times weight [N, K], both of 16 bits, -> [M, N] in float32."""
     if x.is_cuda and has_wide_product(x.dtype):
         return torch.mm(x, weight.T, out_dtype=torch.float32)
+    kernel = on_cpu() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else None
+    if kernel is not None and weight.is_contiguous():
+        x, out = x.contiguous(), torch.empty(len(x), len(weight), dtype=torch.float32)
+        sizes = *x.shape, len(weight), torch.get_num_threads()
+        kernel(x.data_ptr(), weight.data_ptr(), out.data_ptr(), *sizes)
+        return out
     wide, step = x.float(), max(1, CHUNK // weight.shape[1])
     parts = (weight[first : first + step] for first in range(0, len(weight), step))
     return torch.cat([wide @ part.float().T for part in parts], 1)
+
+
+@cache
+def on_cpu() -> Callable[..., None] | None:
+    """The product in C++ (cpu_head.cpp); None where it could not be compiled."""
+    try:
+        function = library("cpu_head")["wide_product"]
+    except NotBuilt:
+        return None
+    function.argtypes = (*(ctypes.c_void_p,) * 3, *(ctypes.c_int64,) * 4)
+    function.restype = None
+    return function
 
 
 @cache

@@ -107,10 +107,10 @@ def test_weights_are_counted_where_they_go(gpus: Gpus, monkeypatch: pytest.Monke
 
 
 def spread(trio: System, monkeypatch: pytest.MonkeyPatch, free: dict[torch.device, int]) -> Decoder:
-    """A decoder of a base whose first layer is on the CPU and whose second is elsewhere."""
+    """A decoder of a base whose first layer is on the CPU and whose others are elsewhere."""
     d = decoder(trio, "base")
     base = d.loaded["base"]
-    family = replace(base.family, devices=(CPU, META))
+    family = replace(base.family, devices=(CPU, *(META,) * (len(base.family.layers) - 1)))
     models = loaded_models[trio.model_dump_json()]
     monkeypatch.setitem(models._loaded, "base", replace(base, family=family))
     monkeypatch.setattr(decoding, "free_memory", free.__getitem__)
@@ -118,11 +118,12 @@ def spread(trio: System, monkeypatch: pytest.MonkeyPatch, free: dict[torch.devic
 
 
 def test_the_pool_fits_on_every_device(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = decoder(trio, "base").loaded["base"].family.layers[0].numbers * 8  # bytes of a token, float64
+    layers = decoder(trio, "base").loaded["base"].family.layers
+    layer = layers[0].numbers * 8  # bytes of a token, float64
     monkeypatch.setattr(decoding, "KV_SHARE", 0.5)
     monkeypatch.setattr(decoding, "KV_SHARE_GPU", 0.8)
     for on_cpu, elsewhere, tokens in ((200, 1000, 100), (10_000, 1000, 800)):
-        free = {CPU: on_cpu * layer, META: elsewhere * layer}
+        free = {CPU: on_cpu * layer, META: elsewhere * layer * (len(layers) - 1)}
         d = spread(trio, monkeypatch, free)
         assert d.ensemble.runners["base"].rows.capacity == tokens
 

@@ -19,11 +19,6 @@ from tests.support import tiny
 from tests.support.decoders import ragged
 
 
-@pytest.fixture(autouse=True)
-def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wide_head, "DEVICES", {"cpu"})
-
-
 def far(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want.double()).abs().max())
 
@@ -31,9 +26,14 @@ def far(got: torch.Tensor, want: torch.Tensor) -> float:
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_logits_are_the_products(dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the pieces in which the weights are made wide."""
+@pytest.mark.parametrize("by", ["kernel", "pieces"])
+def test_logits_are_the_products(
+    dtype: torch.dtype, bias: bool, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By our kernel, or with weights that are made wide piece by piece."""
     monkeypatch.setattr(wide_head, "CHUNK", 64 * 30)
+    if by == "pieces":
+        monkeypatch.setattr(wide_head, "on_cpu", lambda: None)
     torch.manual_seed(0)
     layer = nn.Linear(64, 100, bias=bias, dtype=dtype)
     layer.weight.data *= 40
@@ -42,6 +42,21 @@ def test_logits_are_the_products(dtype: torch.dtype, bias: bool, monkeypatch: py
     got = WideHead.over(layer)(x)
     assert got.dtype == torch.float32 and got.shape == (1, 5, 100)
     assert far(got, want) < 1e-4 < 0.01 < far(layer(x), want)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sizes", [(1, 1), (31, 3), (32, 4), (33, 5), (100, 50), (576, 1031)], ids=str)
+def test_a_row_has_the_same_sums_in_any_batch(sizes: tuple[int, int]) -> None:
+    """To the last bit, and right at all edges of the kernel's tiles."""
+    torch.manual_seed(0)
+    (inputs, outputs), kernel = sizes, wide_head.on_cpu()
+    x, weight = torch.randn(70, inputs).bfloat16(), torch.randn(outputs, inputs).bfloat16()
+    want = x.double() @ weight.double().T
+    whole = wide_product(x, weight)
+    assert far(whole, want) < 1e-4
+    for rows in (*range(1, 9), 13, 65) if kernel is not None else ():
+        assert torch.equal(wide_product(x[:rows], weight), whole[:rows])
+    assert wide_product(x[:0], weight).shape == (0, outputs)
 
 
 def test_other_dtypes_are_left_alone() -> None:
@@ -99,10 +114,12 @@ def test_only_a_plain_head_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.build("llama", 1)
     use_wide_head(model)
     assert type(model.lm_head) is nn.Linear  # float64
-    model.bfloat16()
-    monkeypatch.setattr(wide_head, "DEVICES", {"cuda"})
-    use_wide_head(model)
+    use_wide_head(model.half())
     assert type(model.lm_head) is nn.Linear
-    monkeypatch.setattr(wide_head, "DEVICES", {"cpu"})
+    model.bfloat16()
+    with monkeypatch.context() as patch:
+        patch.setattr(wide_head, "on_cpu", lambda: None)  # no compiler
+        use_wide_head(model)
+    assert type(model.lm_head) is nn.Linear
     use_wide_head(model)
     assert type(model.lm_head) is WideHead
