@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -20,6 +19,7 @@ from proxytune import cpu_load
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.decoding.call import DecodeStats, RunningStream, Scored, ScoringTexts, Tag
 from proxytune.decoding.completions import NOT_NUMBERS, ResultReader, failed
+from proxytune.decoding.kv_pools import pool_tokens
 from proxytune.decoding.prompts import context, form_of, noise_key
 from proxytune.decoding.response_text import ResponseText
 from proxytune.decoding.sample import sample_context
@@ -27,12 +27,11 @@ from proxytune.decoding.stop_strings import StopStrings, single_tokens
 from proxytune.decoding.streaming import TextStream, stop_predicate
 from proxytune.decoding.templates import TemplateFault
 from proxytune.engine import Continuation, Engine, Ensemble, Request, Speculation, Term, likelihoods
-from proxytune.engine.cuda import reserve
 from proxytune.engine.kernels import why_not
 from proxytune.engine.kv import CacheSpec, KVCache, PagedCache, SlotCache
 from proxytune.engine.runners import ModelRunner, ReferenceRunner, Runner
 from proxytune.errors import UserError
-from proxytune.models import Loaded, Models, free_memory
+from proxytune.models import Loaded, Models
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion, Example, Prompt, RoleMemory
 from proxytune.time_left import WorkSoFar
@@ -40,26 +39,12 @@ from proxytune.time_left import WorkSoFar
 MAX_ROWS = 128
 """Rows decoded together unless set otherwise: past that, matrix products are compute-bound everywhere we
 measured."""
-KV_SHARE = 0.5
-"""Share of the free CPU memory that KV pools may grow into; they take it only as they fill."""
-KV_SHARE_GPU = 0.85
-"""Share of the free GPU memory for KV pools; activations need the rest."""
-GRAPH_SHARE = 0.125
-"""Most of the free GPU memory that is left for graphs; without enough of it, fewer are kept."""
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 512}
 """Prompt tokens per model and step: on a GPU few, so that a step stays about as long as a decode step."""
 
 Found = TypeVar("Found")
 OnText = Callable[[str, int, str], None]
 """Hears of (example id, sample, new text)."""
-
-
-def _kv_budget(device: torch.device, layers: int) -> int:
-    """Bytes on a device for KV pools, beside the graphs of steps of so many layers."""
-    free = free_memory(device)
-    if device.type == "cpu":
-        return int(free * KV_SHARE)
-    return int(free * KV_SHARE_GPU) - min(reserve(layers), int(free * GRAPH_SHARE))
 
 
 class Decoder:
@@ -102,7 +87,7 @@ class Decoder:
         self._running: RunningStream | None = None
         self._scoring: ScoringTexts | None = None
         self._size = head.size
-        pool = self._pool_tokens(how.kv_memory)
+        pool = pool_tokens(self.loaded, self.max_batch, how.kv_memory)
         runners = {name: self._runner(model, pool) for name, model in self.loaded.items()}
         self.ensemble = self._ensemble(runners)
 
@@ -115,31 +100,6 @@ class Decoder:
         if self.role == "proxy":
             return replace(proxy, reference=reference)
         return Ensemble(runners, self.target, observed=proxy, reference=reference)
-
-    def _pool_tokens(self, kv_memory: int | None) -> int:
-        """Tokens that every model's pool holds, such that all pools together stay within the memory, on every
-        device that layers are on."""
-        families = [model.family for model in self.loaded.values() if model.family.path == "packed"]
-        need, layers = Counter[torch.device](), Counter[torch.device]()
-        for family in families:
-            for layer, device in zip(family.layers, family.devices, strict=True):
-                need[device] += layer.numbers * family.dtype.itemsize
-                layers[device] += 1
-        if kv_memory is not None:
-            budgets = [(kv_memory, need.total())]
-        else:
-            alone = len(layers) == 1  # else there are no graphs
-            budgets = [(_kv_budget(device, layers[device] if alone else 0), need[device]) for device in need]
-        window = min(model.family.window for model in self.loaded.values())
-        most = self.max_batch * window
-        budget, per_token = min(budgets, key=lambda pair: pair[0] // max(pair[1], 1), default=(most, 1))
-        tokens = min(budget // max(per_token, 1), most)
-        if tokens < 2:
-            raise UserError(
-                f"KV memory of {budget / 2**30:.3f} GiB holds {tokens} tokens at {per_token} bytes each for "
-                f"{', '.join(self.loaded)}: raise --kv-memory"
-            )
-        return tokens
 
     def _runner(self, model: Loaded, pool: int) -> Runner:
         family, target = model.family, self.loaded[self.target]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from proxytune.config import ModelSpec, System
-from proxytune.decoding import decoder as decoding
+from proxytune.decoding import kv_pools
 from proxytune.decoding.decoder import Decoder
 from proxytune.engine.cuda import loop as device_loop
 from proxytune.engine.cuda import reserve
@@ -113,15 +113,15 @@ def spread(trio: System, monkeypatch: pytest.MonkeyPatch, free: dict[torch.devic
     family = replace(base.family, devices=(CPU, *(META,) * (len(base.family.layers) - 1)))
     models = loaded_models[trio.model_dump_json()]
     monkeypatch.setitem(models._loaded, "base", replace(base, family=family))
-    monkeypatch.setattr(decoding, "free_memory", free.__getitem__)
+    monkeypatch.setattr(kv_pools, "free_memory", free.__getitem__)
     return Decoder(models, "base", DecodeOptions(batch=1000))
 
 
 def test_the_pool_fits_on_every_device(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = decoder(trio, "base").loaded["base"].family.layers
     layer = layers[0].numbers * 8  # bytes of a token, float64
-    monkeypatch.setattr(decoding, "KV_SHARE", 0.5)
-    monkeypatch.setattr(decoding, "KV_SHARE_GPU", 0.8)
+    monkeypatch.setattr(kv_pools, "KV_SHARE", 0.5)
+    monkeypatch.setattr(kv_pools, "KV_SHARE_GPU", 0.8)
     for on_cpu, elsewhere, tokens in ((200, 1000, 100), (10_000, 1000, 800)):
         free = {CPU: on_cpu * layer, META: elsewhere * layer * (len(layers) - 1)}
         d = spread(trio, monkeypatch, free)
@@ -130,7 +130,7 @@ def test_the_pool_fits_on_every_device(trio: System, monkeypatch: pytest.MonkeyP
 
 def test_graphs_have_memory_beside_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, free = torch.device("cuda:0"), 80 * GIB
-    monkeypatch.setattr(decoding, "free_memory", lambda device: free)
-    assert decoding._kv_budget(gpu, 0) - decoding._kv_budget(gpu, 104) == reserve(104)
+    monkeypatch.setattr(kv_pools, "free_memory", lambda device: free)
+    assert kv_pools.kv_budget(gpu, 0) - kv_pools.kv_budget(gpu, 104) == reserve(104)
     free = GIB
-    assert decoding._kv_budget(gpu, 104) == int(GIB * 0.85) - GIB // 8
+    assert kv_pools.kv_budget(gpu, 104) == int(GIB * 0.85) - GIB // 8
