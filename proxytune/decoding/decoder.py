@@ -30,7 +30,6 @@ from proxytune.engine import Continuation, Engine, Ensemble, Request, Speculatio
 from proxytune.engine.kernels import why_not
 from proxytune.engine.kv import CacheSpec, KVCache, PagedCache, SlotCache
 from proxytune.engine.runners import ModelRunner, ReferenceRunner, Runner
-from proxytune.errors import UserError
 from proxytune.models import Loaded, Models
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion, Example, Prompt, RoleMemory

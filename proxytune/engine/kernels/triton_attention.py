@@ -110,7 +110,6 @@ def attend_kernel(
     at = length - QUERY + token  # position of each new token
     first, last = _span(length, QUERY, window, split, splits, BLOCK_N, WINDOWED)
     last = tl.minimum(last, tl.max(tl.where(live, at, -1), 0) + 1)  # no token of the tile sees further
-
     q_at = query + row * q_row + head[:, None] * q_head + token[:, None] * q_token + dk[None, :]
     q = _load(q_at, live[:, None] & (dk < DK)[None, :], WIDEN)  # [M, DK]
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
