@@ -75,9 +75,10 @@ def place_of(spec: ModelSpec) -> str:
     where = spec.device_map
     if where is None:
         return "cuda:0" if torch.cuda.is_available() else "cpu"
-    if not isinstance(where, str) or where.partition(":")[0] not in ("cpu", "cuda"):
-        return "auto"
-    return "cuda:0" if where == "cuda" else where
+    if where in ("cpu", "cuda"):
+        return "cpu" if where == "cpu" else "cuda:0"
+    one = isinstance(where, str) and where.startswith("cuda:") and where[5:].isdigit()
+    return str(where) if one else "auto"
 
 
 def free_memory(where: str | torch.device | None = None) -> int:
@@ -89,7 +90,12 @@ def free_memory(where: str | torch.device | None = None) -> int:
     give_back()
     if str(where) == "auto":
         return sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())) + cpu
-    return int(torch.cuda.mem_get_info(0 if where is None else torch.device(where).index or 0)[0])
+    index, count = 0 if where is None else torch.device(where).index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise UserError(
+            f"there is no {where} here: `device_map` can be cuda:0 to cuda:{count - 1}, cpu or auto"
+        )
+    return int(torch.cuda.mem_get_info(index)[0])
 
 
 def process_peak() -> int:
