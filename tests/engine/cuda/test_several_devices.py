@@ -93,7 +93,7 @@ def test_free_memory_is_that_of_the_device(gpus: Gpus) -> None:
     assert free_memory() == free_memory("cuda") == free_memory(torch.device("cuda:0")) == 10 * GIB
     assert free_memory("cuda:1") == free_memory(torch.device("cuda", 1)) == 4 * GIB
     assert free_memory("auto") > 14 * GIB
-    with pytest.raises(UserError, match="no cuda:2 here: .* cuda:0 to cuda:1"):
+    with pytest.raises(UserError, match=r"no cuda:2 here: .* cuda:0 to cuda:1"):
         free_memory("cuda:2")
     places = {None: "cuda:0", "cuda": "cuda:0", "cuda:1": "cuda:1", "cpu": "cpu", "balanced": "auto"}
     assert {m: place_of(ModelSpec(model="m", device_map=m)) for m in places} == places
