@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from proxytune.config import Sampling, System, load_system
     from proxytune.errors import UserError
     from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RunOptions
-    from proxytune.runs import evaluate, generate
+    from proxytune.runs import evaluate, generate, load
 
 __version__ = "0.2.0"
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "UserError",
     "evaluate",
     "generate",
+    "load",
     "load_system",
 ]
 
@@ -42,6 +43,7 @@ __getattr__ = door(
         "UserError": "errors",
         "evaluate": "runs",
         "generate": "runs",
+        "load": "runs",
         "load_system": "config",
     },
 )

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -50,6 +50,29 @@ class Record(BaseModel):
     """A frozen record that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    if not TYPE_CHECKING:  # a type checker reads the fields
+
+        def __init__(self, /, **fields: Any) -> None:
+            """UserError, in one line, for a field that is unknown or has no such value."""
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                raise UserError(f"{type(self).__name__}: {explain(error, type(self))}") from None
+
+        # pydantic's mark: a record that is read as a part of another goes past it, and so keeps its place
+        __init__.__pydantic_base_init__ = True
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """What is not as it is by default: a repr that fits on a line."""
+        fields = type(self).model_fields
+        for name, value in super().__repr_args__():
+            if (
+                name is None
+                or name not in fields
+                or value != fields[name].get_default(call_default_factory=True)
+            ):
+                yield name, value
 
 
 class AlphaSchedule(Record):
@@ -123,7 +146,7 @@ def parse_alpha(value: object) -> AlphaSchedule:
                 return AlphaSchedule(kind="linear", start=float(start), end=float(end), length=int(n))
             case number, []:
                 return AlphaSchedule(start=float(number), end=float(number))
-    except (ValueError, ValidationError):
+    except (ValueError, UserError):
         pass
     raise UserError(
         f"alpha '{value}' is not a number from 0 to {MAX_ALPHA:g}, first:N, warmup:N or linear:FROM:TO:N"
@@ -256,6 +279,9 @@ class System(Record):
             raise ValueError("give either `expert` or `experts`, not both")
         return self
 
+    def __repr__(self) -> str:
+        return f"System({self.name}: {', '.join(self.roles)})"
+
     @property
     def expert_specs(self) -> tuple[ExpertSpec, ...]:
         """The experts with their weights, whichever way they were named."""
@@ -350,6 +376,15 @@ def load_system(name_or_path: str | Path) -> System:
     return parse_system(read_yaml(path), path, path.parent)
 
 
+def as_system(system: System | str | Path) -> System:
+    """A System, or the one that a name or a path names; what is neither is a UserError."""
+    if isinstance(system, System):
+        return system
+    if not isinstance(system, str | Path):
+        raise UserError(f"{system!r:.80} is no system: give a System, a name or the path of a YAML file")
+    return load_system(system)
+
+
 def read_yaml(path: Path) -> Mapping[str, Any]:
     """The mapping in a YAML file; UserError names the file and the line."""
     try:
@@ -375,7 +410,7 @@ def parse_system(content: Mapping[str, Any], path: Path, folder: Path) -> System
     try:
         return System.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"'{path}': {explain(error)}") from None
+        raise UserError(f"'{path}': {explain(error, System)}") from None
 
 
 def _beside(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -390,16 +425,35 @@ def _beside(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return found
 
 
-def explain(error: ValidationError) -> str:
-    """The first problem of a pydantic error in one line, with the allowed keys when a key is unknown."""
+def explain(error: ValidationError, record: type[BaseModel] | None = None) -> str:
+    """The first problem of a pydantic error in one line; for an unknown key of `record`, or of a record in
+    it, with the keys that are known."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "value"
     if first["type"] == "extra_forbidden":
-        *parents, key = where.split(".")
-        if error.title != "System":
-            return f"unknown key '{where}'"
-        record = System if not parents else ExpertSpec if parents[0] == "experts" else ModelSpec
-        return str(did_you_mean("key", key, record.model_fields))
+        *parents, key = first["loc"]
+        holder = None if record is None else _record_at(record, parents)
+        return (
+            f"unknown key '{where}'"
+            if holder is None
+            else str(did_you_mean("key", str(key), holder.model_fields))
+        )
     message = first["msg"].removeprefix("Value error, ")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"{where}: {message}{more}"
+
+
+def _record_at(record: type[BaseModel], place: Sequence[int | str]) -> type[BaseModel] | None:
+    """The record that is at a place in another, by the types of the fields on the way."""
+    found: type[BaseModel] | None = record
+    for part in place:
+        if found is not None and isinstance(part, str):
+            found = _record_in(found.model_fields[part].annotation) if part in found.model_fields else None
+    return found
+
+
+def _record_in(annotation: Any) -> type[BaseModel] | None:
+    """The record that a type is of, however it is wrapped."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_record_in, get_args(annotation))), None)

@@ -36,10 +36,20 @@ def mean_metric(values: Sequence[float]) -> Metric:
     return Metric(value=value, low=min(float(low), value), high=max(float(high), value), n=n)
 
 
-def mean_metrics(scores: Sequence[Mapping[str, float]]) -> dict[str, Metric]:
-    """Each score's mean over the examples that have it, in order of first appearance."""
-    names = list(dict.fromkeys(name for row in scores for name in row))
-    return {name: mean_metric([row[name] for row in scores if name in row]) for name in names}
+def mean_metrics(scores: Sequence[Mapping[str, float | None]]) -> dict[str, Metric]:
+    """Each score's mean over the examples that have it, in order of first appearance.
+
+    None is a score that an example should have and lacks: it is left out, and counted in `of`. A score that
+    nobody has is left out altogether.
+    """
+    found = dict[str, Metric]()
+    for name in dict.fromkeys(name for row in scores for name in row):
+        meant = [row[name] for row in scores if name in row]
+        known = [value for value in meant if value is not None]
+        if known:
+            of = None if len(meant) == len(scores) else len(meant)
+            found[name] = mean_metric(known).model_copy(update={"of": of})
+    return found
 
 
 def difference(a: Metric, b: Metric) -> Metric:

@@ -14,6 +14,7 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 from rich.text import Text
 
+from proxytune.records import UNSCORED
 from proxytune.time_left import WorkSoFar
 
 LOG_SECONDS = 10.0
@@ -81,7 +82,7 @@ class Progress:
             parts.append(f"{work.tokens_per_second:.0f} tokens/s")
         if not ended and (left := self._seconds_left(work)) is not None:
             parts.append(f"{clock(left)} left")
-        if self.scores:
+        if self.scores and self.score not in UNSCORED:
             parts.append(f"{self.score} {sum(self.scores) / len(self.scores):.3f}")
         return ", ".join([*parts, clock(time.monotonic() - self.began)] if ended else parts)
 

@@ -5,10 +5,12 @@ report"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, computed_field, model_validator
+from pydantic import BaseModel, ConfigDict, computed_field, field_serializer, model_validator
 
 from proxytune.config import RunSpec
 
@@ -19,8 +21,12 @@ FAULTS = frozenset({"nan", "template"})
 """Reasons that are faults: their example has no score."""
 FAULT = "fault"
 """The column of a stored row that has the reason, where its example ended in one."""
-UNSCORED = frozenset({"unjudged", "not_run", "faulty"})
-"""Metrics that give the share of examples without a score: not judged, not executed, ended in a fault."""
+NO_SCORE: Mapping[str, str] = {"unjudged": "not judged", "not_run": "not executed", "faulty": "no score"}
+"""Metrics that give the share of examples without a score, and what stands in the place of a score where a
+run has no other."""
+UNSCORED = frozenset(NO_SCORE)
+SHOWN = 60
+"""Characters of a response in its repr."""
 JsonRow = dict[str, Any]
 """An object of a JSON-lines file: an item of public data, a stored prediction."""
 SCHEMA = 1
@@ -72,7 +78,7 @@ class TracedToken:
         return {**named, "alpha": self.alpha, **({"divergence": self.divergence} if self.divergence else {})}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Completion:
     """One response to one example."""
 
@@ -90,6 +96,12 @@ class Completion:
     remark: str | None = None
     """Why it is not what was asked for: a window that was full first, or what failed."""
 
+    def __repr__(self) -> str:
+        """In one line, whatever it holds."""
+        traced = ", traced" if self.trace else ""
+        shown = shorten(repr(self.text), SHOWN, placeholder="…'")
+        return f"Completion({shown}, {len(self.token_ids)} tokens, {self.finish_reason}{traced})"
+
     @property
     def fault(self) -> str | None:
         """Why the response, or its log-probability, is none; None where it is one."""
@@ -102,6 +114,7 @@ class Metric(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     value: float
+    """0, and null in JSON, for a figure over no example."""
     low: float | None = None
     high: float | None = None
     unit: Literal["share", "percent", "number"] = "share"
@@ -109,6 +122,31 @@ class Metric(BaseModel):
     n: int | None = None
     """Examples that the figure is over, which may be fewer than the run has. None for a figure that is no
     mean over examples, and in runs of versions before 0.2.0."""
+    of: int | None = None
+    """Examples that the figure is meant for, where these are not all: the problems of one library."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing(cls, content: Any) -> Any:
+        """Read null as it was written: for a figure over no example, and no other."""
+        if isinstance(content, dict) and content.get("n") == 0 and content.get("value") is None:
+            return {**content, "value": 0.0}
+        return content
+
+    @field_serializer("value", when_used="json")
+    def _null(self, value: float) -> float | None:
+        return None if self.n == 0 else value
+
+    def over(self, n: int) -> tuple[int, int]:
+        """How many examples it is over and of how many, in a run of n: of those that it is meant for, where
+        one of them lacks it."""
+        counted = n if self.n is None else self.n
+        meant = n if self.of is None else self.of
+        return counted, meant if counted < meant else n
+
+    def lacks(self, n: int) -> bool:
+        """Whether an example of a run of n lacks it that should have it."""
+        return self.n is not None and self.n < (n if self.of is None else self.of)
 
 
 class Provenance(BaseModel):
@@ -231,3 +269,22 @@ class Run(BaseModel):
     started: str
     finished: str | None = None
     made: Provenance
+
+    def __repr__(self) -> str:
+        """In one line: the spec alone would fill a screen."""
+        spec, score = self.spec, self.score
+        shown = (
+            NO_SCORE.get(self.headline, "no score") if score is None else f"{self.headline} {score.value:.4g}"
+        )
+        where = f"{spec.task} as {spec.role} on {spec.system.name}"
+        return f"Run({where}: {shown}, {self.n} examples, {self.status})"
+
+    def figure(self, name: str) -> Metric | None:
+        """A metric that is a score; None where the run has none of that name, or over no example."""
+        found = None if name in UNSCORED else self.metrics.get(name)
+        return None if found is None or found.n == 0 else found
+
+    @property
+    def score(self) -> Metric | None:
+        """What tables show; None where nothing was judged or executed, or every example failed."""
+        return self.figure(self.headline)

@@ -89,13 +89,15 @@ class Analysis(Figures):
 
 def flat(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The columns of a nested record: a metric's value has the metric's own name, its bounds `_low` and
-    `_high`."""
+    `_high`, and where it is over examples these `_n`."""
     for key, value in row.items():
         name = prefix + key
         if isinstance(value, Mapping) and "value" in value and "unit" in value:
             yield name, value["value"]
             yield f"{name}_low", value["low"]
             yield f"{name}_high", value["high"]
+            if value["n"] is not None:
+                yield f"{name}_n", value["n"]
         elif isinstance(value, Mapping):
             yield from flat(value, f"{name}_")
         else:

@@ -9,8 +9,9 @@ from typing import ClassVar, Literal
 from scipy import stats
 
 from proxytune.analysis.analysis import Analysis, Figures, Source, finished
+from proxytune.comparison import comparable, unlike
 from proxytune.errors import UserError
-from proxytune.records import JsonRow, Run
+from proxytune.records import UNSCORED, JsonRow, Run
 from proxytune.results import read_rows
 from proxytune.tasks import get_task
 
@@ -37,6 +38,9 @@ class Failures(Analysis):
     second: Source
     metric: str
     n: int
+    """Items that have a score in both runs."""
+    of: int
+    """Items of the runs."""
     both_right: int
     both_wrong: int
     only_first: int
@@ -54,21 +58,28 @@ class Failures(Analysis):
 def failures(first: Path, second: Path, metric: str | None = None) -> Failures:
     """What one run has right and the other wrong, by `metric` (the headline by default).
 
-    UserError where the runs are not of the same task and items, or the metric does not mark every item
-    whether it is right.
+    Items that have no score in one of the two are left out. UserError where the runs were not made under the
+    same conditions, where no item is left, or where the metric does not mark an item right or wrong.
     """
     runs = [finished(first), finished(second)]
     one, other = runs
-    if one.spec.task != other.spec.task or one.spec.data_sha256 != other.spec.data_sha256:
-        raise UserError(f"'{first}' and '{second}' are not runs on the same items of one task")
+    if not comparable(runs, metric):
+        raise UserError(f"'{first}' and '{second}' cannot be compared: they differ ({unlike(one, other)})")
     name = metric or one.headline
     rows = {row["id"]: row for row in read_rows(first)}
     beside = {row["id"]: row for row in read_rows(second)}
-    right = {
+    both = {
         key: (_right(row, one, name, first), _right(beside[key], other, name, second))
         for key, row in rows.items()
         if key in beside
     }
+    right = {key: pair for key, pair in both.items() if None not in pair}
+    if not right:
+        named = ", ".join(dict.fromkeys(name for row in rows.values() for name in row["scores"]))
+        raise UserError(
+            f"no item of '{first}' and '{second}' has a score by '{name}': choose a --metric of right or "
+            f"wrong (it has {named or 'none: judge the runs first'})"
+        )
     only_first = [key for key, pair in right.items() if pair == (True, False)]
     only_second = [key for key, pair in right.items() if pair == (False, True)]
     discordant = len(only_first) + len(only_second)
@@ -77,6 +88,7 @@ def failures(first: Path, second: Path, metric: str | None = None) -> Failures:
         second=Source.of(second, other),
         metric=name,
         n=len(right),
+        of=len(both),
         both_right=sum(pair == (True, True) for pair in right.values()),
         both_wrong=sum(pair == (False, False) for pair in right.values()),
         only_first=len(only_first),
@@ -89,21 +101,20 @@ def failures(first: Path, second: Path, metric: str | None = None) -> Failures:
     )
 
 
-def _right(row: JsonRow, run: Run, metric: str, folder: Path) -> bool:
-    """Whether a stored row is right."""
+def _right(row: JsonRow, run: Run, metric: str, folder: Path) -> bool | None:
+    """Whether a stored row is right; None where it has no score."""
     column = get_task(run.spec.task).fault_column
     if column is not None and metric == run.headline:
         score = 1.0 - row[column] if row.get(column) in (0, 1) else None
     else:
         score = row["scores"].get(metric)
-    if score not in (0.0, 1.0):
-        scored = "no score" if score is None else f"the score {score:g}, which is neither right nor wrong,"
+    if score not in (None, 0.0, 1.0):
         named = ", ".join(row["scores"])
         raise UserError(
-            f"item '{row['id']}' of '{folder}' has {scored} by '{metric}': choose a --metric of right or "
-            f"wrong (it has {named})"
+            f"item '{row['id']}' of '{folder}' has the score {score:g}, which is neither right nor wrong, by "
+            f"'{metric}': choose a --metric of right or wrong (it has {named})"
         )
-    return bool(score == 1.0)
+    return None if score is None or metric in UNSCORED else bool(score == 1.0)
 
 
 def _item(first: JsonRow, second: JsonRow, run: Run, right: Literal["first", "second"]) -> Disagreement:

@@ -48,6 +48,8 @@ class Positions(Analysis):
 
     name: ClassVar[str] = "positions"
     source: Source
+    responses: int
+    """Those that have a token which is counted."""
     tokens: int
     changed: Metric
     """Over all tokens but end-of-sequence; the interval is over responses."""
@@ -73,6 +75,7 @@ def positions(folder: Path) -> Positions:
     each = [(at, at) for at in range(last + 1)]
     return Positions(
         source=Source.of(folder, run),
+        responses=int(tokens["response"].nunique()),
         tokens=len(tokens),
         changed=over_responses(tokens, "changed"),
         shift=over_responses(tokens, "shift").model_copy(update={"unit": "number"}),

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from proxytune.analysis.analysis import Analysis, Figures, Source, finished, mean, published, share
+from proxytune.comparison import comparable, models_of, unlike
 from proxytune.config import AlphaSchedule
 from proxytune.errors import UserError
-from proxytune.records import Metric, Run
+from proxytune.records import FAULT, Metric, Run
 from proxytune.results import read_rows, read_run
 
 
@@ -25,15 +26,16 @@ class SweepPoint(Figures):
     until: int | None
     """t of `first:t`; 0 for alpha 0; None where the correction does not end."""
     n: int
-    score: Metric
-    """The task's headline metric."""
+    score: Metric | None
+    """The task's headline metric; None where nothing was judged or executed."""
     truth: Metric | None
     """Judged truth and informativeness, for TruthfulQA with judges."""
     info: Metric | None
-    loops: Metric
-    """Share of responses that end in a loop, with a Wilson interval."""
-    tokens: Metric
-    """Mean length of a response in tokens, with a t interval."""
+    loops: Metric | None
+    """Share of responses that end in a loop, with a Wilson interval. Responses that a fault broke off are
+    left out; None where there are no others."""
+    tokens: Metric | None
+    """Mean length of a response in tokens, with a t interval; of the same responses."""
     folder: str
 
 
@@ -173,8 +175,13 @@ def _runs(folder: Path) -> list[tuple[Path, Run]]:
         raise UserError(
             f"no finished sweep in '{folder}': `proxytune sweep-alpha` makes one in .../proxy/sweep"
         )
-    if len({(run.spec.task, run.spec.data_sha256, run.headline) for _, run in done}) > 1:
-        raise UserError(f"the runs in '{folder}' are not of one sweep: they differ in task, items or metric")
+    path, first = done[0]
+    for other, run in done:
+        if not comparable((first, run)) or models_of(first) != models_of(run):
+            raise UserError(
+                f"the runs in '{folder}' are not of one sweep: '{path.name}' and '{other.name}' differ "
+                f"({unlike(first, run)})"
+            )
     return done
 
 
@@ -183,15 +190,16 @@ def _control(path: Path, beside: Run) -> Run:
     run = finished(path)
     if run.spec.role != "base" or run.spec.forced is None:
         raise UserError(f"the run in '{path}' is no control: it is not of the base with a forced opener")
-    if (run.spec.task, run.spec.data_sha256) != (beside.spec.task, beside.spec.data_sha256):
-        raise UserError(f"the control in '{path}' is not on the items of the sweep")
+    if not comparable((run, beside)) or models_of(run) != models_of(beside):
+        raise UserError(f"the control in '{path}' is not like the sweep: they differ ({unlike(run, beside)})")
     return run
 
 
 def _point(folder: Path, run: Run) -> SweepPoint:
     """One run as a point of a curve."""
     alpha = run.spec.alpha if run.spec.role == "proxy" else AlphaSchedule(start=0.0, end=0.0)
-    responses = [response for row in read_rows(folder) for response in row["responses"]]
+    sound = [row for row in read_rows(folder) if not row.get(FAULT)]
+    responses = [response for row in sound for response in row["responses"]]
     truth, info = next((pair for pair in JUDGED if pair[0] in run.metrics), JUDGED[0])
     constant = alpha.kind == "constant"
     return SweepPoint(
@@ -199,11 +207,11 @@ def _point(folder: Path, run: Run) -> SweepPoint:
         value=alpha.end if constant else None,
         until=0 if constant and alpha.end == 0 else alpha.length if alpha.kind == "first" else None,
         n=run.n,
-        score=run.metrics[run.headline],
-        truth=run.metrics.get(truth),
-        info=run.metrics.get(info),
-        loops=share(sum(ends_in_loop(response["text"]) for response in responses), len(responses)),
-        tokens=mean([response["tokens"] for response in responses]),
+        score=run.score,
+        truth=run.figure(truth),
+        info=run.figure(info),
+        loops=share(sum(ends_in_loop(r["text"]) for r in responses), len(responses)) if responses else None,
+        tokens=mean([response["tokens"] for response in responses]) if responses else None,
         folder=str(folder),
     )
 

@@ -74,8 +74,8 @@ class Side(Figures):
     """The tokens on one side of the equations."""
 
     tokens: int
-    mean: float
-    """Of p_proxy - p_base."""
+    mean: float | None
+    """Of p_proxy - p_base; None without tokens."""
 
 
 class EquationRow(Figures):
@@ -96,8 +96,10 @@ class Equations(Analysis):
 
     name: ClassVar[str] = "equations"
     source: Source
+    responses: int
+    """Those that have a token."""
     responses_with: int
-    """Responses in which the corrected rule finds an equation."""
+    """Those in which the corrected rule finds an equation."""
     rows: tuple[EquationRow, ...]
     """paper, corrected, published."""
 
@@ -243,7 +245,10 @@ def equations(folder: Path) -> Equations:
         raise UserError(f"no response of the run in '{folder}' holds an equation")
     rows = [_welch(rule, *pair) for rule, pair in sides.items()]
     return Equations(
-        source=Source.of(folder, run), responses_with=holding, rows=(*rows, _published_equations())
+        source=Source.of(folder, run),
+        responses=int(tokens["response"].nunique()),
+        responses_with=holding,
+        rows=(*rows, _published_equations()),
     )
 
 
@@ -298,7 +303,7 @@ def corrected_sides(texts: Sequence[str]) -> tuple[list[int], list[int]]:
 
 def _welch(rule: str, left: Sequence[float], right: Sequence[float]) -> EquationRow:
     """Welch's t-test, which does not assume equal variances."""
-    sides = [Side(tokens=len(side), mean=float(np.mean(side)) if side else 0.0) for side in (left, right)]
+    sides = [Side(tokens=len(side), mean=float(np.mean(side)) if side else None) for side in (left, right)]
     t = df = p = None
     if min(len(left), len(right)) > 1 and np.var(left) + np.var(right) > 0:
         with warnings.catch_warnings():  # scipy's, where the values of a side are almost alike

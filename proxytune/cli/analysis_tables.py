@@ -16,7 +16,7 @@ from proxytune.analysis import sweeps as analysis_sweep
 from proxytune.analysis import tokens as analysis_tokens
 from proxytune.cli.console import console, print_json
 from proxytune.errors import UserError
-from proxytune.records import Metric
+from proxytune.records import UNSCORED, Metric
 from proxytune.report import tables
 
 WIDTH = 300
@@ -78,11 +78,15 @@ def equations(run: Path, *, json_only: bool, csv_only: bool) -> None:
     columns = ("rule", "left: tokens", "mean shift", "right: tokens", "mean shift", "Welch's t", "df", "p")
     table = _table(f"{found.source.title}: equations", *columns)
     for row in found.rows:
-        sides = [cell for side in (row.left, row.right) for cell in (str(side.tokens), f"{side.mean:.3f}")]
+        sides = [cell for side in (row.left, row.right) for cell in (str(side.tokens), _mean(side))]
         tested = (row.t, row.df, row.p)
         table.add_row(row.rule, *sides, *("n/a" if value is None else f"{value:.4g}" for value in tested))
     console().print(table)
-    print(f"{found.responses_with} of {found.source.n} responses hold an equation (corrected rule)")
+    print(f"{found.responses_with} of {found.responses} responses hold an equation (corrected rule)")
+
+
+def _mean(side: analysis_tokens.Side) -> str:
+    return "n/a" if side.mean is None else f"{side.mean:.3f}"
 
 
 def skip(sweep: Path, control: Path | None, *, json_only: bool, csv_only: bool) -> None:
@@ -94,9 +98,10 @@ def skip(sweep: Path, control: Path | None, *, json_only: bool, csv_only: bool) 
     table = _table(f"{source.system} {source.task}: late skip", "corrected", *_curve_columns(found.metric))
     for point in found.points:
         named = "all tokens" if point.until is None else f"first {point.until}" if point.until else "none"
-        table.add_row(named, *_curve_cells(point))
+        table.add_row(named, *_curve_cells(found.metric, point))
     if found.control is not None:
-        table.add_row(_text(f"none, opener {found.forced!r} forced"), *_curve_cells(found.control))
+        cells = _curve_cells(found.metric, found.control)
+        table.add_row(_text(f"none, opener {found.forced!r} forced"), *cells)
     console().print(table)
     print(f"loops: {LOOPS}")
 
@@ -109,7 +114,7 @@ def sweep_table(found: analysis_sweep.Sweep) -> None:
     table = _table(f"{source.system} {source.task}: score against alpha", *columns)
     for point in found.points:
         pair = [("" if m is None else tables.percent(m)) for m in (point.truth, point.info)] if judged else []
-        table.add_row(point.alpha, *_curve_cells(point), *pair)
+        table.add_row(point.alpha, *_curve_cells(found.metric, point), *pair)
     console().print(table)
     print(f"loops: {LOOPS}")
     if judged and found.paper:
@@ -162,7 +167,8 @@ def failures(
     if _printed(found, json_only, csv_only):
         return
     names = {"first": f"first: {found.first.title}", "second": f"second: {found.second.title}"}
-    table = _table(f"{found.metric} on {found.n} items", "", "second right", "second wrong")
+    over = f"{found.n}" if found.n == found.of else f"{found.n} of {found.of}"
+    table = _table(f"{found.metric} on {over} items", "", "second right", "second wrong")
     table.add_row("first right", str(found.both_right), str(found.only_first))
     table.add_row("first wrong", str(found.only_second), str(found.both_wrong))
     console().print(table)
@@ -220,9 +226,11 @@ def _range(first: int, last: int) -> str:
 
 
 def _curve_columns(metric: str) -> tuple[str, ...]:
-    return (f"{metric}, %", "loops, %", "tokens", "n")
+    named = "score" if metric in UNSCORED else f"{metric}, %"
+    return (named, "loops, %", "tokens", "n")
 
 
-def _curve_cells(point: analysis_sweep.SweepPoint) -> tuple[str, ...]:
-    length = f"{point.tokens.value:.1f}"
-    return (tables.percent(point.score), tables.percent(point.loops), length, str(point.n))
+def _curve_cells(metric: str, point: analysis_sweep.SweepPoint) -> tuple[str, ...]:
+    length = "" if point.tokens is None else f"{point.tokens.value:.1f}"
+    loops = "" if point.loops is None else tables.percent(point.loops)
+    return (tables.scored(metric, point.score), loops, length, tables.examples(point.score, point.n))

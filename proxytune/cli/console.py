@@ -65,7 +65,8 @@ def print_run(run: Run, folder: Path, *, json_only: bool) -> None:
     remark = "" if run.spec.remark is None else f" ({run.spec.remark})"
     print(f"{run.spec.system.name} as {run.spec.role} on {run.spec.task}: {run.n} examples{remark}")
     for name, metric in sorted(run.metrics.items(), key=lambda pair: pair[0] != run.headline):
-        print(f"  {name:22} {tables.percent(metric):28} {tables.coverage(name, metric, run.n)}".rstrip())
+        figure = tables.figure(name, metric)
+        print(f"  {name:22} {figure:28} {tables.coverage(name, metric, run.n)}".rstrip())
     cost, memory = run.cost, tables.size(row.memory)
     if cost.process_peak:
         memory += f" (the process {tables.size(cost.process_peak)})"

@@ -228,6 +228,23 @@ class Decoder:
         """As `stream`, for every example under all of its alphas at once, which share the prompt's KV.
 
         `on_text` does not say which alpha a text is of."""
+        steps = self.steps(asked, sampling, task=task, trace=trace, forced=forced, on_text=on_text)
+        with closing(steps):
+            for finished in steps:
+                yield from finished
+
+    def steps(
+        self,
+        asked: Sequence[tuple[Example, Sequence[AlphaSchedule]]],
+        sampling: Sampling,
+        *,
+        task: str = "",
+        trace: TraceKind = "off",
+        forced: str | None = None,
+        on_text: OnText | None = None,
+    ) -> Generator[list[tuple[AlphaSchedule, Completion]], None, None]:
+        """As `sweep`, with what every step of the engine finished, which may be nothing: who calls it has the
+        word between two steps, whatever is still being written."""
         stops = StopStrings(self.text_of, sampling.stop)
         windows = {name: runner.window for name, runner in self.ensemble.runners.items()}
         alone = self.role != "proxy" and not self.agreement
@@ -248,18 +265,18 @@ class Decoder:
         try:
             for request in self._requests(asked, sampling, stops, task, forced, unasked):
                 running.submit(request)
-            yield from unasked
+            yield unasked
             while engine.busy:
-                results = engine.step()
-                self.stats = before.after(engine)
-                for result in results:
+                finished = []
+                for result in engine.step():
                     tag = result.request.tag
                     assert isinstance(tag, Tag)
                     running.ended(result)
-                    completion = reader.completion(result, *tag.where)
+                    finished.append((tag.alpha, reader.completion(result, *tag.where)))
                     if on_text is not None and (tag.alpha, *tag.where) in streams:
                         on_text(*tag.where, streams.pop((tag.alpha, *tag.where)).finish())
-                    yield tag.alpha, completion
+                self.stats = before.after(engine)
+                yield finished
         finally:
             engine.close()
 

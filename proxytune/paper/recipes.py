@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
+from proxytune.comparison import conditions, gap, models_of
 from proxytune.config import Record, Role, explain, read_yaml, shipped, system_names
 from proxytune.errors import UserError, did_you_mean
-from proxytune.intervals import gap_closed
 from proxytune.paper.published import read_paper
 from proxytune.records import Run
 from proxytune.tasks import TASKS
@@ -112,16 +112,51 @@ def own_lines(recipe: Recipe, paper: Mapping[str, Any], system: str, roles: Sequ
     ]
 
 
+def runs_by_key(runs: Sequence[Run]) -> dict[Key, Run]:
+    """The runs that can be in a cell: generated responses, no forced opener.
+
+    Per system and task they are runs of one item set, sampling and judge: those with which most roles were
+    run, and of equals those with most examples.
+    """
+    groups: dict[tuple[str, str], dict[object, dict[Role, Run]]] = {}
+    for run in runs:
+        spec = run.spec
+        if spec.mode == "generate" and spec.forced is None:
+            together = groups.setdefault((spec.system.name, spec.task), {})
+            roles = together.setdefault((conditions(run), models_of(run)), {})
+            if spec.role not in roles or _is_usual(run) > _is_usual(roles[spec.role]):
+                roles[spec.role] = run
+    found: dict[Key, Run] = {}
+    for (system, task), together in groups.items():
+        roles = max(together.values(), key=lambda roles: (len(roles), next(iter(roles.values())).n))
+        found |= {(system, task, role): run for role, run in roles.items()}
+    return found
+
+
+def _is_usual(run: Run) -> bool:
+    """Whether a run has its system's own alpha."""
+    return run.spec.alpha == run.spec.system.alpha
+
+
+def unlike_the_paper(run: Run) -> list[str]:
+    """The settings of a run that are not the paper's: `temperature 0.7`, `shots 4`, `alpha 0.4`."""
+    spec, usual = run.spec, TASKS[run.spec.task].sampling
+    changed = [name for name, value in spec.sampling if value != getattr(usual, name)]
+    found = [f"{name} {getattr(spec.sampling, name)}" for name in changed]
+    found += [f"shots {spec.shots}"] if spec.shots else []
+    return found + ([f"alpha {spec.alpha.text}"] if spec.role == "proxy" and not _is_usual(run) else [])
+
+
 def shown_metric(column: Column, run: Run) -> str | None:
     """The metric of a run that a column shows; None where it has none of them (not judged, for example)."""
-    return next((name for name in column.metrics if name in run.metrics), None)
+    return next((name for name in column.metrics if run.figure(name) is not None), None)
 
 
 def our_gap_closed(
     recipe: Recipe, lines: Sequence[Line], runs: Mapping[Key, Run]
 ) -> tuple[float, int] | None:
     """The mean over the columns of the share of the gap closed, as the paper takes it, and over how many:
-    those where base, proxy and tuned were run and the gap is firm (see `gap_closed`). None without any."""
+    those that have base, proxy and tuned and a firm gap (see `comparison.gap`). None without any."""
     by_role = {line.role: line for line in lines}
     shares = []
     for i, column in enumerate(recipe.columns):
@@ -129,7 +164,7 @@ def our_gap_closed(
         found = [run for run in cells if run is not None and run.spec.remark is None]
         names = {shown_metric(column, run) for run in found}
         if len(found) == 3 and len(names) == 1 and (name := names.pop()) is not None:
-            base, proxy, tuned = (run.metrics[name] for run in found)
-            share = gap_closed(base, proxy, tuned)
+            base, proxy, tuned = found
+            share = gap(base, proxy, tuned, name)
             shares += [] if share is None else [share]
     return (sum(shares) / len(shares), len(shares)) if shares else None

@@ -74,7 +74,7 @@ def positions_figures(found: positions.Positions) -> list[Figure]:
         Figure(
             name=f"positions-changed-{task}",
             title=f"{task}: how often the proxy chooses another token than the base",
-            caption=f"{found.tokens} tokens of {found.source.n} responses; the area is a 95% interval",
+            caption=f"{found.tokens} tokens of {found.responses} responses; the area is a 95% interval",
             table=table,
             layers=(
                 *over_all,
@@ -244,11 +244,11 @@ def published_ngrams(paper: Mapping[str, Any]) -> ReportTable:
 
 def equations_figure(found: tokens.Equations) -> Figure | None:
     """Mean shift left and right of `=`, by rule; None where there are no equations."""
-    rows = [row for row in found.rows if row.left.tokens and row.right.tokens]
+    rows = [row for row in found.rows if row.left.mean is not None and row.right.mean is not None]
     if not rows:
         return None
     x = charts.axis("value", "mean shift of a token's probability, points", padding=45)
-    span = max(100 * abs(side.mean) for row in rows for side in (row.left, row.right))
+    span = max(abs(points(side)) for row in rows for side in (row.left, row.right))
     names = {"paper": "the paper's rule", "corrected": "corrected rule", "published": "published, 13B"}
     y = {**charts.axis("name", "", "nominal"), "sort": list(names.values()), "title": None}
     layers: list[charts.Layer] = []
@@ -256,9 +256,9 @@ def equations_figure(found: tokens.Equations) -> Figure | None:
         name, color = names[row.rule], "published" if row.rule == "published" else "proxy"
         ends: list[charts.Datum] = [
             {
-                "name": name, "value": 100 * side.mean, "text": word, "low": 100 * row.left.mean,
-                "high": 100 * row.right.mean,
-                "label": f"{name}, {word} of the equals sign; {100 * side.mean:.2f} points; "
+                "name": name, "value": points(side), "text": word, "low": points(row.left),
+                "high": points(row.right),
+                "label": f"{name}, {word} of the equals sign; {points(side):.2f} points; "
                 f"{side.tokens} tokens",
             }
             for word, side in (("left", row.left), ("right", row.right))
@@ -272,8 +272,8 @@ def equations_figure(found: tokens.Equations) -> Figure | None:
         ]
     cells = [
         (
-            names[row.rule], f"{100 * row.left.mean:.2f}", str(row.left.tokens),
-            f"{100 * row.right.mean:.2f}", str(row.right.tokens), number(row.t, 2), number(row.df, 0),
+            names[row.rule], f"{points(row.left):.2f}", str(row.left.tokens),
+            f"{points(row.right):.2f}", str(row.right.tokens), number(row.t, 2), number(row.df, 0),
             "" if row.p is None else f"{row.p:.2g}",
         )
         for row in rows
@@ -282,7 +282,7 @@ def equations_figure(found: tokens.Equations) -> Figure | None:
     return Figure(
         name=f"equations-{found.source.task}",
         title=f"{found.source.task}: left and right of the equals sign",
-        caption=f"equations in {found.responses_with} of {found.source.n} responses; "
+        caption=f"equations in {found.responses_with} of {found.responses} responses; "
         "left is the reasoning, right the arithmetic",
         table=ReportTable(f"{found.source.task}: equations", columns, rows_of(cells)),
         layers=tuple(layers),
@@ -290,6 +290,12 @@ def equations_figure(found: tokens.Equations) -> Figure | None:
         width=330,
         system=found.source.system,
     )
+
+
+def points(side: tokens.Side) -> float:
+    """The mean shift of a side that has tokens, in percentage points."""
+    assert side.mean is not None
+    return 100 * side.mean
 
 
 def _ends(ends: Sequence[charts.Datum], x: Any, y: Any, color: str, *, apart: bool) -> list[charts.Layer]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from proxytune.comparison import Conditions, conditions, models_of
 from proxytune.config import ROLES
 from proxytune.records import JsonRow, Run
 from proxytune.report.tables import markdown
@@ -48,12 +49,11 @@ class Shown:
 def examples(found: Sequence[tuple[Path, Run]], count: int, *, show_hateful: bool) -> list[Shown]:
     """The first `count` examples of every system and task with the response of each role. Runs whose rows
     are not stored beside their run.json are left out."""
-    groups: dict[tuple[str, str, str], list[tuple[Run, list[JsonRow]]]] = {}
+    groups: dict[tuple[str, Conditions], list[tuple[Run, list[JsonRow]]]] = {}
     for folder, run in sorted(found, key=lambda pair: ROLES.index(pair[1].spec.role)):
         rows = read_rows(folder)[:count]
         if rows and run.spec.mode == "generate":
-            group = (run.spec.system.name, run.spec.task, run.spec.data_sha256)
-            groups.setdefault(group, []).append((run, rows))
+            groups.setdefault((models_of(run), conditions(run)), []).append((run, rows))
     return [
         _shown(place, members, show_hateful)
         for members in groups.values()

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from proxytune.config import ROLES
 from proxytune.paper import published
-from proxytune.records import Metric
+from proxytune.records import NO_SCORE, Metric
 from proxytune.report import charts
 from proxytune.report.charts import Figure, ReportTable, TableRow
 from proxytune.report.escape import visible
-from proxytune.report.tables import RoleRow, percent, size
+from proxytune.report.tables import RoleRow, alike, size, title
 from proxytune.report.token_view import LOWER_IS_BETTER
 
 PAPER_TASKS = {"codex_humaneval": "humaneval"}
@@ -71,18 +71,25 @@ def beside_table(rows: Sequence[RoleRow], paper: Mapping[str, Sequence[Published
     """A line for every task and system, and under it the paper's lines for that task, marked as such."""
     lines = []
     for task in dict.fromkeys(row.task for row in rows):
-        own = [row for row in rows if row.task == task]
-        for system in dict.fromkeys(row.system for row in own):
-            roles = {row.role: row for row in own if row.system == system and not row.forced}
-            first = next(iter(roles.values()), None) or next(row for row in own if row.system == system)
-            gap = roles["proxy"].cells[3] if "proxy" in roles else ""
-            cells = [percent(roles[role].score).split()[0] if role in roles else "" for role in ROLES]
-            name = (task, visible(system), visible(first.metric))
-            lines.append(TableRow((*name, *cells, gap, str(first.n)), "strong"))
+        for own in alike([row for row in rows if row.task == task]):
+            lines += [_own_line(own, system) for system in dict.fromkeys(row.system for row in own)]
         lines += _published_lines(task, paper.get(task, ()))
     note = "ours in bold, published figures of other models in grey; the drawings have the intervals"
     columns = ("task", "models", "metric, %", *ROLES, "gap closed", "examples")
     return ReportTable("All scores", columns, tuple(lines), note, words=3)
+
+
+def _own_line(rows: Sequence[RoleRow], system: str) -> TableRow:
+    """The scores of a system's roles on the same items, and over how many of these they are."""
+    own = [row for row in rows if row.system == system]
+    roles = {row.role: row for row in reversed(own) if not row.forced}
+    values = [row.shown if row.score is None else row.shown.split()[0] for row in roles.values()]
+    scores = dict(zip(roles, values, strict=True))
+    gap = roles["proxy"].cells[3] if "proxy" in roles else ""
+    metric = NO_SCORE.get(own[0].metric, own[0].metric) + (f" ({own[0].apart})" if own[0].apart else "")
+    over = "; ".join(dict.fromkeys(row.examples for row in roles.values())) or own[0].examples
+    cells = (scores.get(role, "") for role in ROLES)
+    return TableRow((own[0].task, visible(system), visible(metric), *cells, gap, over), "strong")
 
 
 def _published_lines(task: str, entries: Sequence[Published]) -> list[TableRow]:
@@ -106,14 +113,14 @@ def score_table(rows: Sequence[RoleRow]) -> ReportTable:
     lines = [
         TableRow(
             (
-                visible(name), *_score_cells(row.score), row.cells[3], size(row.memory),
+                visible(name), *_score_cells(row), row.cells[3], size(row.memory),
                 row.speed, row.examples,
             ),
             "strong" if row.role == "proxy" else "",
         )
         for name, row in zip(names(rows), rows, strict=True)
     ]  # fmt: skip
-    return ReportTable(f"{rows[0].task}: {rows[0].metric}", SCORE_COLUMNS, tuple(lines))
+    return ReportTable(visible(title(rows)), SCORE_COLUMNS, tuple(lines))
 
 
 def names(rows: Sequence[RoleRow]) -> list[str]:
@@ -121,29 +128,36 @@ def names(rows: Sequence[RoleRow]) -> list[str]:
     return [row.label if row.system == rows[0].system else f"{row.system}: {row.label}" for row in rows]
 
 
-def _score_cells(metric: Metric) -> tuple[str, str]:
-    """The value and its interval."""
-    value, _, interval = percent(metric).partition(" ")
+def _score_cells(row: RoleRow) -> tuple[str, str]:
+    """The value and its interval, or why there is none."""
+    if row.score is None:
+        return row.shown, ""
+    value, _, interval = row.shown.partition(" ")
     return value, interval.strip("[]").replace(", ", " to ")
 
 
 # Figures
 
 
-def score_figure(rows: Sequence[RoleRow]) -> Figure:
-    """Every role's score with its interval."""
+def score_figure(rows: Sequence[RoleRow]) -> Figure | None:
+    """Every role's score with its interval, or why it has none; None where no role has one."""
+    if all(row.score is None for row in rows):
+        return None
     task, called = rows[0].task, [visible(name) for name in names(rows)]
-    unit = "" if rows[0].score.unit == "number" else ", %"
-    domain: dict[str, Any] = {} if rows[0].score.unit == "number" else {"domain": [0, 100]}
-    x = charts.axis("score", visible(rows[0].metric) + unit, **domain)
+    number = any(row.score is not None and row.score.unit == "number" for row in rows)
+    domain: dict[str, Any] = {} if number else {"domain": [0, 100]}
+    x = charts.axis("score", visible(rows[0].metric) + ("" if number else ", %"), **domain)
     y = {**charts.axis("name", "", "nominal"), "sort": called, "title": None}
     layers: list[charts.Layer] = []
     for name, row in zip(called, rows, strict=True):
+        if row.score is None:
+            layers.append(charts.words([{"name": name, "text": row.shown}], {"value": 338}, y, "muted"))
+            continue
         value = in_percent(row.score.value, row.score)
         datum = {
             "name": name, "score": value, "low": in_percent(row.score.low, row.score),
             "high": in_percent(row.score.high, row.score), "text": f"{value:.1f}",
-            "label": f"{name}; {percent(row.score)}; {row.examples} examples",
+            "label": f"{name}; {row.shown}; {row.examples} examples",
         }  # fmt: skip
         shape = "diamond" if row.forced else "circle"
         layers += [
@@ -155,8 +169,8 @@ def score_figure(rows: Sequence[RoleRow]) -> Figure:
         ]
     return Figure(
         name=f"score-{task}",
-        title=f"{task}: {visible(rows[0].metric)}",
-        caption=f"{rows[0].n} examples; lines are 95% intervals",
+        title=visible(title(rows)),
+        caption=f"{', '.join(dict.fromkeys(row.examples for row in rows))} examples; lines are 95% intervals",
         table=score_table(rows),
         layers=tuple(layers),
         height=36 * len(rows),
@@ -220,13 +234,15 @@ def gap_figure(rows: Sequence[RoleRow], paper: Mapping[str, Sequence[Published]]
 
 def price_figure(rows: Sequence[RoleRow], what: Literal["memory", "time"]) -> Figure | None:
     """Score against memory, or against time per token; None where that was not recorded."""
-    known = [row for row in rows if (row.memory if what == "memory" else row.ms_per_token)]
+    priced = [row for row in rows if (row.memory if what == "memory" else row.ms_per_token)]
+    known = [row for row in priced if row.score is not None]
+    scores = [row.score for row in known if row.score is not None]
     if len(known) < 2:
         return None
     prices = [row.memory / 1e6 if what == "memory" else float(row.ms_per_token or 0) for row in known]
     words = "memory of weights and KV cache, MB" if what == "memory" else "time per generated token, ms"
     low, high = min(prices) / 1.6, max(prices) * 1.9
-    shares = known[0].score.unit != "number"
+    shares = scores[0].unit != "number"
     x = charts.log_axis("price", words + " (log scale)", low, high)
     bounds: dict[str, Any] = {"domain": [-4, 106]} if shares else {}
     y = charts.axis("score", visible(known[0].metric) + (", %" if shares else ""), **bounds)
@@ -234,11 +250,11 @@ def price_figure(rows: Sequence[RoleRow], what: Literal["memory", "time"]) -> Fi
         y["axis"] = {"values": [0, 20, 40, 60, 80, 100]}
     data: list[charts.Datum] = []
     unit = "MB" if what == "memory" else "ms per token"
-    for name, row, price in zip(names(known), known, prices, strict=True):
-        description = visible(f"{name}; {percent(row.score)}; {price:.3g} {unit}")
+    for name, row, score, price in zip(names(known), known, scores, prices, strict=True):
+        description = visible(f"{name}; {row.shown}; {row.examples} examples; {price:.3g} {unit}")
         data.append({
-            "price": price, "score": in_percent(row.score.value, row.score), "role": row.role,
-            "low": in_percent(row.score.low, row.score), "high": in_percent(row.score.high, row.score),
+            "price": price, "score": in_percent(score.value, score), "role": row.role,
+            "low": in_percent(score.low, score), "high": in_percent(score.high, score),
             "text": visible(name), "label": description,
         })  # fmt: skip
     top = 110 if shares else 1.1 * max(d["score"] for d in data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -18,7 +18,7 @@ from proxytune.report.charts import Figure, ReportTable, svg, themed_svg
 from proxytune.report.escape import embedded, visible
 from proxytune.report.figures import in_percent
 from proxytune.report.sections import Inputs, Section, read_inputs, sections
-from proxytune.report.tables import RoleRow
+from proxytune.report.tables import RoleRow, alike
 from proxytune.report.token_view import token_data
 from proxytune.results import write_atomically
 
@@ -147,16 +147,26 @@ def _subtitle(inputs: Inputs) -> str:
     return visible(f"Systems: {systems}. {summary}.")
 
 
+def _roles_alike(rows: Sequence[RoleRow]) -> Iterator[dict[str, RoleRow]]:
+    """The roles of every system and task under the same conditions."""
+    for together in alike(rows):
+        for system in dict.fromkeys(row.system for row in together):
+            own = [row for row in together if row.system == system and row.forced is None]
+            yield {row.role: row for row in reversed(own)}
+
+
 def tiles(rows: Sequence[RoleRow]) -> list[Mapping[str, Any]]:
     """The headline of every system and task that has base, proxy and tuned."""
     found: list[Mapping[str, Any]] = []
-    for system, task in dict.fromkeys((row.system, row.task) for row in rows):
-        own = {row.role: row for row in rows if (row.system, row.task, row.forced) == (system, task, None)}
-        if not {"base", "proxy", "tuned"} <= own.keys():
-            continue
+    for own in _roles_alike(rows):
         values: dict[str, float] = {
-            role: in_percent(row.score.value, row.score) or 0.0 for role, row in own.items()
+            role: in_percent(row.score.value, row.score) or 0.0
+            for role, row in own.items()
+            if row.score is not None
         }
+        if not {"base", "proxy", "tuned"} <= values.keys():
+            continue
+        system, task = own["proxy"].system, own["proxy"].task
         gap = own["proxy"].gap_closed
         places = {"base": 0.0, "tuned": 100.0, "proxy": 100 * (gap or 0)}
         if gap is None:

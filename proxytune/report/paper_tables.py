@@ -9,17 +9,12 @@ from rich.table import Table
 
 from proxytune.config import ROLES
 from proxytune.paper import published, recipes
-from proxytune.records import Run
-from proxytune.report.tables import by_task, markdown, markdown_table, percent, role_rows
+from proxytune.records import NO_SCORE, Run
+from proxytune.report.tables import alike, markdown, markdown_table, percent, role_rows
+from proxytune.report.tables import title as table_title
 
 ROUNDING = 0.0501
 """Percentage points by which a printed figure may lie beside the stored one it was rounded from."""
-
-
-def by_key(runs: Sequence[Run]) -> dict[recipes.Key, Run]:
-    """The runs that can be in a cell: generated responses, no forced opener."""
-    plain = [run for run in runs if run.spec.mode == "generate" and run.spec.forced is None]
-    return {(run.spec.system.name, run.spec.task, run.spec.role): run for run in plain}
 
 
 def all_lines(
@@ -60,16 +55,20 @@ def _published(paper: Mapping[str, Any], column: Mapping[str, Any], row: Mapping
 
 
 def _ours(recipe: recipes.Recipe, line: recipes.Line, i: int, runs: Mapping[recipes.Key, Run]) -> str | None:
-    """Our figure for a cell, with the metric's name where it is not the paper's; None without a run."""
+    """Our figure for a cell with its n, the metric's name where it is not the paper's, and the settings that
+    are not; None without a run."""
     run, column = runs.get(line.keys[i]), recipe.columns[i]
     if run is None:
         return None
     name = recipes.shown_metric(column, run)
-    notes = [] if run.spec.remark is None else [run.spec.remark]
+    notes = [*recipes.unlike_the_paper(run), *([] if run.spec.remark is None else [run.spec.remark])]
     if name is None:
-        return ", ".join([f"ours: no {column.metrics[0]}", *notes])
+        why = NO_SCORE.get(run.headline, f"no {column.metrics[0]}")
+        return ", ".join([f"ours: {why}", f"n = {run.n}", *notes])
+    over, of = run.metrics[name].over(run.n)
+    n = f"n = {over}" + ("" if over == of else f" of {of}")
     notes = ([] if name == column.metrics[0] else [name]) + notes
-    return ", ".join([f"ours {percent(run.metrics[name])}", *notes])
+    return ", ".join([f"ours {percent(run.metrics[name])}", n, *notes])
 
 
 def gaps(recipe: recipes.Recipe, paper: Mapping[str, Any], runs: Mapping[recipes.Key, Run]) -> str:
@@ -89,10 +88,14 @@ def gaps(recipe: recipes.Recipe, paper: Mapping[str, Any], runs: Mapping[recipes
     return f"Gap closed, mean over the columns, not capped: {'; '.join(sides)}." if sides else ""
 
 
-def compared(paper: Mapping[str, Any], runs: Mapping[recipes.Key, Run]) -> list[recipes.Recipe]:
-    """The recipes of which there is a run."""
+def compared(
+    paper: Mapping[str, Any], runs: Mapping[recipes.Key, Run], *, asked: bool
+) -> list[recipes.Recipe]:
+    """The recipes of which there is a run, of the paper's systems or, where the tables were asked for, of
+    any."""
     found = [recipes.load_recipe(name) for name in recipes.recipe_names()]
-    return [r for r in found if any(key in runs for line in all_lines(r, paper, runs) for key in line.keys)]
+    lines = {r.name: all_lines(r, paper, runs) if asked else recipes.published_lines(r, paper) for r in found}
+    return [r for r in found if any(key in runs for line in lines[r.name] for key in line.keys)]
 
 
 def title(recipe: recipes.Recipe) -> str:
@@ -143,8 +146,8 @@ def results_readme(paper: Mapping[str, Any], runs: Sequence[Run]) -> str:
     """The text of results/README.md: the runs of models that ship with proxytune, and the paper's tables."""
     demo = [run for run in runs if (run.spec.system.base.model or "").startswith("demo://")]
     parts = [INTRODUCTION]
-    for task, rows in by_task(role_rows(demo)).items():
-        parts += [f"### {task}: {rows[0].metric}\n", markdown_table(rows)]
+    for rows in alike(role_rows(demo)):
+        parts += [f"### {table_title(rows)}\n", markdown_table(rows)]
     if not demo:
         parts.append("No runs yet.\n")
     parts.append(PUBLISHED)

@@ -9,7 +9,7 @@ from proxytune.config import ModelSpec, System
 from proxytune.records import Run
 from proxytune.report.charts import ReportTable, rows_of
 from proxytune.report.escape import visible
-from proxytune.report.tables import percent, role_rows, size
+from proxytune.report.tables import role_rows, size
 
 Found = Sequence[tuple[Path, Run]]
 LISTED = 25
@@ -25,7 +25,7 @@ def cost_table(root: Path, found: Found) -> ReportTable:
         cells.append((
             str(folder.relative_to(root)), row.label,
             run.spec.alpha.text if run.spec.role == "proxy" else "", row.examples,
-            percent(run.metrics[run.headline]), f"{cost.seconds:.1f}",
+            row.shown, f"{cost.seconds:.1f}",
             f"{cost.prefill_seconds:.1f}", str(cost.generated_tokens),
             "" if speed is None else f"{speed:.0f}",
             "" if cost.acceptance is None else f"{cost.acceptance:.0%}",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from proxytune.analysis import failures, positions, sweeps, tokens
+from proxytune.comparison import comparable, conditions, models_of
 from proxytune.errors import UserError
 from proxytune.paper import published
 from proxytune.records import Run
@@ -25,7 +26,7 @@ from proxytune.report.charts import Figure, ReportTable
 from proxytune.report.figures import beside_table, gap_figure, price_figure, published_scores, score_figure
 from proxytune.report.runs import cost_table, made_table, notes_table, systems_table
 from proxytune.report.sweeps import failure_tables, skip_figures, sweep_figures
-from proxytune.report.tables import RoleRow, by_task, role_rows
+from proxytune.report.tables import RoleRow, alike, role_rows
 from proxytune.report.token_view import SENSITIVE, TraceSet, plainness, trace_sets
 from proxytune.results import PREDICTIONS, find_runs
 
@@ -100,8 +101,8 @@ def read_inputs(root: Path) -> Inputs:
 def table_runs(root: Path, found: Sequence[tuple[Path, Run]]) -> list[Run]:
     """The runs that the tables are about: per system and task, one for each role and control.
 
-    That is a run with default settings (`root/<system>/<task>/<as>`) where there is one, else one on the
-    examples, and with the metric, that most roles were run with.
+    These are of one item set, sampling and judge: the conditions of the runs with default settings
+    (`root/<system>/<task>/<as>`) where there are any, and those that most roles were run under.
     """
     groups: dict[tuple[str, str], list[tuple[Path, Run]]] = {}
     for pair in sorted(found, key=plainness):
@@ -109,14 +110,14 @@ def table_runs(root: Path, found: Sequence[tuple[Path, Run]]) -> list[Run]:
     chosen = list[Run]()
     for pairs in groups.values():
         usual = [run for folder, run in pairs if len(folder.relative_to(root).parts) == 3]
-        roles: dict[tuple[str, str], set[str]] = {}
+        roles: dict[object, set[str]] = {}
         for run in usual or [run for _, run in pairs]:
-            roles.setdefault((run.spec.data_sha256, run.headline), set()).add(run.spec.role)
+            roles.setdefault((conditions(run), models_of(run)), set()).add(run.spec.role)
         most = max(roles, key=lambda key: len(roles[key]))
-        same = [run for _, run in pairs if (run.spec.data_sha256, run.headline) == most]
         own: dict[tuple[str, bool], Run] = {}
-        for run in (*usual, *same):
-            own.setdefault((run.spec.role, bool(run.spec.forced)), run)
+        for run in (*usual, *(run for _, run in pairs)):
+            if (conditions(run), models_of(run)) == most:
+                own.setdefault((run.spec.role, bool(run.spec.forced)), run)
         chosen += own.values()
     places = {id(run): i for i, (_, run) in enumerate(found)}
     return sorted(chosen, key=lambda run: places[id(run)])
@@ -169,9 +170,9 @@ def either(section: Section, parts: Sequence[Part], missing: str, command: str) 
 
 def results_section(inputs: Inputs) -> Section:
     """Scores with the paper's beside them, and the gap closed."""
-    tasks = by_task(inputs.rows)
+    tasks = dict.fromkeys(row.task for row in inputs.rows)
     paper = {task: published_scores(inputs.paper, task) for task in tasks}
-    figures = [*(score_figure(rows) for rows in tasks.values()), gap_figure(inputs.rows, paper)]
+    figures = [*(score_figure(rows) for rows in alike(inputs.rows)), gap_figure(inputs.rows, paper)]
     means = " and ".join(
         f"{100 * published.paper_gap_closed(inputs.paper, '2', s):.1f}% ({s})" for s in ("13B", "70B")
     )
@@ -194,7 +195,7 @@ def price_section(inputs: Inputs) -> Section:
     """Score against memory and time."""
     found = [
         part
-        for rows in by_task(inputs.rows).values()
+        for rows in alike(inputs.rows)
         for part in parts_of([price_figure(rows, "memory"), price_figure(rows, "time")])
     ]
     intro = (
@@ -343,11 +344,10 @@ def skip_section(inputs: Inputs) -> Section:
 
 def _control(inputs: Inputs, folder: Path) -> Path | None:
     """The base with a forced opener on the items of a sweep."""
-    runs = [run for path, run in inputs.found if path.parent == folder]
-    same = {(run.spec.system.name, run.spec.task, run.spec.data_sha256) for run in runs}
+    swept = [run for path, run in inputs.found if path.parent == folder]
+    same = {(conditions(run), models_of(run)) for run in swept}
     for path, run in inputs.found:
-        spec = run.spec
-        if spec.forced and spec.role == "base" and (spec.system.name, spec.task, spec.data_sha256) in same:
+        if run.spec.forced and run.spec.role == "base" and (conditions(run), models_of(run)) in same:
             return path
     return None
 
@@ -384,8 +384,8 @@ def _pairs(inputs: Inputs) -> Iterator[tuple[Path, Path]]:
         if run.spec.role != "base" or key in seen:
             continue
         for other, proxy in usable:
-            same = (proxy.spec.system.name, proxy.spec.task) == key
-            if proxy.spec.role == "proxy" and same and proxy.spec.data_sha256 == run.spec.data_sha256:
+            same = comparable((run, proxy)) and models_of(run) == models_of(proxy)
+            if proxy.spec.role == "proxy" and same:
                 seen.add(key)
                 yield folder, other
                 break

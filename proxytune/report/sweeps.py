@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from proxytune.analysis import failures, sweeps
-from proxytune.records import Metric
+from proxytune.records import NO_SCORE, Metric
 from proxytune.report import charts
 from proxytune.report.analyses import bounded
 from proxytune.report.charts import Figure, ReportTable, rows_of
 from proxytune.report.escape import clipped, visible
 from proxytune.report.figures import in_percent
-from proxytune.report.tables import percent
+from proxytune.report.tables import examples, percent, scored
 
 LISTED = 20
 """Items that are listed for each way in which two runs differ."""
@@ -25,7 +25,7 @@ COLUMNS = ("alpha", "score, %", "loops, %", "tokens, mean", "examples")
 def sweep_figures(found: sweeps.Sweep) -> list[Figure]:
     """Score against alpha, and the trade-off of truth and information where there is one."""
     task = found.source.task
-    numbers = [point for point in found.points if point.value is not None]
+    numbers = [point for point in found.points if point.value is not None and point.score is not None]
     figures = []
     if len(numbers) > 1:
         x = charts.axis("at", "alpha", nice=False, padding=7)
@@ -33,7 +33,7 @@ def sweep_figures(found: sweeps.Sweep) -> list[Figure]:
             _against(numbers, _Curve(lambda p: p.value, x, lambda p: p.score, found.metric), Figure(
                 name=f"alpha-{task}", title=f"{task}: score against alpha",
                 table=sweep_table(found), layers=(),
-                caption=f"{numbers[0].n} examples; the area is a 95% interval; alpha 0 is the base alone",
+                caption=f"{over(numbers)} examples; the area is a 95% interval; alpha 0 is the base alone",
                 system=found.source.system,
             ))
         )  # fmt: skip
@@ -50,7 +50,7 @@ class _Curve:
     """Where a point lies along x."""
     x: Any
     """The axis."""
-    of: Callable[[sweeps.SweepPoint], Metric]
+    of: Callable[[sweeps.SweepPoint], Metric | None]
     what: str
     """What the metric is called."""
 
@@ -61,15 +61,16 @@ def _against(
     figure: Figure,
     control: tuple[str, Metric] | None = None,
 ) -> Figure:
-    """The figure with a metric of the points and its interval; `control` is a level that another run has."""
-    x, of, what = curve.x, curve.of, curve.what
-    unit = of(points[0]).unit
+    """The figure with a metric of the points that have it and its interval; `control` is a level that another
+    run has."""
+    x, what = curve.x, curve.what
+    drawn = [(point, metric) for point in points if (metric := curve.of(point)) is not None]
+    unit = drawn[0][1].unit
     bounds: dict[str, Any] = {"zero": True} if unit == "number" else {"domain": [0, 100]}
     y = charts.axis("value", visible(what) + ("" if unit == "number" else ", %"), **bounds)
     data = []
-    for point in points:
-        metric = of(point)
-        n = point.n if metric.n is None else metric.n
+    for point, metric in drawn:
+        n = examples(metric, point.n)
         shown = percent(metric) if unit != "number" else bounded(metric, 1)
         data.append({
             "at": curve.at(point), "value": in_percent(metric.value, metric),
@@ -145,16 +146,26 @@ def trade_off_figure(found: sweeps.Sweep) -> Figure:
     )
 
 
+def over(points: Sequence[sweeps.SweepPoint]) -> str:
+    """How many examples the scores of a curve are over: `300`, or `297 of 300 to 300`."""
+    counts = list(dict.fromkeys(examples(point.score, point.n) for point in points))
+    return counts[0] if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
 def sweep_table(found: sweeps.Sweep | sweeps.Skip) -> ReportTable:
     """All points of a sweep."""
     points = [(point.alpha, point) for point in found.points]
     if isinstance(found, sweeps.Skip) and found.control is not None:
         points.append((f"0, opener forced ({found.forced!r})", found.control))
     cells = [
-        (name, percent(p.score), bounded(p.loops, 1, 100), bounded(p.tokens, 1), str(p.n))
+        (
+            name, scored(found.metric, p.score), "" if p.loops is None else bounded(p.loops, 1, 100),
+            "" if p.tokens is None else bounded(p.tokens, 1), examples(p.score, p.n),
+        )
         for name, p in points
-    ]
-    return ReportTable(f"{found.source.task}: {found.metric} by alpha", COLUMNS, rows_of(cells))
+    ]  # fmt: skip
+    metric = NO_SCORE.get(found.metric, found.metric)
+    return ReportTable(f"{found.source.task}: {metric} by alpha", COLUMNS, rows_of(cells))
 
 
 def skip_figures(found: sweeps.Skip) -> list[Figure]:
@@ -164,8 +175,13 @@ def skip_figures(found: sweeps.Skip) -> list[Figure]:
     x["axis"] = {"labelAngle": 0}
     table, control = sweep_table(found), found.control
 
-    def drawn(kind: Literal["score", "loops", "tokens"], what: str, title: str, caption: str) -> Figure:
-        level = None if control is None else ("base, opener forced", getattr(control, kind))
+    def drawn(
+        kind: Literal["score", "loops", "tokens"], what: str, title: str, caption: str
+    ) -> Figure | None:
+        if all(getattr(point, kind) is None for point in found.points):
+            return None
+        beside = None if control is None else getattr(control, kind)
+        level = None if beside is None else ("base, opener forced", beside)
         name, system = f"skip-{kind}-{task}", found.source.system
         figure = Figure(name=name, title=title, caption=caption, table=table, layers=(), system=system)
         curve = _Curve(
@@ -173,7 +189,7 @@ def skip_figures(found: sweeps.Skip) -> list[Figure]:
         )
         return _against(found.points, curve, figure, level)
 
-    return [
+    figures = [
         drawn("score", found.metric, f"{task}: score when the correction ends early",
               "the area is a 95% interval; 0 is the base alone, all is plain proxy-tuning"),
         drawn("loops", "responses that end in a loop", f"{task}: repetition when the correction ends early",
@@ -181,6 +197,7 @@ def skip_figures(found: sweeps.Skip) -> list[Figure]:
         drawn("tokens", "length, tokens", f"{task}: length when the correction ends early",
               "mean length of a response; 95% interval"),
     ]  # fmt: skip
+    return [figure for figure in figures if figure is not None]
 
 
 # Failures
@@ -189,7 +206,8 @@ def skip_figures(found: sweeps.Skip) -> list[Figure]:
 def failure_tables(found: failures.Failures) -> list[ReportTable]:
     """Who has what right with McNemar's test, and the items on which the two differ."""
     first, second = found.first.role, found.second.role
-    title = f"{found.first.system}: {found.first.task}, {first} against {second} ({found.metric})"
+    some = "" if found.n == found.of else f", over {found.n} of {found.of}"
+    title = f"{found.first.system}: {found.first.task}, {first} against {second} ({found.metric}{some})"
     counts = ReportTable(
         title,
         ("both right", f"only {first}", f"only {second}", "both wrong", "McNemar's exact p"),

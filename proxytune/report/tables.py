@@ -10,9 +10,9 @@ from typing import Any
 
 from rich.table import Table
 
+from proxytune.comparison import Conditions, apart, comparable, conditions, details, gap, models_of
 from proxytune.config import ROLES, Role
-from proxytune.intervals import gap_closed
-from proxytune.records import UNSCORED, Cost, Metric, Run
+from proxytune.records import NO_SCORE, UNSCORED, Cost, Metric, Run
 from proxytune.results import find_runs
 
 COLUMNS = ("system", "as", "score [95%]", "gap closed", "memory", "ms / token", "n")
@@ -27,9 +27,16 @@ class RoleRow:
     role: Role
     n: int
     metric: str
-    score: Metric
+    score: Metric | None
+    """None where nothing was judged or executed, or every example failed."""
     gap_closed: float | None
-    """For the proxy and for a base with a forced opener; None where the gap is not firm."""
+    """For the proxy and for a base with a forced opener; None where the gap is not firm, or where base and
+    tuned were not run under the same conditions."""
+    conditions: Conditions
+    apart: str
+    """The conditions that tell its table from others of the task; "" where there is one only."""
+    details: str
+    """The settings that tell it from other rows of its system and role."""
     forced: str | None
     """The text that every response was made to begin with (a control)."""
     memory: int
@@ -45,9 +52,15 @@ class RoleRow:
 
     @property
     def label(self) -> str:
-        """The role, whether its opener was forced, and the remark."""
+        """The role, whether its opener was forced, what tells it from others, and the remark."""
         label = self.role if self.forced is None else f"{self.role}, opener forced"
+        label += f", {self.details}" if self.details else ""
         return label if self.remark is None else f"{label} ({self.remark})"
+
+    @property
+    def shown(self) -> str:
+        """The score with its interval, or why there is none."""
+        return scored(self.metric, self.score)
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -55,14 +68,13 @@ class RoleRow:
         gap = "n/a" if self.role == "proxy" else ""
         if self.gap_closed is not None:
             gap = f"{100 * self.gap_closed:.1f}%"
-        cells = (self.system, self.label, percent(self.score), gap, size(self.memory))
+        cells = (self.system, self.label, self.shown, gap, size(self.memory))
         return (*cells, self.speed, self.examples)
 
     @property
     def examples(self) -> str:
         """How many examples the score is over, and of how many where that is not all."""
-        over = self.n if self.score.n is None or self.metric in UNSCORED else self.score.n
-        return str(self.n) if over == self.n else f"{over} of {self.n}"
+        return examples(self.score, self.n)
 
     @property
     def speed(self) -> str:
@@ -74,6 +86,8 @@ class RoleRow:
 
 def percent(metric: Metric) -> str:
     """A share in percent with its interval; a number as it is."""
+    if metric.n == 0:
+        return NO_SCORE["faulty"]
     if metric.unit == "number":
         return f"{metric.value:g}"
     scale = 1 if metric.unit == "percent" else 100
@@ -90,12 +104,30 @@ def size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
+def scored(headline: str, score: Metric | None) -> str:
+    """A score with its interval, or why there is none."""
+    return NO_SCORE.get(headline, NO_SCORE["faulty"]) if score is None else percent(score)
+
+
+def examples(score: Metric | None, n: int) -> str:
+    """How many of a run's n examples a score is over, and of how many where that is not all."""
+    over, of = (0, n) if score is None else score.over(n)
+    return str(of) if over == of else f"{over} of {of}"
+
+
+def figure(name: str, metric: Metric) -> str:
+    """The figure of a metric in a list. A share of examples without a score is no figure among scores:
+    `coverage` says how many these are."""
+    return "" if name in UNSCORED else percent(metric)
+
+
 def coverage(name: str, metric: Metric, n: int) -> str:
     """How many of a run's n examples a metric is over, where it is not all: `over 2 of 3`. For a share of
     examples without a score, how many these are: `1 of 3`."""
     if name in UNSCORED:
-        return f"{round(metric.value * n)} of {n}"
-    return "" if metric.n in (None, n) else f"over {metric.n} of {n}"
+        return f"{round(metric.value * (metric.n or n))} of {metric.n or n}"
+    over, of = metric.over(n)
+    return "" if over == of else f"over {over} of {of}"
 
 
 # Rows
@@ -105,40 +137,53 @@ def main_runs(root: Path) -> tuple[list[tuple[Path, Run]], int]:
     """The finished runs that a table is about with their folders, and how many others there are.
 
     Per system and task these are the runs with default settings (`root/<system>/<task>/<as>`) and the
-    controls on the same examples; where no run has default settings, all of them.
+    controls under the same conditions; where no run has default settings, all of them.
     """
     found = find_runs(root)
     usual = [run for folder, run in found if len(folder.relative_to(root).parts) == 3 and not run.spec.forced]
-    data = {(run.spec.system.name, run.spec.task): run.spec.data_sha256 for run in usual}
+    known: dict[tuple[str, str], list[Run]] = {}
+    for run in usual:
+        known.setdefault((run.spec.system.name, run.spec.task), []).append(run)
 
     def shown(run: Run) -> bool:
-        own = data.get((run.spec.system.name, run.spec.task))
-        return own is None or run in usual or bool(run.spec.forced and run.spec.data_sha256 == own)
+        own = known.get((run.spec.system.name, run.spec.task))
+        control = run.spec.forced is not None
+        return own is None or run in own or (control and any(comparable((run, other)) for other in own))
 
     main = [(folder, run) for folder, run in found if shown(run)]
     return main, len(found) - len(main)
 
 
 def role_rows(runs: Sequence[Run]) -> list[RoleRow]:
-    """Runs as table lines: by task, by system, the roles in the order base, antiexpert, expert, proxy,
-    tuned."""
+    """Runs as table lines: by task, by conditions, by system, the roles in the order base, antiexpert,
+    expert, proxy, tuned. A run that another repeats, figures and all, has no line of its own."""
     tasks = list(dict.fromkeys(run.spec.task for run in runs))
     systems = list(dict.fromkeys(run.spec.system.name for run in runs))
-
-    def place(run: Run) -> tuple[int, int, int, bool]:
-        spec = run.spec
-        return (
-            tasks.index(spec.task),
-            systems.index(spec.system.name),
-            ROLES.index(spec.role),
-            bool(spec.forced),
-        )
-
-    return [_row(run, runs) for run in sorted(runs, key=place)]
+    tables: dict[Conditions, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: tasks.index(run.spec.task)):
+        tables.setdefault(conditions(run), []).append(run)
+    rows = list[RoleRow]()
+    for task in tasks:
+        own = [table for table in tables.values() if table[0].spec.task == task]
+        for table, told in zip(own, apart([table[0] for table in own]), strict=True):
+            rows += _table_rows(table, told, systems)
+    return rows
 
 
-def _row(run: Run, runs: Sequence[Run]) -> RoleRow:
-    """The line of one run."""
+def _table_rows(table: Sequence[Run], told: str, systems: Sequence[str]) -> list[RoleRow]:
+    """The lines of the runs under the same conditions."""
+    rows: dict[tuple[str, str, str], RoleRow] = {}
+    for system in systems:
+        own = [run for run in table if run.spec.system.name == system]
+        own.sort(key=lambda run: (ROLES.index(run.spec.role), run.spec.forced is not None))
+        for run, its in zip(own, details(own), strict=True):
+            row = _row(run, own, told, its)
+            rows.setdefault((row.system, row.label, row.shown), row)
+    return list(rows.values())
+
+
+def _row(run: Run, beside: Sequence[Run], told: str, own: str) -> RoleRow:
+    """The line of one run; `beside` are its system's runs under the same conditions."""
     cost, generated = run.cost, run.cost.generated_tokens and run.spec.mode == "generate"
     return RoleRow(
         system=run.spec.system.name,
@@ -146,8 +191,11 @@ def _row(run: Run, runs: Sequence[Run]) -> RoleRow:
         role=run.spec.role,
         n=run.n,
         metric=run.headline,
-        score=run.metrics[run.headline],
-        gap_closed=_gap(run, runs) if run.spec.role == "proxy" or run.spec.forced else None,
+        score=run.score,
+        gap_closed=_gap(run, beside) if run.spec.role == "proxy" or run.spec.forced else None,
+        conditions=conditions(run),
+        apart=told,
+        details=own,
         forced=run.spec.forced,
         memory=_memory(cost, run.spec.role),
         ms_per_token=1000 * cost.decode_seconds / cost.generated_tokens if generated else None,
@@ -156,17 +204,14 @@ def _row(run: Run, runs: Sequence[Run]) -> RoleRow:
     )
 
 
-def _gap(steered: Run, runs: Sequence[Run]) -> float | None:
-    """The gap that a run closed, from the base and tuned runs of its system on the same examples."""
-
-    def what(run: Run) -> tuple[str, str, str, str]:
-        return run.spec.system.name, run.spec.task, run.spec.data_sha256, run.headline
-
-    plain = [run for run in runs if what(run) == what(steered) and not run.spec.forced]
-    scores = {run.spec.role: run.metrics[run.headline] for run in plain}
-    if "base" not in scores or "tuned" not in scores:
-        return None
-    return gap_closed(scores["base"], steered.metrics[steered.headline], scores["tuned"])
+def _gap(steered: Run, beside: Sequence[Run]) -> float | None:
+    """The gap that a run closed, from the base and tuned runs of its system under the same conditions. None
+    where there are several of one role that do not agree."""
+    ends = [run for run in beside if run.spec.role in ("base", "tuned") and not run.spec.forced]
+    own = [run for run in ends if models_of(run) == models_of(steered)]
+    bases, tuned = ([run for run in own if run.spec.role == role] for role in ("base", "tuned"))
+    found = {gap(base, steered, top, steered.headline) for base in bases for top in tuned}
+    return found.pop() if len(found) == 1 else None
 
 
 def _memory(cost: Cost, role: Role) -> int:
@@ -182,9 +227,10 @@ def _memory(cost: Cost, role: Role) -> int:
 def summary(rows: Sequence[RoleRow]) -> dict[str, dict[str, dict[str, Any]]]:
     """The figures of one system as `proxytune demo --json` prints them."""
     tasks: dict[str, dict[str, Any]] = {}
-    for row in rows:
+    for row in (row for own in main_tables(rows).values() for row in own):
         entry = tasks.setdefault(row.task, {"n": row.n})
-        entry[row.role if row.forced is None else f"{row.role}_forced"] = row.score.value
+        name = row.role if row.forced is None else f"{row.role}_forced"
+        entry[name] = None if row.score is None else row.score.value
         if row.role == "proxy":
             entry["gap_closed"] = row.gap_closed
     return {"tasks": tasks}
@@ -193,19 +239,34 @@ def summary(rows: Sequence[RoleRow]) -> dict[str, dict[str, dict[str, Any]]]:
 # Tables
 
 
-def by_task(rows: Sequence[RoleRow]) -> dict[str, list[RoleRow]]:
-    """The rows of each task."""
-    tasks: dict[str, list[RoleRow]] = {}
+def alike(rows: Sequence[RoleRow]) -> list[list[RoleRow]]:
+    """The rows of each table: of one task, under the same conditions."""
+    found: dict[Conditions, list[RoleRow]] = {}
     for row in rows:
-        tasks.setdefault(row.task, []).append(row)
-    return tasks
+        found.setdefault(row.conditions, []).append(row)
+    return list(found.values())
+
+
+def main_tables(rows: Sequence[RoleRow]) -> dict[str, list[RoleRow]]:
+    """Of each task the rows under the conditions that most of its rows share."""
+    found: dict[str, list[RoleRow]] = {}
+    for own in alike(rows):
+        if len(own) > len(found.get(own[0].task, ())):
+            found[own[0].task] = own
+    return found
+
+
+def title(rows: Sequence[RoleRow]) -> str:
+    """What the table of these rows is called."""
+    task, metric, told = rows[0].task, rows[0].metric, rows[0].apart
+    return f"{task}: {NO_SCORE.get(metric, metric)}" + (f" ({told})" if told else "")
 
 
 def rich_table(rows: Sequence[RoleRow]) -> Table:
     """The rows of one task for the terminal. The system is shown only where there are several."""
-    task, metric = rows[0].task, rows[0].metric
     first = 0 if len({row.system for row in rows}) > 1 else 1
-    table = Table(title=f"{task}: {metric}, %", title_justify="left")
+    scored = any(row.score is not None for row in rows)
+    table = Table(title=title(rows) + (", %" if scored else ""), title_justify="left")
     for column in COLUMNS[first:]:
         table.add_column(column, justify="left" if column in ("system", "as") else "right", no_wrap=True)
     for row in rows:

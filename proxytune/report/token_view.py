@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from proxytune.comparison import comparable, conditions, models_of
 from proxytune.config import Role
 from proxytune.records import JsonRow, Run
 from proxytune.report.escape import clipped, visible
@@ -59,7 +60,8 @@ def trace_sets(found: Sequence[tuple[Path, Run]]) -> list[TraceSet]:
 
 
 def _others(proxy: Run, found: Sequence[tuple[Path, Run]]) -> dict[Role, tuple[Path, Run]]:
-    """Per role the run whose answers are shown beside the proxy's: on the same data where there is one."""
+    """Per role the run whose answers are shown beside the proxy's: of the same sampling and judge, and on the
+    same items where there is one (its answers to the same questions otherwise)."""
     near: dict[Role, tuple[Path, Run]] = {}
     same = [
         (folder, run)
@@ -67,11 +69,10 @@ def _others(proxy: Run, found: Sequence[tuple[Path, Run]]) -> dict[Role, tuple[P
         if (run.spec.system.name, run.spec.task) == (proxy.spec.system.name, proxy.spec.task)
         and run.spec.role != "proxy"
         and not run.spec.forced
-        and run.headline == proxy.headline
+        and replace(conditions(run), data_sha256="") == replace(conditions(proxy), data_sha256="")
+        and models_of(run) == models_of(proxy)
     ]
-    for folder, run in sorted(
-        same, key=lambda pair: (pair[1].spec.data_sha256 != proxy.spec.data_sha256, plainness(pair))
-    ):
+    for folder, run in sorted(same, key=lambda pair: (not comparable((pair[1], proxy)), plainness(pair))):
         near.setdefault(run.spec.role, (folder, run))
     return near
 

@@ -7,8 +7,19 @@ from typing import TYPE_CHECKING
 from proxytune.lazy import door
 
 if TYPE_CHECKING:
-    from proxytune.runs.evaluation import evaluate, generate
+    from proxytune.runs.evaluation import evaluate
+    from proxytune.runs.steered import generate, load
 
-__all__ = ["alpha_sweep", "evaluate", "evaluation", "export", "generate", "judging", "session", "verdicts"]
+__all__ = [
+    "alpha_sweep",
+    "evaluate",
+    "evaluation",
+    "export",
+    "generate",
+    "judging",
+    "load",
+    "session",
+    "verdicts",
+]
 
-__getattr__ = door(__name__, {"evaluate": "evaluation", "generate": "evaluation"})
+__getattr__ = door(__name__, {"evaluate": "evaluation", "generate": "steered", "load": "steered"})

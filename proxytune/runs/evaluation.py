@@ -1,13 +1,9 @@
-"""Evaluate a role of a system on a task, and generate from prompts: examples -> decoder -> rows -> scores ->
-Run. How one run is started, continued and closed: session.py.
-"""
+"""Evaluate a role of a system on a task: examples -> decoder -> rows -> scores -> Run.
+
+How one run is started, continued and closed: session.py."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,15 +14,14 @@ from proxytune.config import (
     AlphaSchedule,
     Role,
     RunSpec,
-    Sampling,
     System,
+    as_system,
     parse_alpha,
 )
-from proxytune.decoding import Decoder, notes_on, stored_response
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
-from proxytune.records import Completion, Example, Metric, Prompt, Run
+from proxytune.records import Run
 from proxytune.runs.judging import Dialogue, Judging, judging_of
 from proxytune.runs.session import RunPlan, run_job
 from proxytune.runs.verdicts import open_sandbox
@@ -170,7 +165,7 @@ class Evaluation:
 
 
 def evaluate(
-    system: System,
+    system: System | str | Path,
     task: str,
     *,
     as_: str = "proxy",
@@ -180,64 +175,24 @@ def evaluate(
     decode: DecodeOptions | None = None,
     judge: JudgeOptions | str | None = None,
 ) -> Run:
-    """Evaluate `system` on a task as one role, and return its Run: what `proxytune eval` does.
+    """Evaluate `system` (a System, a name or the path of a YAML file) on a task as one role, and return its
+    Run: what `proxytune eval` does.
 
     Writes to `out`, or to `results/<system>/<task>/<role>/`. An unfinished run with the same settings is
     continued; a finished one is returned as it is. `limit` takes only the first items, as in `options`.
     `judge` is who judges (a model, "default" or "none"), or the record that also gives the consent to pay and
     to run code. Raises UserError for bad input and for a folder that holds other settings.
     """
-    asked = options or RunOptions()
-    if limit is not None:
-        asked = asked.model_copy(update={"limit": limit})
-    who = JudgeOptions(judge=judge) if isinstance(judge, str) else judge or JudgeOptions()
-    evaluation = Evaluation(system, task, asked, decode or DecodeOptions(), who)
+    asked, who = asked_for(options, limit, judge)
+    evaluation = Evaluation(as_system(system), task, asked, decode or DecodeOptions(), who)
     return evaluation.run(as_, None if out is None else Path(out))[0]
 
 
-def generate(
-    system: System,
-    prompts: Sequence[str | Prompt],
-    *,
-    as_: str = "proxy",
-    sampling: Sampling | None = None,
-    alpha: AlphaSchedule | float | str | None = None,
-    allow_negative_alpha: bool = False,
-    decode: DecodeOptions | None = None,
-    models: Models | None = None,
-) -> list[Completion]:
-    """Responses to `prompts`, in their order (`sampling.n` in a row for each). A text is the plain prompt of
-    all roles. `decode` is how they are computed. It changes no token.
-    """
-    if isinstance(prompts, str) or not all(isinstance(prompt, str | Prompt) for prompt in prompts):
-        raise UserError('prompts must be a list of texts: write generate(system, ["..."])')
-    role = system.require(as_)
-    schedule = alpha_for(system, role, alpha, allow_negative=allow_negative_alpha)
-    examples = named_by_content([Prompt(plain=p, user=p) if isinstance(p, str) else p for p in prompts])
-    chosen = Sampling() if sampling is None else sampling
-    decoder = Decoder(models or Models(system), role, decode)
-    for note in decoder.notes():
-        warnings.warn(note, stacklevel=2)
-    place = {example.id: i for i, example in enumerate(examples)}
-    found = list(decoder.stream(examples, chosen, alpha=schedule))
-    for note in (*decoder.remarks, *notes_on([stored_response(completion) for completion in found])):
-        warnings.warn(note, stacklevel=2)
-    return sorted(found, key=lambda completion: (place[completion.example_id], completion.sample))
-
-
-def named_by_content(prompts: Sequence[Prompt]) -> list[Example]:
-    """Examples whose ids, and so whose sampling noise, depend on the prompt and on how often it came before:
-    not on what else is asked, or in which order."""
-    seen: dict[Prompt, int] = {}
-    examples = []
-    for prompt in prompts:
-        seen[prompt] = seen.get(prompt, 0) + 1
-        content = repr(dataclasses.astuple(prompt)).encode("utf-8", "backslashreplace")
-        digest = hashlib.sha256(content).hexdigest()[:16]
-        examples.append(Example(id=f"{digest}-{seen[prompt]}", prompt=prompt))
-    return examples
-
-
-def score_of(run: Run) -> Metric:
-    """The metric that tables show."""
-    return run.metrics[run.headline]
+def asked_for(
+    options: RunOptions | None, limit: int | None, judge: JudgeOptions | str | None
+) -> tuple[RunOptions, JudgeOptions]:
+    """The records of what Python callers may write in short."""
+    asked = options or RunOptions()
+    if limit is not None:
+        asked = asked.model_copy(update={"limit": limit})
+    return asked, JudgeOptions(judge=judge) if isinstance(judge, str) else judge or JudgeOptions()

@@ -53,7 +53,7 @@ def totals(rows: Sequence[JsonRow]) -> dict[str, Metric]:
     won = [share for _, share in judged]
     found = win_rate(won, mean_metric(won)) if judged else {}
     mean_length = sum(len(row["output_2"]) for row in rows) / len(rows)
-    found["avg_length"] = Metric(value=int(mean_length), unit="number")
+    found["avg_length"] = Metric(value=int(mean_length), unit="number", n=len(rows))
     if judged and all(isinstance(row.get("output_1"), str) for row, _ in judged):
         lengths = [(len(row["output_2"]), len(row["output_1"])) for row, _ in judged]
         mine, theirs = zip(*lengths, strict=True)

@@ -122,17 +122,18 @@ def stored(example: Example, completions: Sequence[Completion]) -> JsonRow:
     }
 
 
-def score(row: JsonRow) -> dict[str, float]:
+def score(row: JsonRow) -> dict[str, float | None]:
     """pass@10 overall and of the row's library, pass@1, and the share that passes under its perturbation;
     or that the row was not run."""
-    passed = row.get("passed")
-    if not isinstance(passed, list) or not passed or any(verdict(one) is None for one in passed):
-        return {NOT_RUN: 1.0}
-    count, n = sum(map(bool, passed)), len(passed)
-    ten, kind = pass_at_k(n, count, 10), row.get("perturbation_type")
-    found = {} if ten is None else {"pass@10": ten, f"{row['lib'].lower()}_pass@10": ten}
-    found["pass@1"] = count / n
-    return found | ({kind.lower(): count / n} if kind else {})
+    passed, kind = row.get("passed"), row.get("perturbation_type")
+    ten, one, found = None, None, dict[str, float | None]()
+    if isinstance(passed, list) and passed and all(verdict(sample) is not None for sample in passed):
+        count, n = sum(map(bool, passed)), len(passed)
+        ten, one = pass_at_k(n, count, 10), count / n
+    else:
+        found[NOT_RUN] = 1.0
+    found |= {"pass@10": ten, f"{row['lib'].lower()}_pass@10": ten, "pass@1": one}
+    return found | ({kind.lower(): one} if kind else {})
 
 
 # Running

@@ -74,21 +74,13 @@ def gather(table: DataTable) -> DataTable:
     return replace(table, rows=rows, numbers=numbers)
 
 
-def score(row: JsonRow) -> dict[str, float]:
-    """pass@10 and pass@1 from the row's verdicts, or that there are none."""
+def score(row: JsonRow) -> dict[str, float | None]:
+    """pass@10, where there are ten samples, and pass@1 from the row's verdicts, or that there are none."""
     passed = row.get("passed")
-    if not isinstance(passed, list) or len(passed) != len(row["completions"]) or not passed:
-        return {NOT_RUN: 1.0}
-    if any(verdict(one) is None for one in passed):
-        return {NOT_RUN: 1.0}
-    return pass_rates(passed)
-
-
-def pass_rates(passed: Sequence[bool]) -> dict[str, float]:
-    """pass@10, where there are ten samples, and pass@1."""
-    count = sum(map(bool, passed))
-    found = {f"pass@{k}": pass_at_k(len(passed), count, k) for k in (10, 1)}
-    return {name: value for name, value in found.items() if value is not None}
+    whole = isinstance(passed, list) and len(passed) == len(row["completions"]) and len(passed) > 0
+    if not isinstance(passed, list) or not whole or any(verdict(one) is None for one in passed):
+        return {NOT_RUN: 1.0, "pass@10": None, "pass@1": None}
+    return {f"pass@{k}": pass_at_k(len(passed), sum(map(bool, passed)), k) for k in (10, 1)}
 
 
 # Running

@@ -66,11 +66,11 @@ class Task:
     """Whether prompts and responses are hateful text, which reports hide unless asked for it."""
     files: tuple[str, ...] = ("predictions.jsonl",)
     """Names under which predictions are stored, the paper's and ours; of a folder, the first is scored."""
-    score_row: Callable[[JsonRow], dict[str, float]]
-    """The scores of one stored row. A score that does not apply to the row is left out, and so is the row
-    from its mean."""
+    score_row: Callable[[JsonRow], Mapping[str, float | None]]
+    """The scores of one stored row. A score that does not apply to the row is left out, and one that the row
+    should have and lacks (not judged, too few samples) is None. Neither is in the mean."""
     metric_names: tuple[str, ...]
-    """Metrics that every run has; one that no row had a score for is 0 without interval."""
+    """Metrics that every run has; one that no row had a score for is over no example."""
     headline: str
     """The metric that tables show."""
     judged_headlines: tuple[str, ...] = ()
@@ -110,25 +110,25 @@ class Task:
 
     def scores(self, row: JsonRow) -> dict[str, float]:
         """The scores of one stored row; none where a fault ended its example."""
-        return {} if row.get(FAULT) else self.score_row(row)
+        known = {} if row.get(FAULT) else self.score_row(row)
+        return {name: value for name, value in known.items() if value is not None}
 
     def metrics(self, rows: Sequence[JsonRow]) -> dict[str, Metric]:
         """The metrics of stored rows, each over those that have its score; with the shares of those that have
-        none where there are any."""
+        none where there are any. The headline is always there; where nothing has it, over no example."""
         sound = [row for row in rows if not row.get(FAULT)]
         scores = [self.score_row(row) for row in sound]
         found = self.aggregate(scores)
         if self.totals is not None and sound:
             found |= self.totals(sound)
         if self.headline in UNSCORED and self.headline in found:
-            found[self.headline] = part(sum(self.headline in row for row in scores), len(sound))
+            found[self.headline] = part(sum(self.headline in row for row in scores), len(rows))
         if len(sound) < len(rows):
             found[FAULTY] = part(len(rows) - len(sound), len(rows))
-        if not sound:
-            found.setdefault(self.headline, Metric(value=0.0, n=0))
+        found.setdefault(self.headline_of(found), Metric(value=0.0, n=0))
         return found
 
-    def aggregate(self, scores: Sequence[Mapping[str, float]]) -> dict[str, Metric]:
+    def aggregate(self, scores: Sequence[Mapping[str, float | None]]) -> dict[str, Metric]:
         """The metrics of per-example scores: means with intervals, the task's own first."""
         found = mean_metrics(scores)
         return {name: found.get(name, Metric(value=0.0, n=0)) for name in self.metric_names} | found

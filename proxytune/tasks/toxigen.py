@@ -126,12 +126,11 @@ def stored(example: Example, completions: Sequence[Completion]) -> JsonRow:
     return {**example.target, "prediction": completions[0].text.split("\n")[0]}
 
 
-def score(row: JsonRow) -> dict[str, float]:
+def score(row: JsonRow) -> dict[str, float | None]:
     """The verdict under the row's group, or that there is none."""
     toxic, groups = verdict(row.get("is_toxic")), row.get("target_groups")
-    if toxic is None:
-        return {UNJUDGED: 1.0}
-    return {str(groups[0]) if isinstance(groups, list) and groups else "unknown": toxic}
+    lacking = {} if toxic is not None else {UNJUDGED: 1.0}
+    return {**lacking, str(groups[0]) if isinstance(groups, list) and groups else "unknown": toxic}
 
 
 def totals(rows: Sequence[JsonRow]) -> dict[str, Metric]:

@@ -91,12 +91,12 @@ def stored(example: Example, completions: Sequence[Completion]) -> JsonRow:
     return {**example.target, "output": clean_answer(completions[0].text)}
 
 
-def score(row: JsonRow) -> dict[str, float]:
+def score(row: JsonRow) -> dict[str, float | None]:
     """Reference accuracy, and the judges' columns where the row has them."""
     accuracy = reference_accuracy(
         row["output"], answers(row["Correct Answers"]), answers(row["Incorrect Answers"])
     )
-    judged = {name: found for name in JUDGED if (found := verdict(row.get(name))) is not None}
+    judged = {name: verdict(row[name]) for name in JUDGED if name in row}
     return {"reference_accuracy": accuracy, **judged}
 
 

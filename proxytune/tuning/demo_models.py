@@ -308,7 +308,9 @@ def _score(
         path = Path(folder) / "run"
         made = session.run_job(job, path, loaded, DecodeOptions(progress=False), sandbox)
         who = judging.judging_of(system, job.task, JudgeOptions(), "generate")
-        return evaluation.score_of(made if who is None else who(path))
+        found = (made if who is None else who(path)).score
+        assert found is not None, f"nothing of {task} as {role} has a score"
+        return found
 
 
 # The whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from proxytune.analysis.failures import failures
 from proxytune.errors import UserError
+from tests.support.command_line import proxytune
 from tests.support.made_runs import response, write
 
 
@@ -63,17 +65,27 @@ def test_toxic_is_wrong(tmp_path: Path) -> None:
     second = write(tmp_path / "b", flagged("01"), task="toxigen", metric="overall")
     found = failures(first, second)
     assert found.only_second == 1 and found.both_wrong == 1 and found.items[0].question == "t"
-    second_row = {**flagged("0")[0], "is_toxic": math.nan, "scores": {}}
-    unsure = write(tmp_path / "c", [*flagged("0"), second_row], task="toxigen", metric="overall")
-    with pytest.raises(UserError, match=r"item '1' of '.*c' has no score by 'overall'"):
-        failures(first, unsure)
+
+
+def test_items_without_a_verdict_are_left_out_and_counted(tmp_path: Path) -> None:
+    def judged(verdicts: Sequence[float], role: str) -> Path:
+        made = [{"text": "t", "is_toxic": v, "scores": {}, "responses": response("x")} for v in verdicts]
+        return write(tmp_path / role, made, task="toxigen", metric="overall", role=role)
+
+    first, second = judged([1, 1, math.nan, 0], "base"), judged([0, math.nan, 0, 0], "proxy")
+    found = failures(first, second)
+    assert (found.n, found.of, found.only_second, found.both_right) == (2, 4, 1, 1)
+    printed = proxytune("analyze", "failures", first, second)
+    assert "overall on 2 of 4 items" in printed.stdout
+    with pytest.raises(UserError, match=r"no item of .* has a score by 'overall'.*judge the runs first"):
+        failures(judged([math.nan], "expert"), judged([math.nan], "tuned"))
 
 
 def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
     one = write(tmp_path / "one", rows("1", "a"))
-    with pytest.raises(UserError, match="not runs on the same items"):
+    with pytest.raises(UserError, match=r"cannot be compared: they differ \(items: 0 and other"):
         failures(one, write(tmp_path / "other", rows("1", "a"), data_sha256="other"))
-    with pytest.raises(UserError, match=r"has no score by 'bleu': choose a --metric .* has exact_match"):
+    with pytest.raises(UserError, match=r"no item .* has a score by 'bleu'.* has exact_match"):
         failures(one, one, "bleu")
     half = [{"scores": {"exact_match": 0.5}, "question": "q"}]
     with pytest.raises(UserError, match=r"has the score 0\.5, which is neither right nor wrong"):

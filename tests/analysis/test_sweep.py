@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from proxytune.analysis.sweeps import ends_in_loop, find_sweeps, skip, sweep
 from proxytune.errors import UserError
+from proxytune.report.sweeps import sweep_figures, sweep_table
 from tests.support.made_runs import response, write
 
 LOOPS = [
@@ -85,6 +87,33 @@ def test_late_skip_takes_what_is_about_ending(tmp_path: Path) -> None:
     assert skip(folder).control is None
 
 
+def test_a_point_without_a_score_has_none(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    broken = {"responses": response("so " * 9, reason="nan"), "fault": "nan"}
+    waits: Any = {"metric": "unjudged", "metrics": {"unjudged": 1.0}, "task": "toxigen"}
+    for alpha in ("0", "1"):
+        rows = [broken, {"responses": response("so it is", tokens=3)}]
+        write(folder / f"alpha={alpha}", rows, alpha=alpha, **waits)
+    found = sweep(folder)
+    assert [point.score for point in found.points] == [None, None]
+    assert found.points[0].loops is not None and found.points[0].loops.value == 0.0
+    assert found.points[0].tokens is not None and found.points[0].tokens.value == 3
+    assert found.model_dump(mode="json")["points"][0]["score"] is None
+    table = sweep_table(found)
+    assert [row.cells[1] for row in table.rows] == ["not judged"] * 2
+    assert [row.cells[-1] for row in table.rows] == ["0 of 2"] * 2 and sweep_figures(found) == []
+    nothing = write(tmp_path / "s" / "alpha=0", [broken], **waits)
+    assert sweep(nothing.parent).points[0].tokens is None
+
+
+def test_other_sampling_is_no_sweep(tmp_path: Path) -> None:
+    folder = swept(tmp_path / "sweep", {"0": 0.0, "1": 0.5})
+    path = folder / "alpha=1" / "run.json"
+    path.write_text(path.read_text().replace('"temperature":0.0', '"temperature":0.5'))
+    with pytest.raises(UserError, match=r"differ \(temperature: 0.0 and 0.5\)"):
+        sweep(folder)
+
+
 def test_sweeps_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished sweep"):
         sweep(tmp_path)
@@ -94,10 +123,12 @@ def test_sweeps_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="several strengths"):
         skip(swept(tmp_path / "mixed", {"first:4": 0.0, "first:4:2": 0.5}))
     write(numbers / "alpha=2", [{}], data_sha256="other")
-    with pytest.raises(UserError, match="not of one sweep"):
+    with pytest.raises(
+        UserError, match=r"not of one sweep: 'alpha=0' and 'alpha=2' differ \(examples: 2 and 1; items"
+    ):
         sweep(numbers)
     good = swept(tmp_path / "good", {"first:4": 0.0})
     with pytest.raises(UserError, match="no control"):
         skip(good, write(tmp_path / "base", [{}], role="base"))
-    with pytest.raises(UserError, match="not on the items"):
+    with pytest.raises(UserError, match=r"not like the sweep: they differ \(examples: 1 and 2; items"):
         skip(good, write(tmp_path / "other", [{}], role="base", forced="x", data_sha256="other"))

@@ -119,3 +119,12 @@ def test_too_few_tokens_for_a_test(tmp_path: Path) -> None:
     rows = [{"responses": response("1=1", reason="length")}]
     found = equations(write(tmp_path / "run", rows, traces=[[token(*piece) for piece in pieces]]))
     assert found.rows[0].t is None and found.rows[0].p is None and found.rows[0].left.tokens == 1
+
+
+def test_a_side_without_tokens_has_no_mean(tmp_path: Path) -> None:
+    """The paper's rule finds no `=` that is a token of its own."""
+    pieces = [("1", 0.1, 0.3), (" =", 0.0, 1.0), ("1=", 0.5, 0.6), ("2", 0.0, 0.5)]
+    rows = [{"responses": response("1 =1=2", reason="length")}]
+    found = equations(write(tmp_path / "run", rows, traces=[[token(*piece) for piece in pieces]]))
+    paper, corrected, _ = found.rows
+    assert (paper.right.tokens, paper.right.mean) == (0, None) and corrected.left.mean is not None

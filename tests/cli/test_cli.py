@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 from typer.testing import CliRunner, Result
 
 from proxytune import hub, results
@@ -450,5 +449,5 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "0", "-1GB", "4XB", "nan"])
 def test_bad_sizes(text: str) -> None:
-    with pytest.raises(ValidationError, match="no amount of memory"):
+    with pytest.raises(UserError, match="no amount of memory"):
         DecodeOptions(kv_memory=text)

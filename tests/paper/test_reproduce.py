@@ -242,13 +242,13 @@ def test_gaps_are_means_over_the_columns_that_have_one(yaml: Path) -> None:
     recipe = paper.load_recipe("table5")
     scores = {"base": 0.1, "proxy": 0.82, "tuned": 0.9}
     name = "llama2-13b-gsm"
-    runs = report_paper.by_key([run(role, score, system=name) for role, score in scores.items()])
+    runs = paper.runs_by_key([run(role, score, system=name) for role, score in scores.items()])
     assert list(runs) == [(name, "gsm", role) for role in scores]
     line = report_paper.gaps(recipe, paper.read_paper(), runs)
     assert line.startswith("Gap closed") and "paper 84.05% (13B), 86.90% (70B)" in line
     assert "ours 90.00% (13B, 1 of 2 columns)" in line
     table = report_paper.markdown_side_by_side(recipe, paper.read_paper(), runs)
-    assert "| 13B | proxy | (55.9) | 43.90<br>ours 82.0 [77.0, 87.0] |" in table
-    own = report_paper.by_key([run(role, score, system="mine") for role, score in scores.items()])
+    assert "| 13B | proxy | (55.9) | 43.90<br>ours 82.0 [77.0, 87.0], n = 100 |" in table
+    own = paper.runs_by_key([run(role, score, system="mine") for role, score in scores.items()])
     table = report_paper.markdown_side_by_side(recipe, paper.read_paper(), own)
-    assert "| mine | proxy |  | ours 82.0 [77.0, 87.0] |" in table
+    assert "| mine | proxy |  | ours 82.0 [77.0, 87.0], n = 100 |" in table

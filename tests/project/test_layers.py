@@ -17,7 +17,8 @@ from tests.support.checkout import ROOT, environment
 PACKAGE = ROOT / "proxytune"
 
 FLOORS = (
-    "errors lazy config options records intervals results hub time_left progress provenance cpu_load",
+    "errors lazy config options records intervals results comparison hub time_left progress provenance "
+    "cpu_load",
     "demo sandbox engine",
     "models tasks",
     "decoding analysis paper",

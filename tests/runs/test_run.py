@@ -21,6 +21,7 @@ from proxytune.models.roles import Models
 from proxytune.options import DecodeOptions, RunOptions
 from proxytune.records import Completion, Example, Prompt
 from proxytune.runs import evaluation as run
+from proxytune.runs import generate
 from proxytune.runs import session as run_session
 from proxytune.runs.session import run_job
 from tests.support.checkout import environment
@@ -225,19 +226,19 @@ def test_examples_are_whole_and_in_order() -> None:
 def test_generate_keeps_the_order_of_prompts(system: System, models: Models) -> None:
     sampling = Sampling(max_new_tokens=5, n=2, temperature=1.0)
     prompts = ["a long prompt that takes its time", "b", "short"]
-    outs = run.generate(system, prompts, sampling=sampling, models=models)
+    outs = generate(system, prompts, sampling=sampling, models=models)
     assert [o.sample for o in outs] == [0, 1] * 3
     assert [o.example_id for o in outs[::2]] == [o.example_id for o in outs[1::2]]
-    alone = run.generate(system, prompts[:1], sampling=sampling, models=models)
+    alone = generate(system, prompts[:1], sampling=sampling, models=models)
     assert [o.token_ids for o in alone] == [o.token_ids for o in outs[:2]]
     with pytest.raises(UserError, match="list of texts"):
-        run.generate(system, "oops", models=models)
+        generate(system, "oops", models=models)
 
 
 def test_the_public_names_are_the_ones_documented() -> None:
     import proxytune
 
-    assert proxytune.evaluate is run.evaluate and proxytune.generate is run.generate
+    assert proxytune.evaluate is run.evaluate and proxytune.generate is generate
     assert (
         proxytune.System is System and proxytune.Sampling is Sampling and proxytune.load_system is load_system
     )
@@ -287,18 +288,18 @@ def test_a_killed_process_is_continued(
 def test_speculation_changes_no_token(speculate: str | int, system: System) -> None:
     sampling = Sampling(max_new_tokens=12, temperature=0.8, n=2)
     off, how = DecodeOptions(speculate="off"), DecodeOptions(speculate=speculate)  # type: ignore[arg-type]
-    plain = run.generate(system, ["ab", "c d"], sampling=sampling, decode=off)
-    assert run.generate(system, ["ab", "c d"], sampling=sampling, decode=how) == plain
+    plain = generate(system, ["ab", "c d"], sampling=sampling, decode=off)
+    assert generate(system, ["ab", "c d"], sampling=sampling, decode=how) == plain
 
 
 def test_sampled_text_does_not_depend_on_what_else_is_asked(system: System, models: Models) -> None:
     hot = Sampling(max_new_tokens=6, temperature=1.0)
-    one, other = run.generate(system, ["a", "b"], sampling=hot, models=models)
-    assert [c.text for c in run.generate(system, ["b", "a"], sampling=hot, models=models)] == [
+    one, other = generate(system, ["a", "b"], sampling=hot, models=models)
+    assert [c.text for c in generate(system, ["b", "a"], sampling=hot, models=models)] == [
         other.text,
         one.text,
     ]
-    twice = run.generate(system, ["a", "a"], sampling=hot, models=models)
+    twice = generate(system, ["a", "a"], sampling=hot, models=models)
     assert twice[0].text == one.text and twice[1].token_ids != one.token_ids
 
 
@@ -310,4 +311,4 @@ def test_a_mistyped_task_under_data_is_refused(system: System, tmp_path: Path) -
 
 def test_invalid_unicode_is_one_line(system: System, models: Models) -> None:
     with pytest.raises(UserError, match="not valid Unicode"):
-        run.generate(system, ["a\ud800b"], models=models)
+        generate(system, ["a\ud800b"], models=models)

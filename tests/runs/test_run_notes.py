@@ -12,7 +12,7 @@ from proxytune.analysis import analysis
 from proxytune.config import Sampling, System, load_system, parse_alpha
 from proxytune.records import Run
 from proxytune.runs import alpha_sweep
-from proxytune.runs.evaluation import generate
+from proxytune.runs.steered import generate
 from tests.support import tiny, tiny_system
 from tests.support.chat_templates import CHOOSY, GEMMA, TURNS
 from tests.support.command_line import proxytune, refused

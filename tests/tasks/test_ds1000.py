@@ -146,7 +146,7 @@ def test_rows_have_the_papers_fields(problems: dict[str, JsonRow]) -> None:
     completions = [Completion("0", i, text, (), "eos", 0.0) for i in range(2)]
     row = TASK.row(example, completions)
     assert list(row)[:5] == ["lib", "problem_id", "prompt", "solution", "output"]
-    assert row["output"] == ["x = 1\nresult = x"] * 2 and TASK.score_row(row) == {"not_run": 1.0}
+    assert row["output"] == ["x = 1\nresult = x"] * 2 and TASK.scores(row) == {"not_run": 1.0}
 
 
 def test_scores_by_library_and_perturbation() -> None:

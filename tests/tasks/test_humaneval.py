@@ -141,7 +141,7 @@ def test_pass_at_k_is_the_share_of_subsets(n: int, passed: int) -> None:
 def test_pass_at_k_wants_k_samples() -> None:
     assert pass_at_k(9, 9, 10) is None
     row = {"completions": [""] * 9, "passed": [True] * 3 + [False] * 6}
-    assert TASK.score_row(row) == {"pass@1": pytest.approx(1 / 3)}
+    assert TASK.scores(row) == {"pass@1": pytest.approx(1 / 3)}
     metrics = TASK.metrics([row])
     assert TASK.headline_of(metrics) == "pass@1"
 
@@ -152,7 +152,7 @@ def test_rows_that_were_not_run_have_no_score() -> None:
     assert (metrics["pass@1"].value, metrics["pass@1"].n) == (1, 1)
     for none in (None, math.nan, "yes"):
         row = {"completions": ["a", "b"], "passed": [True, none]}
-        assert TASK.score_row(row) == {"not_run": 1.0}
+        assert TASK.scores(row) == {"not_run": 1.0}
     assert TASK.headline_of(TASK.metrics([{"completions": ["a"]}])) == "not_run"
 
 

@@ -78,6 +78,54 @@ def test_samples_are_scored_where_all_were_run(value: object) -> None:
     assert found["surface"].n == 1 and "scipy_pass@10" not in found
 
 
+def test_a_part_is_over_its_own_examples() -> None:
+    """A library's problems, or a group's prompts, of which some lack a verdict or samples."""
+    row = {"perturbation_type": "Surface", "output": [""] * 10, "passed": [True] * 10}
+    few = {**row, "lib": "Scipy", "output": [""] * 4, "passed": [False] * 4}
+    unrun = {**row, "lib": "Scipy", "passed": None}
+    found = get_task("ds1000").metrics([{**row, "lib": "Scipy"}, few, unrun, *[{**row, "lib": "Numpy"}] * 3])
+    assert {name: (metric.n, metric.of) for name, metric in found.items()} == {
+        "pass@10": (4, None), "scipy_pass@10": (1, 3), "pass@1": (5, None), "surface": (5, None),
+        "numpy_pass@10": (3, 3), "not_run": (6, None),
+    }  # fmt: skip
+    over = {name: tables.coverage(name, metric, 6) for name, metric in found.items()}
+    assert over == {
+        "pass@10": "over 4 of 6", "scipy_pass@10": "over 1 of 3", "pass@1": "over 5 of 6",
+        "surface": "over 5 of 6", "numpy_pass@10": "over 3 of 6", "not_run": "1 of 6",
+    }  # fmt: skip
+    groups = get_task("toxigen").metrics([toxic(1), toxic(None), {**toxic(0), "target_groups": ["men"]}])
+    assert {name: (groups[name].n, groups[name].of) for name in ("women", "men", "overall")} == {
+        "women": (1, 2), "men": (1, 1), "overall": (2, None),
+    }  # fmt: skip
+
+
+def test_problems_with_too_few_samples_are_not_counted(tmp_path: Path) -> None:
+    rows = [{"task_id": str(n), "completions": [""] * n, "passed": [True] * n} for n in (10, 4)]
+    metrics = get_task("humaneval").metrics(rows)
+    made = reports.run("proxy", 0.5, task="humaneval")
+    made = made.model_copy(update={"n": 2, "metrics": metrics, "headline": "pass@10"})
+    [row] = tables.role_rows([made])
+    assert row.shown.startswith("100.0") and row.examples == "1 of 2"
+    printed = proxytune("score", "humaneval", jsonl(tmp_path / "p.jsonl", rows)).stdout
+    assert "over 1 of 2" in next(line for line in printed.splitlines() if "pass@10" in line)
+
+
+@pytest.mark.parametrize("task", ["alpaca_farm", "humaneval"])
+def test_a_list_of_figures_has_none_for_what_nobody_judged_or_ran(task: str, tmp_path: Path) -> None:
+    row = {"instruction": "i", "output_1": "a", "output_2": "b", "task_id": "0", "completions": ["x"]}
+    printed = proxytune("score", task, jsonl(tmp_path / "p.jsonl", [row, {**row, "task_id": "1"}])).stdout
+    [line] = [line for line in printed.splitlines() if line.split()[0] in ("unjudged", "not_run")]
+    assert line.split()[1:] == ["2", "of", "2"]
+
+
+def test_no_valid_response_is_no_score(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "p.jsonl", [{"mc_output": "none of these", "mc_answer_idx": "A"}])
+    found = json.loads(proxytune("score", "truthfulqa_mc", path, "--json").stdout)["metrics"]
+    assert (found["acc"]["value"], found["acc"]["n"], found["acc_all"]["value"]) == (None, 0, 0)
+    lines = [line.split() for line in proxytune("score", "truthfulqa_mc", path).stdout.splitlines()]
+    assert ["acc", "no", "score", "over", "0", "of", "1"] in lines
+
+
 def test_no_verdict_at_all_is_no_score() -> None:
     for task, made in (("toxigen", toxic), ("truthfulqa", truthful)):
         found = get_task(task).metrics([made(None), made(math.nan)])

@@ -66,11 +66,12 @@ def demo(
     from proxytune.report import tables
 
     rows = tables.role_rows([one for runs, _ in found.values() for one in runs])
+    beside = {task: extras for task, (_, extras) in found.items()}
     if json:
-        console.print_json(_as_json(rows, {task: extras for task, (_, extras) in found.items()}))
+        console.print_json(_as_json(rows, beside))
         return
-    for task, own in tables.by_task(rows).items():
-        console.console().print(_table(own, found[task][1]))
+    for own in tables.alike(rows):
+        console.console().print(_table(own, _like(own, beside)))
     print("gap closed = (proxy - base) / (tuned - base). Scores in %, with 95% intervals.")
     print(
         "Memory is weights and KV cache at its fullest; time is decoding time per token, all rows together."
@@ -140,11 +141,18 @@ def _run_all(
     return found
 
 
+def _like(rows: list[tables.RoleRow], extras: Mapping[str, list[Extra]]) -> list[Extra]:
+    """The extra lines that may stand beside these rows."""
+    from proxytune.comparison import conditions
+
+    return [extra for extra in extras[rows[0].task] if conditions(extra.run) == rows[0].conditions]
+
+
 def _table(rows: list[tables.RoleRow], extras: list[Extra]) -> Table:
     """The table of one task, with the extra lines after the roles that they belong to."""
     from proxytune.report import tables
 
-    table = Table(title=f"{rows[0].task}: {rows[0].metric}, %", title_justify="left")
+    table = Table(title=f"{tables.title(rows)}, %", title_justify="left")
     for column in tables.COLUMNS[1:]:
         table.add_column(column, justify="left" if column == "as" else "right", no_wrap=True)
     extra_lines = {extra.run.spec.role: extra for extra in extras}
@@ -159,21 +167,20 @@ def _table(rows: list[tables.RoleRow], extras: list[Extra]) -> Table:
 def _as_json(rows: list[tables.RoleRow], extras: Mapping[str, list[Extra]]) -> dict[str, Any]:
     """The form of the design, with the extra lines, intervals, memory and time beside it."""
     from proxytune.report import tables
-    from proxytune.runs import evaluation
 
     content = tables.summary(rows)
-    for task, own in tables.by_task(rows).items():
-        entry = content["tasks"][task]
+    for task, own in tables.main_tables(rows).items():
+        entry, beside = content["tasks"][task], _like(own, extras)
         entry["metric"] = own[0].metric
-        for extra in extras[task]:
-            entry[extra.key] = evaluation.score_of(extra.run).value
+        for extra in beside:
+            entry[extra.key] = None if extra.run.score is None else extra.run.score.value
         every = [
             *((row.role, row) for row in own),
-            *((e.key, tables.role_rows([e.run])[0]) for e in extras[task]),
+            *((e.key, tables.role_rows([e.run])[0]) for e in beside),
         ]
         entry["rows"] = {
             name: {
-                "score": row.score.model_dump(),
+                "score": None if row.score is None else row.score.model_dump(mode="json"),
                 "memory_bytes": row.memory,
                 "ms_per_token": row.ms_per_token,
             }

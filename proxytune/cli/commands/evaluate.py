@@ -120,4 +120,5 @@ def print_all(runs: list[Run], *, json_only: bool) -> None:
         named = {run.spec.role: run.model_dump(mode="json") for run in runs}
         console.print_json({"task": runs[0].spec.task, "n": runs[0].n, "gap_closed": gap, "runs": named})
         return
-    console.console().print(tables.rich_table(rows))
+    for own in tables.alike(rows):
+        console.console().print(tables.rich_table(own))

@@ -27,6 +27,7 @@ class TableOptions:
 
     markdown: bool = False
     write: bool = False
+    paper: bool = False
     examples: int = 0
     show_hateful: bool = False
 
@@ -47,6 +48,14 @@ def report(
             "--write", help="Write RESULTS/README.md, and the table in README.md where it has a place for it."
         ),
     ] = False,
+    paper: Annotated[
+        bool,
+        typer.Option(
+            "--paper",
+            help="Also the paper's tables, with our figures beside its own; without this only where a system "
+            "of the paper was run.",
+        ),
+    ] = False,
     examples: Annotated[
         int,
         typer.Option(help="Also the responses of each role to the first N examples of every task.", min=0),
@@ -55,12 +64,15 @@ def report(
         bool, typer.Option("--show-hateful", help="Show ToxiGen's texts, which are hidden otherwise.")
     ] = False,
 ) -> None:
-    """The stored runs as tables (score, gap closed, memory and time per token of every role, and the paper's
-    tables with our figures beside its own), or as a page with figures and a token-level view.
+    """The stored runs as tables (score, gap closed, memory and time per token of every role), or as a page
+    with figures and a token-level view. Only runs on the same items, with the same sampling and judge, stand
+    in one table.
 
     Example: proxytune report results --html report.html
     """
-    shown = TableOptions(markdown=markdown, write=write, examples=examples, show_hateful=show_hateful)
+    shown = TableOptions(
+        markdown=markdown, write=write, paper=paper, examples=examples, show_hateful=show_hateful
+    )
     if html is not None or figures is not None:
         print_page(results, shown, html=html, figures=figures)
     else:
@@ -114,24 +126,27 @@ def print_tables(root: Path, asked: TableOptions) -> None:
     found, others = tables.main_runs(root)
     if not found:
         raise UserError(f"no finished run in '{root}': `proxytune eval` makes one")
-    for task, own in tables.by_task(tables.role_rows([run for _, run in found])).items():
+    for own in tables.alike(tables.role_rows([run for _, run in found])):
         if asked.markdown:
-            print(f"### {task}: {own[0].metric}\n\n{tables.markdown_table(own)}")
+            print(f"### {tables.title(own)}\n\n{tables.markdown_table(own)}")
         else:
             console().print(tables.rich_table(own))
-    print_beside_paper([run for _, run in found], as_markdown=asked.markdown)
+    print_beside_paper([run for _, run in found], as_markdown=asked.markdown, asked=asked.paper)
     _print_examples(found, asked)
     if others:
         print(f"{others} finished runs with other settings are not shown: name their folder to see them")
 
 
-def print_beside_paper(runs: Sequence[Run], *, as_markdown: bool, only: recipes.Recipe | None = None) -> None:
-    """The paper's tables that these runs belong to, with their figures beside the paper's."""
-    from proxytune.paper import published
+def print_beside_paper(
+    runs: Sequence[Run], *, as_markdown: bool, asked: bool = False, only: recipes.Recipe | None = None
+) -> None:
+    """The paper's tables that runs of its systems belong to, or, where they were asked for, any of these
+    runs; with our figures beside the paper's."""
+    from proxytune.paper import published, recipes
     from proxytune.report import paper_tables as beside
 
-    paper, by_key = published.read_paper(), beside.by_key(runs)
-    for recipe in beside.compared(paper, by_key) if only is None else [only]:
+    paper, by_key = published.read_paper(), recipes.runs_by_key(runs)
+    for recipe in beside.compared(paper, by_key, asked=asked) if only is None else [only]:
         if as_markdown:
             print(f"### {beside.title(recipe)}\n\n{beside.markdown_side_by_side(recipe, paper, by_key)}")
         else:

@@ -45,8 +45,9 @@ def score(
         return
     print(f"{task}, {found.n} examples of {file}")
     for name, metric in found.metrics.items():
-        figures = f"{tables.percent(metric):28} {metric.value!r:22} {tables.coverage(name, metric, found.n)}"
-        print(f"  {name:22} {figures}".rstrip())
+        figure = tables.figure(name, metric)
+        exact = repr(metric.value) if figure and metric.n != 0 else ""
+        print(f"  {name:22} {figure:28} {exact:22} {tables.coverage(name, metric, found.n)}".rstrip())
     if execution is not None:
         _print_account(execution)
     if found.dropped_duplicates:
