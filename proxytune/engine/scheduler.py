@@ -29,9 +29,9 @@ LOOKAHEAD = 256
 """How far into the queue admission looks for requests that can start now."""
 
 
-def no_drafts(rows: Sequence[Row]) -> Sequence[int]:
+def no_drafts(rows: Sequence[Row]) -> Sequence[Sequence[int]]:
     """Plain decoding."""
-    return [0] * len(rows)
+    return []
 
 
 class Donor(NamedTuple):
@@ -97,14 +97,14 @@ class Scheduler:
             beginning=hash(tuple(ids[:WORTH_SHARING] for ids in contexts)),
         )
 
-    def plan(self, wishes: Callable[[Sequence[Row]], Sequence[int]] = no_drafts) -> Plan:
+    def plan(self, wishes: Callable[[Sequence[Row]], Sequence[Sequence[int]]] = no_drafts) -> Plan:
         """Decide the next step; admits and preempts rows on the way. `wishes`: how many drafts the decoding
-        rows would like to have; where they do not fit, nobody has any."""
+        rows would like to have, the dearest wish first; where none of them fits, nobody has any."""
         self._admit()
         while True:
             decoding = self._order()
             prefill = self._prefill(decoding)
-            for depths in (tuple(wishes(self.rows[:decoding])), (0,) * decoding):
+            for depths in (*map(tuple, wishes(self.rows[:decoding])), (0,) * decoding):
                 targets = {name: self._targets(name, depths, prefill[name]) for name in self.caches}
                 if all(self.caches[name].fits(lengths) for name, lengths in targets.items()):
                     for name, lengths in targets.items():

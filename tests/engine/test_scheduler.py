@@ -107,9 +107,9 @@ class Bench:
                 assert pool.lengths[segment.row] + drafts <= pool.room[segment.row]
         return plan
 
-    def wishes(self, rows: Sequence[Row]) -> list[int]:
+    def wishes(self, rows: Sequence[Row]) -> list[list[int]]:
         """Every row would like `draft` drafts."""
-        return [self.draft] * len(rows)
+        return [[self.draft] * len(rows)]
 
     def fed(self, plan: Plan) -> dict[str, list[Segment]]:
         """What the engine feeds: the last token of every row that decodes, then prompts."""
