@@ -123,7 +123,8 @@ class Draw:
         self.draw = random.Random(seed)
         named = sorted(COMMANDS)
         often = [2 if words in LONG else 4 + len(COMMANDS[words].params) for words in named]
-        [self.words] = self.draw.choices(named, often)
+        [drawn] = self.draw.choices(named, often)
+        self.words = named[seed] if seed < len(named) else drawn  # each of them once
         self.command = COMMANDS[self.words]
         self.may_write = {"results"}
         self.rate, self.good = self.draw.choice((0.04, 0.15)), self.draw.choice((0.6, 0.9, 1.0))
