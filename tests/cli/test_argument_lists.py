@@ -31,7 +31,7 @@ from tests.support import made_runs, public_items, tiny_system
 from tests.support.command_line import Result, proxytune
 from tests.support.tiers import slow
 
-QUICK, SLOW = 240, 4000
+QUICK, SLOW = 120, 4000
 """How many lists each tier tries."""
 
 WORDS = [

@@ -37,8 +37,9 @@ def speculation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     return str(request.param)
 
 
+@pytest.mark.thorough
 def test_hundred_ragged_prompts_greedy(trio: System) -> None:
-    check(decoder(trio), ragged(100), Sampling(max_new_tokens=12))
+    check(decoder(trio), ragged(examples(40, 100)), Sampling(max_new_tokens=12))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)

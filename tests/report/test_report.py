@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from proxytune.errors import UserError
 from proxytune.paper import published as figures
 from proxytune.paper import recipes as paper
 from proxytune.records import Run

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import Result
@@ -225,13 +224,14 @@ def test_malformed_predictions(how: str, finished: Path, tmp_path: Path) -> None
 
 def test_rows_that_lack_a_column_or_a_line(finished: Path, tmp_path: Path) -> None:
     path = finished / results.PREDICTIONS
-    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]))
     for command in (("judge", "alpaca_farm", finished, "--yes"), ("export", "alpaca_eval", finished)):
         one_line(proxytune(*command), "is missing")
-    del rows[2]["output_1"]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = json.loads(lines[2])
+    del row["output_1"]
+    path.write_bytes(b"".join([*lines[:2], json.dumps(row).encode() + b"\n", *lines[3:]]))
     for command in (("judge", "alpaca_farm", finished, "--yes"), ("export", "alpaca_eval", finished)):
-        one_line(proxytune(*command), f"{results.PREDICTIONS}' line 3: no field 'output_1'")
+        one_line(proxytune(*command), f"'{row['id']}' is not what was stored")
     (finished / results.RUN).write_text("{")
     one_line(proxytune("export", "alpaca_eval", finished), "cannot read", "run.json")
