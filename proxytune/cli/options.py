@@ -181,7 +181,11 @@ def _systems(incomplete: str) -> list[str]:
 
 TaskName = Annotated[
     str,
-    typer.Argument(metavar="TASK", help="A task; `proxytune tasks` lists them.", autocompletion=_tasks),
+    typer.Argument(
+        metavar="TASK",
+        help="A task (`proxytune tasks`), or a Python file of your own (`proxytune init task`).",
+        autocompletion=_tasks,
+    ),
 ]
 SystemName = Annotated[
     str,

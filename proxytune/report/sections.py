@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ from proxytune.report.figures import beside_table, gap_figure, price_figure, pub
 from proxytune.report.runs import cost_table, made_table, notes_table, systems_table
 from proxytune.report.sweeps import failure_tables, skip_figures, sweep_figures
 from proxytune.report.tables import RoleRow, alike, role_rows
-from proxytune.report.token_view import SENSITIVE, TraceSet, plainness, trace_sets
+from proxytune.report.token_view import TraceSet, plainness, trace_sets
 from proxytune.results import PREDICTIONS, find_runs
+from proxytune.tasks.own import facts_of
 
 MIN_COUNTS = (100, 30, 10, 3)
 """How often a token must have been generated to be ranked: the paper's number, or the largest of these that
@@ -78,12 +80,12 @@ class Inputs:
     def usual(self) -> tuple[str, str]:
         """The system and the task that hints name."""
         first = next((row for row in self.rows if row.role == "proxy"), self.rows[0])
-        return first.system, first.task
+        return first.system, first.facts.file or first.task
 
     def command(self, what: str, *rest: str) -> str:
         """A command for that system and task."""
         system, task = self.usual
-        return " ".join(["proxytune", what, task, "--system", system, *rest])
+        return " ".join(["proxytune", what, shlex.quote(task), "--system", system, *rest])
 
 
 def read_inputs(root: Path) -> Inputs:
@@ -248,9 +250,9 @@ def positions_section(inputs: Inputs) -> Section:
 
 def ngrams_section(inputs: Inputs) -> Section:
     """Influence by token."""
-    drawn = [(chosen.run.spec.task, figure) for chosen in inputs.sets if (figure := _ngrams(chosen))]
-    plain = [figure for task, figure in drawn if task not in SENSITIVE]
-    veiled = [figure for task, figure in drawn if task in SENSITIVE]
+    drawn = [(facts_of(chosen.run).hateful, figure) for chosen in inputs.sets if (figure := _ngrams(chosen))]
+    plain = [figure for hateful, figure in drawn if not hateful]
+    veiled = [figure for hateful, figure in drawn if hateful]
     parts = [*parts_of(plain, published_ngrams(inputs.paper)), *parts_of(veiled, sensitive=True)]
     if not drawn:
         parts = []
@@ -361,7 +363,8 @@ def failures_section(inputs: Inputs) -> Section:
     for first, second in _pairs(inputs):
         found = attempt(failures.failures, first, second)
         if found is not None:
-            parts += parts_of([], *failure_tables(found), sensitive=found.first.task in SENSITIVE)
+            hateful = facts_of(dict(inputs.found)[first]).hateful
+            parts += parts_of([], *failure_tables(found), sensitive=hateful)
     intro = (
         "Items that one of the two has right and the other wrong. McNemar's exact test asks whether they "
         "differ in how often.",

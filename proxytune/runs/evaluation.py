@@ -27,6 +27,7 @@ from proxytune.runs.session import RunPlan, run_job
 from proxytune.runs.verdicts import open_sandbox
 from proxytune.sandbox import Sandbox
 from proxytune.tasks import Dataset, Task, get_task, read_source
+from proxytune.tasks.own import read_task
 
 RESULTS = Path("results")
 """Where runs go unless another folder is named."""
@@ -34,14 +35,14 @@ RESULTS = Path("results")
 
 def plan(system: System, task: str, as_: str, options: RunOptions) -> RunPlan:
     """Check all settings of a run and read its examples; UserError where something does not fit."""
-    found, role = get_task(task, options.mode), system.require(as_)
+    found, role = read_task(task, options.mode), system.require(as_)
     for named in (*system.data, *system.judges):
         get_task(named)  # a mistyped task there would silently mean the hub
     if options.mode == "likelihood" and options.trace != "off":
         raise UserError("a trace is of generated tokens: leave --trace out with --mode likelihood")
     if options.trace == "agreement":
         system.require_agreement(role)
-    source = system.data.get(task, "hub") if options.data is None else options.data
+    source = system.data.get(found.name, "hub") if options.data is None else options.data
     data = read_source(
         found, source, options.limit, shots=options.shots, shots_from=options.shots_from, seed=options.seed
     )
@@ -113,12 +114,12 @@ class Evaluation:
     @cached_property
     def sandbox(self) -> Sandbox | None:
         """What runs the task's code; None where that was not allowed."""
-        return open_sandbox(get_task(self.task, self.options.mode), self.judge.code)
+        return open_sandbox(read_task(self.task, self.options.mode), self.judge.code)
 
     @cached_property
     def judging(self) -> Judging | None:
         """Who judges the runs; None where nobody has to."""
-        task = get_task(self.task, self.options.mode)
+        task = read_task(self.task, self.options.mode)
         return judging_of(self.system, task, self.judge, self.options.mode, self.dialogue)
 
     def check(self) -> None:

@@ -66,10 +66,10 @@ def evaluate(
 
     Example: proxytune eval gsm --system demo --as all --limit 100
     """
-    from proxytune.tasks import get_task
+    from proxytune.tasks.own import read_task
 
     made = console.read_system(system, vocab)
-    get_task(task, run.mode)  # an unknown task must not wait for torch
+    read_task(task, run.mode)  # an unknown task must not wait for torch
     if as_ != "all":
         made.require(as_)
 
@@ -85,11 +85,11 @@ def evaluate(
 
 def with_sampling(task: str, run: RunOptions, changes: Changes) -> RunOptions:
     """The options with the sampling settings that were given in place of the task's."""
-    from proxytune.tasks import get_task
+    from proxytune.tasks.own import read_task
 
     if not changes:
         return run
-    settings = get_task(task, run.mode).sampling
+    settings = read_task(task, run.mode).sampling
     return run.model_copy(update={"sampling": build(Sampling, {**settings.model_dump(), **changes})})
 
 
@@ -99,13 +99,13 @@ def prepared(
     """What a command evaluates, with its judge and its sandbox checked. Prints on stderr what is loaded,
     what judging costs, and whether code is run."""
     from proxytune.runs import evaluation
-    from proxytune.tasks import get_task
+    from proxytune.tasks.own import read_task
 
     made = evaluation.Evaluation(models.system, task, run, decode, judge, console.dialogue(), models)
     made.check()
     if made.sandbox is not None:
         console.name_sandbox(made.sandbox)
-    elif get_task(task, run.mode).execute is not None:
+    elif read_task(task, run.mode).execute is not None:
         console.say(f"note: {console.NOT_ALLOWED}")
     return made
 
