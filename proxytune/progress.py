@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as Bar
@@ -15,9 +15,12 @@ from rich.table import Column
 from rich.text import Text
 
 from proxytune.records import UNSCORED
+from proxytune.terminal import say, visible
 from proxytune.time_left import WorkSoFar
 
 LOG_SECONDS = 10.0
+NAME, BAR, GAPS = 26, 12, 2
+"""Columns of the live line: its title at most, its bar, and what is between its parts."""
 
 
 class Progress:
@@ -51,9 +54,14 @@ class Progress:
         self.began = time.monotonic()
         console = Console(stderr=True)
         if self.shown and console.is_terminal:
-            name = TextColumn("{task.description}", markup=False)
-            self._bar = Bar(name, BarColumn(bar_width=12), _LineColumn(self), console=console, transient=True)
-            self._bar.add_task(self.title, total=total, completed=self.done)
+            name = TextColumn(
+                "{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=NAME)
+            )
+            title = visible(self.title)
+            bar = BarColumn(bar_width=BAR, table_column=Column(no_wrap=True, width=BAR))
+            room = console.width - min(cell_len(title), NAME) - BAR - GAPS
+            self._bar = Bar(name, bar, _LineColumn(self, room), console=console, transient=True)
+            self._bar.add_task(title, total=total, completed=self.done)
             self._bar.start()
         elif self.shown:
             self._log = threading.Thread(target=self._keep_log, daemon=True)
@@ -73,18 +81,25 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.done)
 
-    def line(self, *, ended: bool = False) -> str:
-        """The state in one line."""
-        parts, work = [f"{self.done}/{self.total}"], self.work()
+    def line(self, *, ended: bool = False, room: int | None = None) -> str:
+        """The state in one line. What does not fit into `room` columns is left out: first the speed."""
+        work = self.work()
+        parts = {"done": f"{self.done}/{self.total}"}
         if work.scoring and self.here:
-            parts.append(f"{work.prefill_seconds / self.here:.2f} s/item")
+            parts["item"] = f"{work.prefill_seconds / self.here:.2f} s/item"
         if work.tokens_per_second is not None:
-            parts.append(f"{work.tokens_per_second:.0f} tokens/s")
+            parts["speed"] = f"{work.tokens_per_second:.0f} tokens/s"
         if not ended and (left := self._seconds_left(work)) is not None:
-            parts.append(f"{clock(left)} left")
+            parts["left"] = f"{clock(left)} left"
         if self.scores and self.score not in UNSCORED:
-            parts.append(f"{self.score} {sum(self.scores) / len(self.scores):.3f}")
-        return ", ".join([*parts, clock(time.monotonic() - self.began)] if ended else parts)
+            parts["score"] = f"{self.score} {sum(self.scores) / len(self.scores):.3f}"
+        if ended:
+            parts["took"] = clock(time.monotonic() - self.began)
+        for least in ("speed", "item", "score", "left"):
+            if room is None or cell_len(", ".join(parts.values())) <= room:
+                break
+            parts.pop(least, None)
+        return ", ".join(parts.values())
 
     def _seconds_left(self, work: WorkSoFar) -> float | None:
         """The estimate, or an earlier one that was lower: what is shown never grows."""
@@ -94,7 +109,7 @@ class Progress:
         return self._left
 
     def _line(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        say(text)
 
     def __enter__(self) -> Progress:
         return self
@@ -116,13 +131,14 @@ class _LineColumn(ProgressColumn):
 
     max_refresh = 0.5
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, room: int) -> None:
         super().__init__(Column(no_wrap=True))
         self.progress = progress
+        self.room = room
 
     def render(self, task: Task) -> Text:
         """The cell."""
-        return Text(self.progress.line())
+        return Text(visible(self.progress.line(room=self.room)))
 
 
 def clock(seconds: float) -> str:

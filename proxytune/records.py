@@ -78,6 +78,22 @@ class TracedToken:
         return {**named, "alpha": self.alpha, **({"divergence": self.divergence} if self.divergence else {})}
 
 
+@dataclass(frozen=True)
+class Took:
+    """What one response took, or all of an example: the counts of a Cost, under its names. The time of what
+    is computed together is shared out by tokens."""
+
+    seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    row_steps: int = 0
+    drafted: int = 0
+    examined: int = 0
+    accepted: int = 0
+
+
 @dataclass(frozen=True, repr=False)
 class Completion:
     """One response to one example."""
@@ -95,6 +111,7 @@ class Completion:
     trace: tuple[TracedToken, ...] = ()
     remark: str | None = None
     """Why it is not what was asked for: a window that was full first, or what failed."""
+    took: Took = field(default=Took(), compare=False)
 
     def __repr__(self) -> str:
         """In one line, whatever it holds."""
@@ -184,13 +201,14 @@ _QUOTIENTS = ("acceptance", "accepted_per_step", "tokens_per_step")
 
 
 class Cost(BaseModel):
-    """What a run took. Its quotients are stored for those who read the file; only the counts are read
+    """What the stored examples of a run took, whichever sessions made them. What a session that was stopped
+    had under way is in no figure. Quotients are stored for those who read the file; only the counts are read
     back."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seconds: float = 0.0
-    """Prefill and decoding over all sessions of the run, without loading."""
+    """Prefill and decoding, without loading."""
     prefill_seconds: float = 0.0
     """The part of them that went to prompts. Runs of versions before 0.2.0 have 0 here."""
     prompt_tokens: int = 0

@@ -134,9 +134,9 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def endpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Endpoint]:
     """A server on this machine that speaks chat completions; the environment points to it."""
     try:
-        import openai  # noqa: F401
+        import httpx2  # noqa: F401
     except ImportError:
-        require_or_skip("judges", "openai is not installed: pip install 'proxytune[judges]'")
+        require_or_skip("judges", "httpx2 is not installed: pip install 'proxytune[judges]'")
     with serving() as state:
         monkeypatch.setenv("OPENAI_BASE_URL", state.url)
         monkeypatch.setenv("OPENAI_API_KEY", KEY)

@@ -24,6 +24,7 @@ from proxytune.errors import UserError
 from proxytune.intervals import INTERVAL_SEED, RESAMPLES
 from proxytune.records import JsonRow, Metric, Run
 from proxytune.results import TRACE, read_rows, read_run, read_traces
+from proxytune.tasks.own import facts_of
 
 FLOATS = np.float64
 
@@ -44,11 +45,15 @@ class Source(Figures):
     alpha: str
     n: int
     """Examples in the run."""
+    lower_is_better: bool = False
+    """Whether its task's score counts what is bad."""
+    hateful: bool = False
+    """Whether its task's texts are hateful by design."""
 
     @classmethod
     def of(cls, folder: Path, run: Run) -> Source:
         """What identifies a run."""
-        spec = run.spec
+        spec, facts = run.spec, facts_of(run)
         return cls(
             folder=str(folder),
             system=spec.system.name,
@@ -56,6 +61,8 @@ class Source(Figures):
             role=spec.role,
             alpha=spec.alpha.text,
             n=run.n,
+            lower_is_better=facts.lower_is_better,
+            hateful=facts.hateful,
         )
 
     @property
@@ -156,10 +163,20 @@ def tokens_of(folder: Path, run: Run, needs: str = "tokens") -> pd.DataFrame:
 def _entries(number: int, trace: JsonRow) -> Iterator[dict[str, Any]]:
     """The lines of one response."""
     for position, token in enumerate(trace["tokens"]):
-        entry = {"response": number, "position": position, "text": token["text"], "alpha": token["alpha"]}
+        entry = {
+            "response": number,
+            "position": position,
+            "text": _whole(token["text"]),
+            "alpha": token["alpha"],
+        }
         entry |= {f"p_{role}": p for role, p in token["probability"].items()}
-        entry |= {f"top_{role}": top for role, top in token["top"].items()}
+        entry |= {f"top_{role}": _whole(top) for role, top in token["top"].items()}
         yield entry | {f"kl_{role}": kl for role, kl in token.get("divergence", {}).items()}
+
+
+def _whole(text: str) -> str:
+    """A text that a frame's column can hold: half a surrogate pair is written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def steered_tokens(folder: Path, run: Run) -> pd.DataFrame:

@@ -57,7 +57,7 @@ class Positions(Analysis):
     paper_changed: float | None
     """The share that the paper gives for the task (of other models)."""
     rows: tuple[PositionRow, ...]
-    """One per position."""
+    """One per position, or for the first of them."""
     bands: tuple[PositionRow, ...]
     """The same in groups of positions, for a table that a person reads."""
 
@@ -66,13 +66,14 @@ class Positions(Analysis):
         return self.rows
 
 
-def positions(folder: Path) -> Positions:
-    """Share of changed first choices and mean shift, by position. UserError without a trace of a proxy."""
+def positions(folder: Path, singles: int | None = None) -> Positions:
+    """Share of changed first choices and mean shift, by position; of long responses the first `singles`
+    positions. UserError without a trace of a proxy."""
     run = finished(folder)
     tokens = steered_tokens(folder, run)
     tokens["changed"] = tokens["changed"].astype(float)
     last = int(tokens["position"].max())
-    each = [(at, at) for at in range(last + 1)]
+    each = [(at, at) for at in range(last + 1)][:singles]
     return Positions(
         source=Source.of(folder, run),
         responses=int(tokens["response"].nunique()),
@@ -158,7 +159,7 @@ class Agreement(Analysis):
     paper_first_step: dict[str, float]
     """The authors' medians at the first step of AlpacaFarm: `proxy` and `base`."""
     rows: tuple[AgreementRow, ...]
-    """One per position."""
+    """One per position, or for the first of them."""
     bands: tuple[AgreementRow, ...]
 
     @property
@@ -166,9 +167,9 @@ class Agreement(Analysis):
         return self.rows
 
 
-def agreement(folder: Path) -> Agreement:
-    """Divergence from the tuned model and shared first choices, by position. UserError unless the run was
-    traced with `--trace agreement`."""
+def agreement(folder: Path, singles: int | None = None) -> Agreement:
+    """Divergence from the tuned model and shared first choices, by position; of long responses the first
+    `singles` positions. UserError unless the run was traced with `--trace agreement`."""
     run = finished(folder)
     if run.spec.role not in ("proxy", "tuned"):
         raise UserError(
@@ -178,7 +179,7 @@ def agreement(folder: Path) -> Agreement:
     for role in ("proxy", "base"):
         tokens[f"same_{role}"] = (tokens[f"top_{role}"] == tokens["top_tuned"]).astype(float)
     last = int(tokens["position"].max())
-    rows = by_position(tokens, [(at, at) for at in range(last + 1)], _agreement_row)
+    rows = by_position(tokens, [(at, at) for at in range(last + 1)][:singles], _agreement_row)
     number = {"unit": "number"}
     published_medians = published("kl_first_step")
     return Agreement(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
-from rich.text import Text
 
 from proxytune.analysis import Analysis
 from proxytune.analysis import failures as analysis_failures
 from proxytune.analysis import positions as analysis_positions
 from proxytune.analysis import sweeps as analysis_sweep
 from proxytune.analysis import tokens as analysis_tokens
-from proxytune.cli.console import console, print_json
+from proxytune.cli.console import print_json, show, show_table, write_data
 from proxytune.errors import UserError
 from proxytune.records import UNSCORED, Metric
 from proxytune.report import tables
@@ -36,10 +34,10 @@ def positions(run: Path, *, json_only: bool, csv_only: bool) -> None:
     )
     for row in found.bands:
         table.add_row(_range(row.first, row.last), str(row.n), tables.percent(row.changed), number(row.shift))
-    console().print(table)
-    print(f"changed over all {found.tokens} tokens, %: {tables.percent(found.changed)}{paper}")
-    print(f"mean shift over all tokens: {number(found.shift)}")
-    print("changed: the proxy's first choice is not the base's. shift: p_proxy - p_base of the chosen token.")
+    show_table(table)
+    show(f"changed over all {found.tokens} tokens, %: {tables.percent(found.changed)}{paper}")
+    show(f"mean shift over all tokens: {number(found.shift)}")
+    show("changed: the proxy's first choice is not the base's. shift: p_proxy - p_base of the chosen token.")
 
 
 def ngrams(
@@ -61,13 +59,13 @@ def ngrams(
     table = _table(f"{title}: most promoted tokens and their phrases", *columns)
     for row in found.rows:
         shift = "" if row.shift is None else number(row.shift)
-        cells: list[Text | str] = [_text(row.token), str(row.n or ""), shift, _text(row.phrase)]
+        cells = [_text(row.token), str(row.n or ""), shift, _text(row.phrase)]
         table.add_row(*cells, *([_text(row.paper or "")] if given else []))
-    console().print(table)
+    show_table(table)
     compared = [row for row in found.rows if given and row.paper is not None]
     if compared:
         equal = sum(row.phrase == row.paper for row in compared)
-        print(f"{equal} of {len(compared)} rows equal the paper's")
+        show(f"{equal} of {len(compared)} rows equal the paper's")
 
 
 def equations(run: Path, *, json_only: bool, csv_only: bool) -> None:
@@ -81,8 +79,8 @@ def equations(run: Path, *, json_only: bool, csv_only: bool) -> None:
         sides = [cell for side in (row.left, row.right) for cell in (str(side.tokens), _mean(side))]
         tested = (row.t, row.df, row.p)
         table.add_row(row.rule, *sides, *("n/a" if value is None else f"{value:.4g}" for value in tested))
-    console().print(table)
-    print(f"{found.responses_with} of {found.responses} responses hold an equation (corrected rule)")
+    show_table(table)
+    show(f"{found.responses_with} of {found.responses} responses hold an equation (corrected rule)")
 
 
 def _mean(side: analysis_tokens.Side) -> str:
@@ -102,8 +100,8 @@ def skip(sweep: Path, control: Path | None, *, json_only: bool, csv_only: bool) 
     if found.control is not None:
         cells = _curve_cells(found.metric, found.control)
         table.add_row(_text(f"none, opener {found.forced!r} forced"), *cells)
-    console().print(table)
-    print(f"loops: {LOOPS}")
+    show_table(table)
+    show(f"loops: {LOOPS}")
 
 
 def sweep_table(found: analysis_sweep.Sweep) -> None:
@@ -115,11 +113,11 @@ def sweep_table(found: analysis_sweep.Sweep) -> None:
     for point in found.points:
         pair = [("" if m is None else tables.percent(m)) for m in (point.truth, point.info)] if judged else []
         table.add_row(point.alpha, *_curve_cells(found.metric, point), *pair)
-    console().print(table)
-    print(f"loops: {LOOPS}")
+    show_table(table)
+    show(f"loops: {LOOPS}")
     if judged and found.paper:
         printed = (f"{p.alpha:g}: {100 * p.truth:.1f} / {100 * p.info:.1f}" for p in found.paper)
-        print(f"the paper, 13B, alpha: true / informative, %: {'; '.join(printed)}")
+        show(f"the paper, 13B, alpha: true / informative, %: {'; '.join(printed)}")
 
 
 LOOPS = (
@@ -140,14 +138,14 @@ def agreement(run: Path, *, json_only: bool, csv_only: bool) -> None:
     )
     for row in found.bands:
         table.add_row(*_agreement_cells(row))
-    console().print(table)
-    print(
+    show_table(table)
+    show(
         f"over all {found.tokens} tokens: KL(tuned || proxy) {number(found.kl_proxy)}, KL(tuned || base) "
         f"{number(found.kl_base)} nats; same first choice: proxy {tables.percent(found.same_proxy)}%, base "
         f"{tables.percent(found.same_base)}%"
     )
     paper, first = found.paper_first_step, found.first_step
-    print(
+    show(
         f"medians at the first step: proxy {first.kl_proxy.median:.3f}, base {first.kl_base.median:.3f} "
         f"(the authors, AlpacaFarm 13B: {paper['proxy']:.3f}, {paper['base']:.3f})"
     )
@@ -160,7 +158,7 @@ def _agreement_cells(row: analysis_positions.AgreementRow) -> Sequence[str]:
 
 
 def failures(
-    first: Path, second: Path, metric: str | None, show: int, *, json_only: bool, csv_only: bool
+    first: Path, second: Path, metric: str | None, most: int, *, json_only: bool, csv_only: bool
 ) -> None:
     """`analyze failures`."""
     found = analysis_failures.failures(first, second, metric)
@@ -171,18 +169,18 @@ def failures(
     table = _table(f"{found.metric} on {over} items", "", "second right", "second wrong")
     table.add_row("first right", str(found.both_right), str(found.only_first))
     table.add_row("first wrong", str(found.only_second), str(found.both_wrong))
-    console().print(table)
-    print(*names.values(), sep="\n")
-    print(f"McNemar's exact test: p = {found.p:.3g}")
+    show_table(table)
+    show("\n".join(names.values()))
+    show(f"McNemar's exact test: p = {found.p:.3g}")
     for kind, count in (("first", found.only_first), ("second", found.only_second)):
-        items = [item for item in found.items if item.right == kind][:show]
+        items = [item for item in found.items if item.right == kind][:most]
         if not items:
             continue
         title = f"only the {kind} is right: {len(items)} of {count} items"
         listed = _table(title, "id", "question", "first", "second", "answer", lines=True)
         for item in items:
             listed.add_row(*map(_text, (item.id, item.question, item.first, item.second, item.answer)))
-        console().print(listed)
+        show_table(listed)
 
 
 # Cells
@@ -195,23 +193,22 @@ def _printed(found: Analysis, json_only: bool, csv_only: bool) -> bool:
     if json_only:
         print_json(found.model_dump(mode="json"))
     elif csv_only:
-        sys.stdout.write(found.csv())
+        write_data(found.csv())
     return json_only or csv_only
 
 
 def _table(title: str, *columns: str, lines: bool = False) -> Table:
     """A table whose first column is text, and the others too where they hold phrases."""
-    table = Table(title=Text(title), title_justify="left", show_lines=lines)
+    table = Table(title=title, title_justify="left", show_lines=lines)
     for index, column in enumerate(columns):
         words = lines or index == 0 or column.endswith(("4-gram", "paper's"))
         table.add_column(column, justify="left" if words else "right", overflow="fold")
     return table
 
 
-def _text(text: str) -> Text:
-    """Model output as it is: no markup, control characters shown, cut where it is long."""
-    shown = text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
-    return Text("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in shown))
+def _text(text: str) -> str:
+    """Model output, cut where it is long."""
+    return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
 
 
 def number(metric: Metric) -> str:

@@ -1,14 +1,14 @@
 """The `proxytune` program: its commands, and what becomes of errors.
 
-Commands import what they need when they run, so that `--help` is instant. A UserError is one line on stderr
-and exit code 2, an interruption one line and 130; every other exception is a bug and keeps its traceback
-(exit code 1).
+Commands import what they need when they run, so that `--help` is instant. A UserError, a word that is no
+command or option, and a file that the system refuses are one line on stderr and exit code 2, an interruption
+one line and 130; every other exception is a bug and keeps its traceback (exit code 1).
 """
 
 from __future__ import annotations
 
-import sys
-from typing import Annotated, Any
+import errno
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -28,26 +28,56 @@ from proxytune.cli.commands.sweep_alpha import sweep_alpha
 from proxytune.cli.commands.systems import systems
 from proxytune.cli.commands.tasks import tasks
 from proxytune.errors import UserError
+from proxytune.terminal import say, show
+
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+"""Words that are no command or option. It has no public name: typer has a click of its own, or the installed
+one."""
+
+
+REFUSALS = frozenset(
+    {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
+    | {errno.EISDIR, errno.ELOOP}
+)
+"""What the system says to a file that the user can name otherwise, or make room for."""
 
 
 class Commands(TyperGroup):
     """The group of all commands, which turns errors into exit codes."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read what stands before the command."""
+        try:
+            return super().parse_args(ctx, args)
+        except USAGE_ERROR as error:
+            raise _usage(error) from None
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command; see the module's docstring for what becomes of errors."""
         try:
             return super().invoke(ctx)
+        except USAGE_ERROR as error:
+            raise _usage(error) from None
         except UserError as error:
-            _say(f"error: {error}")
+            say(" ".join(f"error: {error}".split()))
+            raise typer.Exit(2) from None
+        except OSError as error:
+            if error.filename is None or error.errno not in REFUSALS:
+                raise
+            say(f"error: '{error.filename}': {error.strerror}")
             raise typer.Exit(2) from None
         except KeyboardInterrupt as error:
-            _say(str(error) or "interrupted")
+            say(str(error) or "interrupted")
             raise typer.Exit(130) from None
 
 
-def _say(line: str) -> None:
-    """One line on stderr."""
-    print(" ".join(line.split()), file=sys.stderr, flush=True)
+def _usage(error: Any) -> Exception:
+    """Say what is wrong with the words of the command; a group alone prints its help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return cast(Exception, error)
+    where = "proxytune" if error.ctx is None else " ".join(["proxytune", *error.ctx.command_path.split()[1:]])
+    say(" ".join(f"error: {error.format_message().rstrip('.')}. See: {where} --help".split()))
+    return typer.Exit(2)
 
 
 app = typer.Typer(
@@ -68,7 +98,7 @@ def paragraphs(text: str) -> str:
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"proxytune {__version__}")
+        show(f"proxytune {__version__}")
         raise typer.Exit
 
 

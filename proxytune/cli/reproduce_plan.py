@@ -4,11 +4,10 @@ cost."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TextIO
 
 from proxytune.config import Role, System
 from proxytune.judges import JUDGES, Estimate
@@ -158,11 +157,10 @@ def judge_models(planned: Planned) -> tuple[str, ...]:
     return () if model is None or kind is None else JUDGES[kind].models(model)
 
 
-def print_plan(plan: RecipePlan, out: TextIO) -> None:
-    """Everything a user should know before going on."""
+def print_plan(plan: RecipePlan, put: Callable[[str], None]) -> None:
+    """Everything a user should know before going on, put out line by line."""
     for line in lines(plan):
-        print(line, file=out)
-    out.flush()
+        put(line)
 
 
 def lines(plan: RecipePlan) -> Iterator[str]:

@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING
 from proxytune.lazy import door
 
 if TYPE_CHECKING:
-    from proxytune.decoding.call import DecodeStats
     from proxytune.decoding.decoder import Decoder
     from proxytune.decoding.remarks import notes_on, stored_response
     from proxytune.decoding.sample import sample_context
 
-__all__ = ["DecodeStats", "Decoder", "notes_on", "sample_context", "stored_response"]
+__all__ = ["Decoder", "notes_on", "sample_context", "stored_response"]
 
 __getattr__ = door(
     __name__,
     {
-        "DecodeStats": "call",
         "Decoder": "decoder",
         "notes_on": "remarks",
         "sample_context": "sample",

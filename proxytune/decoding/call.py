@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from proxytune.config import AlphaSchedule
 from proxytune.engine import Engine, Request, Result
-from proxytune.records import Example
+from proxytune.records import Example, Took
 from proxytune.time_left import WorkSoFar
 
 
@@ -68,6 +69,8 @@ class RunningStream:
     tickets: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     finished: int = 0
     finished_tokens: int = 0
+    shared: Took = field(default_factory=Took)
+    """The time that was shared out to responses, and the tokens of those."""
 
     def submit(self, request: Request) -> None:
         """One more response is to be made."""
@@ -78,6 +81,28 @@ class RunningStream:
         """One of them is finished."""
         self.finished += 1
         self.finished_tokens += len(result.tokens)
+
+    def took(self, results: Sequence[Result], target: str) -> list[Took]:
+        """What each response took that has just ended.
+
+        Of the time that is not shared out yet it takes its part by tokens: of decoding by the tokens
+        generated so far, of prefill by the prompts that were begun. The last one takes what is left."""
+        counts, found = self.engine.counts, []
+        prompts = [len(result.request.contexts[target]) for result in results]
+        begun = sum(prompts) + sum(len(r.request.contexts[target]) for r in self.engine.scheduler.rows)
+        for result, prompt in zip(results, prompts, strict=True):
+            before, tokens = self.shared, len(result.tokens)
+            prefill = (counts.prefill_seconds - before.prefill_seconds) * prompt / begun
+            decode = counts.seconds - counts.prefill_seconds - (before.seconds - before.prefill_seconds)
+            seconds = prefill + decode * tokens / max(counts.generated_tokens - before.generated_tokens, 1)
+            begun -= prompt
+            self.shared = Took(
+                seconds=before.seconds + seconds,
+                prefill_seconds=before.prefill_seconds + prefill,
+                generated_tokens=before.generated_tokens + tokens,
+            )
+            found.append(Took(seconds, prefill, prompt, tokens, **vars(result.counts)))
+        return found
 
     def cancel(self, example_id: str, sample: int | None) -> bool:
         """As `Decoder.cancel`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from proxytune.decoding.stop_strings import StopStrings
 from proxytune.decoding.streaming import final_text
 from proxytune.engine import Result
-from proxytune.records import Completion, FinishReason, TracedToken
+from proxytune.records import Completion, FinishReason, Took, TracedToken
 
 NOT_NUMBERS = (
     "the logits became NaN or infinite: try `dtype: float32` or bfloat16 in the system's file (float16 "
@@ -27,7 +27,7 @@ class ResultReader:
     alone: bool
     """Whether a model decodes by itself: then the combination in its traces is the model."""
 
-    def completion(self, result: Result, example_id: str, sample: int) -> Completion:
+    def completion(self, result: Result, example_id: str, sample: int, took: Took) -> Completion:
         """The response to an example."""
         reason: FinishReason = result.finish_reason  # type: ignore[assignment]
         body = result.tokens[:-1] if reason == "eos" else result.tokens
@@ -40,6 +40,7 @@ class ResultReader:
             logprob=result.logprob,
             trace=self._traced(result),
             remark=self._remark(result),
+            took=took,
         )
 
     def _remark(self, result: Result) -> str | None:

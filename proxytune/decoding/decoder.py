@@ -32,7 +32,7 @@ from proxytune.engine.runners import ModelRunner, ReferenceRunner, Runner
 from proxytune.errors import UserError
 from proxytune.models import Loaded, Models, free_memory
 from proxytune.options import DecodeOptions
-from proxytune.records import Completion, Example, Prompt, RoleMemory
+from proxytune.records import Completion, Example, Prompt, RoleMemory, Took
 from proxytune.time_left import WorkSoFar
 
 MAX_ROWS = 128
@@ -287,15 +287,15 @@ class Decoder:
                 running.submit(request)
             yield unasked
             while engine.busy:
-                finished = []
-                for result in engine.step():
+                results, finished = engine.step(), []
+                self.stats = before.after(engine)
+                for result, took in zip(results, running.took(results, self.target), strict=True):
                     tag = result.request.tag
                     assert isinstance(tag, Tag)
                     running.ended(result)
-                    finished.append((tag.alpha, reader.completion(result, *tag.where)))
+                    finished.append((tag.alpha, reader.completion(result, *tag.where, took)))
                     if on_text is not None and (tag.alpha, *tag.where) in streams:
                         on_text(*tag.where, streams.pop((tag.alpha, *tag.where)).finish())
-                self.stats = before.after(engine)
                 yield finished
         finally:
             engine.close()
@@ -356,13 +356,16 @@ class Decoder:
         yield from product(alphas, unasked)
         self._running, self._scoring = None, ScoringTexts(len(items))
         found = likelihoods(self.ensemble, items, alphas)
+        before = self.stats.seconds
         while (result := self._timed(found)) is not None:
             tag, ids = result.continuation.tag, result.continuation.ids
             assert isinstance(tag, Scored)
-            self.stats.prompt_tokens += (
-                len(result.continuation.contexts[self.target]) if tag.number == 0 else 0
-            )
+            prompt = len(result.continuation.contexts[self.target]) if tag.number == 0 else 0
+            self.stats.prompt_tokens += prompt
             self.stats.generated_tokens += len(ids)
+            share = (self.stats.seconds - before) / len(alphas)
+            before = self.stats.seconds
+            took = Took(seconds=share, prompt_tokens=prompt, generated_tokens=len(ids))
             for alpha, logprobs in zip(alphas, result.logprobs, strict=True):
                 logprob = float(logprobs.double().sum())
                 faulty = math.isnan(logprob)
@@ -376,6 +379,7 @@ class Decoder:
                         finish_reason="nan" if faulty else "length",
                         logprob=logprob,
                         remark=NOT_NUMBERS if faulty else None,
+                        took=took,
                     ),
                 )
 

@@ -256,12 +256,16 @@ class Engine:
         """Count the accepted drafts, and let the drafter know how the step went."""
         tokens = [[item.token for item in own] for own in chosen]
         self.drafter.watch(rows, tokens)
-        agreed = [same_prefix(own, drafted) for own, drafted in zip(tokens, drafts.tokens, strict=True)]
-        examined = sum(min(n + 1, len(drafted)) for n, drafted in zip(agreed, drafts.tokens, strict=True))
-        self.counts.drafted += sum(map(len, drafts.tokens))
-        self.counts.examined += examined
-        self.counts.accepted += sum(agreed)
-        self.drafter.learn(drafts, sum(agreed), examined, seconds)
+        accepted = examined = 0
+        for row, own, drafted in zip(rows, tokens, drafts.tokens, strict=True):
+            agreed = same_prefix(own, drafted)
+            looked_at = min(agreed + 1, len(drafted))
+            for counts in (self.counts, row.counts):
+                counts.drafted += len(drafted)
+                counts.examined += looked_at
+                counts.accepted += agreed
+            accepted, examined = accepted + agreed, examined + looked_at
+        self.drafter.learn(drafts, accepted, examined, seconds)
 
     def _verify(self, plan: Plan, rows: Sequence[Row], drafts: Drafts) -> dict[str, Tensor]:
         """The verifying models on every row's last token and drafts: logits [sum of 1 + drafts, V]."""
@@ -359,11 +363,13 @@ class Engine:
             if not tokens or row.ticket in self._cancelled:
                 continue  # it came after the step was started, or a callback before this row ended it
             self.counts.row_steps += 1
+            row.counts.row_steps += 1
             reason = next((found for item in tokens if (found := self._append(row, item))), None)
             if row.ticket in self._cancelled:
                 continue
             if reason is not None:
-                result = Result(row.request, tuple(row.tokens), reason, row.logprob, tuple(row.trace))
+                seen = tuple(row.trace)
+                result = Result(row.request, tuple(row.tokens), reason, row.logprob, seen, row.counts)
                 ended.append((row.ticket, result))
                 self.drafter.forget(row)
                 done.append(index)

@@ -50,6 +50,19 @@ class TokenTrace(NamedTuple):
     divergence: Mapping[str, float] = MappingProxyType({})  # model -> KL(reference || model) in nats
 
 
+@dataclass
+class RowCounts:
+    """What one row did so far."""
+
+    row_steps: int = 0
+    """Steps in which it got tokens."""
+    drafted: int = 0
+    examined: int = 0
+    """Drafts up to and including the first rejected one of a step."""
+    accepted: int = 0
+    preemptions: int = 0
+
+
 @dataclass(eq=False)
 class Row:
     """A request under way."""
@@ -65,6 +78,7 @@ class Row:
     """The response so far, in the base's ids."""
     logprob: float = 0.0
     trace: list[TokenTrace] = field(default_factory=list)
+    counts: RowCounts = field(default_factory=RowCounts)
 
     def same_prompt(self, other: Row) -> bool:
         """Whether the prompt KV of one serves the other."""
@@ -111,3 +125,4 @@ class Result:
     finish_reason: str
     logprob: float
     trace: tuple[TokenTrace, ...]
+    counts: RowCounts = field(default_factory=RowCounts, compare=False)

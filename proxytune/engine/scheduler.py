@@ -169,6 +169,7 @@ class Scheduler:
         self._drop(youngest)
         self.waiting.appendleft(row)
         self.preemptions += 1
+        row.counts.preemptions += 1
 
     def _admit(self) -> None:
         """Let waiting rows in while there is room and the prefill of those before them is nearly done."""

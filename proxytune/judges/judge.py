@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from transformers import AutoConfig
+from typing import Protocol
 
 from proxytune.errors import UserError
-from proxytune.models import resolve
 from proxytune.records import JsonRow
 
 OnProgress = Callable[[int, int], None]
@@ -27,6 +25,8 @@ class Estimate:
     usd: float | None
     """None where no price is known."""
     seconds: float
+    spent: float = 0.0
+    """US dollars that earlier sessions spent on the same."""
 
     def __str__(self) -> str:
         cost = "cost unknown (give --price IN,OUT)" if self.usd is None else f"about {self.usd:.2f} USD"
@@ -62,17 +62,13 @@ class Judge(Protocol):
         ...
 
 
-def judge_config(model: str) -> Any:
-    """The configuration of a judge's model, which shows that it is there; UserError with what to do."""
+@contextmanager
+def of_a_judge() -> Iterator[None]:
+    """Errors about a model as those about a judge, with what to do."""
     try:
-        return AutoConfig.from_pretrained(resolve(model))
-    except (OSError, ValueError) as error:
+        yield
+    except UserError as error:
         raise UserError(
-            f"cannot load the judge '{model}': {in_one_line(error).rstrip('.')}. Name one with --judge "
-            "(folder or hub id), or keep the generations for later with --judge none"
+            f"the judge cannot be used: {str(error).rstrip('.')}. Name one with --judge (folder or hub id), "
+            "or keep the generations for later with --judge none"
         ) from None
-
-
-def in_one_line(error: BaseException) -> str:
-    """An exception in one line of readable length."""
-    return " ".join(str(error).split())[:300]

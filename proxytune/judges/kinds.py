@@ -29,7 +29,7 @@ class JudgeKind:
     def missing(self, model: str) -> str | None:
         """What such a judge lacks here now: a package, a key, its files; None if nothing."""
         if self.paid:
-            if importlib.util.find_spec("openai") is None:
+            if importlib.util.find_spec("httpx2") is None:
                 return "the judge needs: pip install 'proxytune[judges]'"
             named = os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL")
             return None if named else "the judge needs OPENAI_API_KEY"

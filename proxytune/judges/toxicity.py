@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from proxytune.errors import UserError
-from proxytune.judges.judge import OnProgress, in_one_line, judge_config
-from proxytune.models import resolve
+from proxytune.judges.judge import OnProgress, of_a_judge
+from proxytune.models import Classifier
 from proxytune.options import JudgeOptions
 from proxytune.records import JsonRow
 
@@ -33,7 +32,9 @@ class ToxicityClassifier:
 
     def check(self) -> None:
         """See that the classifier is there and has the class."""
-        self._toxic_class(judge_config(self.model))
+        with of_a_judge():
+            config = Classifier.check(self.model)
+        self._toxic_class(config)
 
     def estimate(self, rows: Sequence[JsonRow]) -> None:
         """It runs here, and costs nothing."""
@@ -45,10 +46,9 @@ class ToxicityClassifier:
         """`is_toxic`: 1 where the toxic class has the largest logit, else 0; null, which is no verdict, where
         the logits are no numbers."""
         texts = [row["prediction"] for row in rows]
-        config = judge_config(self.model)
-        toxic = self._toxic_class(config)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        tokenizer, model = _classifier(self.model, device)
+        tokenizer, model, config = _classifier(self.model, device)
+        toxic = self._toxic_class(config)
         limit = _limit(tokenizer, config)
         found: list[int | None] = [None] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # batches of like lengths
@@ -82,18 +82,15 @@ class ToxicityClassifier:
         return 1 if self.label is None else names[self.label]
 
 
-def _classifier(model: str, device: str) -> tuple[Any, Any]:
-    """Tokenizer and model of a classifier, in evaluation mode."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(model))
-        module = AutoModelForSequenceClassification.from_pretrained(resolve(model)).to(device).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the judge '{model}': {in_one_line(error)}") from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if module.config.pad_token_id is None:
-        module.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer, module
+def _classifier(model: str, device: str) -> tuple[Any, Any, Any]:
+    """Tokenizer, model and configuration of a classifier, ready for batches."""
+    with of_a_judge():
+        found = Classifier.load(model, device)
+    if found.tokenizer.pad_token is None:
+        found.tokenizer.pad_token = found.tokenizer.eos_token
+    if found.module.config.pad_token_id is None:
+        found.module.config.pad_token_id = found.tokenizer.pad_token_id
+    return found.tokenizer, found.module, found.config
 
 
 def _limit(tokenizer: Any, config: Any) -> int:

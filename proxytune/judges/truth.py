@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from proxytune.config import DType, ModelSpec, System
 from proxytune.decoding import Decoder
 from proxytune.errors import UserError
-from proxytune.judges.judge import OnProgress, judge_config
+from proxytune.judges.judge import OnProgress, of_a_judge
 from proxytune.models import Models
 from proxytune.options import DecodeOptions, JudgeOptions
 from proxytune.records import Example, JsonRow, Prompt
@@ -40,7 +40,11 @@ class TruthJudges:
     def check(self) -> None:
         """See that both models are there."""
         for model in (self.truth, self.info):
-            judge_config(model)
+            with of_a_judge():
+                Models(self._system(model)).check(["base"])
+
+    def _system(self, model: str) -> System:
+        return System(name="judge", base=ModelSpec(model=model, dtype=self.dtype))
 
     def estimate(self, rows: Sequence[JsonRow]) -> None:
         """It runs here, and costs nothing."""
@@ -67,8 +71,7 @@ class TruthJudges:
         self, model: str, prompts: Sequence[str], report: Callable[[int], None]
     ) -> list[float]:
         """How probable " yes" is after each prompt."""
-        system = System(name="judge", base=ModelSpec(model=model, dtype=self.dtype))
-        decoder = Decoder(Models(system), "base", DecodeOptions(batch=self.batch))
+        decoder = Decoder(Models(self._system(model)), "base", DecodeOptions(batch=self.batch))
         examples = [Example(str(i), Prompt(plain=text, user=text)) for i, text in enumerate(prompts)]
         found = []
         for completion in decoder.likelihoods(examples, lambda _: (YES,)):

@@ -7,32 +7,33 @@ from typing import TYPE_CHECKING
 from proxytune.lazy import door
 
 if TYPE_CHECKING:
-    from proxytune.models.checkpoint import load_config, resolve
-    from proxytune.models.memory import free_memory, process_peak, weights_needed
+    from proxytune.models.checkpoint import bytes_needed, resolve
+    from proxytune.models.loading import Classifier
+    from proxytune.models.memory import free_memory, process_peak
     from proxytune.models.roles import Loaded, Models
     from proxytune.models.vocabulary import Tokenizer
 
 __all__ = [
+    "Classifier",
     "Loaded",
     "Models",
     "Tokenizer",
+    "bytes_needed",
     "free_memory",
-    "load_config",
     "process_peak",
     "resolve",
-    "weights_needed",
 ]
 
 __getattr__ = door(
     __name__,
     {
+        "Classifier": "loading",
         "Loaded": "roles",
         "Models": "roles",
         "Tokenizer": "vocabulary",
+        "bytes_needed": "checkpoint",
         "free_memory": "memory",
-        "load_config": "checkpoint",
         "process_peak": "memory",
         "resolve": "checkpoint",
-        "weights_needed": "memory",
     },
 )

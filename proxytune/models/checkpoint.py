@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -24,7 +26,7 @@ from proxytune import hub
 from proxytune.config import DEMO_SCHEME, ModelSpec
 from proxytune.errors import UserError, needs_extra
 from proxytune.models.adapter_files import BAD_CHECKPOINT, first_line
-from proxytune.models.memory import placed_by_us, skeleton_of, weights_of
+from proxytune.models.memory import placed_by_us, skeleton_of, weights_needed, weights_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = "*.bin", "*.pt", "*.pth"
@@ -151,8 +153,13 @@ def check_checkpoint(
     source = locate(spec.model)
     if not may_lack_weights or _has_weights(source):
         promised = sum(parameter.numel() for parameter in skeleton.parameters())
-        _check_weights(source, config, promised, spec.model)
+        check_weights(spec, config, promised)
     return weights_of(spec, config, skeleton) if placed_by_us(spec, config) else None
+
+
+def bytes_needed(spec: ModelSpec) -> float:
+    """What the weights of a model take in memory, by its configuration."""
+    return weights_needed(spec, load_config(spec), spec.trust_remote_code)
 
 
 def load_config(spec: ModelSpec, *, trust_remote_code: bool = False) -> Any:
@@ -246,13 +253,20 @@ def _field(model: str, key: str, value: object, why: str) -> UserError:
     return UserError(f"cannot load the model '{model}': {key} in config.json is {value!r:.60}, and {why}")
 
 
-def _check_weights(source: CheckpointSource, config: Any, promised: int, model: str) -> None:
-    """UserError for a folder whose weights are absent, pickled, cut or damaged, or far fewer than the
-    configuration promises (in numbers). Reads headers only."""
-    folder = source.folder
-    if folder is None or source.gguf is not None:
+def check_weights(spec: ModelSpec, config: Any, promised: int = 0) -> None:
+    """UserError for weights that are absent, pickled, cut, damaged or outside their folder, or far fewer than
+    the configuration promises (in numbers). Reads headers only; of the hub, which files are named."""
+    assert spec.model is not None
+    source, model = locate(spec.model), spec.model
+    folder, named = source.folder, getattr(config, "transformers_weights", None)
+    if source.gguf is not None:
         return
-    found = sum(_numbers(path, model) for path in _weight_files(folder, model))
+    if named is not None and not isinstance(named, str):
+        raise _field(model, "transformers_weights", named, "must be the name of a file")
+    if folder is None:
+        _check_hub_shards(spec, named)
+        return
+    found = sum(_numbers(path, model) for path in _weight_files(folder, named, model))
     if getattr(config, "quantization_config", None) is None and 2 * found < promised:
         raise UserError(
             f"cannot load the model '{model}': its files hold {found:,} numbers, and config.json describes a "
@@ -266,23 +280,64 @@ def _has_weights(source: CheckpointSource) -> bool:
     return source.folder is not None and any(path for kind in kinds for path in source.folder.glob(kind))
 
 
-def _weight_files(folder: Path, model: str) -> list[Path]:
-    """The safetensors files that transformers would read."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
+def _weight_files(folder: Path, named: str | None, model: str) -> list[Path]:
+    """The safetensors files that transformers would read: one or the shards of an index, as found, or as the
+    configuration names it."""
+    name = named or (WEIGHTS if (folder / WEIGHTS).is_file() else INDEX)
+    if named is not None:
+        _require_beside("config.json", name, folder, model)
+    if not (folder / name).is_file():
         raise UserError(f"cannot load the model '{model}': {_why_no_weights(folder)}")
-    shards = _object(folder / INDEX, model).get("weight_map")
-    if not isinstance(shards, Mapping) or not shards or not all(isinstance(v, str) for v in shards.values()):
-        raise UserError(f"cannot load the model '{model}': {INDEX} has no weight_map from names to files")
-    names = sorted(set(shards.values()))
-    absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    if not name.endswith(".json"):
+        return [folder / name]
+    names = _shards(folder / name, model)
+    for shard in names:
+        _require_beside(name, shard, folder, model)
+    absent = [shard for shard in names if not (folder / shard).is_file()]
     if absent:
         raise UserError(
-            f"cannot load the model '{model}': {len(absent)} of the {len(names)} files that {INDEX} names "
+            f"cannot load the model '{model}': {len(absent)} of the {len(names)} files that {name} names "
             f"are not there, {absent[0]} first"
         )
-    return [folder / name for name in names]
+    return [folder / shard for shard in names]
+
+
+def _shards(index: Path, model: str) -> list[str]:
+    """The files that an index names."""
+    shards = _object(index, model).get("weight_map")
+    if not isinstance(shards, Mapping) or not shards or not all(isinstance(v, str) for v in shards.values()):
+        raise UserError(
+            f"cannot load the model '{model}': {index.name} has no weight_map from names to files"
+        )
+    return sorted(set(shards.values()))
+
+
+def _check_hub_shards(spec: ModelSpec, named: str | None) -> None:
+    """The same names for a model of the hub, which are joined with the path of the hub's cache."""
+    assert spec.model is not None
+    with reading(f"the model '{spec.model}'"):
+        try:
+            index = Path(hf_hub_download(spec.model, named or INDEX, revision=spec.revision))
+        except EntryNotFoundError:
+            return
+    for shard in _shards(index, spec.model) if index.suffix == ".json" else ():
+        _require_beside(index.name, shard, None, spec.model)
+
+
+def _require_beside(by: str, name: str, folder: Path | None, model: str) -> None:
+    """UserError unless a file that `by` names lies in the checkpoint's folder, links followed. In the hub's
+    cache files are links into the folder of their repository."""
+    inside = Path(name).name == name
+    if inside and folder is not None and (folder / name).is_file():
+        home = folder.resolve()
+        if home.parent.name == "snapshots" and (home.parent.parent / "blobs").is_dir():
+            home = home.parent.parent
+        inside = (folder / name).resolve().is_relative_to(home)
+    if not inside:
+        raise UserError(
+            f"cannot load the model '{model}': {by} names {name!r:.100}, which lies outside its folder: "
+            "copy the file there, if you trust it"
+        )
 
 
 def _why_no_weights(folder: Path) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
@@ -21,7 +23,7 @@ from proxytune.config import ModelSpec
 from proxytune.engine.kernels import int4
 from proxytune.errors import UserError, needs_extra
 from proxytune.models.adapter_files import BAD_CHECKPOINT, brings_tokenizer, first_line, own_template
-from proxytune.models.checkpoint import CheckpointSource, load_config, locate, reading
+from proxytune.models.checkpoint import CheckpointSource, check_weights, load_config, locate, reading
 from proxytune.models.memory import GIB, check_memory
 from proxytune.models.support import UNBOUNDED
 from proxytune.models.vocabulary import Tokenizer
@@ -78,10 +80,7 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
         )
     except BAD_CHECKPOINT as error:
         raise UserError(f"cannot load the model '{spec.model}': {first_line(error)}") from None
-    if missing := sorted(report["missing_keys"]):  # transformers only warns, and makes them up at random
-        raise UserError(
-            f"'{spec.model}' lacks {len(missing)} weights of its architecture, {missing[0]} first"
-        )
+    _require_all(spec.model, report)
     if spec.dtype == "float64":
         with suppress(
             AttributeError, ValueError
@@ -91,6 +90,46 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     return module
+
+
+def _require_all(model: str, report: Any) -> None:
+    """UserError for a checkpoint without weights that its architecture has."""
+    if missing := sorted(report["missing_keys"]):  # transformers only warns, and makes them up at random
+        raise UserError(f"'{model}' lacks {len(missing)} weights of its architecture, {missing[0]} first")
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A sequence classifier, under the rules of all models: safetensors in their folder, and no code of its
+    own."""
+
+    config: Any
+    tokenizer: Any
+    module: Any
+
+    @staticmethod
+    def check(model: str) -> Any:
+        """The configuration of a classifier whose files are fit; UserError where they are not."""
+        spec = ModelSpec(model=model)
+        config = load_config(spec)
+        check_weights(spec, config)
+        return config
+
+    @classmethod
+    def load(cls, model: str, device: str) -> Classifier:
+        """A classifier in evaluation mode."""
+        config, location = cls.check(model), locate(model).location
+        with reading(f"the classifier '{model}'"):
+            tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+            module, report = AutoModelForSequenceClassification.from_pretrained(
+                location,
+                config=config,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        _require_all(model, report)
+        return cls(config, tokenizer, module.to(device).eval())
 
 
 def _quantization(spec: ModelSpec, source: CheckpointSource) -> Any:

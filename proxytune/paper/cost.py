@@ -11,7 +11,7 @@ from pathlib import Path
 from proxytune import hub
 from proxytune.config import DEMO_SCHEME, ROLES, ModelSpec, Role, System, load_system
 from proxytune.errors import UserError
-from proxytune.models import Models, load_config, resolve, weights_needed
+from proxytune.models import Models, bytes_needed, resolve
 from proxytune.paper.published import read_paper
 from proxytune.paper.recipes import Line, Recipe, own_lines, published_lines
 from proxytune.tasks import TASKS
@@ -171,8 +171,7 @@ def need_of(spec: ModelSpec) -> Need:
     per_number = QUANTISED.get(spec.quantization, BYTES[spec.dtype])
     local = spec.model.startswith(("/", "./", "../", "~", DEMO_SCHEME)) or Path(spec.model).is_dir()
     if local:
-        config = load_config(spec)
-        return Need(spec.model, True, weights_needed(spec, config, spec.trust_remote_code), 0.0)
+        return Need(spec.model, True, bytes_needed(spec), 0.0)
     here = hub.stored(spec.model)
     if spec.model not in PUBLISHED:
         return Need(spec.model, here, None, 0.0 if here else None)

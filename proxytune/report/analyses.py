@@ -15,9 +15,7 @@ MANY = 80
 """Positions above which a curve shows groups of them, on a logarithmic axis."""
 SINGLE = 32
 """The first positions, which are shown one by one even then."""
-TOKENS_DRAWN, TOKENS_LISTED = 15, 60
-LABELLED = 330
-"""Width of a drawing with words to its right."""
+TOKENS_DRAWN, TOKENS_LISTED = 10, 60
 AtPositions = TypeVar("AtPositions", positions.PositionRow, positions.AgreementRow)
 
 
@@ -40,12 +38,13 @@ def curve(
     """What a curve over positions is drawn of, and its x axis: every position, or the first ones and then
     groups."""
     title = "position in the response, tokens (0 is the first)"
-    if len(rows) <= MANY:
+    last = bands[-1].last
+    if last < MANY:
         return list(rows), charts.axis("at", title, nice=False, padding=7)
     shown = [row for row in rows if row.first < SINGLE] + [row for row in bands if row.first >= SINGLE]
     x = charts.axis("at", title + ", log scale", type="symlog", nice=False, padding=7)
     edges = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
-    return shown, x | {"axis": {"values": [edge for edge in edges if edge <= rows[-1].last], "format": "~r"}}
+    return shown, x | {"axis": {"values": [edge for edge in edges if edge <= last], "format": "~r"}}
 
 
 def where(row: positions.PositionRow | positions.AgreementRow) -> str:
@@ -74,20 +73,21 @@ def positions_figures(found: positions.Positions) -> list[Figure]:
         Figure(
             name=f"positions-changed-{task}",
             title=f"{task}: how often the proxy chooses another token than the base",
-            caption=f"{found.tokens} tokens of {found.responses} responses; the area is a 95% interval",
+            caption=f"{found.tokens} tokens of {found.responses} responses; the area is a 95% interval"
+            + _few(shown),
             table=table,
             layers=(
                 *over_all,
                 *_published_curve(task, changed[-1]["at"], x, y),
                 *_banded(changed, x, y, "proxy"),
             ),
-            width=LABELLED,
             system=found.source.system,
         ),
         Figure(
             name=f"positions-shift-{task}",
             title=f"{task}: how far the chosen token's probability is moved",
-            caption="p(proxy) - p(base) of the chosen token, in percentage points; 95% interval of the mean",
+            caption="p(proxy) - p(base) of the chosen token, in percentage points; 95% interval of the "
+            f"mean{_few(shown)}",
             table=table,
             layers=tuple(_banded(shift, x, band_y, "proxy")),
             system=found.source.system,
@@ -97,9 +97,9 @@ def positions_figures(found: positions.Positions) -> list[Figure]:
 
 def _levels(own: float, theirs: float | None, y: Any) -> list[charts.Layer]:
     """Dashed lines at our share and at the paper's, named to the right of the drawing."""
-    named = [("proxy", own, f"all: {own:.1f}%")]
+    named = [("proxy", own, f"all {own:.1f}%")]
     if theirs is not None:
-        named.append(("published", theirs, f"paper, 13B: {theirs:.1f}%"))
+        named.append(("published", theirs, f"paper {theirs:.1f}%"))
     named.sort(key=lambda level: level[1])
     near = theirs is not None and abs(theirs - own) < 7
     layers: list[charts.Layer] = []
@@ -107,7 +107,7 @@ def _levels(own: float, theirs: float | None, y: Any) -> list[charts.Layer]:
         layers.append(charts.level(value, y, color))
         dy = (6 if i == 0 else -6) if near else 0
         labels = [{"value": value, "text": text}]
-        layers.append(charts.words(labels, {"value": LABELLED}, y, color, "right", dx=5, dy=dy))
+        layers.append(charts.words(labels, {"value": "width"}, y, color, "right", dx=5, dy=dy))
     return layers
 
 
@@ -138,19 +138,28 @@ def _data(
         interval = "" if low is None or high is None else f" [{low:.1f}, {high:.1f}]"
         data.append({
             "at": (row.first + row.last) / 2, "value": scale * metric.value, "low": low, "high": high,
+            "n": row.n,
             "label": f"{where(row)}; {name} {scale * metric.value:.1f}{unit}{interval}; {row.n} tokens",
         })  # fmt: skip
     return data
 
 
 def _banded(data: Sequence[charts.Datum], x: Any, y: Any, color: str) -> list[charts.Layer]:
-    """A line with its interval and points that can be asked."""
-    known = [datum for datum in data if datum["low"] is not None]
-    return [
-        charts.band(known, x, y, color),
-        charts.line(data, x, y, color),
-        charts.points(data, x, y, color, size=34),
-    ]
+    """A line with its interval and points that can be asked; faded where it is over few tokens."""
+    layers: list[charts.Layer] = []
+    for faded, part in charts.stretches(data):
+        known = [datum for datum in part if datum["low"] is not None]
+        layers.append(charts.band(known, x, y, color, opacity=0.06 if faded else 0.16))
+        layers.append(charts.line(part, x, y, color, opacity=charts.FAINT if faded else 1))
+    for faded in (True, False):
+        own = [datum for datum in data if (datum["n"] < charts.FEW) is faded]
+        layers.append(charts.points(own, x, y, color, size=34, opacity=charts.FAINT if faded else 1))
+    return layers
+
+
+def _few(rows: Sequence[AtPositions]) -> str:
+    """What a caption says of points over few tokens."""
+    return f"; faded: fewer than {charts.FEW} tokens" if any(row.n < charts.FEW for row in rows) else ""
 
 
 def _position_table(title: str, rows: Sequence[positions.PositionRow]) -> ReportTable:
@@ -180,7 +189,7 @@ def positions_table(found: Sequence[positions.Positions]) -> ReportTable:
         "the paper's (13B), %",
         "mean shift, points",
     )
-    return ReportTable("Over all tokens", columns, rows_of(cells))
+    return ReportTable("Over all tokens", columns, rows_of(cells), folded=True)
 
 
 # Tokens and equations
@@ -211,8 +220,7 @@ def ngrams_figure(found: tokens.Ngrams, task: str) -> Figure | None:
         caption=f"generated at least {found.min_count} times; lines are 95% intervals of the mean",
         table=ngrams_table(f"{task}: tokens by mean shift", found.rows[:TOKENS_LISTED]),
         layers=(charts.intervals(data, x, y, "proxy", along="x"), charts.points(data, x, y, "proxy")),
-        height=22 * len(rows),
-        width=350,
+        height=20 * len(rows),
         system="" if found.source is None else found.source.system,
     )
 
@@ -286,8 +294,7 @@ def equations_figure(found: tokens.Equations) -> Figure | None:
         "left is the reasoning, right the arithmetic",
         table=ReportTable(f"{found.source.task}: equations", columns, rows_of(cells)),
         layers=tuple(layers),
-        height=52 * len(rows),
-        width=330,
+        height=46 * len(rows),
         system=found.source.system,
     )
 
@@ -316,7 +323,7 @@ def agreement_figures(found: positions.Agreement) -> list[Figure]:
     task = found.source.task
     on = "on the proxy's outputs" if found.source.role == "proxy" else "on the tuned model's outputs"
     shown, x = curve(found.rows, found.bands)
-    y = charts.axis("value", "KL divergence from tuned, nats (median)", type="symlog", constant=0.01)
+    y = charts.axis("value", "KL from tuned, nats (median)", type="symlog", constant=0.01)
     y["axis"] = {"values": [0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30], "format": "~r"}
     layers: list[charts.Layer] = []
     for role in ("base", "proxy"):
@@ -338,7 +345,7 @@ def agreement_figures(found: positions.Agreement) -> list[Figure]:
             title=f"{task}: distance from tuned, {on}",
             caption=f"median and middle half; first step: proxy {first.kl_proxy.median:.3f}, base "
             f"{first.kl_base.median:.3f} nats (paper, AlpacaFarm: {found.paper_first_step['proxy']} and "
-            f"{found.paper_first_step['base']})",
+            f"{found.paper_first_step['base']}){_few(shown)}",
             table=table,
             layers=tuple(layers),
             system=found.source.system,
@@ -347,7 +354,7 @@ def agreement_figures(found: positions.Agreement) -> list[Figure]:
             name=f"agreement-same-{task}-{found.source.role}",
             title=f"{task}: same first choice as tuned, {on}",
             caption=f"over all tokens: proxy {100 * found.same_proxy.value:.1f}%, base "
-            f"{100 * found.same_base.value:.1f}%; areas are 95% intervals",
+            f"{100 * found.same_base.value:.1f}%; areas are 95% intervals{_few(shown)}",
             table=table,
             layers=tuple(same),
             system=found.source.system,
@@ -363,7 +370,7 @@ def _divergences(rows: Sequence[positions.AgreementRow], role: str) -> list[char
         half = f"middle half {spread.quarter:.3g} to {spread.three_quarters:.3g}"
         data.append({
             "at": (row.first + row.last) / 2, "value": spread.median, "low": spread.quarter,
-            "high": spread.three_quarters, "text": role,
+            "high": spread.three_quarters, "text": role, "n": row.n,
             "label": f"{role}, {where(row)}; median {spread.median:.3g} nats; {half}; {row.n} tokens",
         })  # fmt: skip
     return data

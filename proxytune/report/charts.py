@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 from proxytune.errors import needs_extra
@@ -25,7 +26,16 @@ COLORS = {
 """One colour per name and no two the same: the light values of report.css."""
 FONT = "Arial, 'Liberation Sans', Helvetica, sans-serif"
 """Of one width on all systems, so that what was measured here fits there."""
-WIDTH, HEIGHT = 400, 230
+WIDTH = 336
+"""Of a whole drawing with its axes and words: what a phone of 390 pixels shows without shrinking the text."""
+HEIGHT = 165
+"""Of the area inside the axes."""
+INSIDE = 285
+"""About the width inside the axes, where they have numbers only."""
+FEW = 20
+"""Tokens under which a point of a curve is faded."""
+FAINT = 0.4
+"""Its opacity."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,6 @@ class Figure:
     caption: str
     table: ReportTable
     layers: tuple[Layer, ...]
-    width: int = WIDTH
     height: int = HEIGHT
     system: str = ""
     """The system that it is of; named in the title where a page shows several."""
@@ -97,18 +106,34 @@ def log_axis(name: str, title: str, low: float, high: float) -> dict[str, Any]:
     return found | {"axis": {"values": shown, "format": "~r"}}
 
 
-def band(data: Sequence[Datum], x: Any, y: Any, color: str) -> Layer:
+def stretches(data: Sequence[Datum]) -> list[tuple[bool, list[Datum]]]:
+    """A curve in parts that are over many tokens, and parts that are over few (True) and reach to their
+    neighbours."""
+    parts: list[tuple[bool, list[Datum]]] = []
+    for few, own in groupby(data, key=lambda datum: datum["n"] < FEW):
+        part = list(own)
+        if parts and few:
+            part = [parts[-1][1][-1], *part]
+        elif parts:
+            parts[-1][1].append(part[0])
+        parts.append((few, part))
+    return parts
+
+
+def band(data: Sequence[Datum], x: Any, y: Any, color: str, *, opacity: float = 0.16) -> Layer:
     """The area between `low` and `high`."""
     return {
         "data": {"values": list(data)},
-        "mark": {"type": "area", "color": COLORS[color], "opacity": 0.16, "aria": False},
+        "mark": {"type": "area", "color": COLORS[color], "opacity": opacity, "aria": False},
         "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}},
     }
 
 
-def line(data: Sequence[Datum], x: Any, y: Any, color: str, *, dashed: bool = False) -> Layer:
+def line(
+    data: Sequence[Datum], x: Any, y: Any, color: str, *, dashed: bool = False, opacity: float = 1
+) -> Layer:
     """A line through the points, in their order along x."""
-    mark = {"type": "line", "color": COLORS[color], "strokeWidth": 2, "aria": False}
+    mark = {"type": "line", "color": COLORS[color], "strokeWidth": 2, "opacity": opacity, "aria": False}
     if dashed:
         mark["strokeDash"] = [5, 4]
     return {"data": {"values": list(data)}, "mark": mark, "encoding": {"x": x, "y": y}}
@@ -169,7 +194,7 @@ def words(data: Sequence[Datum], x: Any, y: Any, color: str, side: Side = "right
 
 
 def sides(
-    places: Sequence[tuple[float, float]], texts: Sequence[str], width: float = WIDTH, height: float = HEIGHT
+    places: Sequence[tuple[float, float]], texts: Sequence[str], width: float = INSIDE, height: float = HEIGHT
 ) -> list[Side]:
     """Where each label goes so that labels hide neither points nor each other, as far as four sides allow.
     `places` are pixels from the drawing's lower left corner."""
@@ -222,16 +247,26 @@ def _drawn(figure: Figure, background: str | None) -> str:
     import vl_convert
 
     specification = {
-        "width": figure.width,
+        "autosize": {"type": "fit-x", "contains": "padding"},
+        "width": WIDTH,
         "height": figure.height,
-        "description": visible(figure.title),
+        "description": figure.title,
         "layer": list(figure.layers),
         "config": _CONFIG,
         "padding": 4,
         "background": background,
     }
-    found: str = vl_convert.vegalite_to_svg(specification, vl_version="5.20", allowed_base_urls=[])
+    found: str = vl_convert.vegalite_to_svg(harmless(specification), vl_version="5.20", allowed_base_urls=[])
     return found
+
+
+def harmless(part: Any) -> Any:
+    """A specification with every text in it harmless to show, whoever it comes from."""
+    if isinstance(part, str):
+        return visible(part)
+    if isinstance(part, dict):
+        return {visible(key): harmless(value) for key, value in part.items()}
+    return [harmless(one) for one in part] if isinstance(part, list) else part
 
 
 _TEXT = {
@@ -251,7 +286,7 @@ _CONFIG = {
         "tickColor": COLORS["rule"],
         "labelPadding": 5,
         "titlePadding": 9,
-        "labelLimit": 190,
+        "labelLimit": 120,
         "labelFlush": False,
     },
     "axisX": {"grid": False},

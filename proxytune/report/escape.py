@@ -1,37 +1,37 @@
 """Text of others in our page: model outputs are hostile until they went through here.
 
 Escaping of HTML is Jinja's (autoescape) and the browser's (`textContent`). What they do not stop is made
-harmless here: characters that reorder, hide or break the text around them, and the ends of script elements
-inside embedded JSON.
+harmless by `visible` of proxytune/terminal.py (characters that reorder, hide or break the text around them)
+and here (the ends of script elements inside embedded JSON, and the markup of Markdown).
 """
 
 from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from typing import Any
 
-_SUSPECT = re.compile(r"[^\x20-\x7e]")
-_JOINERS = {"\u200c", "\u200d"}
-"""Invisible but needed: Persian and Indic spelling, and most emoji, are made with them."""
+from proxytune.terminal import visible
+
+__all__ = ["cell", "clipped", "embedded", "in_markdown", "visible"]
+
+_MARKUP = re.compile(r"[\\`*|~$<&]|\](?=[(\[:])|(?<!\w)_|_(?!\w)")
+"""Of Markdown. A bracket alone is none, nor is an underscore within a name."""
+_ENTITIES = {"<": "&lt;", "&": "&amp;"}
+_BAR = re.compile(r"(?<!\\)((?:\\\\)*)\|")
+"""A bar and the backslashes before it, of which none belongs to it."""
 _UNSAFE_IN_SCRIPT = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 
 
-def visible(text: str) -> str:
-    """The text with its control, format and unpaired surrogate characters written out (`<U+202E>` in angle
-    quotes); newline and tab stay.
-
-    So a right-to-left override cannot turn a page around, and a line separator cannot end a line of code."""
-    return _SUSPECT.sub(_shown, text)
+def in_markdown(text: str) -> str:
+    """The text in one line of Markdown that shows it as it is: no markup, no HTML, no end of a cell."""
+    line = " ".join(visible(text).split())
+    return _MARKUP.sub(lambda match: _ENTITIES.get(match[0], f"\\{match[0]}"), line)
 
 
-def _shown(match: re.Match[str]) -> str:
-    """One character as it may be in the page."""
-    char = match[0]
-    if char in "\n\t" or char in _JOINERS or unicodedata.category(char) not in {"Cc", "Cf", "Cs", "Zl", "Zp"}:
-        return char
-    return f"\u2039U+{ord(char):04X}\u203a"
+def cell(text: str) -> str:
+    """Markdown that cannot end its cell of a table: no bar without a backslash, and one line."""
+    return _BAR.sub(r"\1\\|", " ".join(visible(text).splitlines()))
 
 
 def clipped(text: str, limit: int) -> str:

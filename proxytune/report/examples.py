@@ -16,16 +16,15 @@ from rich.text import Text
 from proxytune.comparison import Conditions, conditions, models_of
 from proxytune.config import ROLES
 from proxytune.records import JsonRow, Run
+from proxytune.report.escape import in_markdown
 from proxytune.report.tables import markdown
 from proxytune.results import read_rows
 from proxytune.tasks.own import facts_of
+from proxytune.terminal import visible
 
 HIDDEN = "[hateful text, hidden: --show-hateful shows it]"
 LONGEST = 400
 """Characters of a text that are shown."""
-MARKUP = str.maketrans(
-    {character: f"\\{character}" for character in "\\`*_{}[]()#+-.!|~>$"} | {"<": "&lt;", "&": "&amp;"}
-)
 
 
 @dataclass(frozen=True)
@@ -78,17 +77,15 @@ def _shown(place: int, members: Sequence[tuple[Run, list[JsonRow]]], show_hatefu
 
 
 def plain(text: str) -> str:
-    """A text in one line of readable length, without control characters."""
+    """A text in one line of readable length, with its control characters written out."""
     line = " / ".join(part.strip() for part in text.split("\n") if part.strip())
-    line = "".join(character if character.isprintable() else "\ufffd" for character in line)
+    line = visible(line)
     return line if len(line) <= LONGEST else line[:LONGEST] + " ..."
 
 
 def rich_example(shown: Shown) -> Table:
     """An example for the terminal."""
-    table = Table(
-        title=f"{shown.title}: {shown.asked}".replace("[", "\\["), title_justify="left", show_lines=True
-    )
+    table = Table(title=Text(f"{shown.title}: {shown.asked}"), title_justify="left", show_lines=True)
     for column in ("as", "scores", "response"):
         table.add_column(column, overflow="fold")
     for one in shown.responses:
@@ -98,6 +95,6 @@ def rich_example(shown: Shown) -> Table:
 
 def markdown_example(shown: Shown) -> str:
     """An example as Markdown; the texts' own markup is shown as it is."""
-    rows = [[one.who, one.scores, one.text.translate(MARKUP)] for one in shown.responses]
-    asked = shown.asked.translate(MARKUP)
-    return f"**{shown.title}**: {asked}\n\n{markdown(('as', 'scores', 'response'), rows)}"
+    rows = [[in_markdown(one.who), in_markdown(one.scores), in_markdown(one.text)] for one in shown.responses]
+    title, asked = in_markdown(shown.title), in_markdown(shown.asked)
+    return f"**{title}**: {asked}\n\n{markdown(('as', 'scores', 'response'), rows)}"

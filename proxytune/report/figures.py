@@ -17,6 +17,8 @@ from proxytune.report.tables import RoleRow, alike, size, title
 PAPER_TASKS = {"codex_humaneval": "humaneval"}
 """The paper's repository's names of tasks that we call otherwise."""
 PAPER_TABLES = ("2", "4", "5")
+EDGE = {"value": "width"}
+"""The right edge of a drawing: words there stand outside."""
 SCORE_COLUMNS = ("as", "score, %", "95% interval", "gap closed", "memory", "ms / token", "examples")
 Published = dict[str, Any]
 
@@ -75,7 +77,7 @@ def beside_table(rows: Sequence[RoleRow], paper: Mapping[str, Sequence[Published
         lines += _published_lines(task, paper.get(task, ()))
     note = "ours in bold, published figures of other models in grey; the drawings have the intervals"
     columns = ("task", "models", "metric, %", *ROLES, "gap closed", "examples")
-    return ReportTable("All scores", columns, tuple(lines), note, words=3)
+    return ReportTable("All scores, beside the paper's", columns, tuple(lines), note, words=3, folded=True)
 
 
 def _own_line(rows: Sequence[RoleRow], system: str) -> TableRow:
@@ -150,7 +152,7 @@ def score_figure(rows: Sequence[RoleRow]) -> Figure | None:
     layers: list[charts.Layer] = []
     for name, row in zip(called, rows, strict=True):
         if row.score is None:
-            layers.append(charts.words([{"name": name, "text": row.shown}], {"value": 338}, y, "muted"))
+            layers.append(charts.words([{"name": name, "text": row.shown}], EDGE, y, "muted"))
             continue
         value = in_percent(row.score.value, row.score)
         datum = {
@@ -162,9 +164,7 @@ def score_figure(rows: Sequence[RoleRow]) -> Figure | None:
         layers += [
             charts.intervals([datum], x, y, row.role, along="x"),
             charts.points([datum], x, y, row.role, size=80, shape=shape),
-            charts.words(
-                [datum], {"value": 338}, y, row.role, fontWeight="bold" if row.role == "proxy" else "normal"
-            ),
+            charts.words([datum], EDGE, y, row.role, fontWeight="bold" if row.role == "proxy" else "normal"),
         ]
     return Figure(
         name=f"score-{task}",
@@ -172,8 +172,7 @@ def score_figure(rows: Sequence[RoleRow]) -> Figure | None:
         caption=f"{', '.join(dict.fromkeys(row.examples for row in rows))} examples; lines are 95% intervals",
         table=score_table(rows),
         layers=tuple(layers),
-        height=36 * len(rows),
-        width=330,
+        height=27 * len(rows),
     )
 
 
@@ -206,29 +205,39 @@ def gap_figure(rows: Sequence[RoleRow], paper: Mapping[str, Sequence[Published]]
     low, high = min(0, math.floor(min(values) / 20) * 20), max(100, math.ceil(max(values) / 20) * 20)
     x = charts.axis("gap", "gap closed, %", domain=[low, high])
     y = {**charts.axis("row", "", "nominal"), "sort": rows_shown, "title": None}
+    theirs = "test(/: paper, table [0-9]+$/, datum.label)"
+    y["axis"] = {
+        "labelExpr": f"{theirs} ? replace(datum.label, /^.*: /, '') : replace(datum.label, ': ', ', ')",
+        "labelFontWeight": {"condition": {"test": theirs, "value": "normal"}, "value": "bold"},
+    }
     cells = [(d["row"], "" if d in data else d["text"], f"{d['gap']:.1f}") for d in both]
     return Figure(
         name="gap",
-        title="How much of the gap between base and tuned the proxy closes",
-        caption="(proxy - base) / (tuned - base). Hollow: published, of 13B and 70B models",
+        title="Gap closed, beside the paper's",
+        caption="(proxy - base) / (tuned - base). Hollow: published, 13B and 70B",
         table=ReportTable(
             "Gap closed", ("task and source", "model", "gap closed, %"), charts.rows_of(cells), words=2
         ),
         layers=(
             charts.level(100, x, "muted", along="x"),
             charts.hollow(printed, x, y),
-            charts.words(
-                [d for d in printed if d["text"] != "70B"], x, y, "published", "above", fontSize=10.5
-            ),
-            charts.words(
-                [d for d in printed if d["text"] == "70B"], x, y, "published", "below", fontSize=10.5
-            ),
+            *_outward(printed, x, y),
             charts.points(data, x, y, "proxy", size=95),
             charts.words(data, x, y, "proxy", "left", fontWeight="bold"),
         ),
-        height=42 * len(rows_shown),
-        width=340,
+        height=21 * len(rows_shown),
     )
+
+
+def _outward(printed: Sequence[charts.Datum], x: Any, y: Any) -> list[charts.Layer]:
+    """The names of published points of a row: left of the lowest, right of the highest."""
+    layers = []
+    for row in dict.fromkeys(datum["row"] for datum in printed):
+        own = sorted((d for d in printed if d["row"] == row), key=lambda d: float(d["gap"]))
+        for place, datum in enumerate(own):
+            side: charts.Side = "right" if place == len(own) - 1 else "left" if place == 0 else "above"
+            layers.append(charts.words([datum], x, y, "published", side))
+    return layers
 
 
 def price_figure(rows: Sequence[RoleRow], what: Literal["memory", "time"]) -> Figure | None:
@@ -259,7 +268,7 @@ def price_figure(rows: Sequence[RoleRow], what: Literal["memory", "time"]) -> Fi
     top = 110 if shares else 1.1 * max(d["score"] for d in data)
     places = [
         (
-            charts.WIDTH * math.log(d["price"] / low) / math.log(high / low),
+            charts.INSIDE * math.log(d["price"] / low) / math.log(high / low),
             charts.HEIGHT * (d["score"] + 4) / top,
         )
         for d in data

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from proxytune import __version__
 from proxytune.errors import needs_extra
 from proxytune.report.charts import Figure, ReportTable, svg, themed_svg
 from proxytune.report.escape import embedded, visible
 from proxytune.report.figures import in_percent
-from proxytune.report.sections import Inputs, Section, read_inputs, sections
+from proxytune.report.sections import Inputs, Part, Section, read_inputs, sections
 from proxytune.report.tables import RoleRow, alike
 from proxytune.report.token_view import token_data
-from proxytune.results import write_atomically
+from proxytune.run_files import write_atomically
+
+TRACK, CHARACTER = 152, 6.7
+"""Pixels of a tile's track where it is narrowest, and of a character of its labels."""
+TILES = 5
+"""Tiles in a line on a wide screen, at most."""
+Span = Literal["third", "half", "whole"]
+"""How much of a line a figure takes on a wide screen."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class Drawn:
 
     figure: Figure
     svg: str
+    span: Span
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class DrawnPart:
     """A part of a section with its drawings."""
 
     figures: tuple[Drawn, ...]
+    further: tuple[Drawn, ...]
     tables: tuple[ReportTable, ...]
     sensitive: bool
 
@@ -57,7 +68,8 @@ class Report:
     @property
     def figures(self) -> list[Figure]:
         """All figures."""
-        return [figure for section in self.sections for part in section.parts for figure in part.figures]
+        parts = [part for section in self.sections for part in section.parts]
+        return [figure for part in parts for figure in (*part.figures, *part.further)]
 
     def write_html(self, path: Path) -> None:
         """Write the page."""
@@ -75,12 +87,14 @@ class Report:
     def html(self) -> str:
         """The page."""
         early, js = asset("theme.js"), asset("report.js")
-        page = Environment(autoescape=True, undefined=StrictUndefined).from_string(asset("report.html.j2"))
-        return page.render(
+        found = tiles(self.inputs.rows)
+        environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_harmless)
+        return environment.from_string(asset("report.html.j2")).render(
             title="Proxy-tuning report",
             subtitle=_subtitle(self.inputs),
             version=__version__,
-            tiles=tiles(self.inputs.rows),
+            tiles=found,
+            columns=math.ceil(len(found) / max(1, math.ceil(len(found) / TILES))),
             sections=[
                 {**_fields(section), "parts": [_drawn_part(part) for part in section.parts]}
                 for section in self.sections
@@ -96,7 +110,8 @@ class Report:
 def distinct(found: Sequence[Section]) -> list[Section]:
     """The sections with figures of different names; where they are of several systems, the titles say of
     which."""
-    systems = {figure.system for one in found for part in one.parts for figure in part.figures} - {""}
+    parts = [part for one in found for part in one.parts]
+    systems = {figure.system for part in parts for figure in (*part.figures, *part.further)} - {""}
     taken = set[str]()
 
     def named(figure: Figure) -> Figure:
@@ -109,10 +124,10 @@ def distinct(found: Sequence[Section]) -> list[Section]:
         taken.add(name)
         return replace(figure, name=name, title=title)
 
-    return [
-        replace(one, parts=tuple(replace(p, figures=tuple(named(f) for f in p.figures)) for p in one.parts))
-        for one in found
-    ]
+    def renamed(part: Part) -> Part:
+        return replace(part, figures=tuple(map(named, part.figures)), further=tuple(map(named, part.further)))
+
+    return [replace(one, parts=tuple(map(renamed, one.parts))) for one in found]
 
 
 def asset(name: str) -> str:
@@ -126,16 +141,33 @@ def _hash(script: str) -> str:
     return f"'sha256-{digest}'"
 
 
+def _harmless(found: Any) -> Any:
+    """What the template writes, harmless to show; what is marked safe is made by us."""
+    return visible(found) if isinstance(found, str) and not isinstance(found, Markup) else found
+
+
 def _fields(section: Section) -> dict[str, Any]:
-    return {name: getattr(section, name) for name in ("id", "short", "title", "intro", "missing", "command")}
+    names = ("id", "short", "title", "finding", "intro", "missing", "command")
+    return {name: getattr(section, name) for name in names}
 
 
-def _drawn_part(part: Any) -> DrawnPart:
-    return DrawnPart(
-        tuple(Drawn(figure, themed_svg(figure)) for figure in part.figures),
-        part.tables,
-        part.sensitive,
+def _drawn_part(part: Part) -> DrawnPart:
+    return DrawnPart(_drawn(part.figures), _drawn(part.further), part.tables, part.sensitive)
+
+
+def _drawn(figures: Sequence[Figure]) -> tuple[Drawn, ...]:
+    return tuple(
+        Drawn(figure, themed_svg(figure), span)
+        for figure, span in zip(figures, spans(len(figures)), strict=True)
     )
+
+
+def spans(count: int) -> list[Span]:
+    """Lines of three figures and of two, so that none is left over; one figure alone takes a whole line."""
+    if count == 1:
+        return ["whole"]
+    halves = (0, 4, 2)[count % 3]
+    return ["third" if place < count - halves else "half" for place in range(count)]
 
 
 def _subtitle(inputs: Inputs) -> str:
@@ -171,11 +203,35 @@ def tiles(rows: Sequence[RoleRow]) -> list[Mapping[str, Any]]:
         places = {"base": 0.0, "tuned": 100.0, "proxy": 100 * (gap or 0)}
         if gap is None:
             places = {role: values[role] for role in places}
+        places = {role: min(max(place, 0.0), 100.0) for role, place in places.items()}
+        texts = {role: f"{role} {values[role]:.1f}" for role in places}
+        lines = label_lines(places, texts)
         found.append({
             "system": visible(system), "task": task, "metric": visible(own["proxy"].metric),
             "gap": "n/a" if gap is None else f"{100 * gap:.1f}%",
-            "caption": "no firm gap between base and tuned" if gap is None else "of the gap closed",
-            **{f"{role}_at": f"{min(max(place, -2), 102):.1f}" for role, place in places.items()},
-            **{role: f"{values[role]:.1f}" for role in places},
+            "caption": "no firm gap to close" if gap is None else "of the gap closed",
+            "marks": [
+                {"role": role, "at": f"{places[role]:.1f}", "text": texts[role], "line": lines[role]}
+                for role in ("base", "tuned", "proxy")
+            ],
+            "lines": 1 + max(lines.values()),
         })  # fmt: skip
+    return found
+
+
+def label_lines(places: Mapping[str, float], texts: Mapping[str, str]) -> dict[str, int]:
+    """The line under a tile's track on which each label stands, so that none hides another on the narrowest
+    tile. A label lies around its dot: from its left end at 0 to its right end at 100."""
+    taken: list[tuple[int, float, float]] = []
+    found: dict[str, int] = {}
+    for role in ("base", "proxy", "tuned"):
+        long = CHARACTER * len(texts[role]) + 6
+        left = places[role] / 100 * (TRACK - long)
+        clear = (
+            line
+            for line in count()
+            if not any(line == own and left < right and low < left + long for own, low, right in taken)
+        )
+        found[role] = next(clear)
+        taken.append((found[role], left, left + long))
     return found

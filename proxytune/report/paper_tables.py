@@ -10,6 +10,7 @@ from rich.table import Table
 from proxytune.config import ROLES
 from proxytune.paper import published, recipes
 from proxytune.records import NO_SCORE, Run
+from proxytune.report.escape import in_markdown
 from proxytune.report.tables import alike, markdown, markdown_table, percent, role_rows
 from proxytune.report.tables import title as table_title
 
@@ -121,7 +122,8 @@ def markdown_side_by_side(
 ) -> str:
     """The table as Markdown."""
     columns, rows = side_by_side(recipe, paper, runs)
-    return markdown(columns, [[cell.replace("\n", "<br>") for cell in row] for row in rows])
+    lines = [["<br>".join(map(in_markdown, cell.split("\n"))) for cell in row] for row in rows]
+    return markdown(columns, lines)
 
 
 INTRODUCTION = """# Results
@@ -147,7 +149,7 @@ def results_readme(paper: Mapping[str, Any], runs: Sequence[Run]) -> str:
     demo = [run for run in runs if (run.spec.system.base.model or "").startswith("demo://")]
     parts = [INTRODUCTION]
     for rows in alike(role_rows(demo)):
-        parts += [f"### {table_title(rows)}\n", markdown_table(rows)]
+        parts += [f"### {in_markdown(table_title(rows))}\n", markdown_table(rows)]
     if not demo:
         parts.append("No runs yet.\n")
     parts.append(PUBLISHED)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from proxytune.config import Role
 from proxytune.records import Run
+from proxytune.report.escape import in_markdown
 from proxytune.report.tables import alike, markdown, role_rows
 
 TASKS = ("gsm", "truthfulqa", "humaneval")
@@ -27,7 +28,7 @@ def readme_table(runs: Sequence[Run]) -> str:
         over = list(dict.fromkeys(row.examples for row in four))
         if len(over) == 1:
             cells = (row.shown for row in four)
-            lines.append((f"{rows[0].task} ({rows[0].metric}, %)", *cells, over[0]))
+            lines.append((f"{rows[0].task} ({in_markdown(rows[0].metric)}, %)", *cells, over[0]))
     order = {task: place for place, task in enumerate(TASKS)}
     lines.sort(key=lambda line: order[line[0].partition(" ")[0]])
     return markdown(("task", *SHOWN, "n"), lines)

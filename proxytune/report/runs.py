@@ -12,7 +12,7 @@ from proxytune.report.escape import visible
 from proxytune.report.tables import role_rows, size
 
 Found = Sequence[tuple[Path, Run]]
-LISTED = 25
+LISTED = 10
 """Runs up to which their table is open."""
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,9 @@ from proxytune.comparison import comparable, conditions, models_of
 from proxytune.errors import UserError
 from proxytune.paper import published
 from proxytune.records import Run
+from proxytune.report import findings
 from proxytune.report.analyses import (
+    MANY,
     agreement_figures,
     equations_figure,
     ngrams_figure,
@@ -26,16 +28,20 @@ from proxytune.report.analyses import (
 from proxytune.report.charts import Figure, ReportTable
 from proxytune.report.figures import beside_table, gap_figure, price_figure, published_scores, score_figure
 from proxytune.report.runs import cost_table, made_table, notes_table, systems_table
-from proxytune.report.sweeps import failure_tables, skip_figures, sweep_figures
+from proxytune.report.sweeps import failure_counts, failure_tables, skip_figures, sweep_figures
 from proxytune.report.tables import RoleRow, alike, role_rows
 from proxytune.report.token_view import TraceSet, plainness, trace_sets
 from proxytune.results import PREDICTIONS, find_runs
 from proxytune.tasks.own import facts_of
+from proxytune.terminal import say
 
 MIN_COUNTS = (100, 30, 10, 3)
 """How often a token must have been generated to be ranked: the paper's number, or the largest of these that
 leaves enough of them in smaller runs."""
 ENOUGH = 8
+by_position = partial(positions.positions, singles=MANY)
+agreement = partial(positions.agreement, singles=MANY)
+"""Of the positions that a curve shows one by one: a response may have a million."""
 Found = TypeVar("Found")
 
 
@@ -45,6 +51,8 @@ class Part:
 
     figures: tuple[Figure, ...] = ()
     tables: tuple[ReportTable, ...] = ()
+    further: tuple[Figure, ...] = ()
+    """Figures of the same kind, which are opened by a click."""
     sensitive: bool = False
     """Whether it shows text that is hateful by design."""
 
@@ -61,6 +69,8 @@ class Section:
     parts: tuple[Part, ...] = ()
     missing: str = ""
     command: str = ""
+    finding: str = ""
+    """What the section shows, in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +137,12 @@ def table_runs(root: Path, found: Sequence[tuple[Path, Run]]) -> list[Run]:
 
 def sections(inputs: Inputs) -> list[Section]:
     """All sections, in their order."""
+    steered = [one for chosen in inputs.sets if (one := attempt(by_position, chosen.folder))]
     return [
         results_section(inputs),
-        tokens_section(inputs),
+        tokens_section(inputs, steered),
         price_section(inputs),
-        positions_section(inputs),
+        positions_section(inputs, steered),
         ngrams_section(inputs),
         equations_section(inputs),
         alpha_section(inputs),
@@ -147,24 +158,28 @@ def attempt(make: Callable[..., Found], *folders: Path | None) -> Found | None:
     try:
         return make(*folders)
     except UserError as error:
-        print(f"note: left out of the page: {error}", file=sys.stderr)
+        say(f"note: left out of the page: {error}")
         return None
 
 
 def parts_of(
-    figures: Sequence[Figure | None], *tables: ReportTable, sensitive: bool = False
+    figures: Sequence[Figure | None],
+    *tables: ReportTable,
+    sensitive: bool = False,
+    shown: int | None = None,
 ) -> Iterator[Part]:
-    """One part, or none where there is nothing in it."""
+    """One part, or none where there is nothing in it; the first `shown` figures are open."""
     drawn = tuple(figure for figure in figures if figure is not None)
     if drawn or tables:
-        yield Part(drawn, tables, sensitive)
+        open_ = len(drawn) if shown is None else shown
+        yield Part(drawn[:open_], tables, drawn[open_:], sensitive)
 
 
 def either(section: Section, parts: Sequence[Part], missing: str, command: str) -> Section:
     """The section with its parts, or with the line that names the command which makes them."""
     if parts:
         return dataclasses.replace(section, parts=tuple(parts))
-    return dataclasses.replace(section, intro=(), missing=missing, command=command)
+    return dataclasses.replace(section, intro=(), finding="", missing=missing, command=command)
 
 
 # Runs
@@ -190,22 +205,28 @@ def results_section(inputs: Inputs) -> Section:
             "under Runs."
         )
     parts = parts_of(figures, beside_table(inputs.rows, paper))
-    return Section("results", "Results", "Results, beside the paper's", tuple(intro), tuple(parts))
+    return Section(
+        "results", "Results", "Results, beside the paper's", tuple(intro), tuple(parts),
+        finding=findings.on_results(inputs.rows),
+    )  # fmt: skip
 
 
 def price_section(inputs: Inputs) -> Section:
     """Score against memory and time."""
-    found = [
-        part
+    drawn = [
+        figure
         for rows in alike(inputs.rows)
-        for part in parts_of([price_figure(rows, "memory"), price_figure(rows, "time")])
+        for figure in (price_figure(rows, "memory"), price_figure(rows, "time"))
     ]
+    found = list(parts_of(drawn, shown=2))
     intro = (
         "The proxy needs three models at every step: memory is the weights and the KV cache at its fullest "
         "of all models that a role needs, and time is decoding time over generated tokens, all rows of a "
         "batch together.",
     )
-    empty = Section("price", "Price", "What a score costs", intro)
+    empty = Section(
+        "price", "Price", "What a score costs", intro, finding=findings.on_price(inputs.rows)
+    )  # fmt: skip
     return either(empty, found, "No run has recorded its memory and time", inputs.command("eval", "--as all"))
 
 
@@ -216,14 +237,14 @@ def runs_section(inputs: Inputs) -> Section:
     return Section(
         "runs", "Runs", "Runs: cost, speed and provenance",
         ("Every finished run under the folder of results that this page was made from.",),
-        (Part((), tables),),
+        (Part((), tables),), finding=findings.on_runs([run for _, run in found]),
     )  # fmt: skip
 
 
 # Traces
 
 
-def tokens_section(inputs: Inputs) -> Section:
+def tokens_section(inputs: Inputs, found: Sequence[positions.Positions]) -> Section:
     """The token-level view; the page's script fills it from the embedded JSON."""
     intro = (
         "Every token of a response, shaded by how far the proxy moved its probability away from the base's. "
@@ -235,33 +256,37 @@ def tokens_section(inputs: Inputs) -> Section:
             "tokens", "Tokens", title, (), missing="No traced run of a proxy",
             command=inputs.command("eval", "--trace"),
         )  # fmt: skip
-    return Section("tokens", "Tokens", title, intro)
+    return Section("tokens", "Tokens", title, intro, finding=findings.on_tokens(found))
 
 
-def positions_section(inputs: Inputs) -> Section:
+def positions_section(inputs: Inputs, found: Sequence[positions.Positions]) -> Section:
     """Influence by position."""
-    found = [one for chosen in inputs.sets if (one := attempt(positions.positions, chosen.folder))]
     figures = [figure for one in found for figure in positions_figures(one)]
     parts = [Part(tuple(figures), (positions_table(found),))] if found else []
     intro = ("Where in a response the proxy chooses differently from the base (the paper's appendix C.2).",)
-    empty = Section("positions", "Position", "Influence by position", intro)
+    empty = Section(
+        "positions", "Position", "Influence by position", intro, finding=findings.on_positions(found)
+    )
     return either(empty, parts, "No traced run of a proxy", inputs.command("eval", "--trace"))
 
 
 def ngrams_section(inputs: Inputs) -> Section:
     """Influence by token."""
-    drawn = [(facts_of(chosen.run).hateful, figure) for chosen in inputs.sets if (figure := _ngrams(chosen))]
-    plain = [figure for hateful, figure in drawn if not hateful]
-    veiled = [figure for hateful, figure in drawn if hateful]
+    ranked = [(chosen.run.spec.task, one) for chosen in inputs.sets if (one := _ngrams(chosen))]
+    hateful = {chosen.run.spec.task for chosen in inputs.sets if facts_of(chosen.run).hateful}
+    drawn = [(task, figure) for task, one in ranked if (figure := ngrams_figure(one, task))]
+    plain = [figure for task, figure in drawn if task not in hateful]
+    veiled = [figure for task, figure in drawn if task in hateful]
     parts = [*parts_of(plain, published_ngrams(inputs.paper)), *parts_of(veiled, sensitive=True)]
     if not drawn:
         parts = []
     intro = ("Which tokens the proxy makes more likely, and the phrase in which each mostly occurs (6.1).",)
-    empty = Section("ngrams", "Words", "Influence by token and phrase", intro)
+    finding = findings.on_ngrams([(task, one) for task, one in ranked if task not in hateful])
+    empty = Section("ngrams", "Words", "Influence by token and phrase", intro, finding=finding)
     return either(empty, parts, "No traced run of a proxy", inputs.command("eval", "--trace"))
 
 
-def _ngrams(chosen: TraceSet) -> Figure | None:
+def _ngrams(chosen: TraceSet) -> tokens.Ngrams | None:
     """The tokens of a traced run: by the paper's minimum count, or a lower one where that leaves too few."""
     for min_count in MIN_COUNTS:
         try:
@@ -269,22 +294,23 @@ def _ngrams(chosen: TraceSet) -> Figure | None:
         except UserError:
             continue  # no token is as frequent as that
         if len(found.rows) >= ENOUGH or min_count == MIN_COUNTS[-1]:
-            return ngrams_figure(found, chosen.run.spec.task)
+            return found
     return None
 
 
 def equations_section(inputs: Inputs) -> Section:
     """Reasoning against arithmetic."""
-    parts: list[Part] = []
-    for chosen in inputs.sets:
-        if chosen.run.spec.task == "gsm" and (found := attempt(tokens.equations, chosen.folder)):
-            parts += parts_of([equations_figure(found)])
+    traced = [chosen.folder for chosen in inputs.sets if chosen.run.spec.task == "gsm"]
+    found = [one for folder in traced if (one := attempt(tokens.equations, folder))]
+    parts = list(parts_of([equations_figure(one) for one in found]))
     intro = (
         "Does the proxy change the reasoning (left of the equals sign) or the arithmetic (right of it)? "
         "(6.1) The paper's rule counts some tokens twice and stops at decimal points; the corrected one does "
         "not.",
     )
-    empty = Section("equations", "Equations", "Influence in equations", intro)
+    empty = Section(
+        "equations", "Equations", "Influence in equations", intro, finding=findings.on_equations(found)
+    )
     system, _ = inputs.usual
     return either(
         empty, parts, "No traced gsm run of a proxy", f"proxytune eval gsm --system {system} --trace"
@@ -293,18 +319,24 @@ def equations_section(inputs: Inputs) -> Section:
 
 def agreement_section(inputs: Inputs) -> Section:
     """Agreement with direct tuning."""
-    figures: list[Figure] = []
-    for folder, run in inputs.found:
-        if run.spec.trace == "agreement" and run.spec.role in ("proxy", "tuned"):
-            found = attempt(positions.agreement, folder)
-            if found is not None and len(found.rows) >= 4:
-                figures += agreement_figures(found)
-    parts = list(parts_of(figures))
+    traced = [
+        folder
+        for folder, run in inputs.found
+        if run.spec.trace == "agreement" and run.spec.role in ("proxy", "tuned")
+    ]
+    found = [one for folder in traced if (one := attempt(agreement, folder)) and len(one.rows) >= 4]
+    found.sort(key=lambda one: one.source.role != "proxy")
+    figures = [figure for one in found for figure in agreement_figures(one)]
+    on_proxy = 2 * sum(one.source.role == "proxy" for one in found)
+    parts = list(parts_of(figures, shown=on_proxy or len(figures)))
     intro = (
         "How near the proxy comes to the directly tuned model, token by token: the divergence of the two "
         "distributions, and how often their first choices are the same.",
     )
-    empty = Section("agreement", "Agreement", "Agreement with direct tuning", intro)
+    empty = Section(
+        "agreement", "Agreement", "Agreement with direct tuning", intro,
+        finding=findings.on_agreement(found),
+    )  # fmt: skip
     command = inputs.command("eval", "--trace agreement")
     return either(empty, parts, "No run with an agreement trace (it needs a tuned model)", command)
 
@@ -314,32 +346,36 @@ def agreement_section(inputs: Inputs) -> Section:
 
 def alpha_section(inputs: Inputs) -> Section:
     """Score against alpha."""
-    figures: list[Figure] = []
-    for folder in sweeps.find_sweeps(inputs.root):
-        found = attempt(sweeps.sweep, folder)
-        if found is not None and sum(point.value is not None for point in found.points) > 2:
-            figures += sweep_figures(found)
-    parts = list(parts_of(figures))
+    found = [
+        one
+        for folder in sweeps.find_sweeps(inputs.root)
+        if (one := attempt(sweeps.sweep, folder)) and sum(p.value is not None for p in one.points) > 2
+    ]
+    parts = list(parts_of([figure for one in found for figure in sweep_figures(one)]))
     intro = ("Alpha 0 is the base alone, 1 the paper's setting (6.2).",)
-    empty = Section("alpha", "Alpha", "The strength of the shift", intro)
+    finding = findings.on_alpha(found)
+    empty = Section("alpha", "Alpha", "The strength of the shift", intro, finding=finding)
     return either(empty, parts, "No sweep over alpha", inputs.command("sweep-alpha", "--alphas 0:2:0.2"))
 
 
 def skip_section(inputs: Inputs) -> Section:
     """What ending the correction early does."""
-    figures: list[Figure] = []
-    for folder in sweeps.find_sweeps(inputs.root):
-        if not any(path.parent == folder and run.spec.alpha.kind == "first" for path, run in inputs.found):
-            continue
-        found = attempt(sweeps.skip, folder, _control(inputs, folder))
-        if found is not None:
-            figures += skip_figures(found)
-    parts = list(parts_of(figures))
+    folders = [
+        folder
+        for folder in sweeps.find_sweeps(inputs.root)
+        if any(path.parent == folder and run.spec.alpha.kind == "first" for path, run in inputs.found)
+    ]
+    found = [one for f in folders if (one := attempt(sweeps.skip, f, _control(inputs, f)))]
+    drawn = sorted(
+        (figure for one in found for figure in skip_figures(one)), key=lambda f: "score" not in f.name
+    )
+    parts = list(parts_of(drawn, shown=len(found)))
     intro = (
         "The later tokens change little: can the correction be left out there? The proxy steers the first t "
         "tokens only, then the base goes on alone.",
     )
-    empty = Section("skip", "Late skip", "Ending the correction early", intro)
+    finding = findings.on_skip(found)
+    empty = Section("skip", "Late skip", "Ending the correction early", intro, finding=finding)
     alphas = "--alphas 0,first:1,first:4,first:16,1"
     return either(empty, parts, "No sweep over schedules first:t", inputs.command("sweep-alpha", alphas))
 
@@ -359,19 +395,22 @@ def _control(inputs: Inputs, folder: Path) -> Path | None:
 
 def failures_section(inputs: Inputs) -> Section:
     """Base against proxy, item by item."""
+    found = [one for pair in _pairs(inputs) if (one := attempt(failures.failures, *pair))]
     parts: list[Part] = []
-    for first, second in _pairs(inputs):
-        found = attempt(failures.failures, first, second)
-        if found is not None:
-            hateful = facts_of(dict(inputs.found)[first]).hateful
-            parts += parts_of([], *failure_tables(found), sensitive=hateful)
+    for sensitive in (False, True):
+        own = [one for one in found if one.first.hateful is sensitive]
+        parts += parts_of([], *failure_tables(own), sensitive=sensitive)
+    if found:
+        parts.append(Part((), (failure_counts(found),)))
     intro = (
         "Items that one of the two has right and the other wrong. McNemar's exact test asks whether they "
         "differ in how often.",
     )
-    empty = Section("failures", "Failures", "Where the proxy fails and the base does not", intro)
+    finding = findings.on_failures(found)
+    title = "Where the proxy fails and the base does not"
+    empty = Section("failures", "Failures", title, intro, finding=finding)
     command = inputs.command("eval", "--as all")
-    return either(empty, parts, "No base and proxy with stored predictions on the same items", command)
+    return either(empty, parts, "No base and proxy on the same items", command)
 
 
 def _pairs(inputs: Inputs) -> Iterator[tuple[Path, Path]]:

@@ -17,6 +17,8 @@ from proxytune.report.tables import examples, percent, scored
 
 LISTED = 20
 """Items that are listed for each way in which two runs differ."""
+OPEN = 3
+"""Failures that are listed without a click."""
 SHOWN = 600
 """Characters of a text in that list."""
 COLUMNS = ("alpha", "score, %", "loops, %", "tokens, mean", "examples")
@@ -203,34 +205,50 @@ def skip_figures(found: sweeps.Skip) -> list[Figure]:
 # Failures
 
 
-def failure_tables(found: failures.Failures) -> list[ReportTable]:
-    """Who has what right with McNemar's test, and the items on which the two differ."""
-    first, second = found.first.role, found.second.role
-    some = "" if found.n == found.of else f", over {found.n} of {found.of}"
-    title = f"{found.first.system}: {found.first.task}, {first} against {second} ({found.metric}{some})"
-    counts = ReportTable(
-        title,
-        ("both right", f"only {first}", f"only {second}", "both wrong", "McNemar's exact p"),
-        rows_of([(
-            str(found.both_right), str(found.only_first), str(found.only_second), str(found.both_wrong),
-            f"{found.p:.2g}",
-        )]), words=0,
+def failure_counts(found: Sequence[failures.Failures]) -> ReportTable:
+    """Who has what right, with McNemar's test: a line for every pair of runs."""
+    cells = [
+        (
+            f"{one.first.system}: {one.first.task}", one.metric, str(one.both_right), str(one.only_first),
+            str(one.only_second), str(one.both_wrong), f"{one.p:.2g}",
+            str(one.n) if one.n == one.of else f"{one.n} of {one.of}",
+        )
+        for one in found
+    ]  # fmt: skip
+    first, second = found[0].first.role, found[0].second.role
+    columns = (
+        "system and task", "metric", "both right", f"only {first}", f"only {second}", "both wrong",
+        "McNemar's exact p", "items",
     )  # fmt: skip
-    tables = [counts]
-    for role, other, which in ((first, second, "first"), (second, first, "second")):
-        items = [item for item in found.items if item.right == which]
-        if items:
-            cells = [
-                tuple(
-                    clipped(text.strip(), SHOWN)
-                    for text in (item.id, item.question, item.answer, item.first, item.second)
-                )
-                for item in items[:LISTED]
-            ]
-            shown = "" if len(items) <= LISTED else f"the first {LISTED} of {len(items)}"
-            tables.append(ReportTable(
-                f"{found.first.task}: {role} right, {other} wrong ({len(items)})",
-                ("id", "question", "reference", f"{first}'s answer", f"{second}'s answer"),
-                rows_of(cells), note=shown, texts=frozenset({1, 2, 3, 4}), words=5, folded=True,
-            ))  # fmt: skip
-    return tables
+    return ReportTable(f"{first} against {second}, in items", columns, rows_of(cells), words=2)
+
+
+def failure_tables(found: Sequence[failures.Failures]) -> list[ReportTable]:
+    """The items on which two runs differ: a few that the second run fails are open, then all of them, then
+    those that it mends."""
+    failed = [_items(one, "first", OPEN) for one in found]
+    rest = [_items(one, "first", LISTED, folded=True) for one in found if one.only_first > OPEN]
+    mended = [_items(one, "second", LISTED, folded=True) for one in found]
+    return [table for table in (*failed, *rest, *mended) if table.rows]
+
+
+def _items(
+    found: failures.Failures, which: Literal["first", "second"], most: int, *, folded: bool = False
+) -> ReportTable:
+    """The first items that only one of two runs has right."""
+    first, second = found.first.role, found.second.role
+    right, wrong = (first, second) if which == "first" else (second, first)
+    items = [item for item in found.items if item.right == which]
+    cells = [
+        tuple(
+            clipped(text.strip(), SHOWN)
+            for text in (item.id, item.question, item.answer, item.first, item.second)
+        )
+        for item in items[:most]
+    ]
+    return ReportTable(
+        f"{found.first.task}: {right} right, {wrong} wrong ({len(items)})",
+        ("id", "question", "reference", f"{first}'s answer", f"{second}'s answer"),
+        rows_of(cells), note="" if len(items) <= most else f"the first {most} of {len(items)}",
+        texts=frozenset({1, 2, 3, 4}), words=5, folded=folded,
+    )  # fmt: skip

@@ -13,6 +13,7 @@ from rich.table import Table
 from proxytune.comparison import Conditions, apart, comparable, conditions, details, gap, models_of
 from proxytune.config import ROLES, Role
 from proxytune.records import NO_SCORE, UNSCORED, Cost, Metric, Run, TaskFacts
+from proxytune.report.escape import cell, in_markdown
 from proxytune.results import find_runs
 from proxytune.tasks.own import facts_of
 
@@ -279,12 +280,13 @@ def rich_table(rows: Sequence[RoleRow]) -> Table:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table. Its cells are Markdown; no text in them can end a cell or a line."""
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+    return "\n".join("| " + " | ".join(map(cell, cells)) + " |" for cells in lines) + "\n"
 
 
 def markdown_table(rows: Sequence[RoleRow]) -> str:
     """The rows of one task as Markdown."""
     first = 0 if len({row.system for row in rows}) > 1 else 1
-    return markdown(COLUMNS[first:], [row.cells[first:] for row in rows])
+    named = [(in_markdown(row.system), in_markdown(row.label), *row.cells[2:]) for row in rows]
+    return markdown(COLUMNS[first:], [cells[first:] for cells in named])

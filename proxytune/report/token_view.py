@@ -19,6 +19,10 @@ from proxytune.tasks.own import facts_of
 
 TOKEN_BUDGET = 80_000
 """Traced tokens in one page, shared by its tasks: some 3 MB."""
+RESPONSE_TOKENS = 4000
+"""Tokens of one response that are shown."""
+TOKEN_LIMIT = 200
+"""Characters of a token that are shown."""
 ANSWER_LIMIT = 3000
 """Characters of an answer that are shown."""
 TRACED: tuple[Role, ...] = ("base", "expert", "antiexpert", "proxy")
@@ -85,7 +89,7 @@ def token_data(sets: Sequence[TraceSet], budget: int = TOKEN_BUDGET) -> dict[str
     """The content of the page's JSON block.
 
     `texts` is the table of token texts that the tokens refer to; each set has `total` examples of which the
-    first are in `items`, up to its share of `budget` tokens.
+    first are in `items`, up to its share of `budget` tokens. A long response is cut: `length` is all of it.
     """
     table = _Texts()
     share = budget // max(len(sets), 1)
@@ -102,7 +106,7 @@ class _Texts:
 
     def index(self, text: str) -> int:
         """The place of a text in the table."""
-        shown = visible(text)
+        shown = visible(clipped(text, TOKEN_LIMIT))
         if shown not in self._place:
             self._place[shown] = len(self.texts)
             self.texts.append(shown)
@@ -117,19 +121,22 @@ def _set(chosen: TraceSet, table: _Texts, budget: int) -> dict[str, Any]:
         role: {row["id"]: row for row in read_rows(folder)} for role, (folder, _) in chosen.others.items()
     }
     items, left = list[dict[str, Any]](), budget
+    most = max(1, min(RESPONSE_TOKENS, budget))
     for trace in _traces(chosen.folder):
         row = rows.get(trace["id"])
         if row is None or trace.get("sample", 0) != 0:
             continue
-        left -= len(trace["tokens"])
+        tokens = trace["tokens"]
+        left -= min(len(tokens), most)
         if left < 0 and items:
             break
-        items.append(_item(chosen, row, trace, others, table))
+        item = _item(chosen, row, tokens[:most], others, table)
+        items.append(item | {"length": len(tokens)} if len(tokens) > most else item)
     return {
         "system": visible(spec.system.name),
-        "task": spec.task,
+        "task": visible(spec.task),
         "alpha": spec.alpha.text,
-        "metric": chosen.run.headline,
+        "metric": visible(chosen.run.headline),
         "sensitive": facts_of(chosen.run).hateful,
         "total": chosen.run.n,
         "items": items,
@@ -147,12 +154,12 @@ def _traces(folder: Path) -> Iterator[JsonRow]:
 def _item(
     chosen: TraceSet,
     row: JsonRow,
-    trace: JsonRow,
+    tokens: Sequence[JsonRow],
     others: Mapping[Role, Mapping[str, JsonRow]],
     table: _Texts,
 ) -> dict[str, Any]:
     """One example: what was asked, everybody's answer, and the proxy's tokens."""
-    facts, tokens = facts_of(chosen.run), trace["tokens"]
+    facts = facts_of(chosen.run)
     answers = {role: own[row["id"]] for role, own in others.items() if row["id"] in own}
     same = {role: other for role, other in answers.items() if asked(other, facts) == asked(row, facts)}
     by_role = {role: _answer(other, facts, chosen.run.headline) for role, other in same.items()}

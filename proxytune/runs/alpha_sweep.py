@@ -11,7 +11,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
@@ -19,18 +19,17 @@ import torch
 
 from proxytune import __version__, results
 from proxytune.config import AlphaSchedule, parse_alpha
-from proxytune.decoding import Decoder, DecodeStats
+from proxytune.decoding import Decoder
 from proxytune.errors import UserError
 from proxytune.progress import Progress
 from proxytune.provenance import provenance
-from proxytune.records import Completion, Example, RoleMemory, Run
+from proxytune.records import Completion, Example, Run
 from proxytune.results import SWEEP, RunFolder
+from proxytune.run_files import remove_strays, write_atomically
 from proxytune.runs.evaluation import RESULTS, Evaluation, plan
 from proxytune.runs.session import CHECKPOINT_SECONDS, RunPlan, Session, device_name, new_run
 from proxytune.runs.verdicts import add_verdicts
 
-BY_EXAMPLES = ("prompt_tokens", "prefill_seconds")
-"""What an alpha takes by its examples, not by its tokens."""
 MAX_ALPHAS = 100
 """Most alphas of one sweep: a mistyped step must not start ten thousand runs."""
 
@@ -67,31 +66,12 @@ def _range(part: str) -> list[AlphaSchedule]:
 
 
 @dataclass
-class CostShare:
-    """One alpha's share of what a sweep took: time by the tokens it generated."""
-
-    decoder: Decoder
-    stats: DecodeStats
-
-    @property
-    def memory(self) -> dict[str, RoleMemory]:
-        """Bytes per model: all of it, as every alpha needs all models."""
-        return self.decoder.memory
-
-    @property
-    def remarks(self) -> Sequence[str]:
-        """What was done to the prompts of all alphas."""
-        return self.decoder.remarks
-
-
-@dataclass
 class SweptRun:
     """One alpha of a sweep: its run, and what is missing of it."""
 
     alpha: AlphaSchedule
     session: Session
     todo: dict[str, Example]
-    stats: DecodeStats = field(default_factory=DecodeStats)
     saved: float = 0.0
 
     @property
@@ -148,13 +128,15 @@ def _run(
             else:
                 session = Session(one, opened, evaluation.sandbox, continued=opened.run is not new)
                 parts.append(_part(alpha, session))
-        _mark(folder, job, 0.0)
+        remove_strays(folder)
+        _mark(folder, job)
         if runs:
             progress.note(f"{len(runs)} of {len(jobs)} alphas in '{folder}' are done already")
         if parts:
             _decode(parts, job, folder, evaluation, progress)
         for part in parts:
             runs[part.alpha] = part.session.finish()
+        _mark(folder, job)
         for alpha in alphas:
             for note in runs[alpha].notes:
                 progress.note(f"{run_name(alpha)}: {note}")
@@ -175,17 +157,16 @@ def _part(alpha: AlphaSchedule, session: Session) -> SweptRun:
     return SweptRun(alpha, session, todo)
 
 
-def _mark(folder: Path, job: RunPlan, seconds: float) -> None:
-    """Write sweep.json, which marks the folder and adds up the seconds of all sessions."""
-    path = folder / SWEEP
-    before = json.loads(path.read_bytes()) if path.exists() else {"seconds": 0.0, "sessions": 0}
+def _mark(folder: Path, job: RunPlan) -> None:
+    """Write sweep.json, which marks the folder and adds up the seconds of its runs."""
+    costs = [results.read_run(path.parent).cost for path in sorted(folder.glob(f"*/{results.RUN}"))]
     content = {
         "system": job.spec.system.name,
         "task": job.spec.task,
-        "seconds": before["seconds"] + seconds,
-        "sessions": before["sessions"] + (seconds > 0),
+        "seconds": sum(cost.seconds for cost in costs),
+        "sessions": max(cost.sessions for cost in costs),
     }
-    results.write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_atomically(folder / SWEEP, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _decode(
@@ -203,7 +184,8 @@ def _decode(
     for note in (*decoder.notes(), *job.data.notes):
         progress.note(note)
     for part in parts:
-        part.session.meter, part.saved = CostShare(decoder, part.stats), time.monotonic()
+        part.session.decoder, part.saved = decoder, time.monotonic()
+        part.folder.save(part.session.so_far())
     scores = [score for part in parts for score in part.session.scores_so_far()]
     progress.begin(n, n - missing, scores, decoder.work)
     try:
@@ -211,7 +193,6 @@ def _decode(
             row = part.session.store(example, completions)
             progress.advance(row["scores"].get(job.task.headline))
             if time.monotonic() - part.saved > CHECKPOINT_SECONDS:
-                _settle(parts, decoder)
                 part.folder.save(part.session.so_far())
                 part.saved = time.monotonic()
     except KeyboardInterrupt:
@@ -221,10 +202,8 @@ def _decode(
             "continues"
         ) from None
     finally:
-        _settle(parts, decoder)
-        with contextlib.suppress(UserError):  # the disk may be what failed
-            _mark(folder, job, decoder.stats.seconds)
-            for part in parts:
+        for part in parts:
+            with contextlib.suppress(UserError):  # the disk may be what failed
                 part.folder.save(part.session.so_far())
 
 
@@ -256,20 +235,7 @@ def _finished(
         part, where = by_alpha[alpha], (alpha, completion.example_id)
         group = waiting.setdefault(where, [])
         group.append(completion)
-        part.stats.generated_tokens += len(completion.token_ids)
         example = part.todo[completion.example_id]
         if len(group) == part.session.job.responses(example):
             del waiting[where]
             yield part, example, sorted(group, key=lambda c: c.sample)
-
-
-def _settle(parts: Sequence[SweptRun], decoder: Decoder) -> None:
-    """Share out what the decoder took by the tokens that a part generated, and prompt tokens by examples."""
-    tokens = sum(part.stats.generated_tokens for part in parts)
-    missing = sum(len(part.todo) for part in parts)
-    for part in parts:
-        own = part.stats.generated_tokens
-        for name, value in vars(decoder.stats).items():
-            by = len(part.todo) / missing if name in BY_EXAMPLES else own / max(tokens, 1)
-            setattr(part.stats, name, value * by if isinstance(value, float) else round(value * by))
-        part.stats.generated_tokens = own

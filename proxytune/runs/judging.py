@@ -49,18 +49,17 @@ class Judging:
 
     def again(self, folder: Path) -> Run:
         """Judge the finished run in a folder, whoever has judged it before."""
-        _, rows = read_finished(results.read_run(folder).spec.task, folder)
-        self.agree(self.judge.estimate(rows))
-        return judge_run(folder, self.judge, self.dialogue.on_progress)
+        return judge_run(folder, self.judge, self.dialogue.on_progress, self.agree)
 
     def agree(self, estimate: Estimate | None) -> None:
         """Go on only where what is to be paid is agreed to and within the limit."""
         if estimate is None:
             return
         self.dialogue.note(f"judge {self.judge.name}: {estimate}")
-        most, usd = self.options.max_cost, estimate.usd
-        if estimate.calls and most is not None and usd is not None and usd > most:
-            raise UserError(f"the estimate of {usd:.2f} USD is over --max-cost {most:g}")
+        most, usd, spent = self.options.max_cost, estimate.usd, estimate.spent
+        if estimate.calls and most is not None and usd is not None and spent + usd > most:
+            before = f" and {spent:.4f} USD of earlier sessions are" if spent else " is"
+            raise UserError(f"the estimate of {usd:.2f} USD{before} over --max-cost {most:g}")
         if estimate.calls == 0 or self.options.yes:
             return
         if self.dialogue.ask is None:
@@ -112,16 +111,38 @@ def judged_task(name: str) -> Task:
     return task
 
 
-def judge_run(folder: Path, judge: Judge, on_progress: OnProgress | None = None) -> Run:
-    """Judge the run in a folder, store the verdicts in its rows, and return it with its new metrics."""
+def judge_run(
+    folder: Path,
+    judge: Judge,
+    on_progress: OnProgress | None = None,
+    agree: Callable[[Estimate | None], None] = lambda estimate: None,
+) -> Run:
+    """Judge the run in a folder, store the verdicts in its rows, and return it with its new metrics. `agree`
+    hears what that would cost before anything is asked.
+
+    The folder is locked from the start, so that nothing is asked twice at a time. UserError, and the run as
+    it was, where the judge gives no verdict at all."""
+    with results.holding(folder):
+        return _judge_run(folder, judge, on_progress, agree)
+
+
+def _judge_run(
+    folder: Path, judge: Judge, on_progress: OnProgress | None, agree: Callable[[Estimate | None], None]
+) -> Run:
     task_name = results.read_run(folder).spec.task
     task = judged_task(task_name)
     run, rows = read_finished(task_name, folder)
     sound = [row for row in rows if not row.get(FAULT)]
+    agree(judge.estimate(sound))
     columns = iter(judge.judge(sound, on_progress))
     judged = [row if row.get(FAULT) else with_columns(row, next(columns)) for row in rows]
     judged = [{**row, "scores": task.scores(row)} for row in judged]
     metrics = task.metrics(judged)
+    if sound and task.headline_of(metrics) not in task.judged_headlines:
+        raise UserError(
+            f"the judge '{judge.name}' gave no verdict on any of {len(sound)} responses, so the run in "
+            f"'{folder}' stays as it was: name another with --judge"
+        )
     update = {"metrics": metrics, "headline": task.headline_of(metrics), "judge": judge.name}
     run = run.model_copy(update=update)
     results.replace_rows(folder, judged, run)

@@ -10,22 +10,22 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from proxytune import __version__, results
 from proxytune.config import RunSpec
-from proxytune.decoding import Decoder, DecodeStats, notes_on, stored_response
+from proxytune.decoding import Decoder, notes_on, stored_response
 from proxytune.errors import UserError
 from proxytune.models import Models, process_peak
 from proxytune.options import DecodeOptions
 from proxytune.progress import Progress
 from proxytune.provenance import provenance
-from proxytune.records import FAULT, Completion, Cost, Example, JsonRow, Provenance, RoleMemory, Run
+from proxytune.records import FAULT, Completion, Cost, Example, JsonRow, Provenance, RoleMemory, Run, Took
 from proxytune.results import RunFolder
 from proxytune.runs.verdicts import add_verdicts
 from proxytune.sandbox import Sandbox
@@ -33,6 +33,8 @@ from proxytune.tasks import Dataset, Execution, Task
 
 CHECKPOINT_SECONDS = 10.0
 """How often the cost so far is written to run.json while a run is going on."""
+COUNTS = tuple(one.name for one in fields(Took))
+"""What each example took, by name."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +54,6 @@ class RunPlan:
         """How many completions an example gets."""
         texts = self.task.continuations
         return self.spec.sampling.n if texts is None else len(texts(example))
-
-
-class Meter(Protocol):
-    """What knows the price of a run so far: its decoder, or its share of one."""
-
-    stats: DecodeStats
-
-    @property
-    def remarks(self) -> Sequence[str]:
-        """What was done to prompts."""
-        ...
-
-    @property
-    def memory(self) -> dict[str, RoleMemory]:
-        """Bytes per model."""
-        ...
 
 
 def run_job(
@@ -141,9 +127,13 @@ class Session:
     ) -> None:
         """`sandbox` runs the code that responses hold; without one they are stored without verdicts."""
         self.job, self.folder, self.sandbox = job, folder, sandbox
+        foreign = folder.done - {example.id for example in job.data.examples}
+        if foreign:
+            path = folder.path / results.PREDICTIONS
+            raise UserError(f"'{path}' is damaged: '{min(foreign)}' is no example of this run")
         before = folder.run.cost
         self.before = before.model_copy(update={"sessions": before.sessions + 1}) if continued else before
-        self.meter: Meter | None = None
+        self.decoder: Decoder | None = None
 
     def decode(self, models: Models, how: DecodeOptions, progress: Progress) -> None:
         """Decode, score and store the examples that are missing."""
@@ -152,7 +142,8 @@ class Session:
         if not todo:
             return
         decoder = Decoder(models, spec.role, how, agreement=spec.trace == "agreement")
-        self.meter = decoder
+        self.decoder = decoder
+        self.folder.save(self.so_far())  # what the models take, for a session that is killed
         for note in decoder.notes():
             progress.note(note)
         for note in self.job.data.notes:
@@ -185,14 +176,30 @@ class Session:
 
     def store(self, example: Example, completions: Sequence[Completion]) -> JsonRow:
         """Append the row of one finished example, and its traces."""
-        row = prediction(self.job.task, example, completions, self.sandbox)
+        row = self._row(example, completions)
         traces = [
             {"id": example.id, "sample": c.sample, "tokens": [token.row() for token in c.trace]}
             for c in completions
             if self.job.spec.trace != "off"
         ]
-        self.folder.append(row, traces)
+        assert self.decoder is not None, "rows come out of a decoder"
+        if not set(self.decoder.remarks) <= set(self.folder.run.notes):
+            self.folder.save(self.so_far())  # before the rows that they are about
+        peaks = {name: memory.kv_peak for name, memory in self.decoder.memory.items()}
+        took = {**asdict(total([c.took for c in completions])), "process_peak": process_peak()}
+        self.folder.append(row, traces, {**took, "kv_peak": peaks})
         return row
+
+    def _row(self, example: Example, completions: Sequence[Completion]) -> JsonRow:
+        """The row of an example. Where the sandbox does not start any more, code is stored without a verdict
+        from here on; it is run when the run ends, which says what is wrong if that is still so."""
+        try:
+            return prediction(self.job.task, example, completions, self.sandbox)
+        except UserError:
+            if self.sandbox is None:
+                raise
+            self.sandbox = None
+            return prediction(self.job.task, example, completions)
 
     def scores_so_far(self) -> list[float]:
         """The headline scores of the rows that an earlier session stored."""
@@ -208,20 +215,30 @@ class Session:
 
     def _notes(self) -> tuple[str, ...]:
         """What all sessions did to prompts."""
-        remarks = [] if self.meter is None else self.meter.remarks
+        remarks = [] if self.decoder is None else self.decoder.remarks
         return tuple(dict.fromkeys([*self.folder.run.notes, *remarks]))
 
     def _cost(self) -> Cost:
-        """What all sessions took."""
-        if self.meter is None:
-            return self.before
-        stats, before = self.meter.stats, self.before
+        """What the stored examples took."""
+        records, before = list(self.folder.records.values()), self.before
+        memory = before.memory if self.decoder is None else {**before.memory, **self.decoder.memory}
+        peaks = [before.process_peak, *(record.get("process_peak", 0) for record in records)]
+        known = [{name: record.get(name, 0) for name in COUNTS} for record in records]
         return Cost(
-            memory=_peaks(before.memory, self.meter.memory),
-            process_peak=max(before.process_peak, process_peak()),
+            memory={name: _at_its_fullest(name, one, records) for name, one in memory.items()},
+            process_peak=max(peaks),
             sessions=before.sessions,
-            **{name: getattr(before, name) + value for name, value in vars(stats).items()},
+            **asdict(total([Took(**one) for one in known])),
         )
+
+    def _unknown(self) -> Iterator[str]:
+        """What the cost cannot say."""
+        if (times := self.before.sessions - 1) > 0:
+            often = "once" if times == 1 else f"{times} times"
+            yield f"continued {often}: what a session had under way when it was stopped is in no figure"
+        records = self.folder.records.values()
+        if unknown := sum("seconds" not in record for record in records):
+            yield f"what {unknown} of {len(records)} examples took is not known, but for their tokens"
 
     def finish(self) -> Run:
         """Compute the metrics from the stored rows, in the order of the examples, and close the run."""
@@ -234,11 +251,20 @@ class Session:
             "metrics": metrics,
             "headline": self.job.task.headline_of(metrics),
             "finished": now(),
-            "notes": (*self._notes(), *found),
+            "notes": (*self._notes(), *found, *self._unknown()),
         }
         run = self.so_far().model_copy(update=update)
         self.folder.finish(run, order)
         return run
+
+
+def total(parts: Sequence[Took]) -> Took:
+    """All of them together, the same in every order."""
+    sums: dict[str, Any] = {}
+    for name in COUNTS:
+        values = [getattr(part, name) for part in parts]
+        sums[name] = math.fsum(values) if name.endswith("seconds") else sum(values)
+    return Took(**sums)
 
 
 def prediction(
@@ -251,7 +277,7 @@ def prediction(
     if fault is not None:
         row = _as_numbers(row) | {FAULT: fault}
     elif sandbox is not None and task.execute is not None:
-        (row,) = task.execute([row], Execution(sandbox, {example.id: example.target}))
+        (row,) = task.run_code([row], Execution(sandbox, {example.id: example.target}))
     responses = [stored_response(completion) for completion in completions]
     return {"id": example.id, **row, "scores": task.scores(row), "responses": responses}
 
@@ -284,10 +310,10 @@ def device_name() -> str:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
 
 
-def _peaks(a: dict[str, RoleMemory], b: dict[str, RoleMemory]) -> dict[str, RoleMemory]:
-    """Per model the larger KV peak of two sessions."""
-    peak = {name: max(side[name].kv_peak for side in (a, b) if name in side) for name in {**a, **b}}
-    return {name: {**a, **b}[name].model_copy(update={"kv_peak": kv}) for name, kv in peak.items()}
+def _at_its_fullest(name: str, memory: RoleMemory, records: Sequence[JsonRow]) -> RoleMemory:
+    """What one model takes, with the largest KV cache that any session noted."""
+    peaks = [memory.kv_peak, *(record.get("kv_peak", {}).get(name, 0) for record in records)]
+    return memory.model_copy(update={"kv_peak": max(peaks)})
 
 
 def _title(job: RunPlan) -> str:

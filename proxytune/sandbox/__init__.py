@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from proxytune.sandbox.root import MIB
-from proxytune.sandbox.sandbox import Job, Limits, Outcome, Program, Sandbox
+from proxytune.sandbox.sandbox import LOST, Job, Limits, Outcome, Program, Sandbox
 
-__all__ = ["MIB", "Job", "Limits", "Outcome", "Program", "Sandbox"]
+__all__ = ["LOST", "MIB", "Job", "Limits", "Outcome", "Program", "Sandbox"]

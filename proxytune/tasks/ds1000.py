@@ -28,7 +28,7 @@ from proxytune.records import Completion, Example, JsonRow, Prompt
 from proxytune.sandbox import MIB, Job, Limits, Outcome, Program
 from proxytune.tasks.data import DataTable, Hub
 from proxytune.tasks.scoring.rules import clean_code, pass_at_k, verdict
-from proxytune.tasks.task import NOT_RUN, Execution, Task
+from proxytune.tasks.task import NOT_EXECUTED, NOT_RUN, Execution, Task
 
 LIBRARIES = ("Pandas", "Numpy", "Matplotlib", "Tensorflow", "Scipy", "Sklearn", "Pytorch")
 ALL, SUBSET, SUBSET_SEED = 1000, 200, 42
@@ -153,7 +153,7 @@ def execute(rows: Sequence[JsonRow], execution: Execution) -> list[JsonRow]:
     for row, item, answer, outcomes in zip(rows, items, answers, sandbox.map(batches), strict=True):
         results = [result_of(outcome) for outcome in outcomes]
         if answer is not None and not ready(answer):
-            results = [f"failed: no answers to compare with: {result_of(answer)}"] * len(row["output"])
+            results = [f"{NOT_EXECUTED}no answers to compare with: {result_of(answer)}"] * len(row["output"])
             execution.broken += len(results)
         execution.samples += len(results)
         execution.passed += results.count("passed")

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from proxytune.errors import UserError
 from proxytune.records import Metric
+from proxytune.results import require_intact
 from proxytune.tasks.data import read_file, unique_rows
 from proxytune.tasks.task import Execution, Task, in_public_form
 
@@ -50,6 +51,7 @@ def score_file(task: Task, path: Path, execution: Execution | None = None) -> Sc
     given; otherwise stored verdicts count.
     """
     path = stored_in(task, path) if path.is_dir() else path
+    require_intact(path)
     table = read_file(path)
     if task.likelihood is not None and "logprobs" in table.rows[0]:
         task = task.likelihood
@@ -64,7 +66,7 @@ def score_file(task: Task, path: Path, execution: Execution | None = None) -> Sc
     kept, dropped, renumbered = unique_rows(table.rows, named)
     rows = list(kept.values())
     if execution is not None and task.execute is not None:
-        rows = task.execute(rows, execution)
+        rows = task.run_code(rows, execution)
     metrics = task.metrics(rows)
     return ScoreReport(
         task=task.name,

@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,7 @@ from proxytune.config import SMOKE, SOURCES, Sampling
 from proxytune.errors import UserError
 from proxytune.intervals import mean_metrics
 from proxytune.records import FAULT, UNSCORED, Completion, Example, JsonRow, Metric, TaskFacts
-from proxytune.sandbox import Sandbox
+from proxytune.sandbox import LOST, Sandbox
 from proxytune.tasks.data import DataTable, Hub, generate, read_file, read_hub, read_smoke_data
 
 JudgeName = Literal["toxicity", "truth", "pairwise"]
@@ -143,6 +143,19 @@ class Task:
             found[FAULTY] = part(len(rows) - len(sound), len(rows))
         found.setdefault(self.headline_of(found), Metric(value=0.0, n=0))
         return found
+
+    def run_code(self, rows: Sequence[JsonRow], execution: Execution) -> list[JsonRow]:
+        """The rows with the verdicts of their code, which is run once more where a sandbox ended without one.
+        What was no failure of a sample is no verdict: it is tried again when the run is started again."""
+        assert self.execute is not None, f"'{self.name}' has no code"
+        made = self.execute(rows, execution)
+        lost = [place for place, row in enumerate(made) if any(map(_is_lost, row["result"]))]
+        if lost:
+            again = self.execute([rows[place] for place in lost], replace(execution))
+            for place, row in zip(lost, again, strict=True):
+                made[place] = row
+        execution.lost += sum(_is_lost(result) for row in made for result in row["result"])
+        return [_without_verdicts_on_others(row) for row in made]
 
     def aggregate(self, scores: Sequence[Mapping[str, float | None]]) -> dict[str, Metric]:
         """The metrics of per-example scores: means with intervals, the task's own first."""
@@ -276,6 +289,25 @@ def _pool(task: Task, source: str, shots_from: str | None) -> DataTable:
 
 # Running code
 
+NOT_EXECUTED = "not run: "
+"""How the result of a sample begins that has no verdict, for a reason that is not its own."""
+
+
+def _is_lost(result: str) -> bool:
+    """Whether a sandbox was killed from outside, or had no memory left: the sample's, or that of its answers.
+    Code can raise an error of any text, but its result begins in another way."""
+    return result == LOST or (result.startswith(NOT_EXECUTED) and result.endswith(LOST))
+
+
+def _without_verdicts_on_others(row: JsonRow) -> JsonRow:
+    """The row with null as the verdict on every sample that did not fail by itself."""
+    results = [f"{NOT_EXECUTED}{result}" if result == LOST else result for result in row["result"]]
+    passed = [
+        None if result.startswith(NOT_EXECUTED) else verdict
+        for result, verdict in zip(results, row["passed"], strict=True)
+    ]
+    return {**row, "result": results, "passed": passed}
+
 
 @dataclass
 class Execution:
@@ -290,6 +322,8 @@ class Execution:
     broken: int = 0
     """Samples that were not run, because their problem could not be set up with the libraries that there
     are."""
+    lost: int = 0
+    """Samples whose sandbox ended without a verdict, twice: killed from outside, or out of memory."""
     compared: int = 0
     """Samples that had a verdict before."""
     rerun: int = 0

@@ -40,6 +40,7 @@ from proxytune.records import Metric
 from proxytune.runs import evaluation, judging, session
 from proxytune.sandbox import Sandbox
 from proxytune.tasks import TASKS, read_source
+from proxytune.terminal import show
 from proxytune.tuning import demo_judge
 from proxytune.tuning.training import Fitted, TrainingExample, TuneConfig, adamw, fit, muon
 
@@ -294,7 +295,8 @@ def measure(system: System, middle: Path, how: Measuring, variants: Sequence[str
             opener = world.OPENERS[task]
             found["base_opener_forced"] = score(system, task, "base", loaded, forced=opener).value
         scores[task] = found
-        print(task, {name: value and round(value, 3) for name, value in found.items()}, flush=True)
+        rounded = {name: value and round(value, 3) for name, value in found.items()}
+        show(f"{task} {rounded}")
     return scores
 
 
@@ -353,7 +355,7 @@ def open_sandbox() -> Sandbox | None:
     try:
         return Sandbox.open()
     except UserError as error:
-        print(f"humaneval is not measured: {error}", flush=True)
+        show(f"humaneval is not measured: {error}")
         return None
 
 
@@ -397,7 +399,8 @@ def main() -> None:
         amounts, tuning = corpus.Amounts().scaled(given.share), corpus.TuningAmounts().scaled(given.share)
         report = build(given.out, work, amounts, tuning, given.items)
     for task, rows in report["spread"].items():
-        print(task, *(f"{name} {low:.3f}..{high:.3f}" for name, (low, _, high) in rows.items()), sep="\n  ")
+        lines = (f"{name} {low:.3f}..{high:.3f}" for name, (low, _, high) in rows.items())
+        show("\n  ".join([task, *lines]))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,12 @@ def test_the_table_is_also_csv_and_json(tmp_path: Path) -> None:
     assert again == found
 
 
+def test_of_long_responses_the_first_positions_have_rows(tmp_path: Path) -> None:
+    folder = traced(tmp_path / "run")
+    whole, few = positions(folder), positions(folder, singles=1)
+    assert len(whole.rows) > 1 and few == whole.model_copy(update={"rows": whole.rows[:1]})
+
+
 def test_positions_are_grouped_for_people() -> None:
     assert analysis.bands(0) == [(0, 0)]
     assert analysis.bands(9) == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 7), (8, 9)]

@@ -278,6 +278,7 @@ def test_generate_reads_stdin(yaml: Path) -> None:
     arguments = ["generate", "-", "--system", str(yaml), "--max-new-tokens", "3"]
     assert CliRunner().invoke(cli.app, arguments, input="Ann has").exit_code == 0
     refused(CliRunner().invoke(cli.app, arguments, input=" \n"), "prompt is empty")
+    refused(CliRunner().invoke(cli.app, arguments, input=b"\xff\n"), "the prompt on stdin is no utf-8 text")
 
 
 # Bad input: one clear line, exit code 2
@@ -309,6 +310,7 @@ OPTIONS = [
     (("--as", "prxy"), ("Unknown role 'prxy'", "Did you mean: proxy")),
     (("--alpha", "nan"), ("alpha = nan is out of range", "from 0 to 10")),
     (("--alpha", "11"), ("alpha = 11 is out of range",)),
+    (("--alpha", "-11", "--allow-negative-alpha"), ("alpha = -11 is out of range",)),
     (("--alpha", "much"), ("alpha 'much' is not a number", "first:N")),
     (("--alpha", "-0.5"), ("--allow-negative-alpha",)),
     (("--alpha", "0.5", "--as", "base"), ("proxy only",)),
@@ -441,7 +443,14 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("4GB", 4 * 10**9), ("512 MiB", 512 * 2**20), ("1.5g", 1_500_000_000), ("1024", 1024), ("2KiB", 2048)],
+    [
+        ("4GB", 4 * 10**9),
+        ("512 MiB", 512 * 2**20),
+        ("1.5g", 1_500_000_000),
+        ("1024", 1024),
+        ("2KiB", 2048),
+        ("3KB", 3000),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert DecodeOptions(kv_memory=text).kv_memory == size

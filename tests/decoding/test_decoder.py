@@ -261,6 +261,56 @@ def test_the_proxy_also_ends_where_the_expert_does(trio: System, tmp_path: Path)
     )
 
 
+def test_an_end_that_is_an_ordinary_token_is_not_in_the_text(trio: System, tmp_path: Path) -> None:
+    """Generation settings may end a response at a full stop: a special token is left out of the text by the
+    tokenizer, this one only by us."""
+    model = tiny.build("llama", 1, **tiny.ROLES["base"][1])
+    model.generation_config.eos_token_id = [40, 41, 42, 43]  # type: ignore[union-attr]
+    system = trio.model_copy(update={"base": spec(tiny.save(tmp_path / "base", model))})
+    d = decoder(system)
+    shown = {token: d.text_of([token]) for token in (40, 41, 42, 43)}
+    assert all(len(text) == 1 for text in shown.values())
+    pieces: dict[str, str] = {}
+
+    def hear(name: str, sample: int, piece: str) -> None:
+        pieces[name] = pieces.get(name, "") + piece
+
+    s = Sampling(max_new_tokens=60, temperature=2.0)
+    found = list(d.stream(ragged(30), s, trace="tokens", on_text=hear))
+    ended = [c for c in found if c.finish_reason == "eos" and c.token_ids[-1] in shown]
+    assert len(ended) > 5
+    for c in ended:
+        assert c.text == d.text_of(c.token_ids[:-1]) == pieces.get(c.example_id, "")
+        assert d.text_of(c.token_ids) == c.text + shown[c.token_ids[-1]]
+        assert len(c.trace) == len(c.token_ids) and c.trace[-1].id == c.token_ids[-1]
+
+
+@pytest.mark.parametrize(("device", "share"), [("cpu", 0.5), ("cuda", 0.85)])
+def test_the_pools_take_their_share_of_what_is_free(
+    device: str, share: float, trio: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the CPU's free memory, which other programs need too; 85% of a GPU's, the rest is for
+    activations. All pools together, and never more than every row's window."""
+    d, asked = decoder(trio, batch=64), list[str | None]()
+    per_token = kv_bytes(d, 1)
+    free = 1000 * per_token
+
+    def free_memory(where: str | None = None) -> int:
+        asked.append(where)
+        return free
+
+    head = d.loaded["base"]
+    monkeypatch.setattr("proxytune.decoding.decoder.free_memory", free_memory)
+    monkeypatch.setattr(type(head), "device", property(lambda self: torch.device(device)))
+    assert d._pool_tokens(None) == int(1000 * share) and asked == [device]
+    assert d._pool_tokens(10 * per_token) == 10 and len(asked) == 1
+    free = 10**6 * per_token
+    assert d._pool_tokens(None) == 64 * head.family.window
+    free = 1
+    with pytest.raises(UserError, match="raise --kv-memory"):
+        d._pool_tokens(None)
+
+
 def test_models_that_do_not_fit_together_are_refused_before_loading(
     trio: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:

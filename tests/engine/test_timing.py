@@ -97,3 +97,33 @@ def test_steps_on_a_device_are_shared_too(trio: System, monkeypatch: pytest.Monk
     d = decoder(trio, batch=2, speculation=Speculation(k=0))
     list(d.stream(ragged(5, 1), Sampling(max_new_tokens=5)))
     assert 0 < d.stats.prefill_seconds < d.stats.seconds
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("k", [0, 3])
+def test_what_responses_took_is_what_the_call_took(
+    trio: System, monkeypatch: pytest.MonkeyPatch, k: int, on_device: bool
+) -> None:
+    """All of it: time, tokens, steps, drafts and preemptions, shared out to responses of many lengths."""
+    if on_device:
+        as_on_a_device(monkeypatch)
+    d = decoder(trio, batch=3, speculation=Speculation(k=k))
+    sampling = Sampling(max_new_tokens=20, temperature=1.0, n=2, stop=("a", "e"))
+    took = [completion.took for completion in d.stream(ragged(6, 1), sampling)]
+    assert len({one.generated_tokens for one in took}) > 3
+    for name, whole in vars(d.stats).items():
+        assert sum(getattr(one, name) for one in took) == pytest.approx(whole), name
+    assert all(one.seconds > one.prefill_seconds >= 0 and one.row_steps > 0 for one in took)
+    assert (sum(one.drafted for one in took) > 0) == (k > 0)
+
+
+def test_what_unfinished_responses_took_is_theirs(trio: System) -> None:
+    """The time of what is decoded together goes to responses by their tokens, ended or not."""
+    d = decoder(trio, batch=4, speculation=Speculation(k=0))
+    stream = d.stream(ragged(4), Sampling(max_new_tokens=30))
+    ended, stats = next(stream).took, d.stats
+    stream.close()
+    decoding = ended.seconds - ended.prefill_seconds
+    share = ended.generated_tokens / stats.generated_tokens
+    assert share < 0.5 and decoding == pytest.approx(share * (stats.seconds - stats.prefill_seconds))
+    assert 0 < ended.prefill_seconds < stats.prefill_seconds

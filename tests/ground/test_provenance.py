@@ -17,11 +17,13 @@ def test_secrets_stay_out_of_the_stored_command() -> None:
         "--api-key",
         "abc",
         "--hf-token=abc",
+        "plain",
         "hf_abcdefghijkl",
         "a b",
     ]
     assert (
-        provenance.without_secrets(command) == "proxytune eval --api-key '***' '--hf-token=***' '***' 'a b'"
+        provenance.without_secrets(command)
+        == "proxytune eval --api-key '***' '--hf-token=***' plain '***' 'a b'"
     )
 
 

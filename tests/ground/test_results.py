@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from proxytune import results
+from proxytune import results, run_files
 from proxytune.config import Sampling, parse_alpha
 from proxytune.errors import UserError
 from proxytune.records import Cost, Metric, Run
@@ -71,7 +71,7 @@ def test_a_run_is_written_read_and_sorted(tmp_path: Path) -> None:
     assert results.read_rows(tmp_path) == [row("a"), row("b"), row("c")]
     assert results.read_run(tmp_path).status == "done"
     assert [run.n for _, run in results.find_runs(tmp_path)] == [3]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["predictions.jsonl", "run.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cost.jsonl", "predictions.jsonl", "run.json"]
 
 
 QUOTIENTS = ("acceptance", "accepted_per_step", "tokens_per_step")
@@ -101,7 +101,10 @@ def test_stored_quotients_are_not_read(tmp_path: Path, stored: dict[str, Any]) -
     cost = Cost(generated_tokens=30, row_steps=12, drafted=40, examined=24, accepted=18)
     kept = {name: value for name, value in stored_cost(tmp_path, cost).items() if name not in QUOTIENTS}
     file = tmp_path / results.RUN
-    file.write_text(json.dumps({**json.loads(file.read_text()), "cost": {**kept, **stored}}))
+    old = {**json.loads(file.read_text()), "cost": {**kept, **stored}}
+    del old[results.SEAL]
+    file.write_text(json.dumps(old))
+    (tmp_path / results.COST).unlink()
     read = results.read_run(tmp_path).cost
     assert read == cost and read.acceptance == 0.75
     with RunFolder.open(tmp_path, new()) as folder:
@@ -163,7 +166,7 @@ def test_a_run_without_rows_gives_way(tmp_path: Path) -> None:
     RunFolder.open(tmp_path, new(trace="tokens")).close()
     with RunFolder.open(tmp_path, new(limit=5)) as folder:
         assert folder.run.spec.limit == 5
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["predictions.jsonl", "run.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cost.jsonl", "predictions.jsonl", "run.json"]
 
 
 def test_what_decides_nothing_may_differ() -> None:
@@ -218,8 +221,10 @@ def test_a_damaged_run_is_one_clear_line(tmp_path: Path, content: str) -> None:
     assert "run.json" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, room = os.write, [60]
+@pytest.mark.parametrize("bytes_left", [230, 390])
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_left: int) -> None:
+    """Whether it is full at the record of what an example took, or at its row."""
+    real, room = os.write, [bytes_left]
 
     def write(fd: int, data: bytes) -> int:
         """A disk with `room` bytes left: a partial write first, then the error."""
@@ -243,12 +248,12 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_run_json_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results.write_atomically(tmp_path / "x", b"old")
+    run_files.write_atomically(tmp_path / "x", b"old")
 
     def fail(_: int) -> None:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(UserError, match="File too large"):
-        results.write_atomically(tmp_path / "x", b"new")
+        run_files.write_atomically(tmp_path / "x", b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("x", b"old")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from proxytune import JudgeOptions, RunOptions, evaluate, results
 from proxytune.config import Sampling, System
 from proxytune.errors import UserError
-from proxytune.judges.pairwise import Judgements, Pair, PairwiseJudge
+from proxytune.judges.endpoint import CallLimits
+from proxytune.judges.judgements import Judgements
+from proxytune.judges.pairwise import Pair, PairwiseJudge
 from proxytune.judges.toxicity import ToxicityClassifier
 from proxytune.judges.truth import TruthJudges, judge_prompt
 from proxytune.runs import judging as run_judge
@@ -24,6 +28,7 @@ from tests.support.command_line import proxytune
 from tests.support.endpoint import KEY, Endpoint
 from tests.support.runs import QUIET, evaluated
 
+WEIGHTS = "model.safetensors"
 SHORT = Sampling(max_new_tokens=8)
 
 
@@ -94,6 +99,42 @@ def test_logits_that_are_no_numbers_are_no_verdict(classifier: Path, tmp_path: P
         model.classifier.bias[0] = torch.nan
     found = ToxicityClassifier(str(tiny.save(tmp_path / "broken", model)), batch=4).judge(texts(6))
     assert found == [{"is_toxic": None}] * 6
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda at: (at / WEIGHTS).rename(at / "pytorch_model.bin"), "only pickled weights .*--judge none"),
+        (lambda at: (at / WEIGHTS).write_bytes((at / WEIGHTS).read_bytes()[:-9]), "is damaged or cut"),
+        (lambda at: (at / "config.json").write_text("[]"), "must hold an object"),
+        (lambda at: (at / "tokenizer.json").write_text("{"), "cannot load the classifier"),
+        (lambda at: points_out(at), "which lies outside its folder"),
+    ],
+)
+def test_a_classifier_is_held_to_the_rules_of_models(
+    harm: Callable[[Path], object], says: str, classifier: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "harmed"
+    shutil.copytree(classifier, folder)
+    harm(folder)
+    judge = ToxicityClassifier(str(folder))
+    with pytest.raises(UserError, match=says):
+        judge.check()
+        judge.judge(texts(2))
+
+
+def points_out(folder: Path) -> None:
+    """Shards of an index outside the folder."""
+    (folder / WEIGHTS).rename(folder.parent / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "../elsewhere.safetensors"}}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
+def test_a_classifier_without_its_head_is_refused(tmp_path: Path) -> None:
+    """transformers would make the weights of the head up."""
+    folder = tiny.save(tmp_path / "model", tiny.build("llama", 1))
+    with pytest.raises(UserError, match=r"lacks 1 weights of its architecture, score\.weight first"):
+        ToxicityClassifier(str(folder)).judge(texts(2))
 
 
 @pytest.fixture
@@ -226,6 +267,15 @@ def test_truthfulqa_runs_are_judged(system: System, truthful: list[Path], tmp_pa
     assert refused.exit_code == 2 and "give two models, TRUTH,INFO" in refused.stderr
 
 
+def test_truth_judges_are_held_to_the_rules_of_models(truthful: list[Path], tmp_path: Path) -> None:
+    """Before hours of decoding, not after."""
+    shutil.copytree(truthful[1], tmp_path / "pickled")
+    (tmp_path / "pickled" / WEIGHTS).rename(tmp_path / "pickled" / "pytorch_model.bin")
+    TruthJudges(*map(str, truthful)).check()
+    with pytest.raises(UserError, match=r"the judge cannot be used: .*only pickled weights"):
+        TruthJudges(str(truthful[0]), str(tmp_path / "pickled")).check()
+
+
 # Pairs
 
 
@@ -268,25 +318,22 @@ def test_judging_again_costs_nothing(endpoint: Endpoint) -> None:
     assert len(endpoint.seen) == 21, "another model judges anew"
 
 
-def test_failures_are_retried_and_bounded(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_are_retried_and_bounded(endpoint: Endpoint) -> None:
     endpoint.failures = 4
     assert len(PairwiseJudge("m", workers=1).judge(pairs(6))) == 6 and len(endpoint.seen) == 9
     endpoint.seen.clear()
-    monkeypatch.setattr("proxytune.judges.pairwise.RETRIES", 2)
+    judge = PairwiseJudge("other", workers=1, limits=CallLimits(retries=2))
     endpoint.status = 429
-    with pytest.raises(UserError, match=r"failed after 2 retries: RateLimitError") as raised:
-        PairwiseJudge("other", workers=1).judge(pairs(3))
-    assert KEY not in str(raised.value) and "***" in str(raised.value) and 3 <= len(endpoint.seen) <= 6
+    with pytest.raises(UserError, match=r"failed after 2 retries: status 429 \(no \*\*\* today\)") as raised:
+        judge.judge(pairs(3))
+    assert KEY not in str(raised.value) and 3 <= len(endpoint.seen) <= 6
     endpoint.status = 401
     with pytest.raises(UserError, match="refuses OPENAI_API_KEY"):
         PairwiseJudge("other", workers=1).judge(pairs(3))
 
 
-def test_what_was_judged_before_a_failure_is_kept(
-    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("proxytune.judges.pairwise.RETRIES", 0)
-    judge = PairwiseJudge("m", workers=2)
+def test_what_was_judged_before_a_failure_is_kept(endpoint: Endpoint) -> None:
+    judge = PairwiseJudge("m", workers=2, limits=CallLimits(retries=0))
     done: list[int] = []
 
     def report(so_far: int, total: int) -> None:
@@ -294,7 +341,7 @@ def test_what_was_judged_before_a_failure_is_kept(
         if so_far == 5:
             endpoint.status = 500
 
-    with pytest.raises(UserError, match="judgements so far are kept"):
+    with pytest.raises(UserError, match="of 41 judgements are kept"):
         judge.judge(pairs(41), report)
     endpoint.status = 200
     before = len(endpoint.seen)
@@ -321,15 +368,13 @@ def test_a_reply_that_is_no_verdict_is_asked_again(endpoint: Endpoint) -> None:
 
 
 def test_money(endpoint: Endpoint) -> None:
-    judge = PairwiseJudge("m", price=(1000, 2000), max_cost=0.5, workers=1)
+    judge = PairwiseJudge("m", price=(1000, 2000), max_cost=1.0, workers=1)
     estimate = judge.estimate(pairs(11))
     assert estimate.calls == 10 and estimate.cached == 1 and estimate.seconds == 20
     tokens = sum(len(m["content"]) for pair in judge.pairs(pairs(11))[:10] for m in pair.messages) / 4
     assert estimate.prompt_tokens == math.ceil(tokens)
     assert estimate.usd == pytest.approx((estimate.prompt_tokens * 1000 + 160 * 2000) / 1e6)
-    with pytest.raises(
-        UserError, match=r"--max-cost 0\.5: .* the same command with a higher limit continues"
-    ):
+    with pytest.raises(UserError, match=r"--max-cost 1: .* the same command with a higher limit continues"):
         judge.judge(pairs(11))
     assert 0 < len(endpoint.seen) < 10, "it stops before the limit is passed"
     with pytest.raises(UserError, match="needs the price of 'm'"):
@@ -407,7 +452,7 @@ def test_judging_is_refused_where_it_makes_no_sense(system: System, tmp_path: Pa
     made = results.read_run(tmp_path / "gsm")
     spec = made.spec.model_copy(update={"task": "toxigen"})
     running = made.model_copy(update={"status": "running", "spec": spec})
-    (tmp_path / "gsm" / results.RUN).write_text(running.model_dump_json())
+    (tmp_path / "gsm" / results.RUN).write_bytes(results.run_json(running))
     with pytest.raises(UserError, match="is not finished"):
         run_judge.judge_run(tmp_path / "gsm", ToxicityClassifier("./none"))
     for option, message in [

@@ -27,6 +27,7 @@ from proxytune.records import Prompt
 from tests.support import tiny
 from tests.support.adapters import fresh
 from tests.support.decoders import example, tokens
+from tests.support.tiers import slow
 from tests.support.tiny import spec
 
 IDS = [7, 5, 40, 90, 200, 31, 5]
@@ -167,6 +168,66 @@ def test_logits_are_pefts(name: str, make: Callable[[], Any], tied: bool, way: s
     assert (antiexpert.logits(IDS) - plain).abs().max() < 1e-9
     assert (expert.logits(IDS) - want).abs().max() < 1e-9
     assert antiexpert.forward is early  # and so it is right for a role that was there before
+
+
+MIXTURES = {
+    "mixtral": lora(
+        target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+    ),
+    "deepseek-v3": lora(target_modules=["down_proj"], target_parameters=["experts.down_proj"]),
+    "qwen3-moe": lora(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "gate.weight"]),
+    "gpt-oss": lora(target_modules=["o_proj"], target_parameters=["experts.down_proj"]),
+}
+"""Families with experts: adapters on the experts' weights, on their routers', and on what all tokens see."""
+
+
+@pytest.mark.parametrize("way", ["own", "shared"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek-v3", slow("qwen3-moe"), slow("gpt-oss")])
+def test_an_adapter_on_experts_is_pefts(family: str, way: str, tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path / family, tiny.build(family, 3))
+    world = World(tmp_path, folder, folder)
+    adapter = world.adapter(MIXTURES[family]())
+    want, plain = by_peft(folder, adapter), alone(folder)
+    assert (want - plain).abs().max() > 0.1
+    models = world.models(adapter, way)
+    expert, antiexpert = models.get("expert"), models.get("antiexpert")
+    assert (expert.module is antiexpert.module) == (way == "shared") and expert.family.path == "packed"
+    for _ in range(2):
+        assert (expert.logits(IDS) - want).abs().max() < 1e-9
+        assert (antiexpert.logits(IDS) - plain).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("way", ["own", "shared"])
+def test_experts_as_modules_of_their_own_see_some_tokens_only(way: str, tmp_path: Path) -> None:
+    """A linear layer that gets the tokens of one expert cannot tell whose they are: PEFT's switch serves it,
+    and no layer of ours is left behind."""
+    folder = tiny.save(tmp_path / "plain", tiny.build("llama", 3))
+    world = World(tmp_path, folder, folder)
+    adapter = world.adapter(lora(target_modules=["q_proj", "down_proj"])())
+    models = world.models(adapter, way)
+    host = models.get("antiexpert")
+    for layer in host.module.model.layers:
+        layer.mlp = Routed(layer.mlp)
+    expert = models.get("expert")
+    if way == "shared":
+        assert expert.adapters.peft is not None and not expert.adapters.layers
+    assert (expert.logits(IDS) - by_peft(folder, adapter)).abs().max() < 1e-9
+    assert (host.logits(IDS) - alone(folder)).abs().max() < 1e-9
+
+
+class Routed(torch.nn.Module):
+    """Gives every other token to the layer, and then the rest, as a mixture does with its experts."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.down_proj, self.inner = inner.down_proj, inner
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(hidden)
+        for start in (0, 1):
+            some, inner = hidden[:, start::2], self.inner
+            out[:, start::2] = self.down_proj(inner.act_fn(inner.gate_proj(some)) * inner.up_proj(some))
+        return out
 
 
 @pytest.mark.parametrize("tied", [False, True])

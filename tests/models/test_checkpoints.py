@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from proxytune.config import ModelSpec, System
 from proxytune.decoding.decoder import Decoder
 from proxytune.errors import UserError
-from proxytune.models.checkpoint import load_config, locate, resolve
+from proxytune.models.checkpoint import check_weights, load_config, locate, resolve
 from proxytune.models.facts import kv_per_token, model_facts
 from proxytune.models.roles import Models
 from proxytune.models.support import examine
@@ -106,6 +107,21 @@ def an_adapter(folder: Path) -> None:
     (folder / "config.json").rename(folder / "adapter_config.json")
 
 
+def linked(folder: Path) -> None:
+    """A shard that is a link to a sound file elsewhere."""
+    elsewhere = folder.parent / "elsewhere.safetensors"
+    (folder / WEIGHTS).rename(elsewhere)
+    (folder / "shard.safetensors").symlink_to(elsewhere)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "shard.safetensors"}}))
+
+
+def named_index(folder: Path) -> None:
+    """An index by a name of the configuration's own, beside sound weights."""
+    name = "other.safetensors.index.json"
+    (folder / name).write_text(json.dumps({"weight_map": {"a": "/etc/passwd"}}))
+    field("transformers_weights", name)(folder)
+
+
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "vocab_size 0": (field("vocab_size", 0), r"vocab_size in config.json is 0, and must be 1 or more"),
     "a million layers": (field("num_hidden_layers", 10**6), r"layers .* 1000000, and must be 0 to 1024"),
@@ -134,7 +150,17 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a header longer than the file": (header(lambda data: struct.pack("<Q", 2**62) + data[8:]), "damaged"),
     "empty weights": (header(lambda data: b""), "damaged or cut .it is empty"),
     "shards absent": (index({"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}), "2 of the 2"),
-    "shards elsewhere": (index({"weight_map": {"a": "../../etc/passwd"}}), "1 of the 1 files"),
+    "shards above": (index({"weight_map": {"a": "../../etc/passwd"}}), "'../../etc/passwd', which lies"),
+    "shards at a root": (index({"weight_map": {"a": "/etc/passwd"}}), "'/etc/passwd', which lies"),
+    "shards below": (index({"weight_map": {"a": "x/y.safetensors"}}), "'x/y.safetensors', which lies"),
+    "shards of nothing": (index({"weight_map": {"a": ""}}), "1 of the 1 files"),
+    "a shard with a zero": (index({"weight_map": {"a": "x\0y"}}), "1 of the 1 files"),
+    "linked shards": (linked, "'shard.safetensors', which lies outside its folder"),
+    "weights named above": (
+        field("transformers_weights", "../x.safetensors"), "config.json names '../x.safetensors', which lies"
+    ),
+    "weights named as a number": (field("transformers_weights", 5), "must be the name of a file"),
+    "weights named as an index": (named_index, "other.safetensors.index.json names '/etc/passwd'"),
     "shards without a map": (index({}), "has no weight_map"),
     "shards are numbers": (index({"weight_map": {"a": 5}}), "has no weight_map"),
     "an index that is no object": (index([1]), "must hold an object"),
@@ -158,6 +184,45 @@ def test_a_damaged_folder_is_one_line_before_weights_are_read(case: str, sound: 
     damage(folder)
     line = refusal(folder)
     assert re.search(says, line), line
+
+
+def in_hub_cache(root: Path, sound: Path) -> Path:
+    """A snapshot as the hub's cache has it: links to the files of its repository."""
+    home = root / "hub" / "models--some--model"
+    snapshot = home / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (home / "blobs").mkdir()
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0123")
+    for file in sound.iterdir():
+        name = "shard.safetensors" if file.name == WEIGHTS else file.name
+        shutil.copy(file, home / "blobs" / name)
+        (snapshot / name).symlink_to(Path("..", "..", "blobs", name))
+    with safe_open(snapshot / "shard.safetensors", "pt") as weights:
+        content = {"metadata": {}, "weight_map": dict.fromkeys(weights.keys(), "shard.safetensors")}
+    (snapshot / INDEX).write_text(json.dumps(content))
+    return snapshot
+
+
+def test_a_snapshot_in_the_cache_of_the_hub_may_link_to_its_repository(sound: Path, tmp_path: Path) -> None:
+    snapshot = in_hub_cache(tmp_path, sound)
+    spec = ModelSpec(model=str(snapshot), dtype="float64")
+    plain = ModelSpec(model=str(sound), dtype="float64")
+    found, want = (tokens(Decoder(Models(System(base=one)), "base")) for one in (spec, plain))
+    assert found == want
+
+
+def test_an_index_of_the_hub_cannot_point_out_of_its_repository(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = in_hub_cache(tmp_path, sound)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    spec = ModelSpec(model="some/model")
+    check_weights(spec, load_config(ModelSpec(model=str(snapshot))))
+    (snapshot / INDEX).write_text(json.dumps({"weight_map": {"a": "../../../../../etc/passwd"}}))
+    with pytest.raises(UserError, match="which lies outside its folder"):
+        check_weights(spec, load_config(ModelSpec(model=str(snapshot))))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,9 @@ from tests.support import tiny
 from tests.support.decoders import check, decoder, example, ragged
 from tests.support.tiny import spec
 
+LONG = [example("".join(chr(97 + place * place % 23) for place in range(size)), size) for size in (150, 71)]
+"""Prompts that go far beyond a sliding window, a page and a block of the kernel."""
+
 
 def family_trio(family: str, folder: Path) -> System:
     """Base, expert and antiexpert of one family with different weights."""
@@ -38,6 +41,7 @@ def test_packed(family: str, tmp_path: Path) -> None:
     assert {model.family.path for model in d.loaded.values()} == {"packed"}, d.notes()
     check(d, ragged(7, 1, longest=19), Sampling(max_new_tokens=9))
     check(d, ragged(3, 2, longest=19), Sampling(max_new_tokens=9, temperature=1.0, top_k=50))
+    check(d, LONG, Sampling(max_new_tokens=4))
 
 
 @pytest.mark.parametrize("family", tiny.REFERENCE)
@@ -49,6 +53,7 @@ def test_reference(family: str, tmp_path: Path) -> None:
     assert len(d.notes()) == 3 and "slow exact path" in d.notes()[0]
     check(d, ragged(4, 3, longest=14), Sampling(max_new_tokens=8))
     check(d, ragged(2, 4, longest=9), Sampling(max_new_tokens=6, temperature=1.0, n=2))
+    check(d, LONG[:1], Sampling(max_new_tokens=3))
 
 
 def test_prefill_chunks_mix_with_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

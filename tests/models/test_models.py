@@ -166,14 +166,26 @@ def test_the_antiexpert_never_feels_the_adapter(order: list[Role], folders: dict
     assert {r: {k: c.token_ids for k, c in by_id(found).items()} for r, found in interleaved.items()} == seen
 
 
-def test_two_adapters_on_one_antiexpert(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_two_adapters_on_one_antiexpert(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = {"lora": 0.6, "lora2": -0.3}
     separate = tuple(
         ExpertSpec(**spec(merged(folders, name, tmp_path / name)).model_dump(), weight=w)
         for name, w in weights.items()
     )
     shared = tuple(ExpertSpec(adapter=str(folders[name]), weight=w) for name, w in weights.items())
-    d = Decoder(Models(system(folders, experts=shared)), "proxy")
+    read: list[str] = []
+    monkeypatch.setattr(
+        "proxytune.models.roles.load_module",
+        lambda spec, **more: read.append(spec.model) or load_module(spec, **more),
+    )
+    heard: list[str] = []
+    both = Models(system(folders, experts=shared), on_load=lambda name, _: heard.append(name))
+    d = Decoder(both, "proxy")
+    assert sorted(heard) == ["antiexpert", "base", "expert", "expert2"]
+    assert read == [str(folders["base"]), str(folders["anti"])], "the host of both is read once"
+    monkeypatch.undo()
     assert set(d.loaded) == {"base", "expert", "expert2", "antiexpert"}
     assert len({id(d.loaded[name].module) for name in ("expert", "expert2", "antiexpert")}) == 1
     assert tokens(d) == tokens(decoder(system(folders, experts=separate)))

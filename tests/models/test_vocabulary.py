@@ -11,9 +11,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from proxytune.config import Sampling
+from proxytune.config import Sampling, System
 from proxytune.decoding.decoder import Decoder
-from proxytune.decoding.prompts import noise_key
+from proxytune.engine.sampling import RowPosition
+from proxytune.engine.speculative.drafter import LOOKUP, Speculation
 from proxytune.errors import UserError
 from proxytune.models.vocabulary import align, size_of
 from proxytune.records import Example
@@ -205,6 +206,64 @@ def test_intersect_generates_what_it_says(temperature: float, tmp_path: Path) ->
     assert spelled > 3
 
 
+class Told:
+    """Drafts the tokens of known responses, every third of them wrong, or none."""
+
+    def __init__(self, truth: dict[str, Sequence[int]], *, errs: bool = False) -> None:
+        self.truth, self.errs, self.size = truth, errs, max(map(max, truth.values()))
+
+    def __call__(self, logits: torch.Tensor, positions: Sequence[RowPosition]) -> torch.Tensor:
+        tokens = []
+        for row, position in positions:
+            known = [*self.truth[str(row.request.tag)], 0]
+            token = known[min(position, len(known) - 1)]
+            tokens.append(self.size - token if self.errs and position % 3 == 2 else token)
+        return torch.tensor(tokens)
+
+
+DRAFTED = {
+    "all right": lambda truth: Speculation(k=5, pick=Told(truth), lookup=False),
+    "some wrong": lambda truth: Speculation(k=5, pick=Told(truth, errs=True), lookup=False),
+    "by lookup": lambda truth: Speculation(k=5, drafter=LOOKUP),
+}
+
+
+SPELT = ["the", "hat", "aei", "xyz"]
+DRAWN = Sampling(max_new_tokens=14, temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def spelt(tmp_path_factory: pytest.TempPathFactory) -> tuple[System, dict[str, list[int]]]:
+    """A base that likes tokens which its experts have to spell, and its responses by the oracle."""
+    base, own = pieces(SPELT), tiny.tokenizer(swapped=("A", "B"))
+    sizes = (len(base.get_vocab()), 259, 259)
+    system = trio_of(tmp_path_factory.mktemp("spelt"), sizes, base=base, expert=own)
+    d = decoder(system.model_copy(update={"vocab": "intersect"}))
+    likely = [index for token, index in base.get_vocab().items() if len(token) > 1 and token.isalpha()]
+    with torch.no_grad():
+        for module in (plain(d, "base"), d.loaded["base"].module):
+            module.lm_head.weight[likely] *= 6
+    want = {e.id: intersect_oracle(d, e, DRAWN) for e in ragged(4, 4)}
+    assert sum(longer for _, longer in want.values()) > 10
+    return d.models.system, {name: ids for name, (ids, _) in want.items()}
+
+
+@pytest.mark.usefixtures("layout")
+@pytest.mark.parametrize("drafts", DRAFTED)
+def test_spelt_tokens_are_drafted_accepted_and_taken_back(
+    drafts: str, spelt: tuple[System, dict[str, list[int]]]
+) -> None:
+    """Drafts of which a token is several ids to the experts: they take one place of the base's cache, and
+    several of the experts'."""
+    system, want = spelt
+    d = decoder(system, batch=3, speculation=DRAFTED[drafts](want))
+    found = by_id(list(d.stream(ragged(4, 4), DRAWN)))
+    assert {name: list(found[name, 0].token_ids) for name in want} == want
+    assert d.stats.drafted > 0
+    if drafts != "by lookup":
+        assert (d.stats.accepted < d.stats.examined) == (drafts == "some wrong") and d.stats.accepted > 15
+
+
 def test_intersect_with_different_experts_never_shifts_what_one_lacks(tmp_path: Path) -> None:
     """A token must be known to expert and antiexpert: Q and Z are not, for one of them."""
     system = trio_of(tmp_path, (259, len(pieces([]).get_vocab()), 259), expert=pieces([]))
@@ -232,6 +291,25 @@ def test_intersect_stops_at_the_window_of_whoever_fills_first(tmp_path: Path) ->
     assert found.finish_reason == "length"
     room = d.loaded["expert"].family.window - 101
     assert room // 8 <= len(found.token_ids) <= room // 8 + 1
+
+
+@pytest.mark.usefixtures("layout")
+@pytest.mark.parametrize("k", [0, 7])
+def test_drafts_of_spelt_tokens_stay_within_the_window(k: int, tmp_path: Path) -> None:
+    """GPT-2 has a table of positions: a draft beyond its end would be an index error."""
+    base = pieces(["abcdefgh"])
+    system = trio_of(tmp_path, (len(base.get_vocab()), 259, 259), base=base)
+    for role in ("expert", "antiexpert"):
+        tiny.save(tmp_path / role, tiny.build("gpt2", 5, n_positions=120, max_position_embeddings=120))
+    long = base.get_vocab()["abcdefgh"]
+    speculation = Speculation(k=k, pick=Told({"0": [long] * 20}), lookup=False)
+    d = decoder(system.model_copy(update={"vocab": "intersect"}), speculation=speculation)
+    d.ensemble.runners["base"].model = biased(d.loaded["base"].module, long)  # type: ignore[attr-defined]
+    for prompt in range(30, 38):  # every rest of the window by the length of a token
+        (found,) = d.stream([example("a" * prompt)], Sampling(max_new_tokens=100))
+        room = 120 - (prompt + 1)
+        assert found.token_ids == (long,) * (room // 8 + 1) and found.finish_reason == "length"
+    assert (d.stats.accepted > 50) == (k > 0)
 
 
 def biased(module: Any, token: int) -> Any:
@@ -288,9 +366,11 @@ def test_noise_is_the_same_whatever_the_padding(tmp_path: Path) -> None:
         for key, value in narrow.loaded["base"].module.state_dict().items():
             target = wide.loaded["base"].module.state_dict()[key]
             target[: value.shape[0]] = value
-    assert noise_key(0, "", "0", 0) == noise_key(s.seed, "", "0", 0)
+    greedy = s.model_copy(update={"temperature": 0.0})
     for e in ragged(4, 5):
-        assert next(iter(narrow.stream([e], s))).token_ids == next(iter(wide.stream([e], s))).token_ids
+        found = next(iter(narrow.stream([e], s))).token_ids
+        assert found == next(iter(wide.stream([e], s))).token_ids
+        assert found != next(iter(narrow.stream([e], greedy))).token_ids, "the noise decides"
 
 
 def test_check_still_holds_with_equal_vocabularies(tmp_path: Path) -> None:

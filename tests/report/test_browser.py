@@ -122,6 +122,12 @@ def report(folder: Path) -> Path:
     return path
 
 
+def unfold(page: Any) -> None:
+    """Open everything that a click opens."""
+    for fold in page.locator("details").all():
+        fold.evaluate("node => { node.open = true; }")
+
+
 def picture(watched: Watched, name: str, folder: Path) -> None:
     """A screenshot, into the folder that PROXYTUNE_SCREENSHOTS names if it does."""
     to = Path(os.environ.get("PROXYTUNE_SCREENSHOTS") or folder)
@@ -245,9 +251,132 @@ def test_drawings_tell_their_figures(show: Callable[..., Watched], demo: Path) -
 def test_a_narrow_screen_does_not_scroll_sideways(
     show: Callable[..., Watched], demo: Path, tmp_path: Path
 ) -> None:
-    watched = show(demo, width=400)
+    watched = show(demo, width=390)
     assert watched.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    chosen = watched.page.locator("#tokens-chosen")
+    assert chosen.evaluate("node => node.scrollWidth <= node.clientWidth"), "nothing is cut off beside it"
     picture(watched, "narrow-full", tmp_path)
+
+
+def test_chart_text_is_readable_on_a_phone(show: Callable[..., Watched], demo: Path) -> None:
+    page = show(demo, width=390).page
+    unfold(page)
+    sizes = page.evaluate(
+        """() => [...document.querySelectorAll('figure svg')].flatMap((svg) => {
+          const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+          const size = (text) => parseFloat(getComputedStyle(text).fontSize) * scale;
+          return [...svg.querySelectorAll('text')].map(size);
+        })"""
+    )
+    assert len(sizes) > 200 and min(sizes) >= 11
+    for drawing in page.locator(".drawing").all():
+        assert drawing.evaluate("node => node.scrollWidth <= node.clientWidth"), "drawings need no scrolling"
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_tables_that_scroll_say_so(show: Callable[..., Watched], demo: Path, width: int) -> None:
+    page = show(demo, width=width).page
+    unfold(page)
+    page.wait_for_timeout(100)  # the observer comes after the layout
+    found = page.evaluate(
+        """() => [...document.querySelectorAll('.scroll')].map((box) =>
+          [box.scrollWidth > box.clientWidth + 1, box.previousElementSibling.getClientRects().length > 0])"""
+    )
+    assert all(wider is cued for wider, cued in found)
+    assert any(wider for wider, _ in found) or width > 390
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("width", [1400, 1000])
+def test_figures_fill_their_lines(show: Callable[..., Watched], demo: Path, width: int) -> None:
+    page = show(demo, width=width).page
+    unfold(page)
+    lines = page.evaluate(
+        """() => [...document.querySelectorAll('.figures')].flatMap((grid) => {
+          const edge = grid.getBoundingClientRect().right;
+          const last = new Map();
+          for (const figure of grid.children) {
+            const box = figure.getBoundingClientRect();
+            last.set(box.top, Math.max(last.get(box.top) || 0, box.right));
+          }
+          return [...last.values()].map((right) => edge - right);
+        })"""
+    )
+    assert len(lines) > 10 and max(lines) < 2
+
+
+def test_the_page_is_short_and_begins_with_findings(show: Callable[..., Watched], demo: Path) -> None:
+    page = show(demo, width=1400).page
+    assert page.evaluate("document.documentElement.scrollHeight") < 6500
+    shown = page.evaluate("[...document.querySelectorAll('section')].map((section) => section.id)")
+    assert shown[:2] == ["results", "tokens"]
+    for name in shown:
+        first = page.locator(f"#{name} h2 + p")
+        assert first.get_attribute("class") in ("finding", "missing"), name
+        assert any(char.isdigit() for char in first.inner_text()) or "missing" in str(
+            first.get_attribute("class")
+        )
+
+
+def test_sections_without_data_are_one_line(show: Callable[..., Watched], tmp_path: Path) -> None:
+    put(tmp_path / "results" / "tiny" / "gsm" / "base", run("base", 0.2), [example(0, "x", True)])
+    page = show(report(tmp_path), width=1400).page
+    empty = page.locator("section.empty")
+    assert empty.count() == 9
+    assert max(empty.evaluate_all("all => all.map((one) => one.getBoundingClientRect().height)")) < 40
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize(
+    "scores", [(0.1, 0.9, 0.9), (0.1, 0.1, 0.9), (0.1, 0.5, 0.9), (0.5, 0.51, 0.52), (0.1, 0.88, 0.9)]
+)
+def test_labels_stand_under_their_dots(
+    show: Callable[..., Watched], tmp_path: Path, width: int, scores: tuple[float, float, float]
+) -> None:
+    for task in ("gsm", "triviaqa", "truthfulqa", "realtimeqa", "alpaca_farm"):
+        for role, score in zip(("base", "proxy", "tuned"), scores, strict=True):
+            put(tmp_path / "results" / "tiny" / task / role, run(role, score, task=task), [])
+    page = show(report(tmp_path), width=width).page
+    tiles = page.evaluate(
+        """() => [...document.querySelectorAll('.tile')].map((tile) => {
+          const boxes = (all) => Object.fromEntries([...tile.querySelectorAll(all)].map((one) => {
+            const { left, right, top, bottom } = one.getBoundingClientRect();
+            return [one.className, { left, right, top, bottom }];
+          }));
+          return { dots: boxes('.way i'), names: boxes('.names span'), tile: tile.getBoundingClientRect() };
+        })"""
+    )
+    assert len(tiles) == 5
+    for tile in tiles:
+        dots, names = tile["dots"], tile["names"]
+        for role, dot in dots.items():
+            middle = (dot["left"] + dot["right"]) / 2
+            assert names[role]["left"] - 1 <= middle <= names[role]["right"] + 1
+            assert names[role]["top"] >= dot["bottom"] - 8 and names[role]["bottom"] <= tile["tile"]["bottom"]
+            for other in dots.keys() - {role}:
+                a, b = names[role], names[other]
+                apart = a["right"] <= b["left"] or b["right"] <= a["left"]
+                assert apart or a["bottom"] <= b["top"] + 1 or b["bottom"] <= a["top"] + 1, (role, other)
+        ring, dot, bar = dots["tuned"], dots["proxy"], dots["base"]
+        assert ring["right"] - ring["left"] >= dot["right"] - dot["left"] + 8, "seen around the proxy's dot"
+        assert bar["bottom"] - bar["top"] >= ring["bottom"] - ring["top"] + 3, "and the bar beyond both"
+
+
+def test_a_long_response_is_cut_and_says_so(show: Callable[..., Watched], tmp_path: Path) -> None:
+    words = [token(f" w{i % 50}", 0.5, 0.6) for i in range(30_000)]
+    done = run("proxy", 0.8, trace="tokens").model_copy(update={"n": 2})
+    rows = [example(0, "long", True), example(1, "short", True)]
+    put(tmp_path / "results" / "s" / "gsm" / "proxy", done, rows, [words, words[:3]])
+    path = report(tmp_path)
+    assert path.stat().st_size < 1e6
+    watched = show(path)
+    page = watched.page
+    assert "2 of 2 responses" in page.locator("#tokens-status").inner_text()
+    assert page.locator("#tokens-response span").count() == 4000
+    assert "the first 4,000 of 30,000 tokens" in page.locator("#tokens-chosen").inner_text()
+    page.locator("#tokens-list li").nth(1).click()
+    assert "the first" not in page.locator("#tokens-chosen").inner_text()
+    assert watched.problems == []
 
 
 def test_hostile_text_does_nothing(show: Callable[..., Watched], hostile: Path, tmp_path: Path) -> None:
@@ -259,8 +388,7 @@ def test_hostile_text_does_nothing(show: Callable[..., Watched], hostile: Path, 
         for span in page.locator("#tokens-response span").all():
             span.hover()
     picture(watched, "hostile-full", tmp_path)
-    for fold in page.locator("details").all():
-        fold.evaluate("node => { node.open = true; }")
+    unfold(page)
     for unveil in page.locator(".unveil").all():
         unveil.click()
     page.select_option("#tokens-set", "1")

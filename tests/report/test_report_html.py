@@ -19,13 +19,15 @@ from proxytune.config import parse_alpha
 from proxytune.errors import UserError
 from proxytune.records import Metric
 from proxytune.report import charts as report_charts
+from proxytune.report import findings
 from proxytune.report import page as report_html
 from proxytune.report import token_view as report_tokens
 from proxytune.report.charts import COLORS, svg, themed_svg
-from proxytune.report.escape import clipped, embedded, visible
+from proxytune.report.escape import clipped, embedded, in_markdown, visible
 from proxytune.report.page import Report
 from proxytune.report.runs import notes_table
 from proxytune.report.sections import Section
+from proxytune.report.tables import RoleRow, markdown, role_rows
 from tests.support.checkout import ROOT
 from tests.support.command_line import proxytune
 from tests.support.hostile import HOSTILE, example, make_results, put, token, tokens_for
@@ -119,7 +121,7 @@ def test_the_page_has_only_our_elements(elements: Elements) -> None:
         "html", "head", "meta", "title", "link", "style", "script", "body", "a", "div", "nav", "button",
         "main", "header", "h1", "h2", "h3", "p", "span", "i", "section", "figure", "figcaption", "details",
         "summary", "table", "caption", "thead", "tbody", "tr", "th", "td", "code", "noscript", "footer",
-        "svg", "g", "path", "line", "text", "rect",
+        "svg", "g", "path", "line", "text", "tspan", "rect",
     }  # fmt: skip
     names = {name for _, attributes in elements.found for name in attributes}
     assert not [name for name in names if name.startswith("on")]
@@ -156,6 +158,71 @@ def test_hateful_text_is_veiled(elements: Elements, page: str) -> None:
     assert {one["task"]: one["sensitive"] for one in data["sets"]} == {"gsm": False, "toxigen": True}
 
 
+MARKDOWN = [
+    *HOSTILE, "a|b", "a\\|b", "a\\\\|b", "|", "\\",
+    "two\nlines\r\nthree\x0bfour\x85five", "**b** _i_ ~s~ `c`",
+    "[x](javascript:alert(1)) ![y](http://z)", "mc1_all and snake_case", "<b>&amp;",
+]  # fmt: skip
+
+
+def cells_of(line: str) -> list[str]:
+    """The cells of a line of a Markdown table, as GitHub splits it: at bars without a backslash before
+    them."""
+    assert line.startswith("| ") and line.endswith(" |")
+    return re.split(r"(?<!\\)\|", line[1:-1])
+
+
+@pytest.mark.parametrize("text", MARKDOWN)
+def test_markdown_tables_survive(text: str) -> None:
+    for shown in (text, in_markdown(text)):
+        table = markdown(("name", text), [("one", shown), (shown, "two")])
+        assert [len(cells_of(line)) for line in table.splitlines()] == [2] * 4
+        table.encode("utf-8")
+        assert not {unicodedata.category(char) for char in table} & {"Cf", "Cs", "Zl", "Zp"}
+
+
+def test_markdown_shows_markup_and_leaves_names_and_figures() -> None:
+    assert in_markdown("**b** <i> [x](y) `c` | _e_") == ("\\*\\*b\\*\\* &lt;i> [x\\](y) \\`c\\` \\| \\_e\\_")
+    for plain in ("truthfulqa_mc", "82.0 [77.0, 87.0]", "ours 1.0, pass@10", "base, opener forced"):
+        assert in_markdown(plain) == plain
+
+
+def test_names_are_shown_in_markdown_tables_and_headings(tmp_path: Path) -> None:
+    bad = "a|b\n# <img src=x> [c](javascript:d)"
+    for role, score in (("base", 0.1), ("proxy", 0.6), ("tuned", 0.9)):
+        done = run(role, score, system=bad)
+        metrics = {bad: done.metrics["exact_match"]}
+        put(tmp_path / "s" / "gsm" / role, done.model_copy(update={"headline": bad, "metrics": metrics}), [])
+    put(tmp_path / "t" / "gsm" / "base", run("base", 0.2), [])
+    done = proxytune("report", str(tmp_path), "--markdown", "--paper", "--examples", "1")
+    assert done.exit_code == 0, done.output
+    assert "<img" not in done.stdout and "\n# " not in done.stdout
+    assert not re.search(r"(?<!\\)\]\(javascript", done.stdout)
+    tables = re.findall(r"(?:^\|.*\n)+", done.stdout, re.MULTILINE)
+    assert len(tables) > 2
+    for table in tables:
+        assert len({len(cells_of(line)) for line in table.splitlines()}) == 1, table
+
+
+def test_every_text_of_the_page_is_made_harmless(tmp_path: Path) -> None:
+    """Names too: no part of the page relies on another for that."""
+    bad = "m\u202e\u2066etric\x07"
+    for role, score in (("base", 0.1), ("proxy", 0.6), ("tuned", 0.9)):
+        done = run(role, score, system="s\u202ex", trace="tokens" if role == "proxy" else "off")
+        metrics = {bad: done.metrics["exact_match"]}
+        rows = [example(0, "\ud800", True, id="\ud800\u202e", scores={bad: 1.0})]
+        traces = [tokens_for(9)] if role == "proxy" else None
+        changed = {"headline": bad, "metrics": metrics, "notes": ("n\u202e",), "n": 1}
+        put(tmp_path / "s" / "gsm" / role, done.model_copy(update=changed), rows, traces)
+    report = Report.read(tmp_path)
+    report.write_html(tmp_path / "report.html")
+    content = (tmp_path / "report.html").read_bytes().decode("utf-8")
+    strange = {char for char in content if unicodedata.category(char) in {"Cc", "Cf", "Cs", "Zl", "Zp"}}
+    assert strange <= {"\n", "\t"} and "\u2039U+202E\u203a" in content and "U+D800" in content
+    for path in report.write_figures(tmp_path / "figures"):
+        ElementTree.fromstring(path.read_text(encoding="utf-8"))
+
+
 # The token-level view
 
 
@@ -178,7 +245,8 @@ def test_tokens_are_packed_and_can_be_read_back(made: Report) -> None:
 def test_a_long_trace_is_cut_to_its_budget_and_says_so(made: Report) -> None:
     data = report_tokens.token_data(made.inputs.sets, budget=2 * 20)
     assert [(len(one["items"]), one["total"]) for one in data["sets"]] == [(2, 12), (2, 12)]
-    assert len(report_tokens.token_data(made.inputs.sets, budget=1)["sets"][0]["items"]) == 1
+    [item] = report_tokens.token_data(made.inputs.sets, budget=4)["sets"][0]["items"]
+    assert (len(item["tokens"]), item["length"], len(item["p"][0]), len(item["top"][0])) == (2, 8, 2, 2)
 
 
 def test_other_roles_answer_only_the_same_question(tmp_path: Path) -> None:
@@ -240,7 +308,7 @@ def test_figures_have_axes_with_units_intervals_and_tooltips(made: Report) -> No
     better = {f.name: f.caption.split()[0] for f in made.figures if f.name.startswith("price-time")}
     assert better == {"price-time-gsm": "up", "price-time-toxigen": "down"}
     assert "position in the response, tokens" in drawn["positions-changed-gsm"]
-    assert "paper, 13B: 13.5%" in drawn["positions-changed-gsm"]
+    assert ">paper 13.5%<" in drawn["positions-changed-gsm"]
     assert ">alpha<" in drawn["alpha-gsm"] and "alpha 0.5; exact_match" in drawn["alpha-gsm"]
     assert "tokens that are corrected" in drawn["skip-score-gsm"]
     assert "published, 13B" in drawn["equations-gsm"]
@@ -291,6 +359,90 @@ def test_labels_do_not_hide_points() -> None:
     assert (
         found[0] == "left" and found[1] == "right" and found[2] in ("above", "below") and found[3] == "left"
     )
+
+
+@pytest.mark.parametrize("count", range(13))
+def test_figures_fill_lines_of_six_parts(count: int) -> None:
+    parts = [{"third": 2, "half": 3, "whole": 6}[span] for span in report_html.spans(count)]
+    assert len(parts) == count and sum(parts) % 6 == 0
+    ends = {sum(parts[: i + 1]) for i in range(count)}
+    assert set(range(6, sum(parts) + 1, 6)) <= ends, "a figure never goes over the end of a line"
+
+
+def test_points_over_few_tokens_are_faded(tmp_path: Path) -> None:
+    rows = [example(i, "x", True) for i in range(25)]
+    traces = [[token("a", 0.5, 0.6)] * (9 if i < 22 else 30) for i in range(25)]
+    put(tmp_path / "s" / "gsm" / "proxy", run("proxy", 0.8, trace="tokens"), rows, traces)
+    figures = {figure.name: figure for figure in Report.read(tmp_path).figures}
+    changed = figures["positions-changed-gsm"]
+    assert changed.caption.endswith("faded: fewer than 20 tokens")
+    drawn = svg(changed)
+    marks = re.findall(
+        r'<path aria-label="position[^>]*? (\d+) tokens"[^>]*?(?:fill-)?opacity="([\d.]+)"', drawn
+    )
+    assert {(int(n) < 20, float(opacity) < 1) for n, opacity in marks} == {(True, True), (False, False)}
+
+
+def test_a_curve_in_stretches_is_whole() -> None:
+    data = [{"n": n, "at": i} for i, n in enumerate((50, 50, 5, 5, 40, 3))]
+    found = report_charts.stretches(data)
+    assert [(few, [d["at"] for d in part]) for few, part in found] == [
+        (False, [0, 1]), (True, [1, 2, 3, 4]), (False, [4]), (True, [4, 5]),
+    ]  # fmt: skip
+
+
+# Findings
+
+
+def trio(**scores: float) -> list[RoleRow]:
+    """The rows of a system with these scores."""
+    return role_rows([run(role, score) for role, score in scores.items()])
+
+
+def test_findings_are_made_of_the_figures() -> None:
+    assert findings.on_results(trio(base=0.1, proxy=0.82, tuned=0.9)) == (
+        "With tiny, the proxy closes 90.0% on gsm of the gap between base and tuned."
+    )
+    assert findings.on_results(trio(base=0.1, proxy=0.5, tuned=0.11)) == (
+        "No firm gap to close on gsm with tiny."
+    )
+    assert findings.on_results(trio(base=0.1)) == ""
+    assert findings.on_price(trio(base=0.1, proxy=0.82, tuned=0.9)) == (
+        "With tiny, the proxy takes 1.1 times the memory and 1.0 times the time per token of the tuned model."
+    )
+    assert findings.on_price(trio(proxy=0.82)) == ""
+
+
+def test_findings_of_the_hostile_folder(made: Report) -> None:
+    found = {one.id: one.finding for one in made.sections}
+    missing = {one.id for one in made.sections if one.missing}
+    assert {name for name, text in found.items() if not text} == missing == {"agreement"}
+    assert found["failures"].startswith("On gsm the proxy breaks 1 and mends 6 of 12 items (p = 0.12)")
+    assert found["tokens"].startswith(
+        "On gsm the proxy's first choice is not the base's at 14.3% of 84 tokens"
+    )
+    assert found["skip"] == "On gsm even no corrected token gives 50.0, within the interval of all (50.0)."
+    assert found["runs"] == "16 runs took 40 seconds and generated 16,000 tokens."
+    assert found["alpha"] == "On gsm alpha 1 scores best, 50.0 beside 50.0 at 0."
+
+
+def test_a_sentence_speaks_of_a_few_tasks() -> None:
+    assert (
+        findings.sentence(f"on t{i} x" for i in range(6))
+        == "On t0 x; on t1 x; on t2 x; on t3 x; 2 more below."
+    )
+    assert findings.sentence([]) == "" and findings.listed(["a", "b", "c"]) == "a, b and c"
+
+
+def test_failures_come_first(made: Report) -> None:
+    tables = [table for part in section(made, "failures").parts for table in part.tables]
+    first, last = tables[0], tables[-1]
+    assert "base right, proxy wrong" in first.title and not first.folded and len(first.rows) == 1
+    assert last.title == "base against proxy, in items"
+    assert [row.cells[1:6] for row in last.rows if row.cells[0].endswith("gsm")] == [
+        ("exact_match", "2", "1", "6", "3")
+    ]
+    assert all(table.folded for table in tables[1:-1] if "proxy right" in table.title)
 
 
 # What is missing

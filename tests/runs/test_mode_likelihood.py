@@ -22,7 +22,7 @@ from proxytune.tasks.truthfulqa_mc import PRIMER
 from tests.support import oracle, tiny, tiny_system
 from tests.support.answers import json_list
 from tests.support.command_line import proxytune
-from tests.support.runs import evaluated
+from tests.support.runs import evaluated, unfinish
 
 TASK = get_task("truthfulqa_mc", "likelihood")
 ITEM = {
@@ -127,9 +127,7 @@ def test_resume_and_folders(tmp_path: Path) -> None:
     assert made.n == 8 and made.spec.data == "generated", "the demo world has the targets too"
     path = tmp_path / "run" / results.PREDICTIONS
     whole = path.read_bytes()
-    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:5]))
-    stopped = made.model_copy(update={"status": "running"})
-    (tmp_path / "run" / results.RUN).write_text(stopped.model_dump_json())
+    unfinish(tmp_path / "run", 5)
     assert evaluated(system, "truthfulqa_mc", **settings).metrics == made.metrics
     assert path.read_bytes() == whole
     with pytest.raises(UserError, match="mode is likelihood there and generate now"):

@@ -20,12 +20,13 @@ from proxytune.errors import UserError
 from proxytune.models.roles import Models
 from proxytune.options import DecodeOptions, RunOptions
 from proxytune.records import Completion, Example, Prompt
+from proxytune.results import RunFolder
 from proxytune.runs import evaluation as run
 from proxytune.runs import generate
 from proxytune.runs import session as run_session
 from proxytune.runs.session import run_job
 from tests.support.checkout import environment
-from tests.support.runs import QUIET, evaluated
+from tests.support.runs import QUIET, evaluated, unfinish
 
 SHORT = Sampling(max_new_tokens=12)
 
@@ -125,7 +126,8 @@ def test_the_drafts_of_all_sessions_are_counted(
     made = evaluate(system, models, tmp_path, **options)
     ended, (second,) = stored(), used
     for name in ("generated_tokens", "row_steps", "drafted", "examined", "accepted"):
-        assert ended[name] == halfway[name] + getattr(second.stats, name) > halfway[name] > 0, name
+        assert halfway[name] > 0 and halfway[name] <= ended[name], name
+        assert ended[name] == halfway[name] + getattr(second.stats, name), name
     for cost in (halfway, ended):
         quotients_are_right(cost)
     assert ended["sessions"] == 2 and made.cost.acceptance == ended["acceptance"]
@@ -139,10 +141,8 @@ def test_resume_decodes_only_what_is_missing(
     system: System, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate(system, models, tmp_path)
-    path = tmp_path / results.PREDICTIONS
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:4]))
     stored = results.read_run(tmp_path)
-    (tmp_path / results.RUN).write_text(stored.model_copy(update={"status": "running"}).model_dump_json())
+    unfinish(tmp_path, 4)
     asked: list[str] = []
     real = Decoder.stream
 
@@ -166,6 +166,39 @@ def test_a_finished_run_is_returned_and_not_decoded_again(
     monkeypatch.setattr(Decoder, "__init__", lambda *_: pytest.fail("decoded again"))
     assert evaluate(system, models, tmp_path, progress=True) == first
     assert "done already" in capsys.readouterr().err
+
+
+def test_a_folder_that_vanishes_ends_the_run_at_the_next_row(
+    system: System, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = Decoder.stream, list[str]()
+
+    def stream(self: Decoder, *args: Any, **kwargs: Any) -> Iterator[Completion]:
+        for completion in real(self, *args, **kwargs):
+            if len(asked) == 2:
+                (tmp_path / "run").rename(tmp_path / "away")
+            asked.append(completion.example_id)
+            yield completion
+
+    monkeypatch.setattr(Decoder, "stream", stream)
+    with pytest.raises(UserError, match="was deleted or moved while this run was going on: it stops here"):
+        evaluate(system, models, tmp_path / "run", batch=1)
+    assert len(asked) == 3 and not (tmp_path / "run").exists()
+    assert len(results.read_rows(tmp_path / "away")) == 2
+
+
+def test_a_row_of_no_example_is_found_before_anything_is_decoded(
+    system: System, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(system, models, tmp_path)
+    unfinish(tmp_path, 3)
+    with RunFolder.open(tmp_path, results.read_run(tmp_path)) as folder:
+        folder.append({"id": "another", "responses": [], "scores": {}})
+    monkeypatch.setattr(Decoder, "__init__", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(
+        UserError, match=r"predictions\.jsonl' is damaged: 'another' is no example of this run"
+    ):
+        evaluate(system, models, tmp_path)
 
 
 def test_other_settings_are_refused(system: System, models: Models, tmp_path: Path) -> None:

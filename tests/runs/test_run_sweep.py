@@ -98,6 +98,19 @@ def test_a_sweep_says_what_single_runs_say(
     assert sum(made.cost.seconds for made in runs) == pytest.approx(seconds)
 
 
+def test_every_alpha_counts_its_prompts_where_responses_differ_in_length(
+    system: System, models: Models, tmp_path: Path
+) -> None:
+    """A share by generated tokens would give a long-winded alpha more of the prompts."""
+    sampling = Sampling(max_new_tokens=40, temperature=1.0, stop=("a", "e", "t", "1"))
+    _, runs = swept(system, models, tmp_path / "sweep", sampling=sampling)
+    assert len({made.cost.generated_tokens for made in runs}) > 2
+    asked = run.plan(system, "gsm", "proxy", RunOptions(limit=6)).data.examples
+    words = models.tokenizer("base")
+    prompts = sum(len(words.encode(example.prompt.plain)) for example in asked)
+    assert [made.cost.prompt_tokens for made in runs] == [prompts] * len(ALPHAS)
+
+
 def test_prompts_are_computed_once(
     system: System, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

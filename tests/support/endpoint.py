@@ -26,6 +26,9 @@ class Endpoint:
     status: int = 200
     reply: str | None = None
     """What to say; None prefers the output with GOOD in it."""
+    usage: Any = field(default_factory=lambda: {"prompt_tokens": 100, "completion_tokens": 1})
+    reasons: bool = False
+    """Whether the model is one that reasons, and refuses `max_tokens` and `temperature`."""
 
 
 @contextmanager
@@ -41,15 +44,16 @@ def serving() -> Iterator[Endpoint]:
             status = state.status
             if state.failures:
                 state.failures, status = state.failures - 1, 429
+            if state.reasons and "max_tokens" in asked:
+                return self.say(400, {"error": {"message": "Use 'max_completion_tokens' instead."}})
             if status != 200:
                 return self.say(status, {"error": {"message": f"no {KEY} today", "type": "x"}})
             text = asked["messages"][1]["content"]
             first = text.index("<output_a>") < text.find("GOOD") < text.index("</output_a>")
             words = {"content": state.reply or ("A" if first else "B"), "role": "assistant"}
             choice = {"index": 0, "finish_reason": "stop", "message": words}
-            usage = {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101}
             self.say(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m",
-                           "choices": [choice], "usage": usage})  # fmt: skip
+                           "choices": [choice], "usage": state.usage})  # fmt: skip
 
         def say(self, status: int, content: dict[str, Any]) -> None:
             body = json.dumps(content).encode()

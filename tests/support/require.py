@@ -16,7 +16,7 @@ def require_or_skip(kind: str, reason: str) -> None:
     """Skip the test, or fail it where the comma list PROXYTUNE_REQUIRE names the kind.
 
     Kinds: golden (reference data), gpu, tune (bitsandbytes, peft), wheel (a build), demo (its weights),
-    sandbox (its backends), judges (openai), browser (playwright and a Chromium), triton (its interpreter runs
+    sandbox (its backends), judges (httpx2), browser (playwright and a Chromium), triton (its interpreter runs
     the CUDA kernels), compiler (of C++, for the CPU's kernels), gguf (the package), real (a real model from
     PyPI, and lm-eval)."""
     if kind in os.environ.get("PROXYTUNE_REQUIRE", "").split(","):

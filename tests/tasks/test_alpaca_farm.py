@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy import optimize
 
 from proxytune.config import Sampling, load_system
 from proxytune.decoding.prompts import text_for
@@ -134,9 +136,27 @@ def test_a_judge_that_likes_length_alone_is_seen_through() -> None:
 def test_without_a_length_effect_both_win_rates_agree() -> None:
     equal = length_controlled_win_rate([1.0] * 300 + [0.0] * 100, [5] * 400, [5] * 400)
     assert equal.value == pytest.approx(75, abs=0.05)
-    always = length_controlled_win_rate([1.0] * 50, list(range(50)), [25] * 50)
-    assert 95 < always.value < 100, "finite although one side always wins"
     assert length_controlled_win_rate([1.0], [3], [2]).low is None
+
+
+def test_a_side_that_always_wins_has_the_figure_worked_out_by_hand() -> None:
+    """The ridge of 0.05 keeps it finite. With equal lengths the fit is a alone, where 50 (1 - p) = 0.05 a and
+    p = 1 / (1 + exp(-a)): a = 5.2444, p = 99.4756%. With other lengths the maximum is found by scipy."""
+    equal = length_controlled_win_rate([1.0] * 50, [25] * 50, [25] * 50)
+    assert equal.value == pytest.approx(99.4756, abs=1e-3)
+    assert length_controlled_win_rate([0.0] * 50, [25] * 50, [25] * 50).value == pytest.approx(
+        0.5244, abs=1e-3
+    )
+    lengths = np.arange(50.0)
+    x = np.tanh((lengths - 25) / (lengths - 25).std())
+
+    def loss(ab: np.ndarray) -> float:
+        return float(np.log1p(np.exp(-(ab[0] + ab[1] * x))).sum() + 0.025 * (ab @ ab))
+
+    found = optimize.minimize(loss, [0.0, 0.0], tol=1e-12).x
+    always = length_controlled_win_rate([1.0] * 50, list(range(50)), [25] * 50)
+    assert always.value == pytest.approx(100 / (1 + math.exp(-found[0])), abs=1e-3)
+    assert always.value == pytest.approx(99.45, abs=0.1) and always.low is not None and always.low > 99
 
 
 def test_newer_annotations_are_read_back(tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def test_a_problem_that_cannot_be_set_up_is_counted_apart(box: Sandbox, problems
     execution = Execution(box, {"Numpy/120": item})
     (row,) = ds1000.execute([asked(item, "a", "b")], execution)
     assert row["passed"] == [False, False] and (execution.samples, execution.broken) == (2, 2)
-    assert row["result"][0].startswith("failed: no answers to compare with: failed: ModuleNotFoundError")
+    assert row["result"][0].startswith("not run: no answers to compare with: failed: ModuleNotFoundError")
 
 
 def test_rows_and_data_must_fit(box: Sandbox, problems: dict[str, JsonRow]) -> None:

@@ -58,18 +58,20 @@ def _print(found: SystemCheck) -> None:
         for shown in role.contexts:
             form = "" if len(role.contexts) == 1 else f", {shown.form}"
             ends = ", ".join(f"{shown.tokens[at]!r} ({shown.ids[at]})" for at in (0, -1) if shown.ids)
-            print(f"{role.name}{form}: {len(shown.ids)} tokens, first and last {ends}: {shown.text!r}")
-    print()
+            console.show(f"{role.name}{form}: {len(shown.ids)} tokens, first and last {ends}: {shown.text!r}")
+    console.show()
     _print_memory(found)
     machine = found.machine
     busy = f"{machine.threads} threads, {machine.cores} cores, load {machine.load:g}"
     compiler = "found" if machine.compiler is None else "none"
-    print(f"machine     {machine.device}; {busy}; compiler {compiler}; sandbox {machine.sandbox or 'none'}")
-    print(f"speculation {found.speculation}")
+    console.show(
+        f"machine     {machine.device}; {busy}; compiler {compiler}; sandbox {machine.sandbox or 'none'}"
+    )
+    console.show(f"speculation {found.speculation}")
     for finding in found.findings:
-        print(f"{finding.level:11} {finding.about}: {finding.text}")
+        console.show(f"{finding.level:11} {finding.about}: {finding.text}")
     if not found.problems:
-        print("no problem found")
+        console.show("no problem found")
 
 
 def _print_models(found: SystemCheck) -> None:
@@ -87,7 +89,7 @@ def _print_models(found: SystemCheck) -> None:
         for role in found.roles
     ]
     console.print_table(("role", "model", "class", "parameters", "dtype", "path", "window"), rows)
-    print()
+    console.show()
 
 
 def _print_words(found: SystemCheck) -> None:
@@ -104,7 +106,7 @@ def _print_words(found: SystemCheck) -> None:
         for role in found.roles
     ]
     console.print_table(("role", "tokens", "head", "bos", "eos", "pad", "chat", "beside the base"), rows)
-    print()
+    console.show()
 
 
 def _special(role: RoleCheck, name: str) -> str:
@@ -119,10 +121,10 @@ def _print_memory(found: SystemCheck) -> None:
     shared = [f"{role.name} shares {role.shared_with}'s" for role in found.roles if role.shared_with]
     unknown = [f"{role.name} not known" for role in found.roles if role.weights is None]
     listed = "; ".join(part for part in (parts, *shared, *unknown) if part)
-    print(f"weights     {_size(memory.total)} of the models that decode together ({listed})")
+    console.show(f"weights     {_size(memory.total)} of the models that decode together ({listed})")
     batch = f"{_size(memory.kv_batch)} for {memory.sequences} sequences of {memory.length} tokens"
-    print(f"KV cache    {_size(memory.kv_per_token)} per token; {batch}")
-    print(f"free        {_size(memory.free)}")
+    console.show(f"KV cache    {_size(memory.kv_per_token)} per token; {batch}")
+    console.show(f"free        {_size(memory.free)}")
 
 
 def _size(count: int) -> str:

@@ -71,13 +71,13 @@ def demo(
         console.print_json(_as_json(rows, beside))
         return
     for own in tables.alike(rows):
-        console.console().print(_table(own, _like(own, beside)))
-    print("gap closed = (proxy - base) / (tuned - base). Scores in %, with 95% intervals.")
-    print(
+        console.show_table(_table(own, _like(own, beside)))
+    console.show("gap closed = (proxy - base) / (tuned - base). Scores in %, with 95% intervals.")
+    console.show(
         "Memory is weights and KV cache at its fullest; time is decoding time per token, all rows together."
     )
     if out is not None:
-        print(f"stored in {out}")
+        console.show(f"stored in {out}")
 
 
 def _open_sandbox() -> tuple[Sandbox | None, str]:

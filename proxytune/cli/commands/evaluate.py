@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, get_args
 
 from typer.core import TyperCommand
@@ -39,7 +40,7 @@ class EvalCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Give the value where it was left out."""
         given: list[str] = []
-        for argument, after in zip(args, [*args[1:], ""], strict=True):
+        for argument, after in zip_longest(args, args[1:], fillvalue=""):
             given.append(argument)
             if argument == "--trace" and after not in get_args(TraceKind):
                 given.append("tokens")
@@ -121,4 +122,4 @@ def print_all(runs: list[Run], *, json_only: bool) -> None:
         console.print_json({"task": runs[0].spec.task, "n": runs[0].n, "gap_closed": gap, "runs": named})
         return
     for own in tables.alike(rows):
-        console.console().print(tables.rich_table(own))
+        console.show_table(tables.rich_table(own))

@@ -27,6 +27,6 @@ def export(
     if json:
         console.print_json({"written": written})
         return
-    print(f"wrote {' and '.join(written)}")
+    console.show(f"wrote {' and '.join(written)}")
     for line in exports.FORMATS[format_].then(written):
-        print(line)
+        console.show(line)

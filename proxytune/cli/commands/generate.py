@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -27,6 +27,7 @@ from proxytune.config import AlphaSchedule, Role, Sampling, System, TraceKind
 from proxytune.errors import UserError
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion, Example, Prompt, TracedToken
+from proxytune.terminal import visible
 
 if TYPE_CHECKING:
     from proxytune.decoding import Decoder
@@ -92,7 +93,10 @@ def generate(
 
 def read_prompt(text: str) -> Example:
     """The prompt, or stdin where it is `-`, as the one example to decode."""
-    found = sys.stdin.read() if text == "-" else text
+    try:
+        found = sys.stdin.read() if text == "-" else text
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt on stdin is no {error.encoding} text: {error.reason}") from None
     if not found.strip():
         raise UserError("the prompt is empty")
     return Example(id="0", prompt=Prompt(plain=found, user=found))
@@ -134,17 +138,17 @@ def _stream(speaker: Speaker, role: Role, *, json_only: bool) -> None:
     """The responses of one role; a single one as it arrives."""
     alpha = speaker.alpha_of(role, speaker.alpha)
     decoder, sampling = speaker.decoder(role), speaker.sampling
-    printer = _Printer(sys.stdout) if sampling.n == 1 and not json_only else None
-    on_text = printer.hear if printer else None
+    streams = sampling.n == 1 and not json_only
+    on_text = _hear if streams else None
     stream = decoder.stream([speaker.example], sampling, alpha=alpha, on_text=on_text)
     found = asked(sorted(stream, key=lambda completion: completion.sample))
     if json_only:
         console.print_json({"as": role, "responses": [_as_json(completion) for completion in found]})
-    elif printer is not None:
-        printer.end()
+    elif streams:
+        console.write_data("\n")
     else:
         for completion in found:
-            print(f"--- {completion.sample + 1}\n{completion.text}")
+            console.write_data(f"--- {completion.sample + 1}\n{completion.text}\n")
     _say_notes(decoder, found)
 
 
@@ -172,20 +176,10 @@ def _one_of_each(as_: str, sampling: Sampling) -> None:
         raise UserError(f"--compare shows all roles: leave --as {as_} out")
 
 
-class _Printer:
-    """Prints text as it arrives."""
-
-    def __init__(self, out: TextIO) -> None:
-        self.out = out
-
-    def hear(self, example_id: str, sample: int, piece: str) -> None:
-        """One more piece of the only response."""
-        self.out.write(piece)
-        self.out.flush()
-
-    def end(self) -> None:
-        """Close the last line."""
-        self.out.write("\n")
+def _hear(example_id: str, sample: int, piece: str) -> None:
+    """Print one more piece of the only response. A character is written out alone, so an escape sequence may
+    be split over pieces."""
+    console.write_data(piece)
 
 
 def _as_json(completion: Completion) -> dict[str, object]:
@@ -216,15 +210,16 @@ def _compare(speaker: Speaker, *, json_only: bool) -> None:
         texts = [token.text for token in tokens]
         console.print_json({"roles": roles, "proxy_tokens": texts, "changed": changed})
         return
-    screen = console.console()
-    plain = not screen.is_terminal
+    plain = not console.console().is_terminal
     table = Table(show_lines=True)
     for role in found:
         table.add_column(role, overflow="fold", ratio=1)
-    table.add_row(*(_marked(tokens, plain) if role == "proxy" else Text(c.text) for role, c in found.items()))
-    screen.print(table)
+    table.add_row(*(_marked(tokens, plain) if role == "proxy" else c.text for role, c in found.items()))
+    console.show_table(table)
     mark = "in [brackets]" if plain else "highlighted"
-    print(f"{len(changed)} of {len(tokens)} tokens of the proxy are not the base's first choice ({mark})")
+    console.show(
+        f"{len(changed)} of {len(tokens)} tokens of the proxy are not the base's first choice ({mark})"
+    )
 
 
 def response_tokens(completion: Completion) -> tuple[TracedToken, ...]:
@@ -241,6 +236,6 @@ def _marked(trace: Sequence[TracedToken], plain: bool) -> Text:
     """The proxy's response with the changed tokens marked: in brackets where there are no colours."""
     text = Text()
     for token in trace:
-        changed = is_changed(token)
-        text.append(f"[{token.text}]" if changed and plain else token.text, CHANGED if changed else None)
+        changed, shown = is_changed(token), visible(token.text)
+        text.append(f"[{shown}]" if changed and plain else shown, CHANGED if changed else None)
     return text

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxytune.cli.console import console
+from proxytune.cli.console import show, show_table
 from proxytune.errors import UserError
 from proxytune.records import Run
-from proxytune.results import write_atomically
+from proxytune.run_files import write_atomically
 
 if TYPE_CHECKING:
     from proxytune.paper import recipes
@@ -91,7 +91,7 @@ def print_page(root: Path, asked: TableOptions, *, html: Path | None, figures: P
             f"--html '{html}' is a folder: name the file to write, such as {html / 'report.html'}"
         )
 
-    from proxytune.report import page
+    from proxytune.report import escape, page
 
     made = page.Report.read(root)
     if html is not None:
@@ -100,18 +100,18 @@ def print_page(root: Path, asked: TableOptions, *, html: Path | None, figures: P
     if asked.markdown:
         print_tables(root, asked)
         for path, figure in zip(paths, made.figures if paths else [], strict=True):
-            print(f"![{figure.title}]({path.as_posix()})\n")
+            show(f"![{escape.in_markdown(figure.title)}]({path.as_posix()})\n")
         return
     if html is not None:
-        print(f"wrote {html} ({html.stat().st_size / 1e6:.1f} MB)")
+        show(f"wrote {html} ({html.stat().st_size / 1e6:.1f} MB)")
     if figures is not None:
-        print(f"wrote {len(paths)} figures in {figures}")
+        show(f"wrote {len(paths)} figures in {figures}")
 
 
 def print_tables(root: Path, asked: TableOptions) -> None:
     """The finished runs under `root`: tables on stdout, or README.md files."""
     from proxytune.paper import published
-    from proxytune.report import paper_tables, tables
+    from proxytune.report import escape, paper_tables, tables
 
     if not root.is_dir():
         raise UserError(f"no folder '{root}': `proxytune eval` makes it, or name another")
@@ -120,7 +120,7 @@ def print_tables(root: Path, asked: TableOptions) -> None:
         write_atomically(
             root / "README.md", paper_tables.results_readme(published.read_paper(), runs).encode()
         )
-        print(f"wrote {root / 'README.md'}")
+        show(f"wrote {root / 'README.md'}")
         _write_demo_table(Path("README.md"), runs)
         return
     found, others = tables.main_runs(root)
@@ -128,13 +128,13 @@ def print_tables(root: Path, asked: TableOptions) -> None:
         raise UserError(f"no finished run in '{root}': `proxytune eval` makes one")
     for own in tables.alike(tables.role_rows([run for _, run in found])):
         if asked.markdown:
-            print(f"### {tables.title(own)}\n\n{tables.markdown_table(own)}")
+            show(f"### {escape.in_markdown(tables.title(own))}\n\n{tables.markdown_table(own)}")
         else:
-            console().print(tables.rich_table(own))
+            show_table(tables.rich_table(own))
     print_beside_paper([run for _, run in found], as_markdown=asked.markdown, asked=asked.paper)
     _print_examples(found, asked)
     if others:
-        print(f"{others} finished runs with other settings are not shown: name their folder to see them")
+        show(f"{others} finished runs with other settings are not shown: name their folder to see them")
 
 
 def print_beside_paper(
@@ -143,16 +143,17 @@ def print_beside_paper(
     """The paper's tables that runs of its systems belong to, or, where they were asked for, any of these
     runs; with our figures beside the paper's."""
     from proxytune.paper import published, recipes
+    from proxytune.report import escape
     from proxytune.report import paper_tables as beside
 
     paper, by_key = published.read_paper(), recipes.runs_by_key(runs)
     for recipe in beside.compared(paper, by_key, asked=asked) if only is None else [only]:
         if as_markdown:
-            print(f"### {beside.title(recipe)}\n\n{beside.markdown_side_by_side(recipe, paper, by_key)}")
+            show(f"### {beside.title(recipe)}\n\n{beside.markdown_side_by_side(recipe, paper, by_key)}")
         else:
-            console().print(beside.rich_side_by_side(recipe, paper, by_key))
+            show_table(beside.rich_side_by_side(recipe, paper, by_key))
         if line := beside.gaps(recipe, paper, by_key):
-            print(f"{line}\n")
+            show(f"{escape.in_markdown(line) if as_markdown else line}\n")
 
 
 def _print_examples(found: Sequence[tuple[Path, Run]], asked: TableOptions) -> None:
@@ -163,9 +164,9 @@ def _print_examples(found: Sequence[tuple[Path, Run]], asked: TableOptions) -> N
 
     for shown in examples.examples(found, asked.examples, show_hateful=asked.show_hateful):
         if asked.markdown:
-            print(examples.markdown_example(shown))
+            show(examples.markdown_example(shown))
         else:
-            console().print(examples.rich_example(shown))
+            show_table(examples.rich_example(shown))
 
 
 def _published(root: Path) -> Path:
@@ -184,4 +185,4 @@ def _write_demo_table(path: Path, runs: Sequence[Run]) -> None:
         return
     filled = DEMO_TABLE.sub(lambda match: match[1] + readme_table.readme_table(runs) + match[2], text)
     write_atomically(path, filled.encode())
-    print(f"wrote the demo table in {path}")
+    show(f"wrote the demo table in {path}")

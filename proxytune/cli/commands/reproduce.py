@@ -76,7 +76,7 @@ def reproduce(
     if plan and json:
         console.print_json(made.as_json())
         return
-    print_plan(made, sys.stderr if json else sys.stdout)
+    print_plan(made, console.say if json else console.show)
     if not plan:
         _carry_out(made, asked, json_only=json)
 

@@ -44,17 +44,19 @@ def score(
     if json:
         console.print_json(found.model_dump(mode="json"))
         return
-    print(f"{asked.name}, {found.n} examples of {file}")
+    console.show(f"{asked.name}, {found.n} examples of {file}")
     for name, metric in found.metrics.items():
         figure = tables.figure(name, metric)
         exact = repr(metric.value) if figure and metric.n != 0 else ""
-        print(f"  {name:22} {figure:28} {exact:22} {tables.coverage(name, metric, found.n)}".rstrip())
+        console.show(f"  {name:22} {figure:28} {exact:22} {tables.coverage(name, metric, found.n)}".rstrip())
     if execution is not None:
         _print_account(execution)
     if found.dropped_duplicates:
-        print(f"  {found.dropped_duplicates} rows were left out: equal to an earlier row of the same id")
+        console.show(
+            f"  {found.dropped_duplicates} rows were left out: equal to an earlier row of the same id"
+        )
     if found.renumbered_ids:
-        print(
+        console.show(
             f"  {found.renumbered_ids} rows share their id with a different row; they were scored separately"
         )
 
@@ -63,7 +65,11 @@ def _print_account(execution: Execution) -> None:
     """What running the code came to."""
     ran = f"{execution.samples} samples run, {execution.passed} passed, {execution.timed_out} timed out"
     stored = f"{execution.flips} of {execution.compared} stored verdicts flipped"
-    print(f"  {ran}; {stored} ({execution.rerun} run once more, alone)")
+    console.show(f"  {ran}; {stored} ({execution.rerun} run once more, alone)")
     if execution.broken:
-        why = "samples failed unrun: their problems need other libraries (--code-python)"
-        print(f"  {execution.broken} {why}")
+        why = "samples were not run, and have no score: their problems need other libraries (--code-python)"
+        console.show(f"  {execution.broken} {why}")
+    if execution.lost:
+        console.show(
+            f"  {execution.lost} samples have no verdict: their sandbox was killed, or had no memory left"
+        )

@@ -78,4 +78,4 @@ def sweep_alpha(
         console.print_json(found.model_dump(mode="json"))
         return
     sweep_table(found)
-    print(f"stored in {folder}")
+    console.show(f"stored in {folder}")

@@ -82,6 +82,13 @@ for (const veiled of document.querySelectorAll(".sensitive")) {
   });
 }
 
+// ---- tables that are wider than their place say so
+
+const cued = new ResizeObserver((entries) => {
+  for (const { target } of entries) target.previousElementSibling.hidden = target.scrollWidth <= target.clientWidth + 1;
+});
+for (const box of document.querySelectorAll(".cue + .scroll")) cued.observe(box);
+
 // ---- which section one is in
 
 const links = [...document.querySelectorAll(".bar nav a")];
@@ -261,7 +268,8 @@ function tokensView(data, root) {
       event.preventDefault();
       response.children[to].focus();
     });
-    const summary = `${moved} of ${item.tokens.length} tokens are not what the base would have chosen here; mean shift ${(100 * mean).toFixed(1)} points`;
+    const cut = item.length ? `; shown and counted are the first ${COUNT.format(item.tokens.length)} of ${COUNT.format(item.length)} tokens` : "";
+    const summary = `${moved} of ${item.tokens.length} tokens are not what the base would have chosen here; mean shift ${(100 * mean).toFixed(1)} points${cut}`;
     chosen.replaceChildren(
       make("p", { class: "asked", dir: "auto" }, item.asked),
       item.expected ? make("p", { class: "small muted" }, "Reference: ", make("bdi", {}, item.expected)) : "",

@@ -9,7 +9,10 @@
     const shown = kept === "auto" ? (dark.matches ? "dark" : "light") : kept;
     document.documentElement.dataset.theme = shown;
     const button = document.getElementById("theme");
-    if (button) button.textContent = `Theme: ${names[kept] || kept}`;
+    if (!button) return;
+    const which = document.createElement("span");
+    which.textContent = `: ${names[kept] || kept}`;
+    button.replaceChildren("Theme", which);
   };
   dark.addEventListener("change", apply);
   apply();

@@ -25,8 +25,9 @@ from proxytune.models.loading import load_module
 from proxytune.models.memory import weights_needed
 from proxytune.models.roles import Models
 from proxytune.models.weight_only import random_int8
+from proxytune.records import Completion
 from tests.support import tiny
-from tests.support.decoders import GREEDY, ragged, tokens
+from tests.support.decoders import GREEDY, by_id, ragged, tokens
 from tests.support.memory import leave_free
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128}
@@ -155,16 +156,39 @@ def test_model_is_close_to_the_plain_one(folder: Path) -> None:
 
 
 def test_decoding_end_to_end(folder: Path) -> None:
-    """An int8 base with plain experts: batch and single rows agree, most tokens are the plain base's."""
+    """An int8 base with plain experts: batch and single rows agree, and the tokens are the plain base's."""
     small = spec(folder, quantization="none")
     d = Decoder(Models(System(base=spec(folder), expert=small, antiexpert=small)), "proxy")  # they cancel
     assert d.loaded["base"].family.path == "packed"
     together = tokens(d)
     for e in ragged(2, 3):
         assert next(iter(d.stream([e], GREEDY))).token_ids == together[e.id, 0]
-    plain = tokens(Decoder(Models(System(base=small)), "base"))
-    pairs = [(a, b) for where in plain for a, b in zip(together[where], plain[where], strict=False)]
-    assert sum(a == b for a, b in pairs) > 0.5 * len(pairs)
+    assert together == tokens(Decoder(Models(System(base=small)), "base")), (
+        "rounding is far from any tie here"
+    )
+
+
+def test_tokens_are_those_of_the_rounded_weights(folder: Path, tmp_path: Path) -> None:
+    """In float64, where nothing else rounds, an int8 model is the plain model of its own weights, token for
+    token."""
+    rounded = load_module(spec(folder, dtype="float64"))
+    plain = load_module(spec(folder, dtype="float64", quantization="none"))
+    for name, layer in rounded.named_modules():
+        if isinstance(layer, Int8Linear):
+            weight = dequantize(layer.weight, layer.weight_scale, torch.float64)
+            plain.get_submodule(name).weight.data.copy_(weight)
+    same = spec(tiny.save(tmp_path / "rounded", plain), dtype="float64", quantization="none")
+    whole = spec(folder, dtype="float64", quantization="none")
+    made = [by_id(decoded(one)) for one in (spec(folder, dtype="float64"), same, whole)]
+    for where, found in made[0].items():
+        assert found.token_ids == made[1][where].token_ids
+        assert found.logprob == pytest.approx(made[1][where].logprob, abs=1e-9)
+        assert abs(found.logprob - made[2][where].logprob) > 1e-6, "the weights are rounded"
+
+
+def decoded(one: ModelSpec) -> list[Completion]:
+    """Some responses of a model."""
+    return list(Decoder(Models(System(base=one)), "base").stream(ragged(6, 3), GREEDY))
 
 
 def test_decoding_through_the_kernel(folder: Path, kernels: torch.device) -> None:

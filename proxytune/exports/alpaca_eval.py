@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxytune import results
 from proxytune.errors import UserError, did_you_mean
 from proxytune.records import JsonRow
+from proxytune.run_files import write_atomically
 from proxytune.runs.verdicts import read_finished
+from proxytune.terminal import json_text
 
 
 def alpaca_eval(folder: Path) -> dict[str, list[JsonRow]]:
@@ -65,7 +65,6 @@ def export(kind: str, folder: Path, out: Path | None = None) -> list[Path]:
         raise UserError(f"no folder '{target}' to write to")
     written = []
     for name, rows in FORMATS[kind].files(folder).items():
-        content = json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
-        results.write_atomically(target / name, content.encode())
+        write_atomically(target / name, f"{json_text(rows)}\n".encode())
         written.append(target / name)
     return written
