@@ -1,24 +1,22 @@
-"""FORMATS: a finished run in the files of other tools. To add one: a function, its line here, a test."""
+"""A run of alpaca_farm as the `alpaca_eval` tool reads it: the run's outputs, and the baseline's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
-from proxytune.errors import UserError, did_you_mean
-from proxytune.records import JsonRow
-from proxytune.run_files import write_atomically
-from proxytune.runs.verdicts import read_finished
+from proxytune.exports.format import Format
+from proxytune.runs import verdicts
 from proxytune.terminal import json_text
 
 
-def alpaca_eval(folder: Path) -> dict[str, list[JsonRow]]:
-    """What the `alpaca_eval` tool reads: the run's outputs, and the baseline's."""
-    run, rows = read_finished("alpaca_farm", folder)
+def files(folder: Path) -> dict[str, bytes]:
+    """The two files of outputs."""
+    run, rows = verdicts.read_finished("alpaca_farm", folder)
     name = f"{run.spec.system.name}-{run.spec.role}"
     sides = {"model_outputs.json": ("output_2", name), "reference_outputs.json": ("output_1", None)}
-    return {
+    found = {
         file: [
             {
                 "dataset": row.get("dataset", ""),
@@ -30,41 +28,16 @@ def alpaca_eval(folder: Path) -> dict[str, list[JsonRow]]:
         ]
         for file, (column, generator) in sides.items()
     }
+    return {file: f"{json_text(outputs)}\n".encode() for file, outputs in found.items()}
 
 
-def _then_alpaca_eval(written: Sequence[str]) -> tuple[str, ...]:
-    outputs, reference = written
+def then(written: Sequence[str]) -> tuple[str, ...]:
+    """How the tool judges them, and how its verdicts are scored."""
+    outputs, reference = map(shlex.quote, written)
     return (
         f"then: alpaca_eval --model_outputs {outputs} --reference_outputs {reference}",
         "and:  proxytune score alpaca_farm annotations.json",
     )
 
 
-@dataclass(frozen=True)
-class Format:
-    """The files of another tool."""
-
-    files: Callable[[Path], dict[str, list[JsonRow]]]
-    """The folder of a run -> file names and their rows."""
-    then: Callable[[Sequence[str]], tuple[str, ...]]
-    """The files that were written -> what to do with them."""
-
-
-FORMATS: Mapping[str, Format] = {"alpaca_eval": Format(alpaca_eval, _then_alpaca_eval)}
-
-
-def export(kind: str, folder: Path, out: Path | None = None) -> list[Path]:
-    """Write the run in `folder` in another tool's format into `out` (the run's own folder). -> the files.
-
-    Raises UserError for a format that is not there, a folder that is not there, and a run that is not
-    finished."""
-    if kind not in FORMATS:
-        raise did_you_mean("format", kind, FORMATS)
-    target = out or folder
-    if not target.is_dir():
-        raise UserError(f"no folder '{target}' to write to")
-    written = []
-    for name, rows in FORMATS[kind].files(folder).items():
-        write_atomically(target / name, f"{json_text(rows)}\n".encode())
-        written.append(target / name)
-    return written
+FORMAT = Format("alpaca_eval's model_outputs.json and reference_outputs.json", files, then)

@@ -12,16 +12,20 @@ from proxytune.cli.options import Json
 
 
 def export(
-    format_: Annotated[str, typer.Argument(metavar="FORMAT", help="alpaca_eval.")],
+    format_: Annotated[
+        str, typer.Argument(metavar="FORMAT", help="alpaca_eval, csv, every_eval_ever or inspect.")
+    ],
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     out: Annotated[Path | None, typer.Option(help="The folder to write to. Default: the run's.")] = None,
     json: Json = False,
 ) -> None:
-    """Write a run in the files of another tool: alpaca_eval's model_outputs.json and reference_outputs.json.
+    """Write a run in the files of another tool. alpaca_eval: the two files of outputs that it judges. csv: a
+    line per example, with its scores. every_eval_ever: a record of that schema and its samples. inspect: a
+    log for `inspect view` (needs the extra inspect).
 
-    Example: proxytune export alpaca_eval results/llama2-13b/alpaca_farm/proxy
+    Example: proxytune export csv results/demo/gsm/proxy
     """
-    from proxytune.runs import export as exports
+    from proxytune import exports
 
     written = [str(path) for path in exports.export(format_, run, out)]
     if json:
