@@ -4,6 +4,7 @@ How one run is started, continued and closed: session.py."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -137,14 +138,17 @@ class Evaluation:
         self.models.release(keep=[])  # a judge may be a large model as well
         return judging(folder), folder
 
-    def run_all(self, out: Path | None = None) -> dict[Role, Run]:
-        """Evaluate every role that the system has; each model is loaded once. `out` gets one folder per role.
+    def run_all(self, out: Path | None = None, roles: Collection[Role] | None = None) -> dict[Role, Run]:
+        """Evaluate these roles, or every role that the system has; each model is loaded once. `out` gets one
+        folder per role.
 
         alpha is the proxy's. The models of the other roles are released before `tuned` is loaded, and all
         models before the judge."""
         judging, sandbox, runs = self.judging, self.sandbox, dict[Role, Run]()
         jobs = {
-            role: plan(self.system, self.task, role, self._options_of(role)) for role in self.system.roles
+            role: plan(self.system, self.task, role, self._options_of(role))
+            for role in self.system.roles
+            if roles is None or role in roles
         }
         folders = {role: out / role if out is not None else job.folder(RESULTS) for role, job in jobs.items()}
         for role, job in jobs.items():

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from proxytune.config import Mode
 from proxytune.errors import UserError
@@ -106,9 +106,8 @@ class TaskFile:
         for name, kind in get_type_hints(Task).items():
             if name == "likelihood":
                 kind = Any if isinstance(task.likelihood, Task) else None
-            adapter = TypeAdapter[Any](kind, config=ConfigDict(arbitrary_types_allowed=True))
             try:
-                adapter.validate_python(getattr(task, name), strict=True)
+                TypeAdapter[Any](kind).validate_python(getattr(task, name), strict=True)
             except ValidationError as error:
                 reason = error.errors()[0]["msg"]
                 raise UserError(f"{self._where()}: field '{name}' of the Task: {reason}") from None

@@ -1,0 +1,1 @@
+"""The files that `proxytune init` writes. They work as they are."""
