@@ -16,8 +16,8 @@ from proxytune.tasks import Task, data
 
 
 def prompt(question: str, shots: str) -> Prompt:
-    """What the models see. `plain` is for models without a chat format. `user` is the message to a chat model,
-    whose response is made to begin with `response_prefix`."""
+    """What the models see. `plain` is for models without a chat format. `user` is the message to a chat
+    model, whose response is made to begin with `response_prefix`."""
     user = f"Answer the following question.\n\n{shots}Question: {question}"
     return Prompt(plain=f"{user}\nAnswer:", user=user, response_prefix="Answer:")
 
