@@ -131,7 +131,8 @@ class HuggingFaceBatching:
 
     def _room(self) -> ContinuousBatchingConfig:
         longest = max(len(item.contexts["base"]) + item.new_tokens for item in self.workload.items)
-        page = ContinuousBatchingConfig().page_size
+        default: Any = ContinuousBatchingConfig()
+        page = default.page_size if hasattr(default, "page_size") else default.block_size  # 5.17
         return ContinuousBatchingConfig(
             num_blocks=self.max_rows * -(-longest // page) + 1,
             max_batch_tokens=self.max_rows + PREFILL_TOKENS[self.bench.device.type],

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 
-from proxytune.config import AlphaSchedule, Mode, Record, Sampling, TraceKind, parse_alpha
+from proxytune.config import AlphaSchedule, Mode, Sampling, TraceKind, parse_alpha
+from proxytune.schema import Record
 
 LONGEST_DRAFT = 15
 """Drafts and the token before them are one query of the attention, of at most 16 tokens."""

@@ -45,6 +45,8 @@ class Prompt:
     """The system message of chat contexts; plain contexts never see it."""
     response_prefix: str = ""
     """Text put after the chat template, where the response begins ("Answer:")."""
+    ids: Mapping[str, tuple[int, ...]] | None = None
+    """What every model sees, in its own ids, where the caller knows it; the texts are not read then."""
 
 
 @dataclass(frozen=True)

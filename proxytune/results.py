@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from proxytune.config import RunSpec, explain
+from proxytune.config import RunSpec
 from proxytune.errors import UserError
 from proxytune.records import SCHEMA, JsonRow, Run
 from proxytune.run_files import (
@@ -42,6 +42,7 @@ from proxytune.run_files import (
     sealed,
     write_atomically,
 )
+from proxytune.schema import explain
 from proxytune.terminal import say
 
 RUN, PREDICTIONS, TRACE, SWEEP = "run.json", "predictions.jsonl", "trace.jsonl", "sweep.json"

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from proxytune.config import Record
+from proxytune.schema import Record
 
 Path = Literal["packed", "reference", "unknown"]
 

@@ -22,6 +22,7 @@ from proxytune.cli.commands.export import export
 from proxytune.cli.commands.generate import generate
 from proxytune.cli.commands.init import init
 from proxytune.cli.commands.judge import judge
+from proxytune.cli.commands.lm_eval import lm_eval
 from proxytune.cli.commands.report import report
 from proxytune.cli.commands.reproduce import reproduce
 from proxytune.cli.commands.runs import runs
@@ -121,6 +122,7 @@ app.command("sweep-alpha")(sweep_alpha)
 app.command()(score)
 app.command()(judge)
 app.command()(export)
+app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lm_eval)
 app.command()(runs)
 app.command()(report)
 app.command()(reproduce)

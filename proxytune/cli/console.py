@@ -184,8 +184,10 @@ def sandbox_for(task: Task, code: CodeOptions) -> Sandbox | None:
 
 
 def name_sandbox(sandbox: Sandbox) -> None:
-    """Name on stderr the sandbox in which code will run."""
+    """Name on stderr the sandbox in which code will run, and what it does not keep in."""
     say(f"code runs in the sandbox '{sandbox.backend}'")
+    if sandbox.warning:
+        say(f"warning: {sandbox.warning}")
 
 
 def asked_on_terminal() -> bool:

@@ -21,9 +21,10 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
-from proxytune.config import Sampling, explain, system_names
+from proxytune.config import Sampling, system_names
 from proxytune.errors import UserError
 from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RunOptions
+from proxytune.schema import explain
 
 R = TypeVar("R", bound=BaseModel)
 

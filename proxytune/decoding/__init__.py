@@ -7,17 +7,21 @@ from typing import TYPE_CHECKING
 from proxytune.lazy import door
 
 if TYPE_CHECKING:
+    from proxytune.decoding.conversations import Conversation
     from proxytune.decoding.decoder import Decoder
+    from proxytune.decoding.prompts import opened
     from proxytune.decoding.remarks import notes_on, stored_response
     from proxytune.decoding.sample import sample_context
 
-__all__ = ["Decoder", "notes_on", "sample_context", "stored_response"]
+__all__ = ["Conversation", "Decoder", "notes_on", "opened", "sample_context", "stored_response"]
 
 __getattr__ = door(
     __name__,
     {
+        "Conversation": "conversations",
         "Decoder": "decoder",
         "notes_on": "remarks",
+        "opened": "prompts",
         "sample_context": "sample",
         "stored_response": "remarks",
     },

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from proxytune.config import AlphaSchedule
 from proxytune.engine import Engine, Request, Result
 from proxytune.records import Example, Took
-from proxytune.time_left import WorkSoFar
+from proxytune.terminal import WorkSoFar
 
 
 @dataclass

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from proxytune.decoding.call import Scored
 from proxytune.decoding.stop_strings import StopStrings
 from proxytune.decoding.streaming import final_text
 from proxytune.engine import Result
@@ -79,6 +80,21 @@ class ResultReader:
         if text and "\ufffd" not in text:
             return text
         return str(self.stops.text_of.tokenizer.convert_ids_to_tokens(token))
+
+
+def scored(tag: Scored, ids: tuple[int, ...], logprob: float, took: Took) -> Completion:
+    """A given text as a completion, with its log-probability."""
+    faulty = math.isnan(logprob)
+    return Completion(
+        example_id=tag.example.id,
+        sample=tag.number,
+        text=tag.text,
+        token_ids=ids,
+        finish_reason="nan" if faulty else "length",
+        logprob=logprob,
+        remark=NOT_NUMBERS if faulty else None,
+        took=took,
+    )
 
 
 def failed(example_id: str, sample: int, why: str, text: str = "") -> Completion:

@@ -5,7 +5,6 @@ traces."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -18,7 +17,8 @@ import torch
 from proxytune import cpu_load
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.decoding.call import DecodeStats, RunningStream, Scored, ScoringTexts, Tag
-from proxytune.decoding.completions import NOT_NUMBERS, ResultReader, failed
+from proxytune.decoding.completions import ResultReader, failed, scored
+from proxytune.decoding.kv_pools import pool_tokens
 from proxytune.decoding.prompts import context, form_of, noise_key
 from proxytune.decoding.response_text import ResponseText
 from proxytune.decoding.sample import sample_context
@@ -29,19 +29,14 @@ from proxytune.engine import Continuation, Engine, Ensemble, Request, Speculatio
 from proxytune.engine.kernels import why_not
 from proxytune.engine.kv import CacheSpec, KVCache, PagedCache, SlotCache
 from proxytune.engine.runners import ModelRunner, ReferenceRunner, Runner
-from proxytune.errors import UserError
-from proxytune.models import Loaded, Models, free_memory
+from proxytune.models import Loaded, Models
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion, Example, Prompt, RoleMemory, Took
-from proxytune.time_left import WorkSoFar
+from proxytune.terminal import WorkSoFar
 
 MAX_ROWS = 128
 """Rows decoded together unless set otherwise: past that, matrix products are compute-bound everywhere we
 measured."""
-KV_SHARE = 0.5
-"""Share of the free CPU memory that KV pools may grow into; they take it only as they fill."""
-KV_SHARE_GPU = 0.85
-"""Share of the free GPU memory for KV pools; activations need the rest."""
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 512}
 """Prompt tokens per model and step: on a GPU few, so that a step stays about as long as a decode step."""
 
@@ -90,7 +85,7 @@ class Decoder:
         self._running: RunningStream | None = None
         self._scoring: ScoringTexts | None = None
         self._size = head.size
-        pool = self._pool_tokens(how.kv_memory)
+        pool = pool_tokens(self.loaded, self.max_batch, how.kv_memory)
         runners = {name: self._runner(model, pool) for name, model in self.loaded.items()}
         self.ensemble = self._ensemble(runners)
 
@@ -103,22 +98,6 @@ class Decoder:
         if self.role == "proxy":
             return replace(proxy, reference=reference)
         return Ensemble(runners, self.target, observed=proxy, reference=reference)
-
-    def _pool_tokens(self, kv_memory: int | None) -> int:
-        """Tokens that every model's pool holds, such that all pools together stay within the memory."""
-        device = self.loaded[self.target].device.type
-        share = KV_SHARE if device == "cpu" else KV_SHARE_GPU
-        budget = int(free_memory(device) * share) if kv_memory is None else kv_memory
-        packed = [model.family for model in self.loaded.values() if model.family.path == "packed"]
-        per_token = sum(CacheSpec(f.layers, 0, f.dtype, f.devices).bytes_per_token for f in packed)
-        window = min(model.family.window for model in self.loaded.values())
-        tokens = min(budget // max(per_token, 1), self.max_batch * window)
-        if tokens < 2:
-            raise UserError(
-                f"KV memory of {budget / 2**30:.3f} GiB holds {tokens} tokens at {per_token} bytes each for "
-                f"{', '.join(self.loaded)}: raise --kv-memory"
-            )
-        return tokens
 
     def _runner(self, model: Loaded, pool: int) -> Runner:
         family, target = model.family, self.loaded[self.target]
@@ -182,10 +161,8 @@ class Decoder:
         """Ids that every model sees before the response; experts that only watch see what they see in the
         proxy. TemplateFault, which names the model and what the prompt is `of`, where a chat template
         fails."""
-        return {
-            name: (*model.virtual_ids, *self._context(model, prompt, of))
-            for name, model in self.loaded.items()
-        }
+        ids = prompt.ids or {name: self._context(model, prompt, of) for name, model in self.loaded.items()}
+        return {name: (*model.virtual_ids, *ids[name]) for name, model in self.loaded.items()}
 
     def _context(self, model: Loaded, prompt: Prompt, of: str) -> tuple[int, ...]:
         role: Role = "proxy" if self.agreement else self.role
@@ -367,21 +344,7 @@ class Decoder:
             before = self.stats.seconds
             took = Took(seconds=share, prompt_tokens=prompt, generated_tokens=len(ids))
             for alpha, logprobs in zip(alphas, result.logprobs, strict=True):
-                logprob = float(logprobs.double().sum())
-                faulty = math.isnan(logprob)
-                yield (
-                    alpha,
-                    Completion(
-                        example_id=tag.example.id,
-                        sample=tag.number,
-                        text=tag.text,
-                        token_ids=ids,
-                        finish_reason="nan" if faulty else "length",
-                        logprob=logprob,
-                        remark=NOT_NUMBERS if faulty else None,
-                        took=took,
-                    ),
-                )
+                yield alpha, scored(tag, ids, float(logprobs.double().sum()), took)
 
     def _timed(self, found: Iterator[Found]) -> Found | None:
         """The next of the texts that are scored, its time counted."""

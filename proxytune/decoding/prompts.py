@@ -8,7 +8,7 @@ the response prefix taken out."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Literal
 
@@ -33,7 +33,7 @@ def text_for(
         return prompt.plain
     message = prompt.user if form == "direct" else bare(prompt)
     if chat == "llama2":
-        text = _llama2(form, message, prompt.system)
+        text = llama2_turn(form, message, prompt.system)
         return f"{text} {prompt.response_prefix}" if prompt.response_prefix else text
     text, system_refused = templated(tokenizer, message, prompt.system)
     if system_refused and say is not None:
@@ -42,8 +42,15 @@ def text_for(
 
 
 def templated(tokenizer: Tokenizer, message: str, system: str | None) -> tuple[str, bool]:
-    """A user's message in the chat template of a tokenizer, and whether that refused the system message. Then
-    the system text begins the user's message, as the family that refuses it (Gemma) was trained.
+    """A user's message in the chat template of a tokenizer, as `conversed` gives it."""
+    user: Message = {"role": "user", "content": message}
+    return conversed(tokenizer, [{"role": "system", "content": system}, user] if system else [user])
+
+
+def conversed(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[str, bool]:
+    """Messages in the chat template of a tokenizer, up to where the assistant speaks, and whether it refused
+    the system message. Then the system text begins the first user message, as the family that refuses it
+    (Gemma) was trained.
 
     TemplateFault where there is no text; it knows whether that depends on these texts."""
     if not getattr(tokenizer, "chat_template", None):
@@ -51,30 +58,31 @@ def templated(tokenizer: Tokenizer, message: str, system: str | None) -> tuple[s
             "chat: tokenizer needs a chat template in the checkpoint: set `chat: llama2` or `chat: none`"
         )
     try:
-        return _templated(tokenizer, message, system)
+        return _conversed(tokenizer, messages)
     except TemplateFault as fault:
-        others = _takes(tokenizer, "a", "a" if system else None)
+        others = _takes(tokenizer, [{**message, "content": "a"} for message in messages])
         raise TemplateFault(str(fault), of_these_texts=others) from None
 
 
-def _templated(tokenizer: Tokenizer, message: str, system: str | None) -> tuple[str, bool]:
-    user: Message = {"role": "user", "content": message}
-    if not system:
-        return render(tokenizer, [user]), False
+def _conversed(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[str, bool]:
+    first, *others = messages
+    if first["role"] != "system" or not others:
+        return render(tokenizer, messages), False
     try:
-        return render(tokenizer, [{"role": "system", "content": system}, user]), False
+        return render(tokenizer, messages), False
     except TemplateFault as fault:
         if not fault.refused:
             raise
         with suppress(TemplateFault):  # then it was not the system message: the first reason is the one
-            return render(tokenizer, [{"role": "user", "content": f"{system}\n\n{message}"}]), True
+            joined = f"{first['content']}\n\n{others[0]['content']}"
+            return render(tokenizer, [{**others[0], "content": joined}, *others[1:]]), True
         raise
 
 
-def _takes(tokenizer: Tokenizer, message: str, system: str | None) -> bool:
+def _takes(tokenizer: Tokenizer, messages: Sequence[Message]) -> bool:
     """Whether a chat template has a text for these."""
     try:
-        _templated(tokenizer, message, system)
+        _conversed(tokenizer, messages)
     except TemplateFault:
         return False
     return True
@@ -87,7 +95,8 @@ def bare(prompt: Prompt) -> str:
     return prompt.plain.replace(prompt.response_prefix, "").rstrip()
 
 
-def _llama2(form: Form, message: str, system: str | None) -> str:
+def llama2_turn(form: Form, message: str, system: str | None) -> str:
+    """A user's message as Llama 2's chat models were tuned on it."""
     if not system:
         return f"[INST] {message} [/INST]"
     if form == "direct":

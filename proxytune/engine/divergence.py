@@ -25,6 +25,6 @@ def kl_divergence(reference: Tensor, other: Tensor, known: Tensor | None = None)
 
 def from_reference(
     views: Mapping[str, Tensor], reference: str, others: tuple[str, ...], known: Tensor | None = None
-) -> dict[str, list[float]]:
-    """KL(reference || other) of every row, for each of the others: [B] lists."""
-    return {name: kl_divergence(views[reference], views[name], known).tolist() for name in others}
+) -> dict[str, Tensor]:
+    """KL(reference || other) of every row, for each of the others: [B]."""
+    return {name: kl_divergence(views[reference], views[name], known) for name in others}

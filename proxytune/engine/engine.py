@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from proxytune.engine.cuda.loop import DeviceLoop, steps_on_device
 from proxytune.engine.ensemble import Ensemble
-from proxytune.engine.logits import found_probability, largest, log_probability, some
+from proxytune.engine.logits import found_probability, some
 from proxytune.engine.request import Plan, Request, Result, Row, TokenTrace, Work
 from proxytune.engine.runners.runner import forward_all
 from proxytune.engine.sampling import RowPosition, pick
@@ -32,9 +32,8 @@ from proxytune.engine.speculative.drafter import (
     same_prefix,
 )
 from proxytune.engine.timing import PrefillShare, work_clock
+from proxytune.engine.token_views import TokenViews
 from proxytune.errors import UserError
-
-Number = TypeVar("Number", int, float)
 
 
 class Chosen(NamedTuple):
@@ -108,10 +107,9 @@ class Engine:
         self._cancelled: set[int] = set()
         """Tickets of rows that were cancelled within this step."""
         self.device: DeviceLoop | None = None
-        if not trace and steps_on_device(runners, settings):
-            self.device = DeviceLoop(
-                self.scheduler, self.drafter, ensemble.graphs(draft_models, settings.propose)
-            )
+        if steps_on_device(runners, settings):
+            graphs = ensemble.graphs(draft_models, settings.propose, trace=trace)
+            self.device = DeviceLoop(self.scheduler, self.drafter, graphs)
 
     @property
     def busy(self) -> bool:
@@ -214,7 +212,8 @@ class Engine:
         if device is not None and device.in_flight:
             results, tokens = self._collect(device)
             return results, self._prefill.collected(models * tokens)
-        plan = self.scheduler.plan(self.drafter.depths if device is None else device.depths)
+        wishes = (lambda rows: [self.drafter.depths(rows)]) if device is None else device.depths
+        plan = self.scheduler.plan(wishes)
         rows, prompts = self.scheduler.rows[: plan.decoding], sum(map(plan.prompt_tokens, plan.prefill))
         started = bool(rows) and device is not None and device.start(plan)
         if started or not rows:
@@ -237,14 +236,14 @@ class Engine:
 
     def _collect(self, device: DeviceLoop) -> tuple[list[Result], int]:
         """Take in the output of a step on the device. -> what finished, and how many tokens it fed."""
-        tokens, logprobs, drafts = device.collect()
-        chosen = [
-            [Chosen(token, logprob, None) for token, logprob in zip(*own, strict=True)]
-            for own in zip(tokens, logprobs, strict=True)
-        ]
-        self._learn(self.scheduler.rows, drafts, chosen, None)
-        fed = len(chosen) + sum(map(len, drafts.tokens))
-        return self._advance(self.scheduler.rows, chosen), fed
+        found, chosen = device.collect(), list[list[Chosen]]()
+        rows = self.scheduler.rows
+        for row, tokens, logprobs, views in zip(rows, found.tokens, found.logprobs, found.views, strict=True):
+            traces = self._recorded(row, tokens, views)
+            chosen.append([Chosen(*item) for item in zip(tokens, logprobs, traces, strict=True)])
+        self._learn(rows, found.drafts, chosen, None)
+        fed = len(chosen) + sum(map(len, found.drafts.tokens))
+        return self._advance(rows, chosen), fed
 
     def _learn(
         self,
@@ -339,22 +338,21 @@ class Engine:
         tokens = pick(combined, positions)
         logprobs = found_probability(combined, tokens).tolist()
         ids: list[int] = tokens.tolist()
-        traces = self._traces(combined, logits, tokens, alphas) if self.trace else [None] * len(ids)
+        traces: Sequence[TokenTrace | None] = [None] * len(ids)
+        if self.trace:
+            views = self.ensemble.views(combined, logits, strength, tokens)
+            traces = self._named(views, ids, alphas)
         return [Chosen(*item) for item in zip(ids, logprobs, traces, strict=True)]
 
-    def _traces(
-        self, combined: Tensor, logits: Mapping[str, Tensor], tokens: Tensor, alphas: Sequence[float]
-    ) -> list[TokenTrace]:
-        """How every model saw the tokens."""
-        in_order = {name: logits[name] for name in self.ensemble.runners}
-        views = self.ensemble.views(combined, in_order, alphas)
-        chosen = {name: log_probability(values, tokens).exp().tolist() for name, values in views.items()}
-        top = {name: largest(values).tolist() for name, values in views.items()}
-        apart = self.ensemble.divergence(views)
-        return [
-            TokenTrace(token, alphas[index], _at(index, chosen), _at(index, top), _at(index, apart))
-            for index, token in enumerate(tokens.tolist())
-        ]
+    def _recorded(self, row: Row, tokens: Sequence[int], seen: Tensor) -> Sequence[TokenTrace | None]:
+        """The traces of a row's next tokens, as a step on the device packed them."""
+        if not self.trace:
+            return [None] * len(tokens)
+        alphas = [row.request.alpha.at(len(row.tokens) + offset) for offset in range(len(tokens))]
+        return self._named(TokenViews.unpacked(seen, len(self.ensemble.watchers)), tokens, alphas)
+
+    def _named(self, views: TokenViews, tokens: Sequence[int], alphas: Sequence[float]) -> list[TokenTrace]:
+        return views.traces(self.ensemble.watchers, self.ensemble.measured, tokens, alphas)
 
     def _advance(self, rows: Sequence[Row], chosen: Sequence[Sequence[Chosen]]) -> list[Result]:
         """Append the chosen tokens to their rows, up to where a response ends; take the drafts back."""
@@ -406,11 +404,6 @@ class Engine:
             return None
         full = any(len(ids) > self.ensemble.runners[name].window for name, ids in row.ids.items())
         return "length" if full else None
-
-
-def _at(index: int, values: Mapping[str, list[Number]]) -> dict[str, Number]:
-    """One row of per-model lists."""
-    return {name: found[index] for name, found in values.items()}
 
 
 def finish_reason(row: Row) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from proxytune.engine.cuda.graphs import Graphs
-from proxytune.engine.cuda.step import DeviceStep
+from proxytune.engine.cuda.step import DeviceStep, Tracing
 from proxytune.engine.divergence import from_reference
-from proxytune.engine.logits import Shift, combine
+from proxytune.engine.logits import Shift, combine, largest
 from proxytune.engine.runners.runner import ModelRunner, Runner
 from proxytune.engine.sampling import Propose
 from proxytune.engine.speculative.draft_length import DraftLength
 from proxytune.engine.speculative.drafter import (
     LOOKUP,
 )
+from proxytune.engine.token_views import TokenViews
 from proxytune.errors import UserError
 
 
@@ -54,8 +55,8 @@ class Ensemble:
     """The model whose divergence from the proxy and from its target model is traced; it only watches."""
     draft_length: DraftLength = field(default_factory=DraftLength)
     """What its engines have measured so far."""
-    _graphs: dict[tuple[tuple[str, ...], Propose | None], Graphs] = field(default_factory=dict)
-    """By draft models: they outlive the engine that made them."""
+    _graphs: dict[tuple[tuple[str, ...], Propose | None, bool], Graphs] = field(default_factory=dict)
+    """By draft models, what drafts, and whether they trace: they outlive the engine that made them."""
     _holders: list[weakref.ref[Holder]] = field(default_factory=list)
     """Who has rows in the caches: nobody, or one."""
 
@@ -81,7 +82,7 @@ class Ensemble:
                 logits[t.expert].to(target.device),
                 logits[t.antiexpert].to(target.device),
                 t.weight,
-                self.shared_by(t),
+                self.shared_by(t, target.device),
             )
             for t in self.terms
         ]
@@ -99,33 +100,48 @@ class Ensemble:
         weights = self.runners[first].weights
         return (first, *(n for n, runner in self.runners.items() if n != first and runner.weights is weights))
 
+    @property
+    def watchers(self) -> tuple[str, ...]:
+        """Whose view of a token is traced: every model's, and the proxy's."""
+        return (*self.runners, "proxy")
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Whose divergence from the reference is traced: the proxy's and its target model's; nobody's without
+        a reference."""
+        return () if self.reference is None else ("proxy", (self.observed or self).target)
+
     def views(
-        self, combined: Tensor, logits: Mapping[str, Tensor], alphas: Sequence[float]
-    ) -> dict[str, Tensor]:
-        """Every model's logits [B, V] and those of the proxy, on one device, for the trace."""
-        views = {name: values.to(combined.device) for name, values in logits.items()}
-        if self.observed is None:
-            return {**views, "proxy": combined}
-        strength = torch.tensor(alphas, dtype=torch.float64, device=combined.device)
-        return {**views, "proxy": self.observed.combine(views, strength)}
+        self,
+        combined: Tensor,
+        logits: Mapping[str, Tensor],
+        alpha: Tensor,
+        tokens: Tensor,
+        first: Callable[[Tensor], Tensor] = largest,
+    ) -> TokenViews:
+        """How tokens [B] were seen, for the trace: by every model, logits [B, V], and by the proxy."""
+        views = {name: logits[name].to(combined.device) for name in self.runners}
+        proxy = combined if self.observed is None else self.observed.combine(views, alpha)
+        views["proxy"] = proxy
+        apart: dict[str, Tensor] = {}
+        if self.reference is not None:
+            known = self.runners[self.reference].alignment.shared
+            apart = from_reference(views, self.reference, self.measured, known)
+        return TokenViews.of(views, apart, tokens, first)
 
-    def divergence(self, views: Mapping[str, Tensor]) -> dict[str, list[float]]:
-        """`proxy` and its target model -> divergence of the reference from it, per row; nothing without a
-        reference."""
-        if self.reference is None:
-            return {}
-        target = (self.observed or self).target
-        known = self.runners[self.reference].alignment.shared
-        return from_reference(views, self.reference, ("proxy", target), known)
-
-    def graphs(self, draft_models: tuple[str, ...], propose: Propose | None = None) -> Graphs:
-        """The steps of this ensemble on its device, where all its models are."""
-        if (draft_models, propose) not in self._graphs:
+    def graphs(
+        self, draft_models: tuple[str, ...], propose: Propose | None = None, *, trace: bool = False
+    ) -> Graphs:
+        """The steps of this ensemble on its device, where all its models are; with `trace` they tell how
+        every token was seen."""
+        key = draft_models, propose, trace
+        if key not in self._graphs:
             runner = self.runners[self.target]
             assert isinstance(runner, ModelRunner)
-            step = DeviceStep(self.runners, draft_models, self.target, self.combine, propose)
-            self._graphs[draft_models, propose] = Graphs(step, runner.device)
-        return self._graphs[draft_models, propose]
+            tracing = Tracing(self.views, 2 * len(self.watchers) + len(self.measured)) if trace else None
+            step = DeviceStep(self.runners, draft_models, self.target, self.combine, propose, tracing)
+            self._graphs[key] = Graphs(step, runner.device)
+        return self._graphs[key]
 
     @property
     def graphs_made(self) -> int:
@@ -136,7 +152,8 @@ class Ensemble:
         """Give back the memory of all captured steps; they are made anew when they are next needed."""
         self._graphs.clear()
 
-    def shared_by(self, term: Term) -> Tensor | None:
+    def shared_by(self, term: Term, device: torch.device) -> Tensor | None:
+        """Which tokens both models of a term know, [V] on a device; None means all."""
         known = [self.runners[name].alignment.shared for name in (term.expert, term.antiexpert)]
-        masks = [mask for mask in known if mask is not None]
+        masks = [mask.to(device) for mask in known if mask is not None]
         return None if not masks else torch.stack(masks).all(0)

@@ -63,6 +63,18 @@ class RowCounts:
     preemptions: int = 0
 
 
+def same_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two sequences begin with."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # slices are compared a hundred times as fast as items one by one
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 @dataclass(eq=False)
 class Row:
     """A request under way."""
@@ -79,10 +91,17 @@ class Row:
     logprob: float = 0.0
     trace: list[TokenTrace] = field(default_factory=list)
     counts: RowCounts = field(default_factory=RowCounts)
+    beginning: int = 0
+    """Hash of the first ids of the contexts: rows that share it may share the KV of a longer beginning."""
 
     def same_prompt(self, other: Row) -> bool:
         """Whether the prompt KV of one serves the other."""
         return self.prompt == other.prompt and self.request.contexts == other.request.contexts
+
+    def shared_with(self, other: Row) -> dict[str, int]:
+        """Per model, how many tokens of this prompt, but for its last, another's begins with."""
+        pairs = ((name, own, other.request.contexts[name]) for name, own in self.request.contexts.items())
+        return {name: min(same_start(own, its), len(own) - 1, len(its) - 1) for name, own, its in pairs}
 
 
 @dataclass(frozen=True)

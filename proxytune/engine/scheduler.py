@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 from proxytune.engine.request import Plan, Request, Row, Segment
 
@@ -20,13 +21,29 @@ HEADROOM = 16
 """Tokens that every row must be able to grow by before another row is let in: fewer preemptions."""
 
 
+WORTH_SHARING = 16
+"""Tokens with which prompts begin, in every model, that are worth taking over, and worth waiting for."""
+DONORS = 8
+"""Rows under way that are compared with a waiting one."""
 LOOKAHEAD = 256
 """How far into the queue admission looks for requests that can start now."""
 
 
-def no_drafts(rows: Sequence[Row]) -> Sequence[int]:
+def no_drafts(rows: Sequence[Row]) -> Sequence[Sequence[int]]:
     """Plain decoding."""
-    return [0] * len(rows)
+    return []
+
+
+class Donor(NamedTuple):
+    """A row under way whose prompt begins as that of a waiting one."""
+
+    row: int = 0
+    shared: Mapping[str, int] = MappingProxyType({})
+    """Per model, the tokens that both prompts begin with and whose KV is there."""
+    whole: bool = False
+    """Whether that is the whole prompt."""
+    awaited: bool = False
+    """Whether more of it will be there soon."""
 
 
 class Scheduler:
@@ -71,19 +88,23 @@ class Scheduler:
 
     def _fresh(self, request: Request) -> Row:
         self._tickets += 1
-        prompt = hash(tuple(request.contexts.values()))
+        contexts = request.contexts.values()
         return Row(
-            request, self._tickets, prompt, {name: list(ids) for name, ids in request.contexts.items()}
+            request,
+            self._tickets,
+            prompt=hash(tuple(contexts)),
+            ids={name: list(ids) for name, ids in request.contexts.items()},
+            beginning=hash(tuple(ids[:WORTH_SHARING] for ids in contexts)),
         )
 
-    def plan(self, wishes: Callable[[Sequence[Row]], Sequence[int]] = no_drafts) -> Plan:
+    def plan(self, wishes: Callable[[Sequence[Row]], Sequence[Sequence[int]]] = no_drafts) -> Plan:
         """Decide the next step; admits and preempts rows on the way. `wishes`: how many drafts the decoding
-        rows would like to have; where they do not fit, nobody has any."""
+        rows would like to have, the dearest wish first; where none of them fits, nobody has any."""
         self._admit()
         while True:
             decoding = self._order()
             prefill = self._prefill(decoding)
-            for depths in (tuple(wishes(self.rows[:decoding])), (0,) * decoding):
+            for depths in (*map(tuple, wishes(self.rows[:decoding])), (0,) * decoding):
                 targets = {name: self._targets(name, depths, prefill[name]) for name in self.caches}
                 if all(self.caches[name].fits(lengths) for name, lengths in targets.items()):
                     for name, lengths in targets.items():
@@ -177,23 +198,37 @@ class Scheduler:
             if len(self.rows) >= self.max_rows:
                 return
             donor = self._donor(row)
-            if donor is not None and not self._prefilled(donor):
-                continue  # its prompt is being computed: share it in the next step
-            if donor is None and self._outstanding() >= self.prefill_tokens:
+            if donor.awaited:
+                continue  # what it can share is being computed: it is let in with that in a later step
+            if not donor.whole and self._outstanding() >= self.prefill_tokens:
                 return
             if not self._has_room(row):
                 return
             self.waiting.remove(row)
             self.rows.append(row)
             for name, rows in self.caches.items():
-                rows.admit(donor, len(row.request.contexts[name]) - 1 if donor is not None else 0)
+                if donor.shared.get(name, 0):
+                    rows.admit(donor.row, donor.shared[name])
+                else:
+                    rows.admit()
 
-    def _donor(self, row: Row) -> int | None:
-        return next((index for index, other in enumerate(self.rows) if row.same_prompt(other)), None)
-
-    def _prefilled(self, index: int) -> bool:
-        contexts = self.rows[index].request.contexts
-        return all(rows.lengths[index] >= len(contexts[name]) - 1 for name, rows in self.caches.items())
+    def _donor(self, row: Row) -> Donor:
+        """Where a row can take the KV of its prompt, or of the beginning of it, from."""
+        alike = [index for index, other in enumerate(self.rows) if other.beginning == row.beginning]
+        same = next((index for index in alike if row.same_prompt(self.rows[index])), None)
+        best, most = Donor(), 0
+        for index in alike[:DONORS] if same is None else [same]:
+            shared = row.shared_with(self.rows[index])
+            there = {n: min(count, self.caches[n].lengths[index]) for n, count in shared.items()}
+            most = max(most, sum(shared.values()))
+            if sum(there.values()) > sum(best.shared.values()):
+                best = Donor(index, there)
+        missing = most - sum(best.shared.values())
+        if missing >= (1 if same is not None else WORTH_SHARING):
+            return best._replace(awaited=True)
+        if same is None and sum(best.shared.values()) < WORTH_SHARING:
+            return Donor()
+        return best._replace(whole=same is not None)
 
     def _outstanding(self) -> int:
         """Prompt tokens still to be fed, of the model that has most left."""

@@ -9,13 +9,14 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from proxytune.config import ModelSpec, Record
+from proxytune.config import ModelSpec
 from proxytune.engine.kv import CacheSpec
 from proxytune.errors import UserError
 from proxytune.models.adapter_files import first_line
 from proxytune.models.memory import skeleton_of, weights_of
 from proxytune.models.small_copy import NoCopy
 from proxytune.models.support import UNBOUNDED, Family, context_window, examine_config
+from proxytune.schema import Record
 
 
 class ModelFacts(Record):

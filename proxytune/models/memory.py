@@ -25,7 +25,7 @@ GIB = 2**30
 def check_memory(spec: ModelSpec, config: Any, remote: bool) -> float:
     """Bytes of the weights; UserError with the numbers if they cannot fit into what is free."""
     need = weights_needed(spec, config, remote)
-    free = free_memory(spec.device_map if isinstance(spec.device_map, str) else None)
+    free = free_memory(place_of(spec))
     if need > free and placed_by_us(spec, config):
         raise UserError(
             f"'{spec.model}' needs {need / GIB:.1f} GiB for its weights, and {free / GIB:.1f} GiB are free: "
@@ -66,17 +66,36 @@ def weights_of(spec: ModelSpec, config: Any, skeleton: PreTrainedModel) -> float
 def placed_by_us(spec: ModelSpec, config: Any) -> bool:
     """Whether the estimate counts: no device map of the user's own, and not stored quantised (smaller than it
     looks)."""
-    return spec.device_map in (None, "cpu", "auto") and getattr(config, "quantization_config", None) is None
+    one = spec.device_map is None or str(spec.device_map).partition(":")[0] in ("cpu", "auto", "cuda")
+    return one and getattr(config, "quantization_config", None) is None
 
 
-def free_memory(where: str | None = None) -> int:
-    """Free bytes on the first GPU (all of them, and the CPU, for "auto"), or of the CPU without one."""
+def place_of(spec: ModelSpec) -> str:
+    """Where a model's weights go, as `free_memory` is asked: one device, or "auto" for several."""
+    where = spec.device_map
+    if where is None:
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if where in ("cpu", "cuda"):
+        return "cpu" if where == "cpu" else "cuda:0"
+    one = isinstance(where, str) and where.startswith("cuda:") and where[5:].isdigit()
+    return str(where) if one else "auto"
+
+
+def free_memory(where: str | torch.device | None = None) -> int:
+    """Free bytes of a device, the first GPU unless it is named, or of the CPU without one; of all GPUs and
+    the CPU for "auto"."""
     cpu = int(psutil.virtual_memory().available)
-    if where == "cpu" or not torch.cuda.is_available():
+    if str(where) == "cpu" or not torch.cuda.is_available():
         return cpu
     give_back()
-    gpus = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
-    return sum(gpus) + cpu if where == "auto" else gpus[0]
+    if str(where) == "auto":
+        return sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())) + cpu
+    index, count = 0 if where is None else torch.device(where).index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise UserError(
+            f"there is no {where} here: `device_map` can be cuda:0 to cuda:{count - 1}, cpu or auto"
+        )
+    return int(torch.cuda.mem_get_info(index)[0])
 
 
 def process_peak() -> int:

@@ -5,7 +5,7 @@ antiexpert shares the antiexpert's weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from proxytune.config import ExpertSpec, ModelSpec, Role, System
 from proxytune.engine.attention import Forward
-from proxytune.engine.kernels import use_row_linears, use_row_norms
+from proxytune.engine.kernels import use_row_linears, use_row_norms, use_wide_head
 from proxytune.engine.runners import VocabMap
 from proxytune.errors import UserError
 from proxytune.models.adapter_files import adapter_notes, check_adapter, read_adapter, tokenizer_source
@@ -27,7 +27,7 @@ from proxytune.models.facts import ModelFacts, model_facts
 from proxytune.models.finite import refuse_broken_weights
 from proxytune.models.in_force import logits_by, probe_text, require_effect, require_untouched
 from proxytune.models.loading import load_module, load_tokenizer
-from proxytune.models.memory import GIB, SMALLER, free_memory, give_back, leave_the_file
+from proxytune.models.memory import GIB, SMALLER, free_memory, give_back, leave_the_file, place_of
 from proxytune.models.support import Family, examine
 from proxytune.models.vocabulary import Difference, Tokenizer, align, difference, size_of
 
@@ -215,14 +215,22 @@ class Models:
                     needs[name] = need
                 there.add(source)
         self._check_vocabularies(list(names))
-        everywhere = "auto" if any(spec.device_map == "auto" for spec in specs.values()) else None
-        free = free_memory(everywhere)
-        if len(needs) > 1 and sum(needs.values()) > free:
-            parts = " + ".join(f"{name} {need / GIB:.1f}" for name, need in needs.items())
-            raise UserError(
-                f"the weights of {parts} = {sum(needs.values()) / GIB:.1f} GiB do not fit into the "
-                f"{free / GIB:.1f} GiB that are free: {SMALLER}"
-            )
+        self._check_memory(needs)
+
+    def _check_memory(self, needs: Mapping[str, float]) -> None:
+        """UserError if the weights of models that go to one place do not fit into what is free there."""
+        places = {name: place_of(self.spec(name)) for name in needs}
+        if "auto" in places.values():
+            places = dict.fromkeys(needs, "auto")
+        for place in dict.fromkeys(places.values()):
+            here = {name: need for name, need in needs.items() if places[name] == place}
+            free = free_memory(place)
+            if len(here) > 1 and sum(here.values()) > free:
+                parts = " + ".join(f"{name} {need / GIB:.1f}" for name, need in here.items())
+                raise UserError(
+                    f"the weights of {parts} = {sum(here.values()) / GIB:.1f} GiB do not fit into the "
+                    f"{free / GIB:.1f} GiB that are free: {SMALLER}"
+                )
 
     def _check_adapter(self, name: str) -> None:
         """UserError for an adapter that its small files and headers show not to fit its model."""
@@ -313,6 +321,7 @@ class Models:
             module, virtual = attach_for_good(module, files, merge=spec.quantization == "none")
             notes = adapter_notes(name, spec, files, spec.model)
         refuse_broken_weights(module.named_parameters(), str(spec.model))
+        use_wide_head(module)
         packed = use_row_linears(module)  # after the weights have got their last values
         use_row_norms(module)
         if packed or spec.quantization != "none":

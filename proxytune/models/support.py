@@ -216,6 +216,7 @@ def _packed(model: PreTrainedModel, window: int, trial: Trial) -> Family:
     except MissingContext as error:
         raise Unfit(str(error)) from None
     _check_layers(model.config.get_text_config(), seen)
+    _rotate_as_at_first(model)
     layers = [asked for _, asked in sorted(seen.layers.items())]
     family = Family(
         "packed",
@@ -231,6 +232,22 @@ def _packed(model: PreTrainedModel, window: int, trial: Trial) -> Family:
     llama_forward = LlamaForward.of(model, layers, window)
     same = llama_forward is not None and _llama_forward_is_right(llama_forward, family, device, trial)
     return replace(family, llama_forward=llama_forward) if same else family
+
+
+def _rotate_as_at_first(model: PreTrainedModel) -> None:
+    """Up to `context_window`, rotations whose frequencies change with the length of a call have those of a
+    short one. To find out, transformers compares the largest position with a number in every call, for which
+    the host would wait."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, str):
+            module.rope_type = _fixed(kinds)
+        elif isinstance(kinds, dict):  # by type of layer
+            module.rope_type = {layer: _fixed(kind) for layer, kind in kinds.items()}
+
+
+def _fixed(kind: str) -> str:
+    return kind if kind in FIXED_ROPE else "default"
 
 
 def _check_layers(config: Any, seen: Discovery) -> None:

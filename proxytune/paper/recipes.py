@@ -15,10 +15,11 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from proxytune.comparison import conditions, gap, models_of
-from proxytune.config import Record, Role, explain, read_yaml, shipped, system_names
+from proxytune.config import Role, read_yaml, shipped, system_names
 from proxytune.errors import UserError, did_you_mean
 from proxytune.paper.published import read_paper
 from proxytune.records import Run
+from proxytune.schema import Record, explain
 from proxytune.tasks import TASKS
 
 Key = tuple[str, str, Role]

@@ -1,7 +1,7 @@
 """Text of others in our page: model outputs are hostile until they went through here.
 
 Escaping of HTML is Jinja's (autoescape) and the browser's (`textContent`). What they do not stop is made
-harmless by `visible` of proxytune/terminal.py (characters that reorder, hide or break the text around them)
+harmless by `visible` of `proxytune.terminal` (characters that reorder, hide or break the text around them)
 and here (the ends of script elements inside embedded JSON, and the markup of Markdown).
 """
 

@@ -21,7 +21,6 @@ from proxytune import __version__, results
 from proxytune.config import AlphaSchedule, parse_alpha
 from proxytune.decoding import Decoder
 from proxytune.errors import UserError
-from proxytune.progress import Progress
 from proxytune.provenance import provenance
 from proxytune.records import Completion, Example, Run
 from proxytune.results import SWEEP, RunFolder
@@ -29,6 +28,7 @@ from proxytune.run_files import remove_strays, write_atomically
 from proxytune.runs.evaluation import RESULTS, Evaluation, plan
 from proxytune.runs.session import CHECKPOINT_SECONDS, RunPlan, Session, device_name, new_run
 from proxytune.runs.verdicts import add_verdicts
+from proxytune.terminal import Progress
 
 MAX_ALPHAS = 100
 """Most alphas of one sweep: a mistyped step must not start ten thousand runs."""

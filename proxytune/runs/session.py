@@ -23,13 +23,13 @@ from proxytune.decoding import Decoder, notes_on, stored_response
 from proxytune.errors import UserError
 from proxytune.models import Models, process_peak
 from proxytune.options import DecodeOptions
-from proxytune.progress import Progress
 from proxytune.provenance import provenance
 from proxytune.records import FAULT, Completion, Cost, Example, JsonRow, Provenance, RoleMemory, Run, Took
 from proxytune.results import RunFolder
 from proxytune.runs.verdicts import add_verdicts
 from proxytune.sandbox import Sandbox
 from proxytune.tasks import Dataset, Execution, Task
+from proxytune.terminal import Progress
 
 CHECKPOINT_SECONDS = 10.0
 """How often the cost so far is written to run.json while a run is going on."""

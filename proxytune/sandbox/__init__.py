@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from proxytune.sandbox.inside.plain import NOT_APART
 from proxytune.sandbox.root import MIB
-from proxytune.sandbox.sandbox import LOST, Job, Limits, Outcome, Program, Sandbox
+from proxytune.sandbox.sandbox import LOST, Limits, Sandbox
+from proxytune.sandbox.talk import Job, Outcome, Program
 
-__all__ = ["LOST", "MIB", "Job", "Limits", "Outcome", "Program", "Sandbox"]
+__all__ = ["LOST", "MIB", "NOT_APART", "Job", "Limits", "Outcome", "Program", "Sandbox"]

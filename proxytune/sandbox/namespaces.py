@@ -21,12 +21,20 @@ NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
 NOSUID, NODEV, NOEXEC, BIND, REC, PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
 DETACH, AT_FDCWD, AT_RECURSIVE, MOUNT_SETATTR = 2, -100, 0x8000, 442
-PDEATHSIG, CAPBSET_DROP, NO_NEW_PRIVS = 1, 24, 38
-CAP_SETGID, CAP_SETUID, CAP_LAST = 6, 7, 63
+PDEATHSIG, CAPBSET_DROP, NO_NEW_PRIVS, SECCOMP = 1, 24, 38, 22
+NEEDED = (6, 7, 8)
+"""CAP_SETGID, CAP_SETUID, CAP_SETPCAP: as root, the worker changes user and then drops these, too."""
+CAP_LAST = 63
 NOBODY = 65534
 DEVICES = ("null", "zero", "full", "random", "urandom")
 
 libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Filter(ctypes.Structure):
+    """The kernel's sock_fprog."""
+
+    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
 
 
 def call(name: str, *arguments: Any) -> None:
@@ -76,10 +84,12 @@ def main() -> None:
     call("prctl", PDEATHSIG, 9)
     build_root(layout)
     for capability in range(CAP_LAST + 1):
-        if capability not in (CAP_SETGID, CAP_SETUID):  # as root, the worker needs these to change user
+        if uid != 0 or capability not in NEEDED:
             libc.prctl(CAPBSET_DROP, capability, 0, 0, 0)
     call("prctl", NO_NEW_PRIVS, 1, 0, 0, 0)
-    os.execv(layout["python"], [layout["python"], "-s", "-S", layout["worker_inside"]])
+    code = bytes.fromhex(layout["filter"])
+    call("prctl", SECCOMP, 2, ctypes.byref(Filter(len(code) // 8, code)), 0, 0)
+    os.execv(layout["worker"][0], layout["worker"])
 
 
 def build_root(layout: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from proxytune.errors import UserError
+from proxytune.sandbox.inside.processes import SCRATCH
+from proxytune.sandbox.inside.seccomp import filter_bytes
 
 MIB = 1 << 20
 SHM_BYTES = 64 * MIB
-MARK = "PROXYTUNE_SANDBOX"
-"""The variable by which `weak` finds what a job left running."""
 NOBODY = 65534
 FIRST_USER = 1 << 30
 BARE = ("-s", "-S")
@@ -30,12 +31,13 @@ the 13,120 published samples here one is known to hang on it (HumanEval/158 in l
 key=len)` passes at 2 of 30 seeds, 0 among them); at this seed it fails, as it is stored."""
 
 _HERE = Path(__file__).parent
-_WORKER = _HERE / "worker.py"
-_INSIDE = "/proxytune_worker.py"
+INSIDE = _HERE / "inside"
+"""The folder of ours that is there inside."""
+_PLACE = "proxytune/sandbox/inside"
+_ROOM = "/proxytune-inside"
+_START = "import sys; sys.path[0] = {!r}; from proxytune.sandbox.inside.worker import main; main()"
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _ETC = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime", "/etc/fonts")
-SCRATCH = ("/tmp", "/dev/shm")
-"""The folders in memory that a job may write to. What of the host's lies below them is hidden."""
 _BELOW_SCRATCH = tuple(f"{folder}/" for folder in SCRATCH)
 HOLDER_BYTES = MIB
 
@@ -97,7 +99,7 @@ def fresh_user() -> int:
     return wanted if known else NOBODY
 
 
-def environment(folder: str, mark: str) -> dict[str, str]:
+def environment(folder: str) -> dict[str, str]:
     """All that a sandboxed process knows of the environment."""
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
     quiet = {
@@ -106,7 +108,7 @@ def environment(folder: str, mark: str) -> dict[str, str]:
         "MPLBACKEND": "Agg",
         "PYTHONHASHSEED": HASH_SEED,
     }
-    own = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder, "TMPDIR": folder, MARK: mark}
+    own = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder, "TMPDIR": folder}
     return {**own, **threads, **quiet}
 
 
@@ -139,7 +141,8 @@ def visible(python: Interpreter) -> View:
     paths += [path for path in _ETC if os.path.exists(path)]
     paths += [name for folder in python.folders for name in (folder, os.path.realpath(folder))]
     outer = [path for path in sorted(paths) if not any(str(parent) in paths for parent in Path(path).parents)]
-    return View(links, {**{path: os.path.realpath(path) for path in outer}, _INSIDE: str(_WORKER)})
+    real = {path: os.path.realpath(path) for path in outer}
+    return View(links, {**real, f"{_ROOM}/{_PLACE}": str(INSIDE.resolve())})
 
 
 def too_wide(python: Interpreter) -> str | None:
@@ -160,7 +163,12 @@ def _bubblewrap_options() -> str:
     return subprocess.run(["bwrap", "--help"], capture_output=True, text=True, timeout=60).stdout
 
 
-def bubblewrap(python: Interpreter, tmp_bytes: int) -> list[str]:
+def worker(python: Interpreter, room: str = _ROOM) -> list[str]:
+    """The command line of the worker, whose files lie in this folder."""
+    return [python.executable, *BARE, "-c", _START.format(room)]
+
+
+def bubblewrap(python: Interpreter, tmp_bytes: int, filter_fd: int) -> list[str]:
     """bwrap with its options. As root there is no user namespace: the worker changes user, so that the
     limit on processes counts (it never does for root)."""
     known = _bubblewrap_options()
@@ -174,9 +182,11 @@ def bubblewrap(python: Interpreter, tmp_bytes: int) -> list[str]:
         "--unshare-uts",
         "--unshare-cgroup-try",
     ]
-    command += ["--die-with-parent", "--as-pid-1"]
+    command += ["--die-with-parent", "--as-pid-1", "--seccomp", str(filter_fd)]
     if os.geteuid() == 0:
-        command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        command += ["--cap-drop", "ALL"]
+        for needed in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):  # to change user, and to drop these, too
+            command += ["--cap-add", needed]
     else:
         command += ["--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY)]
         command += ["--disable-userns"] if "--disable-userns" in known else []
@@ -193,7 +203,7 @@ def bubblewrap(python: Interpreter, tmp_bytes: int) -> list[str]:
     command += _binds(hidden, (*SCRATCH, *holders))
     for path in (*holders, "/dev", "/"):
         command += ["--remount-ro", path]
-    return [*command, "--chdir", "/tmp", "--", python.executable, *BARE, _INSIDE]
+    return [*command, "--chdir", "/tmp", "--", *worker(python)]
 
 
 def _binds(read_only: Mapping[str, str], there: Sequence[str]) -> list[str]:
@@ -214,7 +224,7 @@ def closed_folder(python: Interpreter, *, isolated: bool) -> Path | None:
     shown = {os.path.realpath(folder) for folder in python.folders}
     paths = [python.library, *python.packages, os.path.realpath(python.executable)]
     if not isolated:
-        paths += [os.path.abspath(python.executable), str(_WORKER.resolve())]
+        paths.append(os.path.abspath(python.executable))
     for path in paths:
         for folder in (*_above(path), *([Path(path)] if os.path.isdir(path) else [])):
             above = isolated and not any(folder.resolve().is_relative_to(own) for own in shown)
@@ -223,17 +233,22 @@ def closed_folder(python: Interpreter, *, isolated: bool) -> Path | None:
     return None
 
 
-def weak(python: Interpreter) -> list[str]:
-    """The worker as it is."""
-    return [python.executable, *BARE, str(_WORKER)]
+def weak(python: Interpreter, folder: str) -> list[str]:
+    """The worker as it is, with a copy of its files: whoever it runs as need not be able to read ours."""
+    room = os.path.join(folder, "room")
+    shutil.copytree(INSIDE, os.path.join(room, _PLACE), ignore=shutil.ignore_patterns("__pycache__"))
+    for at, _, names in os.walk(room):
+        for path in (at, *(os.path.join(at, name) for name in names)):
+            os.chmod(path, 0o755)
+    return worker(python, room)
 
 
 def namespaces(python: Interpreter, tmp_bytes: int) -> list[str]:
     """Our launcher, in proxytune's own interpreter; only the worker runs in the one that was asked for."""
     view = visible(python)
     layout = {
-        "python": python.executable,
-        "worker_inside": _INSIDE,
+        "worker": worker(python),
+        "filter": filter_bytes().hex(),
         "links": dict(view.links),
         "read_only": dict(view.read_only),
         "scratch": {"/tmp": tmp_bytes, "/dev/shm": SHM_BYTES},

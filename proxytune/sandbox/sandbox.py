@@ -9,50 +9,44 @@ Backends, best first (`auto` takes the first that starts here, never `weak`):
   processes, file size, open files and CPU. The worker is process 1: nothing inside can kill it, and
   everything inside ends with it.
 - `weak`: a separate process in its own folder with the limits and a clean environment, and, where proxytune
-  runs as root, under a user without rights. Only against accidents: the code can read what that user can
-  read, open the network, write where that user may, and hide from the clean-up.
+  runs as root, under a user without rights. Only against accidents, and only where it is named: the code can
+  read what that user can read, and what it writes elsewhere stays. It has no network, it can signal no
+  process but its own, and nothing that it starts outlives it.
 
-`run` gives a job a sandbox of its own that starts empty and is thrown away: about 40 ms a start.
+Everywhere a filter of system calls (inside/seccomp.py) refuses namespaces, mounts, traces and memory that no
+process holds. The worker counts the memory of all processes and folders together, and kills what is over.
+
+`run` gives a job a sandbox of its own that starts empty and is thrown away: about 50 ms a start.
 `run_together` gives several jobs one sandbox, for code whose imports take longer than that (DS-1000: the
 samples of one problem). There everything that a job left running or wrote is killed and deleted before the
-next, and the worker cannot be traced; but a job that found a way into the worker would decide the verdicts
-of those after it (in `weak` nothing is cleaned in between, so each job gets its own). Nothing is shared
-with the host but two pipes: files go in and come out as bytes, and the host never unpickles them.
+next; where it cannot be, the next gets a sandbox of its own (in `weak`, always). Nothing is shared with the
+host but two pipes: files go in and come out as bytes, and the host never unpickles them.
 
-What this does not protect from: a bug in the kernel (there is no seccomp filter, and no virtual machine);
-use of all cores, and of `Limits.memory` times the number of processes (no cgroup is needed, so none bounds
-the sum); side channels; readable system files under /usr and /etc/ld.so.cache; the interpreter's own
-site-packages.
-
-What no checker in the program's own process can stop, here as in the paper's harness: code that wants to
-pass can return objects that equal everything, patch builtins that the test uses (`abs`, `all`), replace the
-function that checks it, or find the worker's token in the frames of the interpreter and report `passed`. An
-exit, a printed verdict, a killed parent or a message without the token never count as passing.
+A program with a `check` is judged from another process, which alone holds the test and what it expects. One
+without is judged where it runs; docs/sandbox.md says what that cannot rule out.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import json
 import os
 import secrets
-import select
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from proxytune.errors import UserError
+from proxytune.sandbox.inside.files import empty
+from proxytune.sandbox.inside.processes import descendants, kill_all
+from proxytune.sandbox.inside.seccomp import filter_bytes, missing
 from proxytune.sandbox.root import (
-    MARK,
     MIB,
     NOBODY,
     Interpreter,
@@ -64,6 +58,7 @@ from proxytune.sandbox.root import (
     too_wide,
     weak,
 )
+from proxytune.sandbox.talk import Job, NotStarted, Outcome, Program, converse, outcomes, request
 
 Backend = Literal["bubblewrap", "namespaces", "weak"]
 BackendChoice = Literal["auto", "bubblewrap", "namespaces", "weak"]
@@ -71,8 +66,6 @@ CHOICES: tuple[BackendChoice, ...] = get_args(BackendChoice)
 
 START_SECONDS = 30.0
 """How long a sandbox may take to start, and to hand over its files."""
-MAX_FILES, MAX_REPORT = 32 * MIB, 1024 * MIB
-"""Bytes of files that come back from a job, and all that a sandbox may send."""
 LOST = "failed: the sandbox ended without a verdict"
 
 _STARTS = """
@@ -97,45 +90,8 @@ class Limits:
     open_files: int = 256
     tmp_bytes: int = 256 * MIB
     """Size of the private /tmp (bubblewrap, namespaces)."""
-
-
-@dataclass(frozen=True)
-class Program:
-    """One program text."""
-
-    code: str
-    seconds: float = 3.0
-    """Wall-clock limit."""
-    argv: tuple[str, ...] = ()
-    main: bool = True
-    """Run as `__main__`; without it the text runs in an empty namespace, as HumanEval's harness does."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """Programs that share one sandbox, the files that they find and those that are wanted back."""
-
-    programs: tuple[Program, ...]
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    """Relative name -> content; a name that ends in `/` is a folder."""
-    collect: tuple[str, ...] = ()
-    """Patterns of the files to bring back."""
-    imports: tuple[str, ...] = ()
-    """Modules that are loaded once, before the programs are forked."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How the programs of a job ended: `passed`, `timed out` or `failed: ...`."""
-
-    results: tuple[str, ...]
-    seconds: tuple[float, ...]
-    files: Mapping[str, bytes] = field(default_factory=dict)
-
-    @property
-    def passed(self) -> bool:
-        """Whether every program reached its end."""
-        return all(result == "passed" for result in self.results)
+    total: int = 4096 * MIB
+    """Memory of all processes and private folders together."""
 
 
 class Sandbox:
@@ -167,7 +123,7 @@ class Sandbox:
             advice.append("install bubblewrap (apt-get install bubblewrap)")
         if cls("weak", python)._refusal() is None:
             advice.append(
-                "say --sandbox weak: a process with limits, which can read your files and use the network"
+                "say --sandbox weak: a process with limits, which can read your files and leave others behind"
             )
         then = f". You may {', or '.join(advice)}" if advice else ""
         raise UserError(f"no sandbox works here ({reasons}){then}")
@@ -191,6 +147,8 @@ class Sandbox:
 
     def _refusal(self) -> str | None:
         """Why this backend is not even tried here, or None."""
+        if reason := missing():
+            return reason
         if self.backend == "bubblewrap" and shutil.which("bwrap") is None:
             return "bwrap is not installed"
         if self.backend != "weak":
@@ -210,6 +168,16 @@ class Sandbox:
             f"as root it runs code as a user without rights, who cannot enter '{folder}', which "
             f"'{self.python.executable}' needs: {opening}run as another user, or name an interpreter "
             "that everybody can read (--code-python)"
+        )
+
+    @property
+    def warning(self) -> str:
+        """What is to be said before this backend is used, or ""."""
+        if self.backend != "weak":
+            return ""
+        return (
+            "'weak' does not isolate: code can read what its user can read, and what it writes outside of "
+            "its folder (in /tmp, /dev/shm or a home) stays behind"
         )
 
     # Running
@@ -234,157 +202,91 @@ class Sandbox:
         if self.backend == "weak" and len(jobs) > 1:
             return [self.run(job) for job in jobs]
         try:
-            outcomes = self._run(jobs)
-        except _NotStarted:
+            found, stopped = self._run(jobs)
+        except NotStarted:
             try:
-                outcomes = self._run(jobs)
-            except _NotStarted as error:
+                found, stopped = self._run(jobs)
+            except NotStarted as error:
                 raise UserError(f"the sandbox did not start: {error}") from None
-        done = max(1, len(outcomes))  # the first job without an outcome is the one that ended the sandbox
-        lost = [_lost(job) for job in jobs[len(outcomes) : done]]
-        return [*outcomes, *lost, *(self.run_together(jobs[done:]) if done < len(jobs) else [])]
+        if not stopped:  # then the first job without an outcome is the one that ended the sandbox
+            found += [_lost(job) for job in jobs[len(found) : max(1, len(found))]]
+        return [*found, *self.run_together(jobs[len(found) :])]
 
-    def _run(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """One attempt: the outcomes of the jobs that ended."""
+    def _run(self, jobs: Sequence[Job]) -> tuple[list[Outcome], bool]:
+        """One attempt: the outcomes of the jobs that ended, and whether the next was not begun."""
         secret, user = secrets.token_hex(16), fresh_user()
-        request = json.dumps(self._request(jobs, secret, user)).encode() + b"\n"
+        names = ("memory", "file_bytes", "processes", "open_files", "total")
+        about = {
+            "secret": secret,
+            "user": user,
+            "weak": self.backend == "weak",
+            "path": self.python.packages,
+            "limits": {name: getattr(self.limits, name) for name in names},
+        }
         seconds = sum(program.seconds for job in jobs for program in job.programs) + 2 * START_SECONDS
         with contextlib.ExitStack() as stack:
-            folder = "/tmp"
+            folder, passed = "/tmp", []
             if self.backend == "weak":
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="proxytune-"))
-                if user:
-                    os.chown(folder, user, NOBODY)
+                folder = stack.enter_context(_folder_for(user))
+                command = weak(self.python, os.path.dirname(folder))
+            elif self.backend == "bubblewrap":
+                passed.append(_filter_pipe())
+                stack.callback(os.close, passed[0])
+                command = bubblewrap(self.python, self.limits.tmp_bytes, passed[0])
+            else:
+                command = namespaces(self.python, self.limits.tmp_bytes)
             process = subprocess.Popen(
-                self._command(),
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env=environment(folder, secret),
+                env=environment(folder),
                 start_new_session=True,
+                pass_fds=passed,
+                bufsize=0,
             )
-            stack.callback(self._stop, process, secret)
-            output = _talk(process, request, time.monotonic() + seconds)
-        return _outcomes(output, secret, jobs)
+            stack.callback(self._stop, process)
+            output = converse(process, request(jobs, about), time.monotonic() + seconds)
+        return outcomes(output, secret, jobs)
 
-    def _request(self, jobs: Sequence[Job], secret: str, user: int) -> dict[str, Any]:
-        """The line that the worker reads."""
-        limits = self.limits
-        texts = [{name: base64.b64encode(data).decode() for name, data in job.files.items()} for job in jobs]
-        return {
-            "secret": secret,
-            "user": user,
-            "path": self.python.packages,
-            "imports": list(dict.fromkeys(name for job in jobs for name in job.imports)),
-            "jobs": [
-                {
-                    "files": files,
-                    "programs": [vars(program) for program in job.programs],
-                    "collect": job.collect,
-                }
-                for job, files in zip(jobs, texts, strict=True)
-            ],
-            "collect_bytes": MAX_FILES,
-            "limits": {
-                name: getattr(limits, name) for name in ("memory", "file_bytes", "processes", "open_files")
-            },
-        }
-
-    def _command(self) -> list[str]:
-        """The command line of the backend."""
-        match self.backend:
-            case "bubblewrap":
-                return bubblewrap(self.python, self.limits.tmp_bytes)
-            case "namespaces":
-                return namespaces(self.python, self.limits.tmp_bytes)
-            case "weak":
-                return weak(self.python)
-
-    def _stop(self, process: subprocess.Popen[bytes], mark: str) -> None:
-        """End everything that the job started. The worker ends itself when its stdin does."""
+    def _stop(self, process: subprocess.Popen[bytes]) -> None:
+        """End everything that the job started. The worker ends, and all below it, when its stdin does."""
         assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(OSError):
-            process.stdin.close()
+        process.stdin.close()
         try:
-            process.wait(timeout=1)
+            process.wait(timeout=10 if self.backend == "weak" else 1)
         except subprocess.TimeoutExpired:
+            if self.backend == "weak":  # elsewhere, what is below it ends with it
+                kill_all(lambda: descendants(process.pid))
             process.kill()
             process.wait()
         process.stdout.close()
-        if self.backend == "weak":
-            _kill_marked(mark)
 
 
-class _NotStarted(Exception):
-    """The worker never reported that it was ready."""
+@contextlib.contextmanager
+def _folder_for(user: int) -> Iterator[str]:
+    """The working folder of `weak`, below one that is deleted; its user owns it."""
+    with tempfile.TemporaryDirectory(prefix="proxytune-") as outer:
+        folder = os.path.join(outer, "work")
+        os.mkdir(folder, 0o700)
+        if user:
+            os.chmod(outer, 0o711)
+            os.chown(folder, user, NOBODY)
+        try:
+            yield folder
+        finally:
+            empty(outer)
 
 
-# Talking to the worker
-
-
-def _talk(process: subprocess.Popen[bytes], request: bytes, deadline: float) -> bytes:
-    """Send the request and read until the worker ends, takes too long or prints too much."""
-    assert process.stdin is not None and process.stdout is not None
-    with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(request)
-        process.stdin.flush()
-    pieces, size = [], 0
-    while size < MAX_REPORT and (left := deadline - time.monotonic()) > 0:
-        if not select.select([process.stdout], [], [], left)[0]:
-            break
-        piece = os.read(process.stdout.fileno(), 1 << 16)
-        if not piece:
-            break
-        pieces.append(piece)
-        size += len(piece)
-    return b"".join(pieces)
-
-
-def _outcomes(output: bytes, secret: str, jobs: Sequence[Job]) -> list[Outcome]:
-    """The worker's reports, one per job that ended."""
-    lines = output.split(b"\n")
-    own = [json.loads(line[len(secret) :]) for line in lines[:-1] if line.startswith(secret.encode())]
-    if not own:
-        reason = output.decode("utf-8", "replace").strip().splitlines()
-        raise _NotStarted(reason[-1][:300] if reason else "it printed nothing")
-    return [
-        Outcome(
-            tuple(report["results"]),
-            tuple(report["seconds"]),
-            {name: base64.b64decode(text) for name, text in report["files"].items()},
-        )
-        for report, _ in zip(own[1:], jobs, strict=False)
-    ]
+def _filter_pipe() -> int:
+    """A pipe from which bwrap reads the filter of system calls."""
+    read, write = os.pipe()
+    os.write(write, filter_bytes())
+    os.close(write)
+    return read
 
 
 def _lost(job: Job) -> Outcome:
     """The outcome of a job that ended its sandbox."""
     return Outcome(tuple(LOST for _ in job.programs), tuple(0.0 for _ in job.programs))
-
-
-def _kill_marked(mark: str) -> None:
-    """Kill every process that still carries the mark of a job, until there is none (a program that keeps
-    forking needs several passes)."""
-    wanted = f"{MARK}={mark}".encode()
-    for _ in range(50):
-        found = [pid for pid in _pids() if _carries(pid, wanted)]
-        if not found:
-            return
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.01)
-
-
-def _pids() -> Sequence[int]:
-    """The processes that there are."""
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-
-
-def _carries(pid: int, wanted: bytes) -> bool:
-    """Whether a process was started with this variable and is no zombie."""
-    try:
-        return wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return False

@@ -25,7 +25,7 @@ import numpy as np
 from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, JsonRow, Prompt
-from proxytune.sandbox import MIB, Job, Limits, Outcome, Program
+from proxytune.sandbox import MIB, NOT_APART, Job, Limits, Outcome, Program, Sandbox
 from proxytune.tasks.data import DataTable, Hub
 from proxytune.tasks.scoring.rules import clean_code, pass_at_k, verdict
 from proxytune.tasks.task import NOT_EXECUTED, NOT_RUN, Execution, Task
@@ -33,7 +33,7 @@ from proxytune.tasks.task import NOT_EXECUTED, NOT_RUN, Execution, Task
 LIBRARIES = ("Pandas", "Numpy", "Matplotlib", "Tensorflow", "Scipy", "Sklearn", "Pytorch")
 ALL, SUBSET, SUBSET_SEED = 1000, 200, 42
 CASE_SECONDS, ANSWER_SECONDS = 60.0, 300.0
-LIMITS = Limits(memory=16384 * MIB, processes=512, open_files=1024, tmp_bytes=1024 * MIB)
+LIMITS = Limits(memory=16384 * MIB, processes=512, open_files=1024, tmp_bytes=1024 * MIB, total=16384 * MIB)
 FOLDERS = {"input/": b"", "ans/": b"", "result/": b""}
 SAMPLING = Sampling(
     max_new_tokens=512,
@@ -45,6 +45,22 @@ SAMPLING = Sampling(
     ban_first=("</",),
 )
 
+IN_PROCESS = ("Matplotlib",)
+"""Libraries whose problems look at the sample's figure in its own process."""
+_RUN = """
+def run(code, given):
+    import pickle
+    names = pickle.loads(given)
+    exec(code, names)
+    found = {}
+    for name, value in names.items():
+        try:
+            found[name] = pickle.dumps(value)
+        except Exception:
+            pass  # a module, say
+    return found
+"""
+"""What a sample of the newer release runs in; ds1000_check.py calls it."""
 _CHECK = Path(__file__).parent / "programs" / "ds1000_check.py"
 _IMPORT = re.compile(r"^\s*(?:import|from)\s+([\w.]+)", re.MULTILINE)
 _PRELOADED = ("numpy", "pandas", "scipy", "sklearn", "matplotlib", "seaborn", "PIL", "torch")
@@ -145,21 +161,39 @@ def execute(rows: Sequence[JsonRow], execution: Execution) -> list[JsonRow]:
     sandbox = execution.sandbox.limited(LIMITS)
     items = [item_of(row, execution.items) for row in rows]
     answers = [made[0] if made else None for made in sandbox.map([answer_jobs(item) for item in items])]
-    batches = [
-        [sample_job(item, answer, sample) for sample in row["output"]] if ready(answer) else []
-        for row, item, answer in zip(rows, items, answers, strict=True)
-    ]
     made = []
-    for row, item, answer, outcomes in zip(rows, items, answers, sandbox.map(batches), strict=True):
-        results = [result_of(outcome) for outcome in outcomes]
+    judged = run_samples(sandbox, rows, items, answers)
+    for row, item, answer, (results, in_process) in zip(rows, items, answers, judged, strict=True):
         if answer is not None and not ready(answer):
             results = [f"{NOT_EXECUTED}no answers to compare with: {result_of(answer)}"] * len(row["output"])
             execution.broken += len(results)
         execution.samples += len(results)
         execution.passed += results.count("passed")
         execution.timed_out += results.count("timed out")
+        execution.in_process += in_process
         verdicts = {"result": results, "passed": [result == "passed" for result in results]}
         made.append({"perturbation_type": item.get("perturbation_type", ""), **row, **verdicts})
+    return made
+
+
+def run_samples(
+    sandbox: Sandbox, rows: Sequence[JsonRow], items: Sequence[JsonRow], answers: Sequence[Outcome | None]
+) -> list[tuple[list[str], int]]:
+    """The results of each row's samples, and how many were judged in their own process. None where there are
+    no answers."""
+    lists = [row["output"] if ready(answer) else [] for row, answer in zip(rows, answers, strict=True)]
+    problems = list(zip(items, answers, lists, strict=True))
+    apart = sandbox.map([sample_job(item, answer, one) for one in own] for item, answer, own in problems)
+    first = [[result_of(outcome) for outcome in outcomes] for outcomes in apart]
+    again = [
+        [sample_job(item, answer, own[at], apart=False) for at, one in enumerate(found) if one == NOT_APART]
+        for (item, answer, own), found in zip(problems, first, strict=True)
+    ]
+    made = []
+    for (item, _, own), found, outcomes in zip(problems, first, sandbox.map(again), strict=True):
+        second = iter(outcomes)
+        results = [result_of(next(second)) if one == NOT_APART else one for one in found]
+        made.append((results, len(own) if item["lib"] in IN_PROCESS else len(outcomes)))
     return made
 
 
@@ -194,9 +228,10 @@ def _extra(item: JsonRow) -> dict[str, bytes]:
     return {name: text.encode() for name, text in (item.get("extra_files") or {}).items()}
 
 
-def sample_job(item: JsonRow, answer: Outcome | None, solution: str) -> Job:
-    """One sample: its program for every case, then the check. What the sample writes meets the answers only
-    in the check; a plot's answer is read by the problem's own program."""
+def sample_job(item: JsonRow, answer: Outcome | None, solution: str, *, apart: bool = True) -> Job:
+    """One sample: its program for every case, then the check, which is another process. What the sample
+    writes meets the answers only there; a plot's answer is read by the problem's own program. The newer
+    release is one program, whose tests run in the check, if they can be taken `apart`."""
     imports = tuple(
         dict.fromkeys(
             name
@@ -204,18 +239,22 @@ def sample_job(item: JsonRow, answer: Outcome | None, solution: str) -> Job:
             if name.partition(".")[0] in _PRELOADED
         )
     )
-    if answer is None:
+    reader = _CHECK.read_text(encoding="utf-8")
+    if answer is None and (item["lib"] in IN_PROCESS or not apart):
         text = f"{item['code_context']}\ncode = {solution!r}\ntest_execution(code)\n"
         text += "test_string(code)\n" if "def test_string" in item["code_context"] else ""
         return Job((Program(text, CASE_SECONDS),), imports=imports)
-    plot = item["lib"] == "Matplotlib"
+    if answer is None:
+        text = f"{reader}\ncheck_new(*{(item['code_context'], solution)!r}, call('run'))\n"
+        return Job((Program(_RUN, CASE_SECONDS, check=text),), imports=imports)
+    plot = item["lib"] in IN_PROCESS
     solution = without_clears(solution) if plot else solution
     given = {name: content for name, content in answer.files.items() if plot or name.startswith("input/")}
     program = item["code_context"].replace("[insert]", solution)
     runs = [Program(program, CASE_SECONDS, argv=("--test_case", str(case))) for case in cases(item)]
     wanted = [base64.b64encode(answer.files.get(f"ans/ans{case}.pkl", b"")).decode() for case in cases(item)]
     call = (item["test_code"], solution, int(item["test_type"]) == 3, wanted)
-    check = Program(f"{_CHECK.read_text(encoding='utf-8')}\ncheck(*{call!r})\n", CASE_SECONDS)
+    check = Program("", CASE_SECONDS, check=f"{reader}\ncheck(*{call!r})\n")
     return Job((*runs, check), FOLDERS | _extra(item) | given, imports=imports)
 
 

@@ -9,13 +9,16 @@ within 3 seconds. pass@10 is the paper's metric; pass@1 is shown beside it.
 
 from __future__ import annotations
 
+import ast
+import builtins
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, JsonRow, Prompt
-from proxytune.sandbox import Job, Program, Sandbox
+from proxytune.sandbox import NOT_APART, Job, Program, Sandbox
 from proxytune.tasks.data import DataTable, Hub
 from proxytune.tasks.scoring.rules import clean_code, pass_at_k, verdict
 from proxytune.tasks.task import NOT_RUN, Execution, Task
@@ -87,22 +90,103 @@ def score(row: JsonRow) -> dict[str, float | None]:
 
 
 def program(item: Mapping[str, str], completion: str, seconds: float = SECONDS) -> Program:
+    """Problem and completion, judged by the tests in another process; or the paper's program, in which the
+    tests follow, where they cannot be told apart from it."""
+    texts = item["prompt"], item["test"], item["entry_point"]
+    check = check_apart(*texts)
+    if check is None:
+        return whole_program(item, completion, seconds)
+    text = f"{item['prompt']}{completion}\n{_imports(item['test'])}"
+    return Program(text, seconds=seconds, main=False, check=check)
+
+
+def whole_program(item: Mapping[str, str], completion: str, seconds: float = SECONDS) -> Program:
     """The paper's program: problem, completion, tests, and the call that runs them."""
     text = f"{item['prompt']}{completion}\n{item['test']}\ncheck({item['entry_point']})"
     return Program(text, seconds=seconds, main=False)
 
 
+@functools.lru_cache(maxsize=1024)
+def check_apart(prompt: str, test: str, entry_point: str) -> str | None:
+    """The tests as a text that calls the program from another process. None where they need what is not
+    there: other functions of the program than the prompt's own, the identity of objects, or a class."""
+    tests, given = _parsed(test), _parsed(prompt) or _parsed(f"{prompt}\n    pass\n")
+    if tests is None or given is None:
+        return None
+    if any(isinstance(node, ast.Compare) and _compares_identity(node) for node in ast.walk(tests)):
+        return None
+    if any(isinstance(n, ast.ClassDef | ast.AsyncFunctionDef) and n.name == entry_point for n in given.body):
+        return None
+    wanted = {node.id for node in ast.walk(tests) if isinstance(node, ast.Name)} - _bound(tests)
+    wanted -= {*dir(builtins), entry_point}
+    if wanted - _at_top(given):
+        return None
+    needed = prompt if wanted else ""
+    text = f"{needed}\n{entry_point} = call({entry_point!r})\n{test}\ncheck({entry_point})\n"
+    return None if _parsed(text) is None else text
+
+
+def _parsed(text: str) -> ast.Module | None:
+    """The syntax tree of a text, if it has one."""
+    try:
+        return ast.parse(text)
+    except SyntaxError:
+        return None
+
+
+def _compares_identity(node: ast.Compare) -> bool:
+    """Whether objects are asked to be the same; None, True and False are the same everywhere."""
+    sides = [node.left, *node.comparators]
+    pairs = zip(sides, node.ops, sides[1:], strict=False)
+    return any(
+        isinstance(op, ast.Is | ast.IsNot)
+        and not (isinstance(left, ast.Constant) or isinstance(right, ast.Constant))
+        for left, op, right in pairs
+    )
+
+
+def _bound(tree: ast.Module) -> set[str]:
+    """All names that a text gives a value, in whatever scope."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.alias):
+            found.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            found.add(node.name)
+    return found
+
+
+def _at_top(tree: ast.Module) -> set[str]:
+    """The names that a text gives a value outside of functions and classes."""
+    inner = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    named = {node.name for node in tree.body if isinstance(node, inner)}
+    return named | _bound(ast.Module([node for node in tree.body if not isinstance(node, inner)], []))
+
+
+def _imports(test: str) -> str:
+    """What the tests import outside of functions: in the paper's program the completion has it, too."""
+    found = [node for node in ast.parse(test).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return "".join(f"{ast.unparse(node)}\n" for node in found)
+
+
 def execute(rows: Sequence[JsonRow], execution: Execution) -> list[JsonRow]:
     """The rows with `passed` and `result` of every completion, each run in a sandbox of its own; equal
     programs are run once."""
+    asked = [(item_of(row, execution.items), completion) for row in rows for completion in row["completions"]]
+    programs = [program(item, completion) for item, completion in asked]
+    ended = run_each(programs, execution)
     programs = [
-        program(item_of(row, execution.items), completion)
-        for row in rows
-        for completion in row["completions"]
+        whole_program(*one) if ended[apart] == NOT_APART else apart
+        for one, apart in zip(asked, programs, strict=True)
     ]
-    different = list(dict.fromkeys(programs))
-    outcomes = execution.sandbox.map([Job((one,))] for one in different)
-    ended = {one: outcome.results[0] for one, (outcome,) in zip(different, outcomes, strict=True)}
+    ended |= run_each([one for one in programs if one not in ended], execution)
+    execution.in_process += sum(not one.check for one in programs)
     results = [ended[one] for one in programs]
     before = [verdict for row in rows for verdict in _verdicts(row)]
     results = settle(execution, programs, results, before)
@@ -112,6 +196,13 @@ def execute(rows: Sequence[JsonRow], execution: Execution) -> list[JsonRow]:
         at += len(own)
         made.append({**row, "result": own, "passed": [result == "passed" for result in own]})
     return made
+
+
+def run_each(programs: Sequence[Program], execution: Execution) -> dict[Program, str]:
+    """The results of programs, each in a sandbox of its own; equal ones are run once."""
+    different = list(dict.fromkeys(programs))
+    outcomes = execution.sandbox.map([Job((one,))] for one in different)
+    return {one: outcome.results[0] for one, (outcome,) in zip(different, outcomes, strict=True)}
 
 
 def item_of(row: JsonRow, items: Mapping[str, JsonRow]) -> JsonRow:

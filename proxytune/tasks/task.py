@@ -322,6 +322,8 @@ class Execution:
     broken: int = 0
     """Samples that were not run, because their problem could not be set up with the libraries that there
     are."""
+    in_process: int = 0
+    """Samples that their test had to judge within their own process, where code that wants to pass can."""
     lost: int = 0
     """Samples whose sandbox ended without a verdict, twice: killed from outside, or out of memory."""
     compared: int = 0

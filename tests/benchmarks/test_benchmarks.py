@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases_cpu, cases_cuda, cpu_kernels, decode, real_models, shapes, tables
+from benchmarks import cases_cpu, cases_cuda, cpu_kernels, decode, lm_eval_speed, real_models, shapes, tables
 from benchmarks.baselines import PaperLoop
 from benchmarks.lab import CUDA, SMOKE, Lab
 from benchmarks.measure import Contender, Outcome, Timed, observe
@@ -290,3 +290,17 @@ def test_real_models_in_miniature(tmp_path: Path) -> None:
     assert set(theirs) == {1, 24} and all(speed > 0 for speed in theirs.values())
     assert set(ours) == {(1, "off"), (1, "auto"), (24, "off"), (24, "auto")}
     assert all(speed > 0 for speed in ours.values())
+
+
+def test_lm_eval_speed_in_miniature(tmp_path: Path) -> None:
+    """Both models are asked the same, and answer the same."""
+    model = tiny.build("llama", 1, max_position_embeddings=1024).float()
+    folder = str(tiny.save(tmp_path / "model", model))
+    asked = lm_eval_speed.requests(2, 4)
+    assert [len(own) for own in asked.values()] == [8, 8, 2]
+    theirs = lm_eval_speed.by_hf(folder, asked, [1, 4])
+    ours = lm_eval_speed.by_us(folder, asked, "proxy")
+    for kind in lm_eval_speed.KINDS:
+        assert ours[kind][0] > 0 and theirs[kind][0] > 0 and theirs[kind][1] in (1, 4)
+        agreement = lm_eval_speed.agreement(ours[kind][1], theirs[kind][2])
+        assert agreement == "2 of 2 equal" if "responses" in kind else float(agreement) < 1e-3

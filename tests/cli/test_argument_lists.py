@@ -26,7 +26,7 @@ from proxytune.models.roles import Models
 from proxytune.runs import evaluation
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import task as tasks
-from proxytune.terminal import is_suspect
+from proxytune.terminal.text import is_suspect
 from tests.support import made_runs, public_items, tiny_system
 from tests.support.command_line import Result, proxytune
 from tests.support.tiers import slow

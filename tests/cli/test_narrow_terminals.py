@@ -11,9 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from proxytune.cli import console
-from proxytune.progress import Progress
 from proxytune.report import tables
-from proxytune.time_left import WorkSoFar
+from proxytune.terminal import Progress, WorkSoFar
 from tests.support.reports import run
 
 

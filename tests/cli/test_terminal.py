@@ -22,7 +22,8 @@ from proxytune.cli import app as cli
 from proxytune.cli import console
 from proxytune.cli.commands.generate import Speaker
 from proxytune.records import Completion, TracedToken
-from proxytune.terminal import is_suspect, json_text, say, show, visible, write_data
+from proxytune.terminal import json_text, say, show, visible, write_data
+from proxytune.terminal.text import is_suspect
 from tests.support import hostile
 from tests.support.checkout import ROOT
 from tests.support.command_line import proxytune
@@ -230,8 +231,7 @@ def test_csv_and_json_of_a_run_are_exact(tmp_path: Path) -> None:
 
 
 def test_progress_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    from proxytune import progress
-    from proxytune.time_left import WorkSoFar
+    from proxytune.terminal import WorkSoFar, progress
 
     drawn = Screen()
     monkeypatch.setattr(sys, "stderr", drawn)
@@ -250,8 +250,8 @@ def test_progress_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> No
 # The source
 
 
-DOORS = {"terminal.py", "cli/console.py"}
-LIVE = {"progress.py", "tuning/training.py"}
+DOORS = {"terminal/text.py", "cli/console.py"}
+LIVE = {"terminal/progress.py", "tuning/training.py"}
 """Bars, which are drawn again and again: their texts go through `visible`."""
 OWN_PROCESS = {"sandbox/worker.py", "decoding/template_worker.py"}
 """What runs in a process of its own, whose stdout is a channel."""

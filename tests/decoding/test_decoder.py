@@ -74,6 +74,16 @@ def test_prompt_kv_is_computed_once_for_all_samples(trio: System, monkeypatch: p
     assert set(fed.values()) == {prompts + responses}
 
 
+def test_prompts_that_begin_alike_share_the_beginning_and_change_nothing(trio: System, layout: str) -> None:
+    """Few-shot examples, then questions of different lengths, two of them equal; with room, and without."""
+    shots = "Question: one?\nAnswer: two.\n\n"
+    examples = [example(f"{shots}{'Why? ' * (n % 3)}{n % 4}", n) for n in range(5)]
+    s = Sampling(max_new_tokens=6, temperature=0.8)
+    free = by_id(check(decoder(trio, batch=3), examples, s))
+    tight = by_id(list(decoder(trio, kv_memory=kv_bytes(decoder(trio), 110)).stream(examples, s)))
+    assert {k: c.token_ids for k, c in tight.items()} == {k: c.token_ids for k, c in free.items()}
+
+
 def test_long_prompts_attend_through_torch_and_decode_through_the_kernel(
     trio: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:

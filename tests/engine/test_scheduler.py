@@ -107,9 +107,9 @@ class Bench:
                 assert pool.lengths[segment.row] + drafts <= pool.room[segment.row]
         return plan
 
-    def wishes(self, rows: Sequence[Row]) -> list[int]:
+    def wishes(self, rows: Sequence[Row]) -> list[list[int]]:
         """Every row would like `draft` drafts."""
-        return [self.draft] * len(rows)
+        return [[self.draft] * len(rows)]
 
     def fed(self, plan: Plan) -> dict[str, list[Segment]]:
         """What the engine feeds: the last token of every row that decodes, then prompts."""
@@ -228,6 +228,48 @@ def test_samples_of_one_prompt_wait_for_it_and_share_it() -> None:
     assert bench.pools["a"].forks == [(0, 8)] * 2 and bench.pools["b"].forks == [(0, 11)] * 2
     bench.run()
     assert sorted(bench.done, key=str) == [0, 1, 2]
+
+
+def alike(number: int, same: int, own: int = 6) -> Request:
+    """A request whose prompts begin with `same` ids that all have."""
+    contexts = {name: (*range(same), *(1000 * number + i for i in range(own))) for name in "ab"}
+    return Request(contexts=contexts, key=number, max_new_tokens=4, tag=number)
+
+
+def test_prompts_that_begin_alike_share_the_beginning() -> None:
+    bench = Bench(rows=4)
+    for number in range(1, 4):
+        bench.scheduler.submit(alike(number, 20))
+    bench.step()
+    assert len(bench.scheduler.rows) == 1, "the beginning is computed once"
+    bench.step()
+    assert len(bench.scheduler.rows) == 3
+    assert all(pool.forks == [(0, 20)] * 2 for pool in bench.pools.values())
+    bench.scheduler.submit(alike(4, 20))  # while the others decode
+    bench.step()
+    assert all(pool.forks[2:] == [(0, 20)] for pool in bench.pools.values())
+    bench.run()
+    assert sorted(bench.done, key=str) == [1, 2, 3, 4]
+
+
+def test_a_short_beginning_is_not_waited_for() -> None:
+    bench = Bench(rows=4)
+    for number in range(1, 4):
+        bench.scheduler.submit(alike(number, 9))
+    bench.step()
+    assert len(bench.scheduler.rows) == 3 and bench.pools["a"].forks == []
+
+
+def test_a_beginning_is_taken_over_once_it_is_there() -> None:
+    bench = Bench(rows=4, prefill=30)
+    bench.scheduler.submit(alike(1, 20, own=100))
+    bench.step()
+    longer = Request({n: (*ids, 7) for n, ids in alike(1, 20, own=3).contexts.items()}, 5, 4, tag="longer")
+    bench.scheduler.submit(longer)
+    bench.step()
+    assert [row.request.tag for row in bench.scheduler.rows] == [1]  # the first row's prefill fills the steps
+    bench.run()
+    assert set(bench.done) == {1, "longer"} and bench.pools["a"].forks == [(0, 23)]
 
 
 def test_other_prompts_do_not_wait_behind_samples_that_do() -> None:

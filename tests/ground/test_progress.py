@@ -6,9 +6,8 @@ import time
 
 import pytest
 
-from proxytune import progress
-from proxytune.progress import Progress, clock
-from proxytune.time_left import WorkSoFar
+from proxytune.terminal import WorkSoFar, progress
+from proxytune.terminal.progress import Progress, clock
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3723, "1:02:03")])

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from proxytune.time_left import WorkSoFar
+from proxytune.terminal import WorkSoFar
 
 
 def test_nothing_is_estimated_from_nothing() -> None:

@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -88,9 +88,18 @@ def check(arguments: list[str]) -> None:
     assert command.name or not rest, f"no command {rest[:1]}"
     known = {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
     known |= {"--help", "-h", "--version", "--install-completion"}
+    if (command.context_settings or {}).get("ignore_unknown_options"):  # the others are lm-eval's
+        known |= lm_eval_options()
     for word in rest:
         if word.startswith("-") and word != "-":
             assert word.split("=")[0] in known, f"`{' '.join(arguments)}`: no option {word}"
+
+
+def lm_eval_options() -> set[str]:
+    """The options of `lm-eval run`."""
+    harness = pytest.importorskip("lm_eval._cli").HarnessCLI()
+    parser = harness._subparsers.choices["run"]
+    return {name for action in parser._actions for name in action.option_strings}
 
 
 # What is run
@@ -105,6 +114,9 @@ RUN = [
 @pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_the_demo_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_demo()
+    if name_of(page) == "docs/lm-eval.md" and find_spec("lm_eval") is None:
+        require_or_skip("lm-eval", "lm-eval is not installed")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.chdir(tmp_path)
     for block in blocks(page):
         for mark in block.marks:
@@ -214,7 +226,7 @@ def test_the_table_of_commands_is_complete() -> None:
 
 def test_the_readme_is_short_and_links_to_every_page() -> None:
     assert len(README.splitlines()) <= 120
-    linked = set(re.findall(r"\]\((docs/[a-z_]+\.md)", README))
+    linked = set(re.findall(r"\]\((docs/[a-z_-]+\.md)", README))
     assert {name_of(page) for page in PAGES[1:]} - {"docs/README.md"} <= linked
 
 

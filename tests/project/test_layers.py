@@ -17,14 +17,14 @@ from tests.support.checkout import ROOT, environment
 PACKAGE = ROOT / "proxytune"
 
 FLOORS = (
-    "errors lazy terminal config options records intervals run_files results comparison hub "
-    "time_left progress provenance cpu_load",
+    "errors lazy schema terminal config options records intervals run_files results comparison hub "
+    "provenance cpu_load",
     "demo sandbox engine",
     "models tasks",
     "decoding analysis paper",
     "judges report checks",
     "runs",
-    "tuning exports",
+    "tuning integrations exports",
     "cli",
 )
 """From the ground up. The package's own `__init__` and `__main__` stand above all."""

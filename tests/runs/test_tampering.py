@@ -25,7 +25,7 @@ from tests.support.runs import evaluation_of, unfinish
 from tests.support.tampering import KINDS
 from tests.support.tiers import examples
 
-SHORT = Sampling(max_new_tokens=8)
+SHORT: dict[str, Any] = {"sampling": Sampling(max_new_tokens=8), "batch": 4, "speculate": 3}
 Reading = Callable[[Path], Any]
 """Reads the run in a folder -> what it says; UserError where it is damaged."""
 
@@ -58,12 +58,12 @@ def command(*arguments: object) -> Reading:
 def cases(system: System, models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     """A finished and an unfinished run, one that can be judged and exported, and a sweep."""
     root = tmp_path_factory.mktemp("cases")
-    traced = evaluation_of(system, "gsm", models, sampling=SHORT, limit=6, trace="tokens")
+    traced = evaluation_of(system, "gsm", models, limit=6, trace="tokens", **SHORT)
     pairs = [{"instruction": f"Do {i}.", "output": f"GOOD {i}", "generator": "g"} for i in range(4)]
     data = root / "pairs.json"
     data.write_text(json.dumps(pairs))
-    unjudged = evaluation_of(system, "alpaca_farm", models, sampling=SHORT, data=str(data))
-    swept = evaluation_of(system, "gsm", models, sampling=SHORT, limit=3)
+    unjudged = evaluation_of(system, "alpaca_farm", models, data=str(data), **SHORT)
+    swept = evaluation_of(system, "gsm", models, limit=3, **SHORT)
     alphas = parse_alphas("0,1,first:2")
 
     def run(evaluation: Any, name: str) -> Reading:

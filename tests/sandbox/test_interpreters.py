@@ -14,7 +14,8 @@ from typing import Literal
 import pytest
 
 from proxytune.errors import UserError
-from proxytune.sandbox import Job, Program, Sandbox, worker
+from proxytune.sandbox import Job, Program, Sandbox
+from proxytune.sandbox.inside.files import is_mount
 from proxytune.sandbox.root import SCRATCH, Interpreter, View, closed_folder, visible
 from tests.support.checkout import ROOT
 from tests.support.require import require_or_skip
@@ -134,7 +135,7 @@ print(box.problem(), [outcome.results for outcome in box.run_together({jobs_agai
 
 @pytest.mark.parametrize(("path", "mount"), [("/proc", True), ("/usr/bin", False), ("/nowhere", False)])
 def test_what_begins_another_file_system_is_left_alone(path: str, mount: bool) -> None:
-    assert worker.is_mount(path) == mount
+    assert is_mount(path) == mount
 
 
 def test_it_starts_below_a_closed_folder(backend: Isolating, tmp_path: Path) -> None:

@@ -13,15 +13,16 @@ REFERENCE = Path(os.environ.get("PROXYTUNE_REFERENCE_DATA") or ROOT.parent / "sh
 
 
 def require_or_skip(kind: str, reason: str) -> None:
-    """Skip the test, or fail it where the comma list PROXYTUNE_REQUIRE names the kind.
+    """Skip the test (or the file that is imported), or fail it where the comma list PROXYTUNE_REQUIRE names
+    the kind.
 
     Kinds: golden (reference data), gpu, tune (bitsandbytes, peft), wheel (a build), demo (its weights),
     sandbox (its backends), judges (httpx2), browser (playwright and a Chromium), triton (its interpreter runs
-    the CUDA kernels), compiler (of C++, for the CPU's kernels), gguf (the package), real (a real model from
-    PyPI, and lm-eval)."""
+    the CUDA kernels), compiler (of C++, for the CPU's kernels), gguf and lm-eval (the packages), real (a real
+    model from PyPI)."""
     if kind in os.environ.get("PROXYTUNE_REQUIRE", "").split(","):
         pytest.fail(f"PROXYTUNE_REQUIRE names '{kind}', but {reason}", pytrace=False)
-    pytest.skip(reason)
+    pytest.skip(reason, allow_module_level=True)
 
 
 def require_demo() -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import io
 import json
+import pickle
+import re
 from collections import Counter
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -13,7 +18,7 @@ from proxytune.errors import UserError
 from proxytune.records import Completion, JsonRow
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import ds1000, get_task, read_source, score_file
-from proxytune.tasks.programs.ds1000_check import old_parser, without_prints
+from proxytune.tasks.programs.ds1000_check import NoData, Reader, answer_of, old_parser, without_prints
 from proxytune.tasks.task import Execution
 from tests.support import published
 from tests.support.published import DS1000
@@ -238,6 +243,104 @@ def test_a_hostile_pickle_stays_in_the_sandbox(
     found = results(box, item, HOSTILE.format(canary=canary), item["reference_code"])
     assert found[0].startswith("failed") and found[1] == "passed"
     assert not canary.exists()
+
+
+FORGED = {
+    "a function that runs": "return exec, (\"import sys; sys.modules['test_code'].test = lambda *_: 1\",)",
+    "an object that equals everything": "return Equal, ()",
+    "a listener in the check": "return __import__('builtins').getattr, (__import__('os'), 'system')",
+}
+"""What a result may do instead of being right: the body of its `__reduce__`."""
+
+
+@pytest.mark.parametrize("body", FORGED.values(), ids=list(FORGED))
+def test_a_result_cannot_decide(box: Sandbox, problems: dict[str, JsonRow], body: str) -> None:
+    item = problems["Numpy/120"]
+    code = f"class Equal:\n    def __eq__(self, other): return True\n    def __reduce__(self): {body}\n"
+    (found,) = results(box, item, f"{code}result = df = Equal()")
+    assert found.startswith("failed: ")
+
+
+def test_results_are_read_without_running_them() -> None:
+    numpy, pandas = pytest.importorskip("numpy"), pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": [1, 2], "b": ["x", None], "c": pandas.to_datetime(["2020-01-01"] * 2)})
+    plain = [
+        frame, frame.a, frame.set_index(["a", "b"]), frame.index, frame.dtypes, frame.b.astype("category"),
+        frame.a.astype("Int64"), frame.c[0], frame.c[0] - frame.c[1], pandas.NaT, pandas.NA,
+        pandas.interval_range(0, 3), pandas.period_range("2020", periods=2, freq="D"),
+        frame.c.dt.tz_localize("UTC"), numpy.arange(6).reshape(2, 3), numpy.float32(1.5), numpy.dtype("f4"),
+        numpy.array([1, "a"], dtype=object), numpy.ma.array([1, 2], mask=[0, 1]), numpy.float64,
+        {"a": [1, {2.0, None}]}, Decimal("1.5"), datetime.date(2020, 1, 1),
+    ]  # fmt: skip
+    sparse, torch = pytest.importorskip("scipy.sparse"), pytest.importorskip("torch")
+    plain += [sparse.csr_matrix(numpy.eye(2)), torch.arange(4.0).view(2, 2), torch.float32]
+    for protocol in (2, 4, 5):
+        for value in plain:
+            data = pickle.dumps(value, protocol)
+            assert repr(Reader(io.BytesIO(data), set()).load()) == repr(value)
+    answer = pickle.dumps(re.compile("a"))
+    with pytest.raises(NoData, match=r"the result holds 're\._compile', which is no data"):
+        Reader(io.BytesIO(answer), set()).load()
+    assert Reader(io.BytesIO(answer), answer_of(answer)[1]).load() == re.compile("a")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"cpandas.core.frame\nDataFrame\n}(Vequals\ncbuiltins\nset\nub.", "changes a class or a function"),
+        (b"cpandas.core.frame\nDataFrame\n)\x81}(Vequals\ncbuiltins\nset\nub.", "the method 'equals'"),
+        (
+            b"cpandas.core.frame\nDataFrame\n)\x81N}(V__class__\ncbuiltins\nset\nu\x86b.",
+            "the method '__class__'",
+        ),
+        (b"cnumpy\nload\n(Vx\ntR.", "'numpy.load', which is no data"),
+        (b"cpandas.core.arrays.base\noperator\n.", "'pandas.core.arrays.base.operator', which is no data"),
+        (b"cos\nsystem\n(Vtrue\ntR.", "'os.system', which is no data"),
+    ],
+)
+def test_a_result_changes_nothing(data: bytes, reason: str) -> None:
+    pytest.importorskip("pandas")
+    with pytest.raises(NoData, match=reason):
+        Reader(io.BytesIO(b"\x80\x04" + data), set()).load()
+
+
+NEWER = """
+import copy
+def generate_test_case(number):
+    def define(number): return {"x": [1, 2 * number]}
+    given = define(number)
+    return given, [one + 7919 for one in copy.deepcopy(given)["x"]]
+def exec_test(result, answer):
+    return int(result == answer)
+exec_context = 'x = test_input["x"]\\n[insert]\\n'
+def test_execution(solution):
+    code = exec_context.replace("[insert]", solution)
+    for i in range(2):
+        test_input, expected_result = generate_test_case(i + 1)
+        test_env = {"test_input": test_input}
+        exec(code, test_env)
+        assert exec_test(test_env["result"], expected_result)
+"""
+"""The tests of the newer release, in its form."""
+
+
+def test_the_newer_release_is_judged_from_outside(box: Sandbox) -> None:
+    item = ds1000.public({**NEW, "code_context": NEWER})
+    equal = "class E(list):\n    def __eq__(self, other): return True\nresult = E()"
+    frames = "import sys\nframe = sys._getframe()\nwhile frame and 'expected_result' not in frame.f_locals:\n"
+    frames += "    frame = frame.f_back\nresult = frame.f_locals['expected_result'] if frame else 0"
+    fork = "import os\nif os.fork():\n    os.wait()\n    os._exit(0)\nresult = 0"
+    samples = ["result = [i + 7919 for i in x]", "result = x", equal, frames, fork, ""]
+    found = results(box, item, *samples)
+    assert [one == "passed" for one in found] == [True] + [False] * 5, found
+
+
+def test_a_newer_problem_whose_input_cannot_be_sent_is_judged_in_process(box: Sandbox) -> None:
+    context = NEWER.replace("return given,", "return dict(given, f=lambda: 0),")
+    item = ds1000.public({**NEW, "code_context": context})
+    execution = Execution(box, {"Numpy/3": item})
+    (row,) = ds1000.execute([asked(item, "result = [i + 7919 for i in x]", "result = x")], execution)
+    assert row["passed"] == [True, False] and execution.in_process == 2
 
 
 def test_samples_cannot_spoil_each_other(box: Sandbox, problems: dict[str, JsonRow]) -> None:

@@ -17,6 +17,7 @@ from proxytune.options import RunOptions
 from proxytune.records import Completion, JsonRow, Prompt
 from proxytune.runs import evaluation as run
 from proxytune.runs.session import run_job
+from proxytune.sandbox import NOT_APART
 from proxytune.sandbox.sandbox import Sandbox
 from proxytune.tasks import get_task, humaneval, read_source, score_file
 from proxytune.tasks.scoring.rules import clean_code, pass_at_k
@@ -225,8 +226,48 @@ def test_completions_are_run(box: Sandbox) -> None:
     assert row["passed"] == [True, False, False, False, False] and row["result"][0] == "passed"
     assert row["result"][1] == "failed: AssertionError: " and "SyntaxError" in row["result"][4]
     counted = {"samples": 5, "passed": 1}
-    none = dict.fromkeys(("timed_out", "broken", "lost", "compared", "rerun", "flips"), 0)
+    none = dict.fromkeys(("timed_out", "broken", "in_process", "lost", "compared", "rerun", "flips"), 0)
     assert execution.report() == {"sandbox": box.backend, **counted, **none}
+
+
+def test_a_sample_cannot_choose_where_it_is_judged(box: Sandbox) -> None:
+    """A test that passes a function needs the sample's process, where it could forge; nothing else does."""
+    asks = f"""    pass
+import json, os, struct
+text = json.dumps({NOT_APART!r}).encode()
+for fd in range(3, 64):
+    try: os.write(fd, struct.pack("!I", len(text)) + text)
+    except OSError: pass
+"""
+    equal = "class E:\n    def __eq__(self, other): return True\ndef add(a, b): return E()\n"
+    row = {"task_id": ADD["task_id"], "prompt": ADD["prompt"], "completions": [asks + equal]}
+    execution = Execution(box, {ADD["task_id"]: ADD})
+    (found,) = humaneval.execute([row], execution)
+    assert found["passed"] == [False] and execution.in_process == 0
+    given = {**ADD, "test": "def check(f):\n    assert f(len, 2)([1]) == 1\n"}
+    execution = Execution(box, {ADD["task_id"]: given})
+    (found,) = humaneval.execute([{**row, "completions": ["    return a", "    return b"]}], execution)
+    assert found["passed"] == [True, False] and execution.in_process == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "test", "apart"),
+    [
+        ("def f(x):\n", "def check(g):\n    assert g(1) is True\n", True),
+        ("def f(x):\n", "def check(g):\n    y = [1]\n    assert g(y) is y\n", False),
+        ("def f(x):\n", "def check(g):\n    assert helper(g(1))\n", False),
+        ("def helper(x):\n    return x\ndef f(x):\n", "def check(g):\n    assert helper(g(1))\n", False),
+        (
+            'def helper(x):\n    return x\ndef f(x):\n    """."""\n',
+            "def check(g):\n    assert helper(g(1))\n",
+            True,
+        ),
+        ("class f:\n", "def check(g):\n    assert g(1).x\n", False),
+        ("def f(x):\n", "def check(g:\n", False),
+    ],
+)
+def test_which_tests_can_be_told_apart(prompt: str, test: str, apart: bool) -> None:
+    assert (humaneval.check_apart(prompt, test, "f") is not None) == apart
 
 
 def test_only_a_time_out_is_run_again(box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,9 @@
 
 One call carries T tokens of several rows, [1, H, T, D]. `Packed` says which tokens belong to which rows; it
 travels as a keyword argument of the model's forward, so that several engines can run in one process. On the
-CPU a kernel takes the rows as they are. Where torch attends, rows with equal query length form a group, and a
-group is one attention call: decode is one group, every prefill chunk another."""
+CPU a kernel takes the rows as they are, and on CUDA one takes their pages. Where torch attends, rows with
+equal query length form a group, and a group is one attention call: decode is one group, every prefill chunk
+another."""
 
 from __future__ import annotations
 
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from proxytune.engine.attention.over_pages import attend_pages
 from proxytune.engine.attention.packed import MAX_GROUPED, MOST_TOKENS, Group, Packed
 from proxytune.engine.cuda.attention import DevicePacked
 from proxytune.engine.kernels.cpu_attention import attend_slots, takes
+from proxytune.engine.kernels.paged_attention import supported
 from proxytune.engine.kernels.scores import ScoreRule
 from proxytune.engine.kv.cache import LayerShape
+from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.kv.slots import SlotCache
 
 Forward = Callable[..., Any]
@@ -97,6 +101,10 @@ def attend(
         else:
             cache.write(layer, k, v, part.at)
             groups = part.groups
+            if isinstance(cache, PagedCache) and supported(q[None, :, :1], *cache.pools(layer)):
+                for paged in part.paged_groups:
+                    attend_pages(paged, q, cache, layer, out, rule)
+                groups = part.unpaged_groups
         for group in groups:
             keys, values = cache.read(layer, group.first, group.block, group.longest)
             rows = _gather(q, group)

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from proxytune.engine.attention.over_pages import PagedGroup, paged_groups
+from proxytune.engine.kernels.paged_attention import MOST_NEW
 from proxytune.engine.kv.cache import KVCache, Placement
 
 
@@ -127,6 +129,16 @@ class PackedPart:
     def long_groups(self) -> list[Group]:
         """What the CPU's kernel leaves to torch."""
         return grouped([part for part in self.at.parts if part[2] > MOST_TOKENS])
+
+    @cached_property
+    def paged_groups(self) -> list[PagedGroup]:
+        """What the kernel over pages takes."""
+        return paged_groups(self.at.parts, MOST_NEW)
+
+    @cached_property
+    def unpaged_groups(self) -> list[Group]:
+        """What it leaves to torch."""
+        return grouped([part for part in self.at.parts if part[2] > MOST_NEW])
 
 
 @dataclass

@@ -1,1 +1,14 @@
 """A decoding step as one CUDA graph, and the loop that starts and reads it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from proxytune.lazy import door
+
+if TYPE_CHECKING:
+    from proxytune.engine.cuda.graphs import reserve
+
+__all__ = ["reserve"]
+
+__getattr__ = door(__name__, {"reserve": "graphs"})

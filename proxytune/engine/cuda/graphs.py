@@ -1,8 +1,9 @@
-"""CUDA graphs of the decoding step: captured once per (rows, kind of drafts, sampling), then replayed.
+"""CUDA graphs of the decoding step: captured once per shape (rows, drafts, sampling, widths), then replayed.
 
 A step is hundreds of small kernels, and launching them one by one takes longer than running them. All graphs
-share one memory pool, since only one runs at a time; nothing that outlives a step lies in it. On other
-devices the step runs as it is, which is how it is tested here.
+share one memory pool, since only one runs at a time; nothing that outlives a step lies in it. Graphs take
+memory of their own, so only the most recent are kept, and a step for whose graph there is no memory runs as
+it is. So does every step on other devices, which is how it is tested here.
 
 Not run on a GPU so far: capture, replay, the choice of parallel branches and the check for host
 synchronisation were written without one at hand. That a step reads no value and touches no tensor off its
@@ -10,6 +11,7 @@ device is tested on torch's `meta` device."""
 
 from __future__ import annotations
 
+import gc
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +32,18 @@ CAPTURED = {"cuda"}
 """Types of devices on which steps are captured; elsewhere they run as they are."""
 TIMED = 5
 """Replays by which branches in parallel and in turn are compared."""
+MOST_GRAPHS = 32
+"""Graphs that are kept; the one that was not used for longest makes room."""
+LAYER_BYTES = 640 << 10
+"""Memory that a graph takes per layer of the models: about 43 kernels, a half more for what draft models run
+again, at about 10 kB each."""
+NO_MEMORY = ("out of memory", "ALLOC_FAILED")
+"""How CUDA says so where it is not torch's allocator that asks."""
+
+
+def reserve(layers: int) -> int:
+    """Bytes that the graphs of models with so many layers together may come to take."""
+    return MOST_GRAPHS * LAYER_BYTES * layers
 
 
 class Refused(Exception):
@@ -42,11 +56,13 @@ class StepShape(NamedTuple):
     rows: int
     ahead: Ahead
     needs: SamplingNeeds
+    widths: Widths
+    """Those of its state: the one whose buffers it reads and writes."""
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph, and where it leaves its output: [rows, 3k + 3], a packed `StepOutput`."""
+    """A graph, and where it leaves its output, a packed `StepOutput`."""
 
     graph: torch.cuda.CUDAGraph
     output: Tensor
@@ -60,54 +76,107 @@ class Graphs:
         faster when the first graph is made."""
         self.step, self.device, self.parallel = step, device, parallel
         self.refused: str | None = None
+        self.states: dict[Widths, DeviceState] = {}
         self.state: DeviceState | None = None
+        """The one that the last step was for."""
         self.captured: dict[StepShape, Captured] = {}
+        """The one that was used last comes last."""
+        self.dropped: set[StepShape] = set()
+        """For whose graphs there was no memory."""
+        self.most = MOST_GRAPHS
         self._pool: Any = None
         if device.type in CAPTURED:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self.sides = [torch.cuda.Stream(device) for _ in step.verifiers]  # type: ignore[no-untyped-call]
 
-    def room_for(self, need: Widths, rows: int) -> DeviceState:
-        """The state, at least so wide and with so many rows. New buffers make the graphs void."""
-        state = self.state
-        if state is None or rows > state.rows or need.join(state.widths) != state.widths:
-            if state is not None:
-                need, rows = need.join(state.widths), max(rows, state.rows)
-            caches = {n: r.cache for n, r in self.step.runners.items() if isinstance(r.cache, PagedCache)}
-            size = self.step.runners[self.step.target].alignment.size
-            self.captured.clear()
-            self._pool = None  # it goes with its graphs
-            self.state = state = DeviceState(caches, self.step.target, bucket(rows), need, size, self.device)
+    def fit(self, shape: StepShape, rows: int, expected: Widths) -> StepShape:
+        """The shape with the widths of a state that serves it, which becomes the current one. It is at least
+        as wide as the shape says, and has room for `rows` rows.
+
+        Best is one for which the graph is made already. Otherwise it is wide enough for what is `expected`,
+        so that the graph will serve longer. A wider request gets a state of its own: graphs of narrower ones
+        stay as they are, for batches that fit them."""
+        there = sorted((w for w, s in self.states.items() if s.rows >= rows), key=lambda w: w.pages)
+        wide, wider = shape.widths, shape.widths.join(expected)
+        made = (w for w in there if wide.join(w) == w and shape._replace(widths=w) in self.captured)
+        enough = (w for w in there if wider.join(w) == w)
+        widths = next(made, None) or next(enough, None) or wider
+        state = self.states.get(widths)
+        if state is None or state.rows < rows:
+            state = self._new_state(widths, rows)
+        if state is not self.state:
+            state.forget()  # the rows went on in another
+            self.state = state
+        return shape._replace(widths=widths)
+
+    def _new_state(self, widths: Widths, rows: int) -> DeviceState:
+        for shape in [shape for shape in self.captured if shape.widths == widths]:
+            self._drop(shape)  # of a state with fewer rows
+        needed = {shape.widths for shape in self.captured}
+        self.states = {w: state for w, state in self.states.items() if w in needed}
+        caches = {n: r.cache for n, r in self.step.runners.items() if isinstance(r.cache, PagedCache)}
+        size = self.step.runners[self.step.target].alignment.size
+        state = DeviceState(caches, self.step.target, bucket(rows), widths, size, self.device)
+        self.states[widths] = state
         return state
+
+    def _drop(self, shape: StepShape) -> None:
+        del self.captured[shape]
+        if not self.captured:
+            self._pool = None  # it goes with its graphs
 
     @property
     def made(self) -> int:
         """How many graphs there are."""
         return len(self.captured)
 
+    @property
+    def full(self) -> bool:
+        """Whether a further graph would take the place of another."""
+        return len(self.captured) >= self.most
+
     def ready(self, shape: StepShape) -> bool:
         """Whether `run` will not have to make a graph first."""
-        return self.device.type not in CAPTURED or shape in self.captured
+        return self.device.type not in CAPTURED or shape in self.captured or shape in self.dropped
 
     def run(self, shape: StepShape) -> Tensor:
         """One step of the first rows of the state -> its output, packed, on the device and not yet there.
 
         Raises Refused, with the state as it was, if the step cannot be captured."""
-        assert self.state is not None
-        if self.device.type not in CAPTURED:
-            return self.step(self.state.views(shape.rows), shape.ahead, shape.needs).packed()
-        if shape not in self.captured:
+        if not self.ready(shape):
             self.prepare(shape)
-        captured = self.captured[shape]
+        captured = self.captured.pop(shape, None)
+        if captured is None:
+            return self.step(self.states[shape.widths].views(shape.rows), shape.ahead, shape.needs).packed()
+        self.captured[shape] = captured
         captured.graph.replay()
         return captured.output
 
     def prepare(self, shape: StepShape) -> None:
         """Make the graph of a shape, on a batch in which nothing moves. Large ones first: the small ones then
-        find their memory in the pool."""
-        assert self.state is not None
-        moving = self.state.moving.clone()
-        self.state.moving.zero_()
+        find their memory in the pool. Where there is no memory, older graphs make room; where that is not
+        enough, steps of this shape run without one."""
+        while self.full:
+            self._drop(next(iter(self.captured)))
+        state = self.states[shape.widths]
+        moving = state.moving.clone()
+        state.moving.zero_()
+        try:
+            if not self._made(shape):
+                self._make_room()
+                self._made(shape)
+        finally:
+            state.moving.copy_(moving)
+        if shape not in self.captured:
+            self.dropped.add(shape)
+            warnings.warn(
+                f"no memory for a CUDA graph of {shape.rows} rows: such steps run without one, which is "
+                "slower; a lower --kv-memory leaves room for it",
+                stacklevel=2,
+            )
+
+    def _made(self, shape: StepShape) -> bool:
+        """Make a graph; False if the memory does not suffice."""
         try:
             if self.parallel is None:
                 both = {True: self._capture(shape, self.forked), False: self._capture(shape, in_turn)}
@@ -115,13 +184,28 @@ class Graphs:
                 self.captured[shape] = both[self.parallel]
             else:
                 self.captured[shape] = self._capture(shape, self.forked if self.parallel else in_turn)
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            return False
         finally:
-            self.state.moving.copy_(moving)
+            torch.cuda.synchronize(self.device)  # whatever an exception left on one of the streams
+        return True
+
+    def _make_room(self) -> None:
+        """Give up the older half of the graphs, and what the allocator keeps."""
+        count = len(self.captured)
+        for shape in list(self.captured)[: (count + 1) // 2]:
+            self._drop(shape)
+        if count:
+            self.most = max(1, count // 2)
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def _capture(self, shape: StepShape, branches: Branches) -> Captured:
-        assert self.state is not None
-        batch = self.state.views(shape.rows)
-        output = torch.zeros(shape.rows, 3 * shape.ahead.k + 3, dtype=torch.long, device=self.device)
+        batch = self.states[shape.widths].views(shape.rows)
+        width = self.step.output_width(shape.ahead.k)
+        output = torch.zeros(shape.rows, width, dtype=torch.long, device=self.device)
 
         def once() -> None:
             output.copy_(self.step(batch, shape.ahead, shape.needs, branches).packed())
@@ -136,7 +220,7 @@ class Graphs:
             main.wait_stream(self._stream)  # before anybody changes the state
         graph = torch.cuda.CUDAGraph()
         try:
-            with _refusing(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with _refusing(), uncollected(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 once()
         finally:
             torch.cuda.set_stream(main)  # a capture that fails does not go back to it
@@ -144,16 +228,20 @@ class Graphs:
         return Captured(graph, output)
 
     def forked(self, branches: Sequence[Callable[[], Logits]]) -> list[Logits]:
-        """The first branch on this stream, the others beside it."""
+        """The first branch on this stream, the others beside it. This stream waits for them in any case: a
+        capture cannot end before that, nor may a batch be changed."""
         main, found = torch.cuda.current_stream(self.device), []
-        beside = list(zip(self.sides, branches[1:], strict=False))
-        for stream, branch in beside:
-            stream.wait_stream(main)
-            with torch.cuda.stream(stream):
-                found.append(branch())
-        found.insert(0, branches[0]())
-        for stream, _ in beside:
-            main.wait_stream(stream)
+        begun = list[torch.cuda.Stream]()
+        try:
+            for stream, branch in zip(self.sides, branches[1:], strict=False):
+                stream.wait_stream(main)
+                begun.append(stream)
+                with torch.cuda.stream(stream):
+                    found.append(branch())
+            found.insert(0, branches[0]())
+        finally:
+            for stream in begun:
+                main.wait_stream(stream)
         return found
 
 
@@ -162,10 +250,34 @@ def _refusing() -> Iterator[None]:
     """What CUDA does not allow in a graph becomes Refused; memory that runs out stays what it is."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if ran_out(error):
+            raise
         raise Refused(str(error).splitlines()[0]) from error
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """Whether it is memory that is missing: for torch's allocator, for CUDA itself or for one of its
+    libraries, or before that, where a capture then could not be ended either."""
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or isinstance(error.__context__, torch.OutOfMemoryError)
+        or any(words in str(error) for words in NO_MEMORY)
+    )
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Collect what is dead now, and nothing for a while: to free a graph, or what it used, is not allowed
+    while another is captured."""
+    enabled = gc.isenabled()
+    gc.disable()
+    gc.collect()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def without_waiting(function: Callable[[], None]) -> None:

@@ -15,6 +15,7 @@ import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -39,11 +40,11 @@ def steps_on_device(runners: Mapping[str, Runner], settings: Speculation) -> boo
     """Whether these models can decode this way: our attention over pages, one device, one id per token."""
     if settings.pick is not pick and settings.propose is None:
         return False
-    devices = set()
+    devices = set[torch.device]()
     for runner in runners.values():
         if not isinstance(runner, ModelRunner) or not isinstance(runner.cache, PagedCache):
             return False
-        devices |= {runner.device, *runner.cache.spec.devices}
+        devices |= runner.devices
         if runner.alignment.longest > 1:
             return False
     return len(devices) == 1 and devices.pop().type in DEVICES
@@ -73,6 +74,8 @@ class StepResult(NamedTuple):
     tokens: list[list[int]]
     logprobs: list[list[float]]
     drafts: Drafts
+    views: list[Tensor]
+    """Packed `TokenViews` of every row's tokens."""
 
 
 class DeviceLoop:
@@ -83,7 +86,7 @@ class DeviceLoop:
         self.in_flight: deque[InFlightStep] = deque()
         self.ahead = Ahead(0)
         self._widths = Widths()
-        self._wishes: list[int] = []
+        self._wishes: list[list[int]] = []
         self._collected = 0.0
         self._prompts = False
         """Whether prompts were computed after the last step that was planned."""
@@ -99,13 +102,15 @@ class DeviceLoop:
         if self.graphs.state is not None:
             self.graphs.state.forget()
 
-    def depths(self, rows: Sequence[Row]) -> list[int]:
-        """What the scheduler is to make room for: this step and the one after it."""
+    def depths(self, rows: Sequence[Row]) -> list[list[int]]:
+        """What the scheduler is to make room for: this step and the one after it, or else this step."""
         if self.graphs.refused is not None:
-            return self.drafter.depths(rows)
+            return [self.drafter.depths(rows)]
         self.ahead = self._choose(rows)
         room = [row.request.max_new_tokens - len(row.tokens) for row in rows]
-        self._wishes = [min(2 * self.ahead.k + 1, left - 1) for left in room]
+        self._wishes = [
+            [min(most, left - 1) for left in room] for most in (2 * self.ahead.k + 1, self.ahead.k)
+        ]
         return self._wishes
 
     def _choose(self, rows: Sequence[Row]) -> Ahead:
@@ -126,26 +131,30 @@ class DeviceLoop:
         )
 
     def start(self, plan: Plan) -> bool:
-        """Start the planned step, if it fits: all the room that was wished for, and models that can be
-        captured."""
-        if self.graphs.refused is not None or list(plan.depths) != self._wishes:
+        """Start the planned step, without drafts where there is no room for them; False if the models cannot
+        be captured."""
+        if self.graphs.refused is not None:
             if self.graphs.state is not None:
                 self.graphs.state.forget()
             return False
+        ahead = self.ahead if list(plan.depths) in self._wishes else Ahead(0)
         rows, most = self.scheduler.rows[: plan.decoding], plan.decoding
-        if self.ahead.k == 0 or self.drafter.settings.k is not None:  # else another size drafts otherwise
+        if ahead.k == 0 or self.drafter.settings.k is not None:  # else another size drafts otherwise
             most = min(self.scheduler.max_rows, len(self.scheduler.rows) + len(self.scheduler.waiting))
-        state, needs = self.graphs.room_for(self._widths, self.scheduler.max_rows), sampling_needs(rows)
-        state.fill(rows)
+        need = reduce(Widths.join, (Widths.of(row.request) for row in rows))
+        shape = StepShape(bucket(len(rows)), ahead, sampling_needs(rows), need)
+        shape = self.graphs.fit(shape, self.scheduler.max_rows, self._widths)
+        assert self.graphs.state is not None
+        self.graphs.state.fill(rows)
         try:
-            for size in dict.fromkeys((bucket(most), bucket(len(rows)))):
-                if not self.graphs.ready(StepShape(size, self.ahead, needs)):
-                    self.graphs.prepare(StepShape(size, self.ahead, needs))
+            larger = () if self.graphs.full else (bucket(most),)
+            for size in dict.fromkeys((*larger, shape.rows)):
+                if not self.graphs.ready(shape._replace(rows=size)):
+                    self.graphs.prepare(shape._replace(rows=size))
         except Refused as reason:
             self.graphs.refused = str(reason)
             warnings.warn(f"decoding without CUDA graphs, which is slower: {reason}", stacklevel=2)
             return False
-        shape = StepShape(bucket(len(rows)), self.ahead, needs)
         prompts = any(plan.prefill.values())
         self.launch(list(rows), shape, alone=not (prompts or self._prompts))
         self._prompts = prompts
@@ -172,7 +181,7 @@ class DeviceLoop:
             return
         if all(row.request.max_new_tokens - len(row.tokens) <= 1 for row in last.rows):
             return  # the in-flight step chooses the last tokens
-        shape = StepShape(last.shape.rows, self._choose(last.rows), last.shape.needs)
+        shape = last.shape._replace(ahead=self._choose(last.rows))
         if not self.graphs.ready(shape):
             return
         targets = {
@@ -205,16 +214,17 @@ class DeviceLoop:
             step.copied.synchronize()
         self._time(step)
         output = StepOutput.unpacked(step.output, step.shape.ahead.k)
-        counts, tokens, drafts, logprobs = (part.tolist() for part in output)
+        counts, tokens, drafts, logprobs = (part.tolist() for part in output[:4])
         place = {row: index for index, row in enumerate(step.rows)}
         looked_up = step.shape.ahead.lookup
-        result = StepResult([], [], Drafts([], {}, () if looked_up else self.drafter.draft_models))
+        result = StepResult([], [], Drafts([], {}, () if looked_up else self.drafter.draft_models), [])
         for index, row in enumerate(self.scheduler.rows):
             at = place.get(row)
             count = 0 if at is None else counts[at]
             result.tokens.append([] if at is None else tokens[at][:count])
             result.logprobs.append([] if at is None else logprobs[at][:count])
             result.drafts.tokens.append([] if at is None else _counted(row, drafts[at]))
+            result.views.append(output.views[at or 0, :count])
             for rows in self.graphs.state.caches.values() if self.graphs.state else ():
                 rows.commit(index, count)
         return result

@@ -26,6 +26,7 @@ from proxytune.engine.runners.runner import ModelRunner, Runner
 from proxytune.engine.sampling import Propose
 from proxytune.engine.speculative.draft_length import Ahead
 from proxytune.engine.speculative.prompt_lookup import continuations
+from proxytune.engine.token_views import TokenViews
 
 Logits = dict[str, Tensor]
 """Per model [R, Q, V] over the base's vocabulary."""
@@ -33,9 +34,23 @@ Branches = Callable[[Sequence[Callable[[], Logits]]], list[Logits]]
 """Runs functions that do not depend on each other."""
 
 
+def first_of_largest(logits: Tensor) -> Tensor:
+    """[N, V] -> [N], as `logits.largest` does, by an operation of the device."""
+    return logits.argmax(-1)
+
+
 def in_turn(branches: Sequence[Callable[[], Logits]]) -> list[Logits]:
     """One after the other."""
     return [branch() for branch in branches]
+
+
+class Tracing(NamedTuple):
+    """What a step tells of its tokens beside their log-probabilities."""
+
+    views: Callable[[Tensor, Mapping[str, Tensor], Tensor, Tensor, Callable[[Tensor], Tensor]], TokenViews]
+    """`Ensemble.views`."""
+    width: int
+    """Numbers per token."""
 
 
 class StepOutput(NamedTuple):
@@ -47,17 +62,22 @@ class StepOutput(NamedTuple):
     logprobs: (
         Tensor  # [R, k + 1] float64; NaN where the logits are no distribution, and the host ends the row
     )
+    views: Tensor  # [R, k + 1, W] packed `TokenViews`; W is 0 without a trace
 
     def packed(self) -> Tensor:
-        """All of it as one [R, 3k + 3] of int64, to be copied at once."""
+        """All of it as one [R, 3k + 3 + (k + 1) W] of int64, to be copied at once."""
         bits = self.logprobs.contiguous().view(torch.long)
-        return torch.cat([self.accepted[:, None], self.tokens, self.drafts, bits], 1)
+        return torch.cat([self.accepted[:, None], self.tokens, self.drafts, bits, self.views.flatten(1)], 1)
 
     @classmethod
     def unpacked(cls, numbers: Tensor, k: int) -> StepOutput:
         """`packed` undone."""
-        accepted, tokens, drafts, bits = torch.split_with_sizes(numbers, [1, k + 1, k, k + 1], 1)
-        return cls(accepted[:, 0], tokens, drafts, bits.contiguous().view(torch.float64))
+        sizes = [1, k + 1, k, k + 1]
+        sizes.append(numbers.shape[1] - sum(sizes))
+        accepted, tokens, drafts, bits, views = torch.split_with_sizes(numbers, sizes, 1)
+        wide = bits.contiguous().view(torch.float64)
+        width = views.shape[1] // (k + 1)
+        return cls(accepted[:, 0], tokens, drafts, wide, views.reshape(len(numbers), k + 1, width))
 
 
 class DeviceStep:
@@ -70,12 +90,13 @@ class DeviceStep:
         target: str,
         combine: Callable[[Mapping[str, Tensor], Tensor], Tensor],
         propose: Propose | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """`runners` are ModelRunners on pages, whose tokens take one id each. `draft_models`: the drafter
         and the models on its weights, or nothing; `combine` is `Ensemble.combine`, `propose` a
         Speculation's."""
         self.draft_models, self.target = tuple(draft_models), target
-        self.combine, self.propose = combine, propose
+        self.combine, self.propose, self.tracing = combine, propose, tracing
         self.runners: dict[str, ModelRunner] = {}
         self.spelt: dict[str, Tensor] = {}
         together: dict[int, list[str]] = {}
@@ -88,6 +109,10 @@ class DeviceStep:
             if name not in self.draft_models:
                 together.setdefault(id(runner.weights), []).append(name)
         self.verifiers = [tuple(names) for names in together.values()]
+
+    def output_width(self, k: int) -> int:
+        """Columns of its packed output."""
+        return 3 * k + 3 + (k + 1) * (0 if self.tracing is None else self.tracing.width)
 
     @torch.inference_mode()
     def __call__(
@@ -117,10 +142,15 @@ class DeviceStep:
             views |= found
         views |= {name: torch.cat([*(b[name] for b in before), views[name]], 1) for name in self.draft_models}
         flat = {name: logits.flatten(0, 1) for name, logits in views.items()}
-        combined = self.combine(flat, batch.alpha(positions).flatten())  # [R * (k + 1), V]
+        alpha = batch.alpha(positions).flatten()
+        combined = self.combine(flat, alpha)  # [R * (k + 1), V]
         tokens = batch.sampler.pick(combined.view(rows, k + 1, size), positions, noise, needs)
         logprobs = found_probability(combined, tokens.flatten()).double().view(rows, k + 1)
-        return StepOutput(self.accept(batch, tokens, drafts), tokens, drafts, logprobs)
+        seen = tokens.new_empty(rows, k + 1, 0)
+        if self.tracing is not None:
+            views_of = self.tracing.views(combined, flat, alpha, tokens.flatten(), first_of_largest)
+            seen = views_of.packed().view(rows, k + 1, -1)
+        return StepOutput(self.accept(batch, tokens, drafts), tokens, drafts, logprobs, seen)
 
     def _draft(
         self, batch: DeviceBatch, positions: Tensor, noise: Tensor | None, k: int, needs: SamplingNeeds

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 from proxytune.engine.kernels.paged_attention import KERNEL_DTYPES, runs_triton
 from proxytune.engine.kernels.stored import StoredLinear
+from proxytune.engine.kernels.trial import APART, farthest, trusted
 
 MOST_ROWS = 128
 """Up to this many rows weights are read as int8 by the kernel; more are multiplied with weights that were
@@ -25,6 +26,8 @@ made 16 bits wide first, by the vendor's kernel."""
 FEW = 12
 """On a CPU up to this many bfloat16 rows go through torch's own product with int8 weights; more are faster
 with weights that are made 16 bits wide first."""
+TRIED = 64
+"""Outputs at both ends of a layer for which the kernel is tried."""
 CHUNK = 1024
 """Rows of a matrix that are quantised together, which bounds the float32 copies."""
 
@@ -64,7 +67,8 @@ class Int8Linear(StoredLinear):
     def forward(self, input: Tensor) -> Tensor:
         """[.., K] -> [.., N] in the input's dtype."""
         rows = input.numel() // self.in_features
-        if 0 < rows <= MOST_ROWS and input.dtype in KERNEL_DTYPES and runs_triton(input):
+        taken = 0 < rows <= MOST_ROWS and input.dtype in KERNEL_DTYPES and runs_triton(input)
+        if taken and _right(self, input, rows):
             from proxytune.engine.kernels.triton_linear import launch
 
             flat = launch(input.reshape(rows, -1), self.weight, self.weight_scale, self.bias)
@@ -84,6 +88,36 @@ class Int8Linear(StoredLinear):
         else:
             out = linear(input, self.weight.to(input.dtype)).mul_(scale)
         return out if self.bias is None else out.add_(self.bias.to(input.dtype))
+
+
+def _right(layer: Int8Linear, input: Tensor, rows: int) -> bool:
+    """Whether the kernel was found to be right for a layer of this size and so many rows."""
+    from proxytune.engine.kernels.triton_linear import blocks
+
+    cut = blocks(rows, layer.out_features, input.dtype)
+    shape = cut, layer.in_features, layer.out_features, layer.bias is not None, input.dtype
+    dtype, device = input.dtype, input.device
+    return trusted("int8 kernel", shape, device, lambda: _apart(layer, rows, dtype), APART[dtype])
+
+
+def _apart(layer: Int8Linear, rows: int, dtype: torch.dtype) -> float:
+    """How far the kernel is from the product with wide weights, in standard deviations; for the first and
+    last outputs, since a layer can be large."""
+    from proxytune.engine.kernels.triton_linear import launch
+
+    weight, scale, draw = (
+        layer.weight,
+        layer.weight_scale,
+        torch.Generator(layer.weight.device).manual_seed(0),
+    )
+    x = torch.randn(rows, layer.in_features, generator=draw, device=weight.device).to(dtype)
+    out, apart = launch(x, weight, scale, layer.bias), 0.0
+    for ends in (slice(None, TRIED), slice(-TRIED, None)):
+        bias = None if layer.bias is None else layer.bias[ends].float()
+        want = linear(x.float(), dequantize(weight[ends], scale[ends], torch.float32), bias)
+        far = farthest(out[:, ends], want) / max(float(want.std(correction=0)), 1e-12)
+        apart = far if far != far else max(apart, far)
+    return apart
 
 
 @cache

@@ -1,4 +1,5 @@
-"""Attention of a few new tokens per row over keys and values in pages: decode (one new token) and verify.
+"""Attention of new tokens over keys and values in pages: decode (one new token per row), verify, and short
+continuations.
 
 Lengths and page numbers stay on the device and nothing here waits for it, so that a call can be captured in a
 CUDA graph: what is launched depends on shapes alone, and a graph serves every length up to the width of its
@@ -18,12 +19,16 @@ import torch
 from torch import Tensor
 
 from proxytune.engine.kernels.scores import ScoreRule
+from proxytune.engine.kernels.trial import APART, farthest, trusted
 
 PLAIN = ScoreRule()
-MOST_NEW = 16
+MOST_NEW = 256
 """Most new tokens per row for the kernel."""
 WIDEST = 256
 """Largest head size for the kernel."""
+WIDE_WINDOW = {16: 4096, MOST_NEW: 128}
+"""Window up to which a row outgrows it when the kernel is tried with so many new tokens: scores are written
+out for that."""
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -50,7 +55,7 @@ def runs_triton(tensor: Tensor) -> bool:
 def supported(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether the kernel takes query [R, H, Q, Dk] with pools [pages, PAGE, Hkv, Dk] and [.., Dv].
 
-    It does for 1 to 16 new tokens, heads in whole groups, head sizes up to 256, equal dtypes of 16 or 32
+    It does for 1 to 256 new tokens, heads in whole groups, head sizes up to 256, equal dtypes of 16 or 32
     bits, pages of a power of two, and rows of numbers that lie together; it looks at shapes only."""
     page, kv_heads = keys.shape[1:3]
     return (
@@ -79,11 +84,53 @@ def paged_attention(
     A row of length 0, which pads a batch, gives zeros. `splits` cuts every row's keys into that many parts
     that are added up; by default the shapes decide, so a result's last bits depend on the batch, unless it is
     given."""
-    if not supported(query, keys, values):
+    if not supported(query, keys, values) or not _right(query, keys, values, rule):
         return gathered(query, keys, values, table, lengths, rule)
     from proxytune.engine.kernels.triton_attention import launch
 
     return launch(query, keys, values, table, lengths, rule, splits)
+
+
+def _right(query: Tensor, keys: Tensor, values: Tensor, rule: ScoreRule) -> bool:
+    """Whether the kernel was found to be right for such heads, new tokens and scores."""
+    sizes = query.shape[1:], *(pool.shape[1:] for pool in (keys, values))
+    shape = sizes, query.dtype, rule.scaling, rule.window, rule.softcap, rule.sinks is not None
+    dtype = query.dtype
+
+    def apart() -> float:
+        return _apart(query, keys, values, rule)
+
+    return trusted("attention kernel", shape, query.device, apart, APART[dtype])
+
+
+def _apart(query: Tensor, keys: Tensor, values: Tensor, rule: ScoreRule) -> float:
+    """How far the kernel is from `gathered`, for rows that begin, go on, outgrow the window, or only pad."""
+    from proxytune.engine.kernels.triton_attention import launch
+
+    (heads, new, size), (page, *_) = query.shape[1:], keys.shape[1:]
+    widest = next(most for tokens, most in WIDE_WINDOW.items() if new <= tokens)
+    beyond = min(rule.window or 0, widest) + 2 * page + 3
+    lengths = [new, new + page - 1, 0, new + beyond, new + 5 * page + 1]
+    width = -(-max(lengths) // page)
+    draw = torch.Generator(query.device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, device=query.device).to(query.dtype)
+
+    q = normal(len(lengths), heads, new, size)
+    k, v = (normal(width * len(lengths), *pool.shape[1:]) for pool in (keys, values))
+    table = torch.randperm(width * len(lengths), generator=draw, device=query.device).view(
+        len(lengths), width
+    )
+    ends = torch.tensor(lengths, device=query.device)
+    want = torch.cat(
+        [
+            gathered(q[row : row + 1], k, v, table[row : row + 1], ends[row : row + 1], rule)
+            for row in range(len(lengths))
+        ]
+    )
+    found = [launch(q, k, v, table, ends, rule, splits) for splits in (None, 1)]
+    return max((farthest(got, want) for got in found), key=lambda far: (far != far, far))
 
 
 def gathered(

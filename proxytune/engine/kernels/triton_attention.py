@@ -1,4 +1,4 @@
-"""Triton kernels of `paged_attention`: split-KV attention over pages for a few new tokens per row.
+"""Triton kernels of `paged_attention`: split-KV attention over pages for up to 256 new tokens per row.
 
 Run so far in Triton's interpreter on CPU tensors, and compiled for sm_80 and sm_90 without being run there;
 block sizes, warps, stages and the number of splits are therefore reasoned, not tuned. Importing this module
@@ -109,7 +109,7 @@ def attend_kernel(
     length = tl.minimum(tl.load(lengths + row).to(tl.int32), pages * PAGE)
     at = length - QUERY + token  # position of each new token
     first, last = _span(length, QUERY, window, split, splits, BLOCK_N, WINDOWED)
-
+    last = tl.minimum(last, tl.max(tl.where(live, at, -1), 0) + 1)  # no token of the tile sees further
     q_at = query + row * q_row + head[:, None] * q_head + token[:, None] * q_token + dk[None, :]
     q = _load(q_at, live[:, None] & (dk < DK)[None, :], WIDEN)  # [M, DK]
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)

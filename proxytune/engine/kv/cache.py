@@ -131,6 +131,8 @@ class Rows(Protocol):
 class KVCache(Rows, Protocol):
     """Rows whose keys and values are ours to write and read."""
 
+    spec: CacheSpec
+
     def commit(self, row: int, count: int) -> None:
         """Row `row` has `count` more tokens (their KV was written by the forward that just ran)."""
         ...

@@ -123,12 +123,12 @@ class PagedCache:
     def commit(self, row: int, count: int) -> None:
         self.lengths[row] += count
 
-    def _table(self, first: int, count: int, pages: int, device: torch.device) -> Tensor:
-        """Page numbers of some rows, [count, pages], padded with page 0 (masked by attention)."""
-        where = (first, count, pages, device)
+    def table(self, rows: Sequence[int], pages: int, device: torch.device) -> Tensor:
+        """Page numbers of some rows, [rows, pages], padded with page 0 (masked by attention)."""
+        where = (tuple(rows), pages, device)
         table = self._tables_on.get(where)
         if table is None:
-            padded = [(t + [0] * pages)[:pages] for t in self.tables[first : first + count]]
+            padded = [(self.tables[row] + [0] * pages)[:pages] for row in rows]
             table = self._tables_on[where] = torch.tensor(padded, dtype=torch.long, device=device)
         return table
 
@@ -136,7 +136,7 @@ class PagedCache:
         index = at.flat.get(key.device)
         if index is None:
             longest = max(len(table) for table in self.tables)
-            table = self._table(0, len(self.tables), longest, at.rows.device)
+            table = self.table(range(len(self.tables)), longest, at.rows.device)
             page = table[at.rows, at.positions // PAGE]
             index = at.flat[key.device] = (page * PAGE + at.positions % PAGE).to(key.device)
         for pool, new in zip(self._pools[layer], (key, value), strict=True):
@@ -144,7 +144,7 @@ class PagedCache:
 
     def read(self, layer: int, first: int, count: int, length: int) -> tuple[Tensor, Tensor]:
         keys, values = self._pools[layer]
-        table = self._table(first, count, round_up(length, PAGE) // PAGE, keys.device)
+        table = self.table(range(first, first + count), round_up(length, PAGE) // PAGE, keys.device)
         return tuple(pool[table].flatten(1, 2)[:, :length].transpose(1, 2) for pool in (keys, values))  # type: ignore[return-value]
 
     @property

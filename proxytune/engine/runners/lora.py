@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from proxytune.engine.kernels.wide_head import wide_product
+
 
 @dataclass(eq=False)
 class SharedLora:
@@ -51,5 +53,9 @@ class SpanLora(nn.Module):
                         f"a layer with adapter '{name}' sees {len(tokens_in)} of {self.shared.tokens} tokens"
                     )
                 down, up, scale = self.adapters[name]
-                tokens_out[span].addmm_(tokens_in[span] @ down.T, up.T, alpha=scale)
+                low = tokens_in[span] @ down.T
+                if y.dtype == up.dtype:
+                    tokens_out[span].addmm_(low, up.T, alpha=scale)
+                else:  # an output head with wide logits
+                    tokens_out[span].add_(wide_product(low, up), alpha=scale)
         return y

@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from proxytune.engine.attention.attention import Forward
 from proxytune.engine.attention.packed import Packed, PackedPart
@@ -67,6 +67,8 @@ class ModelRunner:
         layers, `adapter` the one that this model runs with."""
         self.model, self.cache, self.alignment, self.window = model, cache, alignment.on(device), window
         self.device, self.embed, self.lora, self.adapter = device, embed, lora, adapter
+        self.devices = frozenset({device, *cache.spec.devices, *_devices(model)})
+        """All that a device map spreads it over."""
 
     @property
     def rows(self) -> Rows:
@@ -78,6 +80,11 @@ class ModelRunner:
 
     def forward(self, work: Work) -> Tensor:
         return run_together([(self, work)])[0]
+
+
+def _devices(model: Forward) -> set[torch.device]:
+    inner = getattr(model, "forward", None) if not isinstance(model, nn.Module) else model
+    return {p.device for p in inner.parameters()} if isinstance(inner, nn.Module) else set()
 
 
 @torch.inference_mode()
@@ -110,7 +117,8 @@ def run_together(parts: Sequence[tuple[ModelRunner, Work]]) -> list[Tensor]:
         else {"inputs_embeds": _embedded(parts, tokens_in, packed)},
         position_ids=(positions[0] if len(positions) == 1 else torch.cat(positions))[None],
         use_cache=False,
-        logits_to_keep=integers(keep).to(first.device),
+        # of several devices, the last layer's may be another: it takes an index from the CPU
+        logits_to_keep=integers(keep) if len(first.devices) > 1 else integers(keep).to(first.device),
         packed=Packed(packed),
     )
     logits = widen(out.logits[0])

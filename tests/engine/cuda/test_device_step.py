@@ -4,6 +4,7 @@ for token."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxytune.config import ExpertSpec, Sampling, System, parse_alpha
+from proxytune.config import ExpertSpec, Sampling, System, TraceKind, parse_alpha
 from proxytune.decoding.decoder import Decoder
 from proxytune.engine.cuda import loop as device_loop
 from proxytune.engine.cuda.graphs import Graphs
@@ -160,7 +161,7 @@ def test_the_device_knows_what_was_generated(
     trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps, k: Ways
 ) -> None:
     """Whenever a step is collected, for every row that goes on, while rows come, end, give way and change
-    places, and where drafts do not fit and the engine takes a step itself."""
+    places, and where drafts do not fit."""
     checked, collect = list[int](), DeviceLoop.collect
 
     def watched(loop: DeviceLoop) -> Any:
@@ -180,7 +181,62 @@ def test_the_device_knows_what_was_generated(
     s = Sampling(max_new_tokens=40, temperature=0.6, n=2, stop=("3",))
     d = decoder(trio, kv_memory=kv_bytes(decoder(trio), 160), speculation=drafting(k))
     list(d.stream(ragged(9, 6, longest=12), s))
-    assert d.stats.preemptions > 0 and len(checked) > 40 and (k == 0 or steps.refused > 0)
+    assert d.stats.preemptions > 0 and len(checked) > 40 and steps.refused == 0
+
+
+def test_where_drafts_do_not_fit_a_step_has_fewer_or_none(
+    trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps
+) -> None:
+    """And stays on the device. With room for the drafts of this step, but not of the next, it has them."""
+    fits, seen = PagedCache.fits, set[int]()
+    on_launch(monkeypatch, lambda loop, rows, shape, steady: seen.add(shape.ahead.k))
+    examples, s = ragged(8, 6, longest=12), Sampling(max_new_tokens=40, min_new_tokens=40)
+    d = decoder(trio, kv_memory=kv_bytes(decoder(trio), 240), speculation=drafting(6))
+    check(d, examples, s)
+    assert seen == {0, 6} and steps.refused == 0
+
+    def no_more_than(cache: PagedCache, lengths: list[int]) -> bool:
+        new = max((b - a for a, b in zip(cache.lengths, lengths, strict=False)), default=0)
+        return new <= 7 and fits(cache, lengths)
+
+    seen.clear()
+    roomy = decoder(trio, speculation=drafting(6))
+    monkeypatch.setattr(PagedCache, "fits", no_more_than)
+    check(roomy, [example("abc")], s)
+    assert seen == {6} and steps.refused == 0
+
+
+@pytest.mark.parametrize("k", [0, 3, "lookup"])
+@pytest.mark.parametrize("role", ["proxy", "tuned"])
+@pytest.mark.parametrize("agreement", [False, True])
+def test_traces(
+    trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps, role: str, agreement: bool, k: Ways
+) -> None:
+    """Steps on the device trace what the engine's own steps do, and nothing else comes of it."""
+    system = trio.model_copy(update={"tuned": trio.antiexpert})
+    s = Sampling(max_new_tokens=8, temperature=1.2, min_new_tokens=2)
+    kind: TraceKind = "agreement" if agreement else "tokens"
+
+    def traced() -> dict[tuple[str, int], Any]:
+        d = decoder(system, role, speculation=drafting(k), agreement=agreement)
+        found = by_id(list(d.stream(ragged(5, 3), s, alpha=parse_alpha("linear:0:1.5:6"), trace=kind)))
+        return {where: [asdict(t) for t in c.trace] for where, c in found.items()}
+
+    ours = traced()
+    assert steps.ahead > 0 and steps.refused == 0
+    monkeypatch.setattr(device_loop, "DEVICES", set())
+    theirs = traced()
+    assert {where: len(own) for where, own in ours.items()} == {
+        where: len(own) for where, own in theirs.items()
+    }
+    assert all(bool(t["divergence"]) == agreement for own in ours.values() for t in own)
+    for where, own in theirs.items():
+        for one, other in zip(ours[where], own, strict=True):
+            assert one.keys() == other.keys()
+            assert all(
+                one[name] == (pytest.approx(v, abs=1e-9) if isinstance(v, dict) else v)
+                for name, v in other.items()
+            )
 
 
 @pytest.mark.parametrize("k", [0, 3])
@@ -377,14 +433,13 @@ def test_the_host_is_one_step_late(trio: System, steps: Steps) -> None:
 
 
 def test_what_cannot_run_this_way(trio: System) -> None:
-    """Traces and another choice of drafts: the engine's own steps."""
+    """Another choice of drafts: the engine's own steps."""
 
     def device(role: str = "proxy", trace: bool = False, s: Speculation | None = None) -> bool:
         d = decoder(trio, role)
         return Engine(d.ensemble, max_rows=2, trace=trace, speculation=s or drafting(2)).device is not None
 
-    assert device() and device("base") and device("base", s=Speculation(k=2))
-    assert not device(trace=True)
+    assert device() and device("base") and device("base", s=Speculation(k=2)) and device(trace=True)
     assert not device(s=Speculation(pick=lambda logits, positions: logits.argmin(-1)))
 
 

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from proxytune.config import Sampling, System
+from proxytune.config import Sampling, System, parse_alpha
 from proxytune.decoding.decoder import Decoder
 from proxytune.engine.cuda import graphs
 from proxytune.engine.cuda import loop as device_loop
 from proxytune.engine.cuda.graphs import Graphs, StepShape
 from proxytune.engine.kernels import int8
 from proxytune.engine.kernels.int8 import Int8Linear, dequantize
+from proxytune.engine.kernels.wide_head import wide_product
 from proxytune.engine.kv.pages import PagedCache
+from proxytune.engine.likelihood import Continuation, likelihoods
 from proxytune.engine.speculative.drafter import Speculation
 from proxytune.records import Completion, Example
 from tests.support import adapters, decoders, oracle
@@ -94,6 +96,47 @@ def test_a_shared_pair_says_what_the_cpu_says(folders: dict[str, Path], k: int) 
     assert tokens(gpu, examples, s) == tokens(cpu, examples, s)
     made = graphs_of(gpu)
     assert made.refused is None and {shape.ahead.k for shape in made.captured} == {k}
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_traces_come_out_of_graphs(trio: System, k: int) -> None:
+    """What the CPU's own steps trace."""
+    s, examples = Sampling(max_new_tokens=12), ragged(6, 2)
+    cpu = decoder(in_dtype(trio, "float32", "cpu"), speculation=Speculation(k=0))
+    gpu = decoder(in_dtype(trio, "float32"), speculation=drafting(k))
+    ours, theirs = (by_id(list(d.stream(examples, s, trace="tokens"))) for d in (gpu, cpu))
+    assert graphs_of(gpu).refused is None and graphs_of(gpu).made > 0
+    for where, completion in theirs.items():
+        for one, other in zip(ours[where].trace, completion.trace, strict=True):
+            assert (one.id, one.top) == (other.id, other.top)
+            assert one.probability == pytest.approx(other.probability, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_16_bits_are_not_rounded(dtype: torch.dtype) -> None:
+    """By torch's own product, or in pieces where it has none."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 512, dtype=dtype), torch.randn(1000, 512, dtype=dtype)
+    want = x.double() @ weight.double().T
+    found = wide_product(x.cuda(), weight.cuda())
+    assert found.dtype == torch.float32
+    assert (
+        float((found.cpu().double() - want).abs().max()) < 1e-3 < float((want.to(dtype) - want).abs().max())
+    )
+
+
+def test_likelihoods_say_what_the_cpu_says(trio: System) -> None:
+    """Over pages, by the kernel, with continuations of more tokens than a draft has."""
+    alphas, found = [parse_alpha(1)], []
+    for device in ("cpu", None):
+        d = decoder(in_dtype(trio, "float32", device))
+        items = [
+            Continuation(d.contexts(e.prompt), tuple(range(40, 41 + 5 * number)), number)
+            for number, e in enumerate(ragged(6, 3))
+        ]
+        found.append([one.logprobs.cpu() for one in likelihoods(d.ensemble, items, alphas)])
+    for cpu, gpu in zip(*found, strict=True):
+        torch.testing.assert_close(gpu, cpu, atol=1e-3, rtol=1e-3)
 
 
 def gap(d: Decoder, e: Example, response: Sequence[int], one: int, other: int) -> float:

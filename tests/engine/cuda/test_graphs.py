@@ -5,8 +5,11 @@ Streams, events and the check for host synchronisation are stand-ins here; test_
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +93,7 @@ def _recorded_in_place_of_captured(monkeypatch: pytest.MonkeyPatch) -> None:
         "stream": lambda stream: nullcontext(),
         "CUDAGraph": Recording,
         "graph": recorded,
-        "synchronize": lambda: None,
+        "synchronize": lambda *_: None,
         "set_stream": lambda stream: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -157,7 +160,7 @@ def test_making_a_graph_moves_nothing(trio: System) -> None:
         before = [made.state.moving.clone(), made.state.history[:, :-1].clone()]
         before += [p[: c.spare].clone() for c in caches for p in c.pools(1)]
         for ahead in (Ahead(2), Ahead(3, lookup=True)):
-            made.prepare(StepShape(made.state.rows, ahead, SamplingNeeds(True, True)))
+            made.prepare(StepShape(made.state.rows, ahead, SamplingNeeds(True, True), made.state.widths))
         after = [
             made.state.moving,
             made.state.history[:, :-1],
@@ -173,15 +176,121 @@ def test_making_a_graph_moves_nothing(trio: System) -> None:
     list(stream)
 
 
-def test_wider_requests_make_the_graphs_void(trio: System) -> None:
-    d = decoder(trio, speculation=drafting(1), batch=2)
-    check(d, ragged(2, 1, longest=5), Sampling(max_new_tokens=5))
+def test_wider_requests_have_graphs_of_their_own(trio: System) -> None:
+    """Those of narrower ones stay, and serve batches that fit them."""
+    d, s = decoder(trio, speculation=drafting(1), batch=2), Sampling(max_new_tokens=5)
+    check(d, ragged(2, 1, longest=5), s)
     made = graphs_of(d)
-    state, shapes = made.state, set(made.captured)
-    check(d, ragged(2, 2, longest=5), Sampling(max_new_tokens=5))
-    assert made.state is state and shapes <= set(made.captured)
-    check(d, ragged(2, 1, longest=90), Sampling(max_new_tokens=5))
+    state, before = made.state, dict(made.captured)
+    check(d, ragged(2, 2, longest=5), s)
+    assert made.state is state and made.captured == before
+    check(d, ragged(2, 1, longest=90), s)
     assert state is not None and made.state is not None and made.state.widths.pages > state.widths.pages
+    wider = dict(made.captured)
+    assert all(made.captured[shape] is captured for shape, captured in before.items()) and wider != before
+    check(d, ragged(2, 3, longest=5), s)  # their rows' histories are those of the moment
+    assert made.state is state and made.captured == wider
+    mixed = [*ragged(3, 4, longest=5), *ragged(3, 5, longest=90)]
+    check(d, [replace(e, id=f"{number}") for number, e in enumerate(mixed)], s)
+
+
+def dead_graph(happened: list[str], word: Callable[[], str]) -> None:
+    """Garbage in a circle, as an ensemble and its graphs are, that says when it is collected."""
+
+    class Dead:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            happened.append(word())
+
+    Dead()
+
+
+def test_nothing_is_collected_during_a_capture(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dead graph that is freed while another is captured ends the capture."""
+    happened, capturing = list[str](), list[bool]()
+
+    def now() -> str:
+        return "during" if capturing else "outside"
+
+    @contextmanager
+    def watched(graph: Recording, pool: object = None, stream: object = None) -> Iterator[None]:
+        assert "outside" in happened  # what was dead before is gone
+        capturing.append(True)
+        dead_graph(happened, now)
+        with graph:
+            yield
+        capturing.clear()
+
+    monkeypatch.setattr(torch.cuda, "graph", watched)
+    before = gc.get_threshold()
+    dead_graph(happened, now)
+    gc.set_threshold(1, 1, 1)
+    try:
+        check(decoder(trio, speculation=drafting(2)), ragged(3, 1), Sampling(max_new_tokens=6))
+    finally:
+        gc.set_threshold(*before)
+    assert gc.isenabled() and "during" not in happened and len(happened) > 1
+
+
+class Memory:
+    """Room for so many graphs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+        self.room, self.asked, self.error = 1, 0, error
+        self.graphs: weakref.WeakSet[Recording] = weakref.WeakSet()
+        monkeypatch.setattr(torch.cuda, "graph", self.capture)
+
+    @contextmanager
+    def capture(self, graph: Recording, pool: object = None, stream: object = None) -> Iterator[None]:
+        self.asked += 1
+        with graph:
+            yield
+        if len(self.graphs) >= self.room:
+            raise self.error
+        self.graphs.add(graph)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory\nmore")],
+    ids=["allocator", "driver"],
+)
+def test_graphs_for_which_there_is_no_memory(
+    trio: System, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    """The most recent ones stay; where not even one fits, the step runs without."""
+    memory = Memory(monkeypatch, error)
+    d, s = decoder(trio, speculation=drafting(1), batch=4), Sampling(max_new_tokens=8, min_new_tokens=8)
+    made = d.ensemble.graphs(d.ensemble.draft_models())
+    made.parallel = False
+    check(d, ragged(4, 1), s)
+    check(d, ragged(2, 1), s)
+    assert made.refused is None and not made.dropped and made.made == made.most == 1
+    assert next(iter(made.captured)).rows == 2
+    memory.room, memory.asked = 0, 0
+    made.captured.clear()
+    with pytest.warns(UserWarning, match="no memory for a CUDA graph of 4 rows"):
+        check(d, ragged(4, 2), s)
+    assert made.refused is None and made.made == 0 and len(made.dropped) >= 1
+    asked = memory.asked
+    check(d, ragged(4, 3), s)
+    assert memory.asked == asked  # and it does not try again
+
+
+def test_the_graph_that_was_used_last_is_kept(trio: System) -> None:
+    d = decoder(trio, speculation=drafting(0), batch=4)
+    made = d.ensemble.graphs(d.ensemble.draft_models())
+    made.most, s = 2, Sampling(max_new_tokens=4, min_new_tokens=4)
+    for rows in (4, 2, 4, 1):
+        check(d, ragged(rows, rows), s)
+    assert [shape.rows for shape in made.captured] == [4, 1]
+
+
+def test_memory_is_set_aside_for_graphs() -> None:
+    """45 to 85 MB each were counted for 13B + 7B + 7B, of 40 + 32 + 32 layers."""
+    assert 45e6 < graphs.reserve(104) / graphs.MOST_GRAPHS < 85e6
 
 
 def test_a_step_in_which_the_host_reads_is_refused(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +307,39 @@ def test_a_step_in_which_the_host_reads_is_refused(trio: System, monkeypatch: py
     made = graphs_of(d)
     assert made.refused is not None and made.made == 0
     check(d, ragged(3, 1), Sampling(max_new_tokens=6))  # and it does not try again
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_an_exception_in_a_branch_leaves_no_stream_behind(trio: System, broken: int) -> None:
+    """A capture with a stream that nobody waits for cannot be ended, and says that in place of the cause."""
+    made, main = decoder(trio, speculation=drafting(1)).ensemble.graphs(("expert",)), Stream()
+
+    def branch(number: int) -> Callable[[], dict[str, Tensor]]:
+        def run() -> dict[str, Tensor]:
+            if number == broken:
+                raise ValueError("in a branch")
+            return {}
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="in a branch"):
+        patch.setattr(torch.cuda, "current_stream", lambda device: main)
+        made.forked([branch(0), branch(1), branch(2)])
+    assert main.waited == [side for side in made.sides if side.waited] != []
+
+
+def test_a_failed_capture_is_waited_for(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = list[object]()
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(graphs.DeviceStep, "__call__", broken)
+    d = decoder(trio, speculation=drafting(1))
+    with pytest.raises(ZeroDivisionError):
+        list(d.stream(ragged(2, 1), Sampling(max_new_tokens=4)))
+    assert waited == [torch.device("cpu")]
 
 
 def test_models_beside_each_other(trio: System) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from proxytune.config import ExpertSpec, ModelSpec, Role, Sampling, System
+from proxytune.config import ExpertSpec, ModelSpec, Role, Sampling, System, TraceKind
 from proxytune.decoding.decoder import Decoder
 from proxytune.engine.cuda.sampling import SamplingNeeds
 from proxytune.engine.cuda.state import DeviceBatch
@@ -75,7 +75,7 @@ def operations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         step, there = on_meta(monkeypatch, (self, batch))
         with OneDevice() as mode:
             output = call(step, there, ahead, draw).packed()
-        assert output.is_meta and output.shape == (len(batch.position), 3 * ahead.k + 3)
+        assert output.is_meta and output.shape == (len(batch.position), self.output_width(ahead.k))
         found.append(mode.operations)
         raise Checked
 
@@ -114,6 +114,25 @@ def of_family(folder: Path, name: str) -> System:
 def test_families(name: str, tmp_path: Path, operations: list[int]) -> None:
     step_on_meta(of_family(tmp_path, name))
     assert operations[0] > 100
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotations_that_depend_on_the_length(kind: str, tmp_path: Path, operations: list[int]) -> None:
+    """transformers looks at the largest position to choose the frequencies."""
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 64}
+    model = tiny.build("phi3" if kind == "longrope" else "llama", rope_parameters=rope)
+    step_on_meta(System(base=spec(tiny.save(tmp_path, model))), "base", k=0)
+    assert operations[0] > 50
+
+
+@pytest.mark.parametrize("trace", ["tokens", "agreement"])
+def test_a_trace(trio: System, operations: list[int], trace: TraceKind) -> None:
+    system = trio.model_copy(update={"tuned": trio.antiexpert})
+    d = Decoder(Models(system), "proxy", speculation=drafting(2), agreement=trace == "agreement")
+    with pytest.raises(Checked):
+        list(d.stream(ragged(3, 1), Sampling(max_new_tokens=5), trace=trace))
+    assert operations
 
 
 @pytest.mark.parametrize("k", [0, 1, 5, "lookup"])

@@ -148,6 +148,8 @@ SHAPES = {
     "head size 64": Shape(key=64, value=64),
     "head size 80": Shape(key=80, value=80),
     "head size 96": Shape(new=5, key=96, value=96),
+    "a continuation, two tiles and more": Shape(new=40, heads=4, kv_heads=2, lengths=(40, 77), splits=1),
+    "a continuation with a window": Shape(new=33, lengths=(35, 60), window=20, splits=2),
     "head size 112": Shape(key=112, value=112),
     "head size 128": Shape(new=2, key=128, value=128),
     "keys 192, values 128": Shape(key=192, value=128, heads=4, kv_heads=4),
@@ -277,7 +279,7 @@ def test_what_the_kernel_leaves_to_the_gathered_path(kernels: torch.device) -> N
     good = inputs(Shape(), kernels)
     for s in (
         Shape(dtype=torch.float64),
-        Shape(new=17, lengths=(40, 17)),
+        Shape(new=257, lengths=(260,), heads=1, kv_heads=1),
         Shape(key=300, value=16),
     ):
         arguments = inputs(s, kernels)

@@ -1,4 +1,4 @@
-"""The door to the terminal: whatever is printed goes through here or through cli/console.py.
+"""Whatever is printed goes through here or through cli/console.py.
 
 Prompts, outputs, names, paths and servers' errors are text of others. It may hold characters that a terminal
 obeys (escape sequences), that reorder or hide what stands beside them, or that no encoding has. What a person

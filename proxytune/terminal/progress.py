@@ -15,8 +15,8 @@ from rich.table import Column
 from rich.text import Text
 
 from proxytune.records import UNSCORED
-from proxytune.terminal import say, visible
-from proxytune.time_left import WorkSoFar
+from proxytune.terminal.text import say, visible
+from proxytune.terminal.time_left import WorkSoFar
 
 LOG_SECONDS = 10.0
 NAME, BAR, GAPS = 26, 12, 2
