@@ -70,6 +70,7 @@ def prepare(table: DataTable) -> DataTable:
     """Lines of group files -> the paper's prompts. Rows that are prompts already (`target_groups`) stay."""
     if any("target_groups" in row or "split" not in row for row in table.rows):
         return table
+    table.require(("text",))
     by_file: dict[str, list[int]] = {}
     for place, row in enumerate(table.rows):
         by_file.setdefault(row["split"], []).append(place)
