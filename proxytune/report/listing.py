@@ -49,7 +49,7 @@ class ListedRun:
 def listing(root: Path) -> list[ListedRun]:
     """Every run under `root`, in the order of the folders' names; UserError where there is none."""
     if not root.is_dir():
-        raise UserError(f"no folder '{root}': `proxytune eval` writes to results/")
+        raise UserError(f"no folder '{root}': `proxytune eval` makes it, or name another")
     found = [_listed(path.parent) for path in sorted(root.rglob(RUN))]
     if not found:
         raise UserError(f"no run in '{root}': `proxytune eval` makes one")
