@@ -18,18 +18,17 @@ from proxytune.cli.commands.analyze import analyze
 from proxytune.cli.commands.check import check
 from proxytune.cli.commands.demo import demo
 from proxytune.cli.commands.evaluate import EvalCommand, evaluate
-from proxytune.cli.commands.export import export
 from proxytune.cli.commands.generate import generate
-from proxytune.cli.commands.init import init
 from proxytune.cli.commands.judge import judge
 from proxytune.cli.commands.lm_eval import lm_eval
 from proxytune.cli.commands.report import report
 from proxytune.cli.commands.reproduce import reproduce
-from proxytune.cli.commands.runs import runs
 from proxytune.cli.commands.score import score
+from proxytune.cli.commands.stored import export, runs
 from proxytune.cli.commands.sweep_alpha import sweep_alpha
 from proxytune.cli.commands.systems import systems
 from proxytune.cli.commands.tasks import tasks
+from proxytune.cli.init import init
 from proxytune.errors import UserError
 from proxytune.terminal import say, show
 

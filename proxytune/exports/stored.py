@@ -64,7 +64,7 @@ class StoredRun:
 
     def reference(self, row: JsonRow) -> list[str]:
         """The answers that count as right, where the row holds any."""
-        found = next((row[name] for name in failures.ANSWERS if row.get(name) not in (None, "")), [])
+        found: Any = next((row[name] for name in failures.ANSWERS if row.get(name) not in (None, "")), [])
         return [str(answer) for answer in found] if isinstance(found, list) else [str(found)]
 
     def score(self, row: JsonRow) -> float | None:

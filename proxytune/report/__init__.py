@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-__all__ = ["escape", "examples", "listing", "page", "paper_tables", "readme_table", "tables"]
+__all__ = ["escape", "examples", "page", "paper_tables", "readme_table", "tables"]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from proxytune.analysis.listing import listing
 from proxytune.config import Sampling
-from proxytune.report.listing import listing
 from proxytune.results import find_runs, read_run
 from proxytune.tasks import get_task
 from tests.support import made_runs, tiny_system

@@ -76,7 +76,7 @@ def _write(files: Mapping[str, Path]) -> None:
             raise UserError(f"'{path}' is there already, and stays as it is: name another FILE")
         if not path.parent.is_dir():
             raise UserError(f"no folder '{path.parent}' to write to")
-    folder = Path(__file__).parent.parent / "templates"
+    folder = Path(__file__).parent
     for template, path in files.items():
         text = (folder / template).read_text(encoding="utf-8")
         for name, other in files.items():

@@ -1,1 +1,0 @@
-"""The files that `proxytune init` writes. They work as they are."""
