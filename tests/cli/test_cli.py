@@ -151,6 +151,11 @@ def test_eval_all_prints_the_gap(yaml: Path, tmp_path: Path) -> None:
     assert "cost" not in found["runs"]["base"] and found["runs"]["base"]["status"] == "done"
     shown = short_eval(yaml, "--as", "all")
     assert shown.exit_code == 0 and "proxy" in shown.stdout and "memory" in shown.stdout
+    assert len(results.find_runs(tmp_path / "results" / "tiny" / "gsm")) == 5
+    tables = proxytune("report", "results", "--markdown")
+    assert tables.exit_code == 0 and "| proxy |" in tables.stdout
+    written = proxytune("report", "results", "--write")
+    assert written.exit_code == 0 and (tmp_path / "results" / "README.md").exists()
 
 
 def test_eval_as_several_roles(yaml: Path, tmp_path: Path) -> None:
@@ -167,11 +172,6 @@ def test_eval_as_several_roles(yaml: Path, tmp_path: Path) -> None:
         ("base,", "role ''"),
     ):
         refused(short_eval(yaml, "--as", roles), part)
-    assert len(results.find_runs(tmp_path / "results" / "tiny" / "gsm")) == 5
-    tables = proxytune("report", "results", "--markdown")
-    assert tables.exit_code == 0 and "| proxy |" in tables.stdout
-    written = proxytune("report", "results", "--write")
-    assert written.exit_code == 0 and (tmp_path / "results" / "README.md").exists()
 
 
 def test_the_readme_gets_the_demo_table_between_its_markers(yaml: Path, tmp_path: Path) -> None:
