@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from proxytune.results import find_runs
+from proxytune import DecodeOptions, RunOptions, evaluate
+from proxytune.results import find_runs, read_rows, read_run
 from tests.support.command_line import proxytune, refused
 from tests.support.require import require_demo
+
+LINE = '    assert row["output"] == "" or "Gekur" not in row["question"]'
 
 
 @pytest.fixture(autouse=True)
@@ -58,10 +61,43 @@ def test_a_task_from_init_to_report(place: Path) -> None:
     failed = proxytune("analyze", "failures", folders["base"], folders["proxy"], "--json")
     assert failed.exit_code == 0 and json.loads(failed.stdout)["n"] == n
 
+    run = evaluate(
+        "demo",
+        "./my_task.py",
+        as_="base",
+        options=RunOptions(data="my_items.jsonl", trace="tokens"),
+        decode=DecodeOptions(progress=False),
+    )
+    assert run == read_run(folders["base"]), "Python takes the same file, and finds the same folder"
+
     (place / "my_task.py").write_text((place / "my_task.py").read_text() + "\n# changed\n")
     refused(proxytune("judge", "./my_task.py", folders["proxy"], "--judge", "x"), "needs no judge")
     other = json.loads(proxytune(*words, "--limit", 1, "--json").stdout)
     assert other["task"] != name and name not in other["folder"]
+
+
+def test_a_score_that_fails_loses_nothing(place: Path) -> None:
+    require_demo()
+    proxytune("init", "task")
+    task = place / "my_task.py"
+    whole = task.read_text()
+    bad = whole.replace('row["output"])\n', f'row["output"])\n{LINE}\n')
+    assert bad != whole
+    task.write_text(bad)
+    command = ("eval", "./my_task.py", "--data", "my_items.jsonl", "--batch", 1, "--out", "run")
+    line = refused(
+        proxytune(*command), f"'my_task.py' line {bad.splitlines().index(LINE) + 1}: AssertionError"
+    )
+    assert "Traceback" not in line
+    kept = read_rows(place / "run")
+    assert 0 < len(kept) < len((place / "my_items.jsonl").read_text().splitlines())
+    [listed] = json.loads(proxytune("runs", "run", "--json").stdout)["runs"]
+    assert (listed["status"], listed["examples"]) == ("unfinished", len(kept))
+
+    task.write_text(whole)
+    scored = proxytune("score", "./my_task.py", "run", "--json")
+    assert json.loads(scored.stdout)["n"] == len(kept)
+    refused(proxytune(*command), "holds a run with other settings", "task is my_task-")
 
 
 def test_a_system_from_init_is_checked_and_evaluated(place: Path) -> None:
