@@ -38,7 +38,7 @@ def files(folder: Path) -> dict[str, bytes]:
     """The record of the run and those of its examples."""
     record = _Record(StoredRun.read(folder))
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in record.samples]
-    samples = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogatepass")
+    samples = "".join(f"{line}\n" for line in lines).encode()
     whole = json.dumps(record.aggregate(samples), indent=2, ensure_ascii=False, allow_nan=False)
     return {f"{record.place}.json": f"{whole}\n".encode(), record.samples_place: samples}
 
@@ -220,9 +220,7 @@ class _Record:
             "evaluation_name": self.stored.run.spec.task,
             "evaluation_result_id": self.result_id,
             "sample_id": row["id"],
-            "sample_hash": hashlib.sha256(
-                "".join([asked, *reference]).encode("utf-8", "surrogatepass")
-            ).hexdigest(),
+            "sample_hash": hashlib.sha256("".join([asked, *reference]).encode()).hexdigest(),
             "interaction_type": "single_turn",
             "input": {"raw": asked, "reference": reference},
             "output": {"raw": [str(response["text"]) for response in responses(row)]},

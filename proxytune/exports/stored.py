@@ -20,7 +20,7 @@ OWN_COLUMNS = ("id", "scores", "responses")
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run with its rows."""
+    """A run with its rows, whose texts every encoding of Unicode can write."""
 
     run: Run
     rows: Sequence[JsonRow]
@@ -28,7 +28,8 @@ class StoredRun:
     @classmethod
     def read(cls, folder: Path) -> StoredRun:
         """UserError where the folder holds no finished run, or less than it lists."""
-        return cls(*verdicts.read_whole(folder))
+        run, rows = verdicts.read_whole(folder)
+        return cls(run, [_writable(row) for row in rows])
 
     @cached_property
     def facts(self) -> TaskFacts:
@@ -73,6 +74,17 @@ class StoredRun:
         if found is None and self.facts.fault_column is not None:
             found = row.get(self.facts.fault_column)
         return None if found is None else float(found)
+
+
+def _writable(value: Any) -> Any:
+    """A value in which half a surrogate pair, which other tools refuse, is written out (`\\ud83d`)."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, list):
+        return [_writable(one) for one in value]
+    return (
+        {_writable(name): _writable(one) for name, one in value.items()} if isinstance(value, dict) else value
+    )
 
 
 def responses(row: JsonRow) -> list[JsonRow]:

@@ -25,7 +25,7 @@ def files(folder: Path) -> dict[str, bytes]:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    return {NAME: text.getvalue().encode("utf-8", "surrogatepass")}
+    return {NAME: text.getvalue().encode()}
 
 
 def _line(stored: StoredRun, row: JsonRow) -> dict[str, Any]:

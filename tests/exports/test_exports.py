@@ -23,7 +23,12 @@ UUID4 = "[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 RESPONSES = made_runs.response(" 3 nuts, I think")
 ROWS: list[dict[str, Any]] = [
     {"question": "1 + 2?", "answer": "3", "scores": {"exact_match": 1.0}, "responses": RESPONSES},
-    {"question": 'Is "2", or\n3?', "answer": "4", "scores": {"exact_match": 0.0}, "responses": RESPONSES},
+    {
+        "question": 'Is "2", or\n3 \u202e?',
+        "answer": "4",
+        "scores": {"exact_match": 0.0},
+        "responses": RESPONSES,
+    },
     {"question": "Who?", "answer": "4", "fault": "nan", "scores": {}, "responses": RESPONSES},
 ]
 
@@ -61,12 +66,11 @@ def test_csv_has_a_line_per_example_with_its_scores(tmp_path: Path) -> None:
     assert first["response.text"] == " 3 nuts, I think"
 
 
-def test_csv_keeps_lists_and_surrogates(tmp_path: Path) -> None:
+def test_csv_keeps_lists_and_is_utf_8(tmp_path: Path) -> None:
     rows = [{"answers": ["a", "b"], "output": "half \ud83d"}]
     [path] = exported("csv", run_of(tmp_path / "run", rows), tmp_path)
-    text = path.read_bytes().decode("utf-8", "surrogatepass")
-    [line] = csv.DictReader(io.StringIO(text))
-    assert json.loads(line["answers"]) == ["a", "b"] and line["output"] == "half \ud83d"
+    [line] = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
+    assert json.loads(line["answers"]) == ["a", "b"] and line["output"] == "half \\ud83d"
 
 
 def test_every_eval_ever_says_what_the_run_says(tmp_path: Path) -> None:

@@ -187,6 +187,15 @@ def test_stored_runs_never_run_a_task(tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists(), "the file would have left its mark"
 
 
+def test_a_run_of_another_version_of_the_file_is_refused(tmp_path: Path) -> None:
+    old, row = read_task(task_file(tmp_path)), {"ask": "Where?", "gold": "Rome", "output": "x"}
+    run = made_runs.write(tmp_path / "run", [row], task=old.name, facts=old.facts.model_dump())
+    assert verdicts.read_finished(old.name, run)
+    new = read_task(task_file(tmp_path, HEAD + TASK + "# new\n"))
+    with pytest.raises(UserError, match="holds a run of 'mine-.*has changed"):
+        verdicts.read_finished(new.name, run)
+
+
 def test_a_run_tells_what_reports_need_where_its_task_is_not_known(tmp_path: Path) -> None:
     facts = {"asked": "ask", "lower_is_better": True, "hateful": True, "fault_column": None, "file": "m.py"}
     made_runs.write(tmp_path / "own", [{"ask": "Where?"}], task="m-12345678", facts=facts)
