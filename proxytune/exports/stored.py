@@ -82,9 +82,9 @@ def _writable(value: Any) -> Any:
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, list):
         return [_writable(one) for one in value]
-    return (
-        {_writable(name): _writable(one) for name, one in value.items()} if isinstance(value, dict) else value
-    )
+    if isinstance(value, dict):
+        return {_writable(name): _writable(one) for name, one in value.items()}
+    return value
 
 
 def responses(row: JsonRow) -> list[JsonRow]:

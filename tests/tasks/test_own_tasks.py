@@ -192,7 +192,7 @@ def test_a_run_of_another_version_of_the_file_is_refused(tmp_path: Path) -> None
     run = made_runs.write(tmp_path / "run", [row], task=old.name, facts=old.facts.model_dump())
     assert verdicts.read_finished(old.name, run)
     new = read_task(task_file(tmp_path, HEAD + TASK + "# new\n"))
-    with pytest.raises(UserError, match="holds a run of 'mine-.*has changed"):
+    with pytest.raises(UserError, match=r"holds a run of 'mine-.*has changed"):
         verdicts.read_finished(new.name, run)
 
 
