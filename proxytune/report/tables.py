@@ -290,3 +290,29 @@ def markdown_table(rows: Sequence[RoleRow]) -> str:
     first = 0 if len({row.system for row in rows}) > 1 else 1
     named = [(in_markdown(row.system), in_markdown(row.label), *row.cells[2:]) for row in rows]
     return markdown(COLUMNS[first:], [cells[first:] for cells in named])
+
+
+README_TASKS = ("gsm", "truthfulqa", "humaneval")
+README_ROLES: tuple[Role, ...] = ("base", "expert", "proxy", "tuned")
+
+
+def readme_table(runs: Sequence[Run]) -> str:
+    """The one small table of the README, three tasks in a line each: the scores of the demo's roles with
+    their intervals, and n, as Markdown.
+
+    A task is left out unless all four roles were run under the same conditions: a line never mixes figures.
+    """
+    plain = [run for run in runs if run.spec.system.name == "demo" and not run.spec.forced]
+    lines = []
+    for rows in alike(role_rows(plain)):
+        scores = {row.role: row for row in rows if row.remark is None and not row.details}
+        if rows[0].task not in README_TASKS or any(role not in scores for role in README_ROLES):
+            continue
+        four = [scores[role] for role in README_ROLES]
+        over = list(dict.fromkeys(row.examples for row in four))
+        if len(over) == 1:
+            cells = (row.shown for row in four)
+            lines.append((f"{rows[0].task} ({in_markdown(rows[0].metric)}, %)", *cells, over[0]))
+    order = {task: place for place, task in enumerate(README_TASKS)}
+    lines.sort(key=lambda line: order[line[0].partition(" ")[0]])
+    return markdown(("task", *README_ROLES, "n"), lines)

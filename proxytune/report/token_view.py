@@ -12,7 +12,7 @@ from typing import Any
 
 from proxytune.comparison import comparable, conditions, models_of
 from proxytune.config import Role
-from proxytune.records import JsonRow, Run, TaskFacts
+from proxytune.records import Completion, JsonRow, Run, TaskFacts
 from proxytune.report.escape import clipped, visible
 from proxytune.results import TRACE, read_rows
 from proxytune.tasks.own import facts_of
@@ -113,6 +113,41 @@ class _Texts:
         return self._place[shown]
 
 
+def response_data(asked: str, responses: Mapping[Role, Completion]) -> dict[str, Any]:
+    """As `token_data`, of one prompt: what the roles answered, and the proxy's tokens. `responses` holds the
+    proxy's response with its trace."""
+    table, steered = _Texts(), responses["proxy"]
+    tokens = [token.row() for token in steered.trace]
+    answers = {
+        role: {
+            "text": visible(clipped(found.text, ANSWER_LIMIT)),
+            "right": None,
+            "end": found.finish_reason,
+            "n": len(found.token_ids),
+        }
+        for role in ANSWERS
+        if (found := responses.get(role)) is not None
+    }
+    item = {
+        "id": "",
+        "asked": visible(clipped(asked, ANSWER_LIMIT)),
+        "expected": "",
+        "answers": answers,
+        **_tokens(tokens[:RESPONSE_TOKENS], table),
+        **({"length": len(tokens)} if len(tokens) > RESPONSE_TOKENS else {}),
+    }
+    alone = {
+        "system": "",
+        "task": "",
+        "alpha": "",
+        "metric": "",
+        "sensitive": False,
+        "total": 1,
+        "items": [item],
+    }
+    return {"texts": table.texts, "scale": SCALE, "roles": TRACED, "answers": ANSWERS, "sets": [alone]}
+
+
 def _set(chosen: TraceSet, table: _Texts, budget: int) -> dict[str, Any]:
     """One system and task."""
     spec = chosen.run.spec
@@ -169,6 +204,13 @@ def _item(
         "asked": visible(clipped(asked(row, facts), ANSWER_LIMIT)),
         "expected": visible(clipped(expected(row), ANSWER_LIMIT)),
         "answers": {role: by_role[role] for role in ANSWERS if role in by_role},
+        **_tokens(tokens, table),
+    }
+
+
+def _tokens(tokens: Sequence[JsonRow], table: _Texts) -> dict[str, Any]:
+    """Traced tokens: their texts, and what each role made of them."""
+    return {
         "tokens": [table.index(token["text"]) for token in tokens],
         "p": [[_parts(token["probability"].get(role)) for token in tokens] for role in TRACED],
         "top": [

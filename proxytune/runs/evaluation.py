@@ -4,6 +4,7 @@ How one run is started, continued and closed: session.py."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -188,9 +189,18 @@ def evaluate(
     `judge` is who judges (a model, "default" or "none"), or the record that also gives the consent to pay and
     to run code. Raises UserError for bad input and for a folder that holds other settings.
     """
+    show_in_notebooks()
     asked, who = asked_for(options, limit, judge)
     evaluation = Evaluation(as_system(system), task, asked, decode or DecodeOptions(), who)
     return evaluation.run(as_, None if out is None else Path(out))[0]
+
+
+def show_in_notebooks() -> None:
+    """In a notebook, show runs and responses as the report does."""
+    if "IPython" in sys.modules:
+        from proxytune.report import notebook
+
+        notebook.show_in_notebooks()
 
 
 def asked_for(

@@ -18,7 +18,7 @@ from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion
-from proxytune.report import readme_table
+from proxytune.report import tables
 from proxytune.sandbox.sandbox import Sandbox
 from tests.support import tiny, tiny_system
 from tests.support.command_line import proxytune, python, refused
@@ -186,7 +186,7 @@ def test_the_readme_gets_the_demo_table_between_its_markers(yaml: Path, tmp_path
     (tmp_path / "README.md").write_text("before\n<!-- demo-table -->\nold\n<!-- /demo-table -->\nafter\n")
     assert proxytune("report", "--write").exit_code == 0
     text = (tmp_path / "README.md").read_text()
-    made = readme_table.readme_table([found for _, found in results.find_runs(tmp_path / "results")])
+    made = tables.readme_table([found for _, found in results.find_runs(tmp_path / "results")])
     assert text == f"before\n<!-- demo-table -->\n{made}<!-- /demo-table -->\nafter\n"
     assert made.splitlines()[2].startswith("| gsm (exact_match, %) |") and made.endswith("| 3 |\n")
 
