@@ -12,9 +12,10 @@ from rich.table import Table
 
 from proxytune.comparison import Conditions, apart, comparable, conditions, details, gap, models_of
 from proxytune.config import ROLES, Role
-from proxytune.records import NO_SCORE, UNSCORED, Cost, Metric, Run
+from proxytune.records import NO_SCORE, UNSCORED, Cost, Metric, Run, TaskFacts
 from proxytune.report.escape import cell, in_markdown
 from proxytune.results import find_runs
+from proxytune.tasks.own import facts_of
 
 COLUMNS = ("system", "as", "score [95%]", "gap closed", "memory", "ms / token", "n")
 
@@ -46,6 +47,8 @@ class RoleRow:
     ms_per_token: float | None
     """Decoding time, without prefill, over generated tokens, all rows of the batch together; None for
     likelihoods."""
+    facts: TaskFacts
+    """Of its task."""
     ms_per_item: float | None = None
     """Time per example of a run by likelihood."""
     remark: str | None = None
@@ -202,6 +205,7 @@ def _row(run: Run, beside: Sequence[Run], told: str, own: str) -> RoleRow:
         ms_per_token=1000 * cost.decode_seconds / cost.generated_tokens if generated else None,
         ms_per_item=1000 * cost.seconds / run.n if run.spec.mode == "likelihood" and run.n else None,
         remark=run.spec.remark,
+        facts=facts_of(run),
     )
 
 

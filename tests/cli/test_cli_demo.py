@@ -153,7 +153,7 @@ def test_a_demo_run_killed_half_way_ends_like_an_uninterrupted_one(tmp_path: Pat
     demo = (ROOT / "configs" / "systems" / "demo.yaml").read_text(encoding="utf-8")
     (tmp_path / "demo64.yaml").write_text(demo.replace("float32", "float64"))  # where batches decide nothing
     settings = ("--system", "demo64.yaml", "--limit", "200", "--batch", "8")
-    command = ("eval", "gsm", *settings, "--json", "--out")
+    command = ("eval", "gsm", *settings, "--json", "--verbose", "--out")
     process = subprocess.Popen(
         [sys.executable, "-m", "proxytune", *command, "killed"],
         cwd=tmp_path,
