@@ -233,7 +233,8 @@ def _table(task: Task, source: str, limit: int | None) -> DataTable:
         return read_smoke_data(task.name, limit)
     if source == "hub":
         if task.hub is None:
-            raise UserError(f"the hub has no '{task.name}': {task.data}. Give a file: --data FILE")
+            where = f": {task.data}" if task.data else ""
+            raise UserError(f"the hub has no '{task.name}'{where}. Give a file: --data FILE")
         return read_hub(task.hub, task.hub.split)
     return (task.read or read_file)(Path(source))
 
