@@ -131,8 +131,9 @@ class Worker:
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.put(json.loads(line))
+        with self.process.stdout as said:
+            for line in said:
+                self.lines.put(json.loads(line))
         self.lines.put(None)
 
     def work(self, stage: Stage, limit: float, day: Day) -> None:
@@ -168,11 +169,15 @@ class Worker:
 
     def end(self) -> None:
         """No stage is left for it: wait until its memory is free."""
-        assert self.process.stdin is not None
-        with suppress(BrokenPipeError, subprocess.TimeoutExpired):
-            self.process.stdin.close()
+        self._hang_up()
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(GRACE)
         self.kill()
+
+    def _hang_up(self) -> None:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
 
     def kill(self) -> None:
         """End it, and what it has started."""
@@ -180,6 +185,7 @@ class Worker:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+        self._hang_up()
 
 
 def run(stages: Sequence[Stage], starts: Mapping[str, float], command: Sequence[str], day: Day) -> None:
