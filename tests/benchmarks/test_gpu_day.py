@@ -56,7 +56,7 @@ def test_the_summary_has_every_contender(day: Path) -> None:
     text = summary(day.read_text())
     lines = [line for line in read(day) if line["kind"] == "line"]
     names = {(line["system"], line["name"]) for line in lines}
-    assert len(names) == 14 and all(f"| {system} |" in text and name in text for system, name in names)
+    assert len(names) == 13 and all(f"| {system} |" in text and name in text for system, name in names)
     assert "smoke: speculative, k = 3, by plain" in text
     assert "No figure here means anything" in text and "GPU tests: none was run." in text
     assert all(f"| {title} |" in text for title in TITLES)
@@ -117,6 +117,14 @@ def test_a_card_that_is_too_small_skips_the_trio(monkeypatch: pytest.MonkeyPatch
     )
     with pytest.raises(gpu_stages.NotHere, match="it needs 120 GB, and the card has 85"):
         gpu_stages.Trio(lab, gpu_stages.PLAN_70B, gpu_stages.nobody).bench  # noqa: B018
+
+
+def test_only_near_ties_may_turn() -> None:
+    gpu_stages.near(0, None)
+    gpu_stages.near(2, 0.1)
+    for margin in (0.3, float("nan")):
+        with pytest.raises(RuntimeError, match="2 rows part"):
+            gpu_stages.near(2, margin)
 
 
 BESIDE = """\
