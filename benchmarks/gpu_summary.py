@@ -78,10 +78,13 @@ def tests(lines: Sequence[Line]) -> list[str]:
     counts = list(of_kind(lines, "tests"))
     if not counts:
         return []
-    names = ("passed", "failed", "error", "skipped", "xfail", "xpass")
+    names = ("passed", "failed", "skipped")
     shown = ", ".join(f"{counts[-1][name]} {name}" for name in names if name in counts[-1])
     whole = "" if "exit_code" in counts[-1] else " when the stage was ended"
-    failed = [f"- failed: `{one['test']}`" for one in of_kind(lines, "failed test")]
+    told = [
+        (one["test"], (one["why"].strip() or "?").splitlines()[-1]) for one in of_kind(lines, "failed test")
+    ]
+    failed = [f"- failed: `{test}`: {why[:200]}" for test, why in told]
     return ["\n".join([f"GPU tests: {shown or 'none was run'}{whole}.", *([""] if failed else []), *failed])]
 
 

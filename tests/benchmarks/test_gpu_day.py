@@ -127,32 +127,35 @@ def test_only_near_ties_may_turn() -> None:
             gpu_stages.near(2, margin)
 
 
-BESIDE = """\
-============================= test session starts ==============================
-[gw0] [ 10%] PASSED tests/engine/cuda/test_gpu.py::test_tokens[0]
-tests/engine/cuda/test_gpu.py::test_tokens[1]
-[gw1] [ 20%] FAILED tests/engine/cuda/test_gpu.py::test_tokens[a b]
-[gw1] [ 30%] SKIPPED tests/engine/kernels/test_int4.py::test_it
-=================================== FAILURES ===================================
-E  assert 'PASSED tests/x.py::y' in ''
-FAILED tests/engine/cuda/test_gpu.py::test_tokens[a b] - assert
-==================== 1 failed, 1 passed, 1 skipped in 3.21s ====================
+TESTS = """
+import os, pytest
+@pytest.fixture
+def broken(): raise ValueError("no device")
+@pytest.mark.parametrize("a", ["x y", "z [1]"])
+def test_a(a): assert a == "x y"
+def test_b(broken): pass
+def test_c(): pytest.skip("not here")
+def test_d(): os._exit(1)
 """
-ALONE = "tests/a.py::test_b PASSED      [ 50%]\ntests/a.py::test_c[x-1] ERROR  [100%]\n"
 
 
-def test_failures_are_told_when_they_happen() -> None:
-    said = list[tuple[str, dict[str, object]]]()
-
-    def say(kind: str, **found: object) -> None:
-        said.append((kind, found))
-
-    counts, last = gpu_tests.counted(BESIDE.splitlines(keepends=True), say)
-    assert counts == {"passed": 1, "failed": 1, "skipped": 1} and "1 failed, 1 passed" in last
-    assert said == [("failed test", {"test": "tests/engine/cuda/test_gpu.py::test_tokens[a b]"})]
-    said.clear()
-    assert gpu_tests.counted(ALONE.splitlines(keepends=True), say)[0] == {"passed": 1, "error": 1}
-    assert said == [("failed test", {"test": "tests/a.py::test_c[x-1]"})]
+def test_failures_are_told_when_they_happen(tmp_path: Path) -> None:
+    """In a process of its own, as the stage has one."""
+    (tmp_path / "test_it.py").write_text(TESTS)
+    script = """
+import json, sys
+from benchmarks.gpu_tests import run_tests
+run_tests(["-n2", sys.argv[1]], lambda kind, **found: print(json.dumps([kind, found]), file=sys.stderr))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], env=environment(), capture_output=True, text=True
+    )
+    said = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[")]
+    failed = {found["test"].split("::")[1]: found["why"] for kind, found in said if kind == "failed test"}
+    assert set(failed) == {"test_a[z [1]]", "test_b", "test_d"}
+    assert "ValueError: no device" in failed["test_b"] and "crashed" in failed["test_d"]
+    assert said[-1] == ["tests", {"passed": 1, "failed": 3, "skipped": 1, "exit_code": 1}]
+    assert done.returncode == 1 and "pytest ended with exit code 1" in done.stderr
 
 
 def test_the_summary_of_a_day_that_was_cut_off() -> None:
@@ -161,13 +164,14 @@ def test_the_summary_of_a_day_that_was_cut_off() -> None:
         {**day, "of": "another day"},
         day,
         {"stage": "tests: GPU", "kind": "tests", "passed": 40},
-        {"stage": "tests: GPU", "kind": "failed test", "test": "tests/a.py::test_b"},
+        {"stage": "tests: GPU", "kind": "failed test", "test": "tests/a.py::test_b", "why": "at\nE  no"},
         {"stage": "tests: GPU", "kind": "killed", "after_s": 150.0, "log": []},
         {"stage": "machine: bandwidth", "kind": "error", "error": "RuntimeError: no\nmore", "traceback": []},
     ]
     text = summary("\n".join(map(json.dumps, lines)))
     assert (
-        "GPU tests: 40 passed when the stage was ended." in text and "- failed: `tests/a.py::test_b`" in text
+        "GPU tests: 40 passed when the stage was ended." in text
+        and "- failed: `tests/a.py::test_b`: E  no" in text
     )
     assert "unknown device" in text and "at abc1;" in text and "another" not in text
     assert "| machine: bandwidth | error |  | RuntimeError: no |" in text
