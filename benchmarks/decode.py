@@ -63,6 +63,10 @@ def measure(options: argparse.Namespace, show: Callable[[Report], None]) -> dict
     known = cases_cpu.CASES if options.device == "cpu" else cases_cuda.cases(size.trio)
     lab = Lab(torch.device(options.device), size)
     if options.lines is not None:
+        if not options.lines.absolute().parent.is_dir():
+            raise UserError(
+                f"--lines {options.lines}: there is no folder '{options.lines.parent}'; make it first"
+            )
         lab.heard = partial(_put_down, options.lines)
     torch.manual_seed(0)
     report, names = Report(), chosen(known, options.only)

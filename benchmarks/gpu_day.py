@@ -98,7 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.summary is not None:
         from benchmarks.gpu_summary import summary
 
-        print(summary(options.summary.read_text(encoding="utf-8")))
+        try:
+            print(summary(options.summary.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            print(f"error: --summary {options.summary}: {error}; name a {LINES}", file=sys.stderr)
+            return 2
         return 0
     if not options.smoke and not _has_gpu():
         print("error: no CUDA device here; --smoke runs the stages on the CPU", file=sys.stderr)

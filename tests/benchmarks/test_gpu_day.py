@@ -184,6 +184,14 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "no CUDA device here" in capsys.readouterr().err and not (tmp_path / "day").exists()
 
 
+def test_a_summary_of_something_else_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text('{"kind": "line"}\n')
+    for name in ("none.jsonl", "other.jsonl"):
+        assert gpu_day.main(["--summary", str(tmp_path / name)]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == "" and name in shown.err and shown.err.count("\n") == 1
+
+
 # What it takes along
 
 
