@@ -30,7 +30,7 @@ export TOKENIZERS_PARALLELISM = false
 .DEFAULT_GOAL := help
 RECIPES := reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5
 ANALYSES := reproduce-table6 reproduce-fig2 reproduce-positions reproduce-equations
-.PHONY: help setup demo demo-report test check unit check-all fix docs report bench reproduce-table12 demo-models clean \
+.PHONY: help setup demo demo-report test check unit check-all fix docs report bench gpu-day reproduce-table12 demo-models clean \
 	$(RECIPES) $(ANALYSES)
 
 help:  ## list the targets
@@ -102,6 +102,9 @@ bench: setup  ## time decoding on the CPU and write the tables in benchmarks/REA
 	    && mv benchmarks/results/$$case.json.part benchmarks/results/$$case.json || exit 1; \
 	done
 	$(BIN)/python benchmarks/tables.py --write $(BENCHES:%=benchmarks/results/%.json)
+
+gpu-day: setup  ## fetch what a GPU machine without a network lacks, and print what to run there
+	$(BIN)/python benchmarks/gpu_wheels.py
 
 reproduce-table12: setup  ## the paper's runtime table on the demo and a random trio, its own figures beside it
 	$(BIN)/python benchmarks/decode.py --device cpu --only table12

@@ -149,8 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     calls = parser.parse_args(arguments).calls
     if (reason := why_not()) is not None:
         sys.exit(f"there is no kernel to be timed: {reason}")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n")
-    print(f"Microseconds per product:\n\n{linears(calls)}\n")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n", flush=True)
+    print(f"Microseconds per product:\n\n{linears(calls)}\n", flush=True)
     print(f"Milliseconds per attention call:\n\n{attention(calls)}")
 
 

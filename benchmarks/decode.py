@@ -5,8 +5,9 @@
     python benchmarks/decode.py --device cuda --shape 13b+7b+7b
     python benchmarks/decode.py --only dial --json > dial.json
 
---json prints one object, {"ratios": ..., "rows": ..., "environment": ...}, on stdout and nothing else;
-progress goes to stderr. `benchmarks/tables.py` puts such files into benchmarks/README.md."""
+A case's tables are printed when it ends; --lines also puts every row into a file as soon as it is known.
+--json prints one object, {"ratios": ..., "rows": ..., "environment": ...}, on stdout at the end and nothing
+else; progress goes to stderr. `benchmarks/tables.py` puts such files into benchmarks/README.md."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ import contextlib
 import gc
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,40 +30,61 @@ import torch
 from benchmarks import cases_cpu, cases_cuda
 from benchmarks.cases_cpu import Case
 from benchmarks.lab import CUDA, FULL, QUICK, SMOKE, Lab, Size
-from benchmarks.record import Report, environment
+from benchmarks.record import Line, Report, environment
 from benchmarks.shapes import SHAPES
-from benchmarks.tables import as_text
+from benchmarks.tables import case_tables, machine, ratio_table
 from proxytune.errors import UserError, did_you_mean
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print."""
-    options = _parser().parse_args(arguments)
+    options, stdout = _parser().parse_args(arguments), sys.stdout
+
+    def show(case: Report) -> None:
+        if not options.json:
+            parts = [*case_tables([asdict(line) for line in case.lines])]
+            parts += [ratio_table(case.ratios)] if case.ratios else []
+            print("\n\n".join(parts) + "\n", file=stdout, flush=True)
+
     try:
         with contextlib.redirect_stdout(sys.stderr):  # whatever a library may print
-            found = measure(options)
+            found = measure(options, show)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    print(json.dumps(found, indent=1) if options.json else as_text(found))
+    print(json.dumps(found, indent=1) if options.json else machine(found["environment"]))
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the chosen cases. -> the object that --json prints."""
+def measure(options: argparse.Namespace, show: Callable[[Report], None]) -> dict[str, Any]:
+    """Run the chosen cases, and show each when it ends. -> the object that --json prints."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device here: --device cpu")
     size = _size(options)
     known = cases_cpu.CASES if options.device == "cpu" else cases_cuda.cases(size.trio)
     lab = Lab(torch.device(options.device), size)
+    if options.lines is not None:
+        if not options.lines.absolute().parent.is_dir():
+            raise UserError(
+                f"--lines {options.lines}: there is no folder '{options.lines.parent}'; make it first"
+            )
+        lab.heard = partial(_put_down, options.lines)
     torch.manual_seed(0)
-    report = Report()
-    for name in chosen(known, options.only):
+    report, names = Report(), chosen(known, options.only)
+    lab.tell(f"a copy moves {lab.bandwidth / 1e9:.1f} GB/s")  # before models need the memory
+    for name in names:
         lab.tell(name)
-        report.add(known[name][0](lab))
+        found = known[name][0](lab)
+        show(found)
+        report.add(found)
         gc.collect()
         if options.device == "cuda":
             torch.cuda.empty_cache()
     return report.as_json(environment(lab.device, lab.bandwidth, lab.systems))
+
+
+def _put_down(path: Path, line: Line) -> None:
+    with path.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(asdict(line)) + "\n")
 
 
 def chosen(known: Mapping[str, tuple[Case, tuple[str, ...]]], only: Sequence[str]) -> list[str]:
@@ -120,6 +143,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_batches,
         metavar="N,N",
         help="batch sizes of the paper's loop to choose its best from",
+    )
+    parser.add_argument(
+        "--lines",
+        type=Path,
+        metavar="FILE",
+        help="append every row to FILE as a line of JSON when it is known",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     return parser

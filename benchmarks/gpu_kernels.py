@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_kernels.py [--quick]
 
-prints one JSON object. Sections, each under its own key:
+prints one JSON object at the end, and each section on stderr when it is known. Sections, each under its own
+key:
 - `copy`: GB/s of a large copy, the floor that the rest is compared with;
 - `linear`: the linear layers of 7B, 13B and 70B Llamas for 1, 2, 4, 8 and more rows, by cuBLAS in bfloat16
   and by the int8 layer: do k + 1 rows cost what one costs, and is int8 twice as fast?
@@ -433,6 +434,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name} ...", file=sys.stderr, flush=True)
         with noted(found, name):  # one section that fails must not hide the others' answers
             found[name] = section()
+        print(json.dumps({name: found[name]}), file=sys.stderr, flush=True)  # in case it is cut off
         torch.cuda.empty_cache()
     print(json.dumps(found, indent=1))
     return 0 if all(not isinstance(found[name], str) for name in sections) else 1

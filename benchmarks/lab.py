@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.baselines import PaperLoop
 from benchmarks.measure import Contender, Timed, copy_bandwidth, observe, race, take_turns
-from benchmarks.record import Oracle, Report, line
+from benchmarks.record import Line, Oracle, Report, line
 from benchmarks.shapes import Bench, demo_bench, random_bench
 from benchmarks.trained import Training, trained_bench
 from benchmarks.workloads import Workload
@@ -140,6 +140,8 @@ class Lab:
     size: Size
     systems: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What was measured, for the record."""
+    heard: Callable[[Line], None] = lambda line: None
+    """Gets every line as soon as it is known."""
     _began: float = field(default_factory=time.perf_counter)
 
     @property
@@ -239,8 +241,8 @@ class Table:
         plain: Timed | None = None,
     ) -> None:
         """Add lines."""
-        self.report.lines += [
-            line(
+        for one in timed:
+            found = line(
                 self.case,
                 oracle,
                 one,
@@ -248,8 +250,8 @@ class Table:
                 synthetic_acceptance=synthetic_acceptance,
                 plain=plain,
             )
-            for one in timed
-        ]
+            self.report.lines.append(found)
+            self.lab.heard(found)
 
     def ratio(self, name: str, one: Timed, other: Timed) -> None:
         """How much faster one is than the other."""

@@ -18,6 +18,7 @@ from benchmarks.shapes import Bench, kv_bytes_per_token, read_bytes
 from benchmarks.workloads import Item, Workload
 from proxytune.config import Role
 from proxytune.decoding.decoder import PREFILL_TOKENS, Decoder
+from proxytune.engine.cuda.graphs import Graphs
 from proxytune.engine.engine import Engine
 from proxytune.engine.ensemble import Ensemble, Term
 from proxytune.engine.request import Request
@@ -129,6 +130,11 @@ class Ours:
             return whole
         pair = {name: whole.runners[name] for name in ("antiexpert", "expert")}
         return Ensemble(pair, "antiexpert", (Term("expert", "antiexpert"),))
+
+    @property
+    def graphs(self) -> list[Graphs]:
+        """The captured steps of its models, by what drafts."""
+        return list(self._ensemble._graphs.values())
 
     def run(self) -> Outcome:
         """Decode the workload once."""

@@ -89,6 +89,7 @@ def by_transformers(folder: str, prompts: Sequence[str], tokens: int) -> dict[in
         for first in range(0, len(asked), size):
             count += said(asked[first : first + size], tokens)
         found[size] = count / (time.process_time() - began)
+        print(f"generate, batch {size}: {found[size]:.1f} tokens/s", file=sys.stderr, flush=True)
     return found
 
 
@@ -107,7 +108,9 @@ def by_us(
             began = time.process_time()
             done = list(decoder.stream(examples, Sampling(max_new_tokens=tokens)))
             count = sum(len(c.token_ids) - (c.finish_reason == "eos") for c in done)
-            found[size, speculate] = count / (time.process_time() - began)
+            speed = found[size, speculate] = count / (time.process_time() - began)
+            named = f"ours, weights {quantization}, batch {size}, speculate {speculate}"
+            print(f"{named}: {speed:.1f} tokens/s", file=sys.stderr, flush=True)
     return found
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from benchmarks.measure import Timed
+from benchmarks.measure import Outcome, Timed
 from benchmarks.paper_loop import combined_logits
 from benchmarks.shapes import TRIO, Bench
 from benchmarks.workloads import Workload
@@ -100,9 +100,15 @@ class Oracle:
     roles: tuple[str, ...] = TRIO
 
     def check(self, timed: Timed) -> tuple[int, float | None]:
-        """Rows that diverged in any run, and the widest margin at which one began to."""
+        """Rows that diverged in any run, and the widest margin at which one began to. The warm-up can be one
+        of the runs."""
+        runs = {id(run): run for run in (timed.observed.outcome, *timed.runs)}
+        return self.compare(runs.values())
+
+    def compare(self, runs: Iterable[Outcome]) -> tuple[int, float | None]:
+        """The same of single runs."""
         diverged, widest = 0, 0.0
-        for run in (timed.observed.outcome, *timed.runs):
+        for run in runs:
             for item in self.workload.items:
                 generated, wanted = run.tokens[item.tag], self.tokens[item.tag]
                 if list(generated) == list(wanted):

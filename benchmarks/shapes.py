@@ -71,15 +71,15 @@ LLAMA_70B = Shape(8192, 28672, 80, 64, 8)
 LLAMA_13B = Shape(5120, 13824, 40, 40, 40)
 LLAMA_7B = Shape(4096, 11008, 32, 32, 32)
 TINYLLAMA = Shape(2048, 5632, 22, 32, 4)
+SMOKE_LARGE = Shape(64, 160, 2, 4, 4, vocabulary=512, tied=True)
+SMOKE_SMALL = Shape(32, 96, 2, 2, 2, vocabulary=512, tied=True)
 SHAPES: dict[str, tuple[Shape, Shape]] = {
     "13b+7b+7b": (LLAMA_13B, LLAMA_7B),
     "70b-int8+7b+7b": (replace(LLAMA_70B, int8=True), LLAMA_7B),
     "7b+1b+1b": (LLAMA_7B, TINYLLAMA),
     "110m+26m+26m": (Shape(768, 2048, 12, 12, 12, tied=True), Shape(384, 1024, 8, 6, 6, tied=True)),
-    "smoke": (
-        Shape(64, 160, 2, 4, 4, vocabulary=512, tied=True),
-        Shape(32, 96, 2, 2, 2, vocabulary=512, tied=True),
-    ),
+    "smoke": (SMOKE_LARGE, SMOKE_SMALL),
+    "smoke-int8": (replace(SMOKE_LARGE, int8=True), SMOKE_SMALL),
 }
 """Name -> the base's shape, and that of expert and antiexpert. Head sizes and grouped queries are the real
 models'."""

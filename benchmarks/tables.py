@@ -46,18 +46,24 @@ Line = Mapping[str, Any]
 
 def as_text(found: Found) -> str:
     """All tables of one run."""
-    parts = [_made(found["environment"])]
+    parts = [machine(found["environment"])]
     if found["ratios"]:
-        parts.append(_ratios(found["ratios"]))
-    cases = dict.fromkeys(line["case"] for line in found["rows"])
-    for case in cases:
-        lines = [line for line in found["rows"] if line["case"] == case]
+        parts.append(ratio_table(found["ratios"]))
+    return "\n\n".join([*parts, *case_tables(found["rows"])]) + "\n"
+
+
+def case_tables(rows: Sequence[Line]) -> list[str]:
+    """The table of every case."""
+    parts = []
+    for case in dict.fromkeys(line["case"] for line in rows):
+        lines = [line for line in rows if line["case"] == case]
         shown = {"dial": _synthetic_acceptance, "table12": _table12}.get(case, _lines)
         parts.append(f"### {case}\n\n{shown(lines)}")
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
-def _made(environment: Mapping[str, Any]) -> str:
+def machine(environment: Mapping[str, Any]) -> str:
+    """Where it was measured, and on which systems."""
     packages = environment["packages"]
     versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "transformers") if name in packages)
     systems = [
@@ -80,7 +86,8 @@ def _made(environment: Mapping[str, Any]) -> str:
     )
 
 
-def _ratios(ratios: Mapping[str, float]) -> str:
+def ratio_table(ratios: Mapping[str, float]) -> str:
+    """Ratios beside their goals."""
     rows = []
     for name, value in ratios.items():
         goal = f">= {GOALS[name]:g}" if name in GOALS else f"<= {LIMITS[name]:g}" if name in LIMITS else ""

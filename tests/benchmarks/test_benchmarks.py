@@ -18,7 +18,7 @@ from benchmarks.baselines import PaperLoop
 from benchmarks.lab import CUDA, SMOKE, Lab
 from benchmarks.measure import Contender, Outcome, Timed, observe
 from benchmarks.ours import Ours
-from benchmarks.record import Oracle
+from benchmarks.record import Oracle, Report
 from benchmarks.workloads import log_uniform, random_contexts, uniform, workload
 from proxytune.engine.kernels.linear import RowLinear
 from tests.support import oracle, tiny
@@ -113,6 +113,23 @@ def test_tables_are_written_between_the_marks(
 def test_only_takes_cases_and_ratios(capsys: pytest.CaptureFixture[str]) -> None:
     decode.main(["--smoke", "--json", "--only", "speculative_trio_vs_base_hf"])
     assert {row["case"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"trio_batch1"}
+
+
+def test_what_is_known_is_printed_before_a_case_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def broken(lab: Lab) -> Report:
+        raise RuntimeError("the second case")
+
+    cases = {"trio_batch1": cases_cpu.CASES["trio_batch1"], "broken": (broken, ())}
+    monkeypatch.setattr(cases_cpu, "CASES", cases)
+    lines = tmp_path / "rows.jsonl"
+    with pytest.raises(RuntimeError, match="the second case"):
+        decode.main(["--smoke", "--lines", str(lines)])
+    printed = capsys.readouterr().out
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert "### trio_batch1" in printed and "`speculative_vs_plain_trio`" in printed
+    assert len(rows) > 3 and all(row["name"] in printed for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -234,11 +251,9 @@ def test_divergence_is_found_with_its_margin() -> None:
     assert diverged == 1 and margin is not None and margin > 0
 
 
-def test_a_quantised_base_decodes_like_the_papers_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantised_base_decodes_like_the_papers_loop() -> None:
     if not shapes.SHAPES["70b-int8+7b+7b"][0].int8:
         pytest.fail("the 70B base is meant to be quantised")
-    large, small = shapes.SHAPES["smoke"]
-    monkeypatch.setitem(shapes.SHAPES, "smoke-int8", (shapes.replace(large, int8=True), small))
     bench = shapes.random_bench("smoke-int8", CPU, torch.float32, 4)
     kinds = {type(part).__name__ for part in bench.plain["base"].modules()}
     assert "Int8Linear" in kinds
