@@ -31,7 +31,7 @@ from tests.support import made_runs, public_items, tiny_system
 from tests.support.command_line import Result, proxytune
 from tests.support.tiers import slow
 
-QUICK, SLOW = 120, 4000
+QUICK, SLOW = 120, 2000
 """How many lists each tier tries."""
 
 WORDS = [
@@ -96,6 +96,8 @@ WRITTEN = {"out", "html", "figures"}
 """Options that name what is written."""
 LONG = {("demo",)}
 """Commands that take a second however they are called."""
+STARTS = {"my_task.py", "my_items.jsonl", "my_system.yaml"}
+"""What `init` writes unless it is told another name."""
 BESIDE = {"report": {"results"}, "judge": {"run"}, "export": {"run"}}
 """Command -> its arguments that name a folder to which it adds."""
 
@@ -126,7 +128,7 @@ class Draw:
         [drawn] = self.draw.choices(named, often)
         self.words = named[seed] if seed < len(named) else drawn  # each of them once
         self.command = COMMANDS[self.words]
-        self.may_write = {"results"}
+        self.may_write = {"results"} | (STARTS if self.words[0] == "init" else set())
         self.rate, self.good = self.draw.choice((0.04, 0.15)), self.draw.choice((0.6, 0.9, 1.0))
         self.given = list(self.words)
         for parameter in self.draw.sample(self.command.params, len(self.command.params)):
