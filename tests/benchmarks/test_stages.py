@@ -108,6 +108,7 @@ def test_a_device_that_does_not_answer_costs_a_process(played: Played) -> None:
     assert len(set(processes(lines))) == 2
 
 
+@pytest.mark.slow
 def test_a_stage_that_hangs_is_killed_with_what_it_started(played: Played) -> None:
     lines = played("good", "hangs", "good")
     assert ends(lines) == [("good", "done"), ("hangs", "killed"), ("good", "done")]
