@@ -107,9 +107,11 @@ def attend(
             groups = part.long_groups
         else:
             if rotation is not None and isinstance(cache, PagedCache):
-                lines = (t.transpose(0, 1) for t in (q, k, v))
-                slots = cache.slots(part.at, key.device)
-                q = rotate_and_place(*lines, rotation.of(mine), cache.pools(layer), slots).transpose(0, 1)
+                lines, slots = [t.transpose(0, 1) for t in (q, k, v)], cache.slots(part.at, key.device)
+                turned = rotate_and_place(
+                    lines[0], lines[1], lines[2], rotation.of(mine), cache.pools(layer), slots
+                )
+                q = turned.transpose(0, 1)
             else:
                 cache.write(layer, k, v, part.at)
             groups = part.groups

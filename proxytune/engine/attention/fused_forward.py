@@ -57,7 +57,7 @@ class FusedForward(LlamaForward):
         asked, tokens = self.asked[index], x.shape[1]
         found = joint((module.q_proj, module.k_proj, module.v_proj), x[0])
         sizes = asked.shape.key, asked.shape.key, asked.shape.value
-        query, key, value = (part.unflatten(-1, (-1, size)) for part, size in zip(found, sizes, strict=True))
+        query, key, value = (t.reshape(tokens, -1, size) for t, size in zip(found, sizes, strict=True))
         if self.normed[index]:
             query, key = module.q_norm(query), module.k_norm(key)
         query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))

@@ -58,7 +58,7 @@ class DevicePacked:
             else:
                 mine = rotate_and_place(mine, fresh, content, rotation.of(part.tokens), pools, part.slots)
             rows = part.lengths.shape[0]
-            q = mine.unflatten(0, (rows, -1)).transpose(1, 2)  # [R, H, Q, D]
+            q = mine.reshape(rows, -1, *mine.shape[1:]).transpose(1, 2)  # [R, H, Q, D]
             result = paged_attention(q, *pools, part.table, part.lengths, rule)
             results.append(result.transpose(1, 2).flatten(0, 1))  # [R * Q, H, Dv]
         return (results[0] if len(results) == 1 else torch.cat(results))[None]

@@ -30,7 +30,7 @@ def join(layers: Sequence[nn.Module]) -> bool:
         with torch.no_grad():
             for parts in _columns(layers):
                 sizes = [len(part) for part in parts]
-                pieces = torch.cat([part.detach() for part in parts]).split(sizes)
+                pieces = torch.split_with_sizes(torch.cat([part.detach() for part in parts]), sizes)
                 for part, piece in zip(parts, pieces, strict=True):
                     part.data = piece
     except torch.OutOfMemoryError:
@@ -39,17 +39,19 @@ def join(layers: Sequence[nn.Module]) -> bool:
 
 
 def joint(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
-    """What each of the layers makes of x: [.., N] each, side by side in one tensor where it is one product."""
-    whole = [_together(parts) for parts in _columns(layers)] if _alike(layers) else [None]
-    weight, *rest = whole
-    if weight is None or any(part is None for part in rest):
+    """What each of the layers makes of x: [.., N] each, parts of one tensor where it is one product."""
+    weight = None
+    if _alike(layers):
+        whole = [_together(parts) for parts in _columns(layers)]
+        weight, rest = whole[0], [part for part in whole[1:] if part is not None]
+        weight = weight if len(rest) == len(whole) - 1 else None
+    if weight is None:
         return [layer(x) for layer in layers]
-    sizes = [layer.out_features for layer in layers]  # type: ignore[misc]
     if type(layers[0]) is nn.Linear:
-        return linear(x, weight, rest[0] if rest else None).split(sizes, -1)  # type: ignore[arg-type]
-    scale, bias = rest[0], rest[1] if len(rest) > 1 else None
-    assert scale is not None
-    return product(x, weight, scale, bias).split(sizes, -1)  # type: ignore[arg-type]
+        out = linear(x, weight, rest[0] if rest else None)
+    else:
+        out = product(x, weight, rest[0], rest[1] if len(rest) > 1 else None)
+    return torch.split_with_sizes(out, [len(layer.weight) for layer in layers], -1)  # type: ignore[arg-type]
 
 
 def _alike(layers: Sequence[nn.Module]) -> bool:
@@ -59,8 +61,7 @@ def _alike(layers: Sequence[nn.Module]) -> bool:
         return False
     watched = any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in layers)
     shapes = {
-        (layer.in_features, layer.bias is None, layer.weight.dtype, layer.weight.device)  # type: ignore[union-attr]
-        for layer in layers
+        (layer.in_features, layer.bias is None, layer.weight.dtype, layer.weight.device) for layer in layers
     }
     return not watched and len(shapes) == 1
 

@@ -72,7 +72,7 @@ def use_device_kernels(model: nn.Module) -> None:
             continue
         new: nn.Module | None = None
         if (kind := norm_kind(module)) is not None:
-            new = DeviceNorm(module.weight, norm_eps(module), kind)  # type: ignore[arg-type]
+            new = DeviceNorm(module.weight, norm_eps(module), kind)
         elif (activation := gate_kind(module)) is not None:
             new = GatedMLP(module, activation)
         if new is not None:
@@ -124,7 +124,7 @@ def gate_kind(module: nn.Module) -> str | None:
     """The activation of a gated feed-forward layer, of `ACTIVATIONS`; None if it is no such layer."""
     if {name for name, _ in module.named_children()} != GATED or not _takes_one(module):
         return None
-    weight = next(iter(module.gate_proj.parameters()), None)  # type: ignore[union-attr,operator]
+    weight = next(iter(module.gate_proj.parameters()), None)  # type: ignore[union-attr]
     if weight is None or weight.device.type not in DEVICES:
         return None
     own: Any = module

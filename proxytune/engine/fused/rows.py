@@ -173,7 +173,7 @@ def _place_apart(key: Tensor, value: Tensor, heads: int, turned: int) -> float:
 
     (_, kv_heads, dk), dv = key.shape, value.shape[2]
     sizes = heads * dk, kv_heads * dk, kv_heads * dv
-    q, k, v = _normal(key, TRIED, sum(sizes)).split(sizes, 1)
+    q, k, v = torch.split_with_sizes(_normal(key, TRIED, sum(sizes)), sizes, 1)
     q, k, v = q.view(TRIED, heads, dk), k.view(TRIED, kv_heads, dk), v.view(TRIED, kv_heads, dv)
     angles = _normal(key, TRIED, max(1, turned // 2)).repeat(1, 2)
     rotation = Rotation(angles.cos(), angles.sin()) if turned else None
@@ -187,12 +187,12 @@ def _place_apart(key: Tensor, value: Tensor, heads: int, turned: int) -> float:
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up, both [..., N], where rows may lie in wider ones."""
-    flat = [t.reshape(-1, t.shape[-1]) for t in (gate, up)]
-    if not _gates(*flat, activation):
+    x, y = (t.reshape(-1, t.shape[-1]) for t in (gate, up))
+    if not _gates(x, y, activation):
         return ACTIVATIONS[activation](gate) * up
     from proxytune.engine.fused.triton_rows import gated as launch
 
-    return launch(*flat, list(ACTIVATIONS).index(activation)).view(gate.shape)
+    return launch(x, y, list(ACTIVATIONS).index(activation)).view(gate.shape)
 
 
 def _gates(gate: Tensor, up: Tensor, activation: str) -> bool:

@@ -22,8 +22,8 @@ def norm_kernel(
     x, residual, weight, total, out, eps, inner, x_outer, x_inner,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ADDED: tl.constexpr, LATE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """One row of an RMS norm, of x or of x + residual, which then goes to `total`. LATE rounds once, after the
-    weight, to which SHIFT is added."""
+    """One row of an RMS norm, of x or of x + residual, which then goes to `total`. LATE rounds once, after
+    the weight, to which SHIFT is added."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     live = at < SIZE
@@ -35,10 +35,7 @@ def norm_kernel(
     wide = value.to(tl.float32)
     wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / SIZE + eps)
     scale = tl.load(weight + at, mask=live, other=0.0).to(tl.float32)
-    if LATE:
-        result = wide * (scale + SHIFT)
-    else:
-        result = wide.to(out.dtype.element_ty).to(tl.float32) * scale
+    result = wide * (scale + SHIFT) if LATE else wide.to(out.dtype.element_ty).to(tl.float32) * scale
     tl.store(out + row * SIZE + at, result.to(out.dtype.element_ty), mask=live)
 
 
@@ -135,6 +132,11 @@ def wide(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def norm_warps(block: int) -> int:
+    """Warps of a program, whose threads have 16 numbers each where there are many."""
+    return min(16, max(1, block // 512))
+
+
 def norm(
     x: Tensor,  # [M, N, d]
     weight: Tensor,  # [d]
@@ -152,7 +154,7 @@ def norm(
         norm_kernel[(outer * inner,)](
             x, x if residual is None else residual, weight, total, out, eps, inner, *x.stride()[:2],
             SIZE=size, BLOCK=block, ADDED=residual is not None, LATE=late, SHIFT=shift,
-            num_warps=min(16, max(1, block // 512)),
+            num_warps=norm_warps(block),
         )  # fmt: skip
     return out, total
 

@@ -72,8 +72,8 @@ def normal(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0)
 def test_norms(
     kind: NormKind, dtype: torch.dtype, size: int, kernels: torch.device, launched: list[str]
 ) -> None:
-    """Alone and of a sum, of rows and of heads that lie within wider rows. The sum has the same bits; the norm
-    has them but where the squares add up to another last place."""
+    """Alone and of a sum, of rows and of heads that lie within wider rows. The sum has the same bits; the
+    norm has them but where the squares add up to another last place."""
     module = NORMS[kind](size, 1e-5).to(kernels, dtype)
     module.weight.data = normal(size, dtype=dtype, device=kernels, seed=1)  # type: ignore[union-attr]
     x, more = (normal(7, size, dtype=dtype, device=kernels, seed=seed) for seed in (2, 3))
