@@ -24,7 +24,7 @@ from proxytune.engine.kernels.cpu_attention import attend_slots, takes
 from proxytune.engine.kernels.cpu_rows import rotate
 from proxytune.engine.kernels.paged_attention import supported
 from proxytune.engine.kernels.scores import ScoreRule
-from proxytune.engine.kv.cache import LayerShape
+from proxytune.engine.kv.cache import LayerShape, integers
 from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.kv.slots import SlotCache
 
@@ -139,7 +139,7 @@ def cleared(lines: Tensor, group: Group) -> Tensor:
     lengths = [0] * group.block
     for row, length in zip(group.rows, group.lengths, strict=True):
         lengths[row - group.first] = length
-    ends = torch.tensor(lengths, device=lines.device)[:, None]
+    ends = integers(lengths, lines.device)[:, None]
     behind = torch.arange(lines.shape[2], device=lines.device) >= ends  # [block, longest]
     return lines.masked_fill(behind[:, None, :, None], 0.0)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from proxytune.engine.fused import place
-from proxytune.engine.kv.cache import CacheSpec, Placement, round_up
+from proxytune.engine.kv.cache import CacheSpec, Placement, integers, round_up
 
 PAGE = 16  # tokens per page
 
@@ -130,7 +130,7 @@ class PagedCache:
         table = self._tables_on.get(where)
         if table is None:
             padded = [(self.tables[row] + [0] * pages)[:pages] for row in rows]
-            table = self._tables_on[where] = torch.tensor(padded, dtype=torch.long, device=device)
+            table = self._tables_on[where] = integers(padded, device)
         return table
 
     def slots(self, at: Placement, device: torch.device) -> Tensor:
