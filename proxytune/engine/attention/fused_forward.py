@@ -1,5 +1,5 @@
-"""`LlamaForward` for CUDA: between a layer's four products there are five small kernels, where transformers'
-modules have thirty-six.
+"""`LlamaForward` for CUDA: between a layer's four products there are four small kernels and attention, where
+transformers' modules make thirty-six with it.
 
 A residual is added by the norm that follows, queries and keys are rotated by the kernel that stores keys and
 values, and products of one input are one where their weights lie together. Nothing is read by the host, so
