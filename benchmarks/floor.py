@@ -182,7 +182,7 @@ def on_cuda(kernels: Counter[str], *, fused: bool) -> Iterator[Any]:
     if fused:
         yield patch.object(modules, "DEVICES", {"meta"})
         yield patch.object(modules, "norm_kind", lambda m: NORM_KINDS[0] if called(m, "RMSNorm") else None)
-        yield patch.object(modules, "gate_kind", lambda m: "silu" if called(m, "MLP") else None)
+        yield patch.object(modules, "gate_kind", lambda m, dtype: "silu" if called(m, "MLP") else None)
 
 
 def called(module: nn.Module, name: str) -> bool:

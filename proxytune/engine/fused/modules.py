@@ -67,13 +67,14 @@ class GatedMLP(nn.Module):
 def use_device_kernels(model: nn.Module) -> None:
     """Put what computes the same in fewer kernels in the place of a model's modules on CUDA, and the weights
     of one input's products together."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for path, module in list(model.named_modules()):
         if hasattr(module, "_hf_hook"):  # accelerate moves what it is given between devices
             continue
         new: nn.Module | None = None
         if (kind := norm_kind(module)) is not None:
             new = DeviceNorm(module.weight, norm_eps(module), kind)
-        elif (activation := gate_kind(module)) is not None:
+        elif (activation := gate_kind(module, dtype)) is not None:
             new = GatedMLP(module, activation)
         if new is not None:
             parent, _, name = path.rpartition(".")
@@ -110,7 +111,7 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     alone = len(list(module.parameters())) == 1 and not list(module.children())
     if not alone or not isinstance(eps := norm_eps(module), float) or not _takes_one(module):
         return None
-    x = _probe(weight, weight.shape[0])
+    x = _probe(weight.device, weight.dtype, weight.shape[0])
     probes = (x, x * eps**0.5, x + 1)
     return next((k for k in NORM_KINDS if _is(module, k, weight, eps, probes)), None)
 
@@ -120,16 +121,16 @@ def _is(module: nn.Module, kind: NormKind, weight: Tensor, eps: float, probes: t
 
 
 @torch.inference_mode()
-def gate_kind(module: nn.Module) -> str | None:
-    """The activation of a gated feed-forward layer, of `ACTIVATIONS`; None if it is no such layer."""
+def gate_kind(module: nn.Module, dtype: torch.dtype) -> str | None:
+    """The activation of a gated feed-forward layer of tokens of this dtype, one of `ACTIVATIONS`; None if it
+    is no such layer."""
     if {name for name, _ in module.named_children()} != GATED or not _takes_one(module):
         return None
     weight = next(iter(module.gate_proj.parameters()), None)  # type: ignore[union-attr]
     if weight is None or weight.device.type not in DEVICES:
         return None
     own: Any = module
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    x = _probe(weight, int(own.gate_proj.in_features)).to(dtype)
+    x = _probe(weight.device, dtype, int(own.gate_proj.in_features))
     for name, activation in ACTIVATIONS.items():
 
         def written(x: Tensor, activation: Callable[[Tensor], Tensor] = activation) -> Tensor:
@@ -150,7 +151,6 @@ def _equal(module: nn.Module, written: Callable[[Tensor], Tensor], x: Tensor) ->
     return isinstance(expected, Tensor) and torch.equal(expected, written(x[None]))
 
 
-def _probe(like: Tensor, size: int) -> Tensor:
+def _probe(device: torch.device, dtype: torch.dtype, size: int) -> Tensor:
     draw = torch.Generator().manual_seed(0)
-    dtype = like.dtype if like.is_floating_point() else torch.float32
-    return torch.randn(3, size, generator=draw).to(like.device, dtype)
+    return torch.randn(3, size, generator=draw).to(device, dtype)
