@@ -268,6 +268,22 @@ class Cost(BaseModel):
         return self.generated_tokens / self.row_steps if self.row_steps else None
 
 
+class TaskFacts(BaseModel):
+    """What reports need of a run's task, stored with the run: the task may be in a file that they do not
+    read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    asked: str = "prompt"
+    """The column of a stored row that shows what was asked."""
+    lower_is_better: bool = False
+    hateful: bool = False
+    fault_column: str | None = None
+    """As in Task."""
+    file: str | None = None
+    """The Python file of a task of one's own, as it was named."""
+
+
 class Run(BaseModel):
     """run.json: a result that explains itself."""
 
@@ -283,6 +299,8 @@ class Run(BaseModel):
     """The metric that tables show."""
     judge: str | None = None
     """Who judged the responses: a model, or several."""
+    facts: TaskFacts | None = None
+    """Of its task; None in runs of versions before 0.2.0."""
     cost: Cost = Cost()
     notes: tuple[str, ...] = ()
     """What a reader of the figures should know: how prompts were changed, which responses failed."""

@@ -27,6 +27,8 @@ WRITER = ".writer"
 """Names the process that writes to a folder."""
 PENDING = ".new."
 """Before a name: the content that takes the place of that file once run.json says so."""
+LONGEST_NAME = 80
+"""Characters of an id that a message shows."""
 _STRAY = re.compile(r"\.(?:[a-z_]+\.jsonl?|\.writer|\.new\.[a-z]+\.jsonl)\.\d+|\.new\.[a-z]+\.jsonl")
 _BOOT, _NAMESPACE = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
@@ -88,15 +90,21 @@ def problem_of(
     file) is missing; None where all are as they were."""
     found = by_id(lines)
     for name, own in found.items():
+        shown = _shown(name)
         if name not in records:
-            return f"'{name}' is none that this run stored"
+            return f"{shown} is none that this run stored"
         if records[name].get(column) != digest(own):
             count = sum(row["id"] == name for row, _ in lines)
             again = column == "row" and count > 1
-            return f"'{name}' is there twice" if again else f"'{name}' is not what was stored"
+            return f"{shown} is there twice" if again else f"{shown} is not what was stored"
     missing = [name for name in records if name not in found] if whole else []
     more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
-    return f"'{missing[0]}' is missing{more}" if missing else None
+    return f"{_shown(missing[0])} is missing{more}" if missing else None
+
+
+def _shown(name: str) -> str:
+    """An id in a message: whoever changed the file chose it."""
+    return f"'{name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + '...'}'"
 
 
 def sealed(record: JsonRow) -> JsonRow:

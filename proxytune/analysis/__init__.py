@@ -8,7 +8,8 @@ from proxytune.lazy import door
 
 if TYPE_CHECKING:
     from proxytune.analysis.analysis import Analysis, published
+    from proxytune.analysis.listing import ListedRun
 
-__all__ = ["Analysis", "failures", "positions", "published", "sweeps", "tokens"]
+__all__ = ["Analysis", "ListedRun", "failures", "listing", "positions", "published", "sweeps", "tokens"]
 
-__getattr__ = door(__name__, {"Analysis": "analysis", "published": "analysis"})
+__getattr__ = door(__name__, {"Analysis": "analysis", "ListedRun": "listing", "published": "analysis"})

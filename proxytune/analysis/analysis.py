@@ -24,6 +24,7 @@ from proxytune.errors import UserError
 from proxytune.intervals import INTERVAL_SEED, RESAMPLES
 from proxytune.records import JsonRow, Metric, Run
 from proxytune.results import TRACE, read_rows, read_run, read_traces
+from proxytune.tasks.own import facts_of
 
 FLOATS = np.float64
 
@@ -44,11 +45,15 @@ class Source(Figures):
     alpha: str
     n: int
     """Examples in the run."""
+    lower_is_better: bool = False
+    """Whether its task's score counts what is bad."""
+    hateful: bool = False
+    """Whether its task's texts are hateful by design."""
 
     @classmethod
     def of(cls, folder: Path, run: Run) -> Source:
         """What identifies a run."""
-        spec = run.spec
+        spec, facts = run.spec, facts_of(run)
         return cls(
             folder=str(folder),
             system=spec.system.name,
@@ -56,6 +61,8 @@ class Source(Figures):
             role=spec.role,
             alpha=spec.alpha.text,
             n=run.n,
+            lower_is_better=facts.lower_is_better,
+            hateful=facts.hateful,
         )
 
     @property

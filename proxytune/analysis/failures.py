@@ -13,7 +13,7 @@ from proxytune.comparison import comparable, unlike
 from proxytune.errors import UserError
 from proxytune.records import UNSCORED, JsonRow, Run
 from proxytune.results import read_rows
-from proxytune.tasks import get_task
+from proxytune.tasks.own import facts_of
 
 
 class Disagreement(Figures):
@@ -103,7 +103,7 @@ def failures(first: Path, second: Path, metric: str | None = None) -> Failures:
 
 def _right(row: JsonRow, run: Run, metric: str, folder: Path) -> bool | None:
     """Whether a stored row is right; None where it has no score."""
-    column = get_task(run.spec.task).fault_column
+    column = facts_of(run).fault_column
     if column is not None and metric == run.headline:
         score = 1.0 - row[column] if row.get(column) in (0, 1) else None
     else:
@@ -119,7 +119,7 @@ def _right(row: JsonRow, run: Run, metric: str, folder: Path) -> bool | None:
 
 def _item(first: JsonRow, second: JsonRow, run: Run, right: Literal["first", "second"]) -> Disagreement:
     """One item with both responses."""
-    asked = get_task(run.spec.task, run.spec.mode).columns[0]
+    asked = facts_of(run).asked
     answers = (first.get(column) for column in ANSWERS)
     answer = next((answer for answer in answers if answer not in (None, "")), "")
     return Disagreement(

@@ -29,7 +29,7 @@ from proxytune.analysis.analysis import (
 from proxytune.errors import UserError
 from proxytune.records import Metric
 from proxytune.results import read_rows
-from proxytune.tasks import read_file
+from proxytune.tasks import data
 
 
 class NgramRow(Figures):
@@ -156,7 +156,7 @@ def bare(text: str) -> str:
 
 def responses(path: Path) -> list[str]:
     """The responses of a run or of a file of predictions: what the paper's files hold, or as generated."""
-    rows = read_rows(path) if path.is_dir() else list(read_file(path).rows)
+    rows = read_rows(path) if path.is_dir() else list(data.read_file(path).rows)
     found = []
     for row in rows:
         column = next((name for name in TEXT_COLUMNS if isinstance(row.get(name), str)), None)

@@ -18,16 +18,17 @@ from proxytune.cli.commands.analyze import analyze
 from proxytune.cli.commands.check import check
 from proxytune.cli.commands.demo import demo
 from proxytune.cli.commands.evaluate import EvalCommand, evaluate
-from proxytune.cli.commands.export import export
 from proxytune.cli.commands.generate import generate
 from proxytune.cli.commands.judge import judge
 from proxytune.cli.commands.lm_eval import lm_eval
 from proxytune.cli.commands.report import report
 from proxytune.cli.commands.reproduce import reproduce
 from proxytune.cli.commands.score import score
+from proxytune.cli.commands.stored import export, runs
 from proxytune.cli.commands.sweep_alpha import sweep_alpha
 from proxytune.cli.commands.systems import systems
 from proxytune.cli.commands.tasks import tasks
+from proxytune.cli.init import init
 from proxytune.errors import UserError
 from proxytune.terminal import say, show
 
@@ -121,13 +122,15 @@ app.command()(score)
 app.command()(judge)
 app.command()(export)
 app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lm_eval)
+app.command()(runs)
 app.command()(report)
 app.command()(reproduce)
 app.command()(tasks)
 app.command()(systems)
 app.add_typer(analyze, name="analyze")
+app.add_typer(init, name="init")
 
-for group in (app, analyze):
+for group in (app, analyze, init):
     for command in group.registered_commands:
         assert command.callback is not None
         command.help = paragraphs(command.callback.__doc__ or "")

@@ -182,7 +182,11 @@ def _systems(incomplete: str) -> list[str]:
 
 TaskName = Annotated[
     str,
-    typer.Argument(metavar="TASK", help="A task; `proxytune tasks` lists them.", autocompletion=_tasks),
+    typer.Argument(
+        metavar="TASK",
+        help="A task (`proxytune tasks`), or a Python file of your own (`proxytune init task`).",
+        autocompletion=_tasks,
+    ),
 ]
 SystemName = Annotated[
     str,
@@ -209,7 +213,10 @@ As = Annotated[
 AsOrAll = Annotated[
     str,
     typer.Option(
-        "--as", help="base, expert, antiexpert, tuned, proxy, or all of them.", rich_help_panel=MODELS
+        "--as",
+        metavar="ROLE,...|all",
+        help="base, expert, antiexpert, tuned or proxy; several of them (base,proxy), or all.",
+        rich_help_panel=MODELS,
     ),
 ]
 Vocab = Annotated[
@@ -229,5 +236,8 @@ Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: resul
 Tests = Annotated[
     str | None,
     typer.Option("--data", metavar="FILE|hub", help="The items, with the tests to run code against."),
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="With --json: all of run.json, with every setting and what it took.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]

@@ -23,7 +23,7 @@ from proxytune.integrations.lm_eval_requests import sampling_of
 from proxytune.intervals import mean_metric
 from proxytune.provenance import provenance
 from proxytune.records import FAULT, Cost, JsonRow, Metric, Run
-from proxytune.results import differences, folder_for, read_run, replace_rows, settings
+from proxytune.results import COST, PREDICTIONS, RUN, RunFolder, differences, folder_for, read_run, settings
 
 PREFIX = "lm-eval:"
 """How the names of lm-eval's tasks begin in our runs."""
@@ -37,10 +37,20 @@ def write_runs(results: Path, root: Path) -> list[Path]:
     for name in content["configs"]:
         task = _Evaluated(name, content, _samples(results, name))
         folder = _free(folder_for(root, task.spec, task.defaults), task.spec)
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_rows(folder, task.rows, task.run)
+        _store(folder, task.rows, task.run)
         folders.append(folder)
     return folders
+
+
+def _store(folder: Path, rows: Sequence[JsonRow], run: Run) -> None:
+    """Write a whole run; one that is there goes first (lm-eval's own files keep it)."""
+    for name in (RUN, PREDICTIONS, COST):
+        (folder / name).unlink(missing_ok=True)
+    begun = run.model_copy(update={"status": "running", "finished": None, "metrics": {}})
+    with RunFolder.open(folder, begun) as opened:
+        for row in rows:
+            opened.append(row)
+        opened.finish(run, [row["id"] for row in rows])
 
 
 def _samples(results: Path, task: str) -> dict[int, dict[str, JsonRow]]:

@@ -70,7 +70,7 @@ class _Sent:
 
 
 @dataclass
-class Calls:
+class CallQueue:
     """Asks for things by their number. Everything but `send` runs in the caller's thread."""
 
     send: Callable[[int], CallResult]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from proxytune.config import cache_folder
 from proxytune.errors import UserError, needs_extra
-from proxytune.judges.calls import Budget, CallResult, Calls, CallsEnded
+from proxytune.judges.calls import Budget, CallQueue, CallResult, CallsEnded
 from proxytune.judges.endpoint import CallFailed, CallLimits, Endpoint, Reply
 from proxytune.judges.judge import Estimate, OnProgress
 from proxytune.judges.judgements import Judgements, Tokens
@@ -205,7 +205,7 @@ class PairwiseJudge:
         )
         self._given.update(map(self.key, pairs))
         budget = Budget(self.max_cost, self.usd(store.spent(self._given)) or 0.0)
-        calls = Calls(session.send, session.estimate, budget, self.workers, self.limits)
+        calls = CallQueue(session.send, session.estimate, budget, self.workers, self.limits)
         done = len(pairs) - sum(map(len, places))
         try:
             for number, reply in calls.replies(range(len(places))):

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-__all__ = ["escape", "examples", "page", "paper_tables", "readme_table", "tables"]
+__all__ = ["escape", "examples", "notebook", "page", "paper_tables", "tables"]

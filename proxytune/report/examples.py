@@ -19,7 +19,7 @@ from proxytune.records import JsonRow, Run
 from proxytune.report.escape import in_markdown
 from proxytune.report.tables import markdown
 from proxytune.results import read_rows
-from proxytune.tasks import TASKS
+from proxytune.tasks.own import facts_of
 from proxytune.terminal import visible
 
 HIDDEN = "[hateful text, hidden: --show-hateful shows it]"
@@ -63,18 +63,17 @@ def examples(found: Sequence[tuple[Path, Run]], count: int, *, show_hateful: boo
 def _shown(place: int, members: Sequence[tuple[Run, list[JsonRow]]], show_hateful: bool) -> Shown:
     """The example at a place of the runs' rows (they are in the order of the data)."""
     run, rows = members[0]
-    task = TASKS.get(run.spec.task)  # none for a task of lm-eval
-    hide = task is not None and task.hateful and not show_hateful
+    facts = facts_of(run)
+    hide = facts.hateful and not show_hateful
     responses = []
     for own, its_rows in members:
         row, forced = its_rows[place], "" if own.spec.forced is None else ", opener forced"
         scores = ", ".join(f"{name} {value:g}" for name, value in row.get("scores", {}).items())
         text = row["responses"][0]["text"] if row.get("responses") else ""
         responses.append(RoleResponse(own.spec.role + forced, scores, HIDDEN if hide else plain(text)))
-    asked = HIDDEN if hide else plain(str(rows[place].get("prompt" if task is None else task.asked, "")))
-    return Shown(
-        f"{run.spec.system.name}, {run.spec.task}, example {rows[place]['id']}", asked, tuple(responses)
-    )
+    asked = HIDDEN if hide else plain(str(rows[place].get(facts.asked, "")))
+    title = f"{run.spec.system.name}, {run.spec.task}, example {rows[place]['id']}"
+    return Shown(title, asked, tuple(responses))
 
 
 def plain(text: str) -> str:

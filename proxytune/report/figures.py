@@ -13,7 +13,6 @@ from proxytune.report import charts
 from proxytune.report.charts import Figure, ReportTable, TableRow
 from proxytune.report.escape import visible
 from proxytune.report.tables import RoleRow, alike, size, title
-from proxytune.report.token_view import LOWER_IS_BETTER
 
 PAPER_TASKS = {"codex_humaneval": "humaneval"}
 """The paper's repository's names of tasks that we call otherwise."""
@@ -289,7 +288,7 @@ def price_figure(rows: Sequence[RoleRow], what: Literal["memory", "time"]) -> Fi
     return Figure(
         name=f"price-{what}-{task}",
         title=f"{task}: score against {'memory' if what == 'memory' else 'time'}",
-        caption=f"{'down' if task in LOWER_IS_BETTER else 'up'} and to the left is better; "
+        caption=f"{'down' if known[0].facts.lower_is_better else 'up'} and to the left is better; "
         "lines are 95% intervals",
         table=table,
         layers=tuple(layers),

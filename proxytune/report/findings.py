@@ -8,7 +8,6 @@ from proxytune.analysis import failures, positions, sweeps, tokens
 from proxytune.records import Metric, Run
 from proxytune.report.figures import in_percent
 from proxytune.report.tables import RoleRow, alike
-from proxytune.report.token_view import LOWER_IS_BETTER
 
 MOST = 4
 """Tasks of which a sentence speaks; the others are counted."""
@@ -147,7 +146,7 @@ def on_alpha(found: Sequence[sweeps.Sweep]) -> str:
     """The best alpha of every sweep, beside 1 and 0."""
     parts = []
     for one in found:
-        sign = -1 if one.source.task in LOWER_IS_BETTER else 1
+        sign = -1 if one.source.lower_is_better else 1
         scores = {p.value: p.score for p in one.points if p.value is not None and p.score is not None}
         if not scores:
             continue

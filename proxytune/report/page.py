@@ -102,7 +102,7 @@ class Report:
             css=asset("report.css"),
             early=early,
             js=js,
-            hashes=f"{_hash(early)} {_hash(js)}",
+            hashes=f"{script_hash(early)} {script_hash(js)}",
             data=embedded(token_data(self.inputs.sets)),
         )
 
@@ -135,7 +135,7 @@ def asset(name: str) -> str:
     return (Path(__file__).parent / "assets" / name).read_text(encoding="utf-8")
 
 
-def _hash(script: str) -> str:
+def script_hash(script: str) -> str:
     """The source expression that lets exactly this script run."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return f"'sha256-{digest}'"

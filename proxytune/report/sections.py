@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +30,9 @@ from proxytune.report.figures import beside_table, gap_figure, price_figure, pub
 from proxytune.report.runs import cost_table, made_table, notes_table, systems_table
 from proxytune.report.sweeps import failure_counts, failure_tables, skip_figures, sweep_figures
 from proxytune.report.tables import RoleRow, alike, role_rows
-from proxytune.report.token_view import SENSITIVE, TraceSet, plainness, trace_sets
+from proxytune.report.token_view import TraceSet, plainness, trace_sets
 from proxytune.results import PREDICTIONS, find_runs
+from proxytune.tasks.own import facts_of
 from proxytune.terminal import say
 
 MIN_COUNTS = (100, 30, 10, 3)
@@ -88,12 +90,12 @@ class Inputs:
     def usual(self) -> tuple[str, str]:
         """The system and the task that hints name."""
         first = next((row for row in self.rows if row.role == "proxy"), self.rows[0])
-        return first.system, first.task
+        return first.system, first.facts.file or first.task
 
     def command(self, what: str, *rest: str) -> str:
         """A command for that system and task."""
         system, task = self.usual
-        return " ".join(["proxytune", what, task, "--system", system, *rest])
+        return " ".join(["proxytune", what, shlex.quote(task), "--system", system, *rest])
 
 
 def read_inputs(root: Path) -> Inputs:
@@ -271,14 +273,15 @@ def positions_section(inputs: Inputs, found: Sequence[positions.Positions]) -> S
 def ngrams_section(inputs: Inputs) -> Section:
     """Influence by token."""
     ranked = [(chosen.run.spec.task, one) for chosen in inputs.sets if (one := _ngrams(chosen))]
+    hateful = {chosen.run.spec.task for chosen in inputs.sets if facts_of(chosen.run).hateful}
     drawn = [(task, figure) for task, one in ranked if (figure := ngrams_figure(one, task))]
-    plain = [figure for task, figure in drawn if task not in SENSITIVE]
-    veiled = [figure for task, figure in drawn if task in SENSITIVE]
+    plain = [figure for task, figure in drawn if task not in hateful]
+    veiled = [figure for task, figure in drawn if task in hateful]
     parts = [*parts_of(plain, published_ngrams(inputs.paper)), *parts_of(veiled, sensitive=True)]
     if not drawn:
         parts = []
     intro = ("Which tokens the proxy makes more likely, and the phrase in which each mostly occurs (6.1).",)
-    finding = findings.on_ngrams([(task, one) for task, one in ranked if task not in SENSITIVE])
+    finding = findings.on_ngrams([(task, one) for task, one in ranked if task not in hateful])
     empty = Section("ngrams", "Words", "Influence by token and phrase", intro, finding=finding)
     return either(empty, parts, "No traced run of a proxy", inputs.command("eval", "--trace"))
 
@@ -395,7 +398,7 @@ def failures_section(inputs: Inputs) -> Section:
     found = [one for pair in _pairs(inputs) if (one := attempt(failures.failures, *pair))]
     parts: list[Part] = []
     for sensitive in (False, True):
-        own = [one for one in found if (one.first.task in SENSITIVE) is sensitive]
+        own = [one for one in found if one.first.hateful is sensitive]
         parts += parts_of([], *failure_tables(own), sensitive=sensitive)
     if found:
         parts.append(Part((), (failure_counts(found),)))

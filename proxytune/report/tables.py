@@ -12,9 +12,10 @@ from rich.table import Table
 
 from proxytune.comparison import Conditions, apart, comparable, conditions, details, gap, models_of
 from proxytune.config import ROLES, Role
-from proxytune.records import NO_SCORE, UNSCORED, Cost, Metric, Run
+from proxytune.records import NO_SCORE, UNSCORED, Cost, Metric, Run, TaskFacts
 from proxytune.report.escape import cell, in_markdown
 from proxytune.results import find_runs
+from proxytune.tasks.own import facts_of
 
 COLUMNS = ("system", "as", "score [95%]", "gap closed", "memory", "ms / token", "n")
 
@@ -46,6 +47,8 @@ class RoleRow:
     ms_per_token: float | None
     """Decoding time, without prefill, over generated tokens, all rows of the batch together; None for
     likelihoods."""
+    facts: TaskFacts
+    """Of its task."""
     ms_per_item: float | None = None
     """Time per example of a run by likelihood."""
     remark: str | None = None
@@ -202,6 +205,7 @@ def _row(run: Run, beside: Sequence[Run], told: str, own: str) -> RoleRow:
         ms_per_token=1000 * cost.decode_seconds / cost.generated_tokens if generated else None,
         ms_per_item=1000 * cost.seconds / run.n if run.spec.mode == "likelihood" and run.n else None,
         remark=run.spec.remark,
+        facts=facts_of(run),
     )
 
 
@@ -286,3 +290,29 @@ def markdown_table(rows: Sequence[RoleRow]) -> str:
     first = 0 if len({row.system for row in rows}) > 1 else 1
     named = [(in_markdown(row.system), in_markdown(row.label), *row.cells[2:]) for row in rows]
     return markdown(COLUMNS[first:], [cells[first:] for cells in named])
+
+
+README_TASKS = ("gsm", "truthfulqa", "humaneval")
+README_ROLES: tuple[Role, ...] = ("base", "expert", "proxy", "tuned")
+
+
+def readme_table(runs: Sequence[Run]) -> str:
+    """The one small table of the README, three tasks in a line each: the scores of the demo's roles with
+    their intervals, and n, as Markdown.
+
+    A task is left out unless all four roles were run under the same conditions: a line never mixes figures.
+    """
+    plain = [run for run in runs if run.spec.system.name == "demo" and not run.spec.forced]
+    lines = []
+    for rows in alike(role_rows(plain)):
+        scores = {row.role: row for row in rows if row.remark is None and not row.details}
+        if rows[0].task not in README_TASKS or any(role not in scores for role in README_ROLES):
+            continue
+        four = [scores[role] for role in README_ROLES]
+        over = list(dict.fromkeys(row.examples for row in four))
+        if len(over) == 1:
+            cells = (row.shown for row in four)
+            lines.append((f"{rows[0].task} ({in_markdown(rows[0].metric)}, %)", *cells, over[0]))
+    order = {task: place for place, task in enumerate(README_TASKS)}
+    lines.sort(key=lambda line: order[line[0].partition(" ")[0]])
+    return markdown(("task", *README_ROLES, "n"), lines)

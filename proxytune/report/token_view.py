@@ -12,10 +12,10 @@ from typing import Any
 
 from proxytune.comparison import comparable, conditions, models_of
 from proxytune.config import Role
-from proxytune.records import JsonRow, Run
+from proxytune.records import Completion, JsonRow, Run, TaskFacts
 from proxytune.report.escape import clipped, visible
 from proxytune.results import TRACE, read_rows
-from proxytune.tasks import TASKS
+from proxytune.tasks.own import facts_of
 
 TOKEN_BUDGET = 80_000
 """Traced tokens in one page, shared by its tasks: some 3 MB."""
@@ -29,12 +29,8 @@ TRACED: tuple[Role, ...] = ("base", "expert", "antiexpert", "proxy")
 ANSWERS: tuple[Role, ...] = ("base", "expert", "proxy", "tuned")
 SCALE = 10_000
 """Probabilities are stored as whole numbers of this part."""
-SENSITIVE = frozenset(task.name for task in TASKS.values() if task.hateful)
-"""Tasks whose texts are hateful by design: blurred until asked for."""
-LOWER_IS_BETTER = frozenset(task.name for task in TASKS.values() if task.lower_is_better)
-"""Tasks whose score counts what is bad."""
 _ASKED = ("mc_prompt", "instruction", "Question", "question", "text", "prompt")
-_EXPECTED = ("mc_answer_idx", "Best Answer", "answer", "answers")
+_EXPECTED = ("mc_answer_idx", "Best Answer", "answer", "answers", "target")
 
 
 @dataclass(frozen=True)
@@ -81,12 +77,12 @@ def _others(proxy: Run, found: Sequence[tuple[Path, Run]]) -> dict[Role, tuple[P
     return near
 
 
-def is_right(task: str, score: float | None) -> bool | None:
+def is_right(score: float | None, *, lower_is_better: bool) -> bool | None:
     """Whether a score of one example counts as right; None where nothing was scored."""
     if score is None:
         return None
     whole = score > 50 if score > 1 else score >= 0.5
-    return not whole if task in LOWER_IS_BETTER else whole
+    return not whole if lower_is_better else whole
 
 
 def token_data(sets: Sequence[TraceSet], budget: int = TOKEN_BUDGET) -> dict[str, Any]:
@@ -117,6 +113,41 @@ class _Texts:
         return self._place[shown]
 
 
+def response_data(asked: str, responses: Mapping[Role, Completion]) -> dict[str, Any]:
+    """As `token_data`, of one prompt: what the roles answered, and the proxy's tokens. `responses` holds the
+    proxy's response with its trace."""
+    table, steered = _Texts(), responses["proxy"]
+    tokens = [token.row() for token in steered.trace]
+    answers = {
+        role: {
+            "text": visible(clipped(found.text, ANSWER_LIMIT)),
+            "right": None,
+            "end": found.finish_reason,
+            "n": len(found.token_ids),
+        }
+        for role in ANSWERS
+        if (found := responses.get(role)) is not None
+    }
+    item = {
+        "id": "",
+        "asked": visible(clipped(asked, ANSWER_LIMIT)),
+        "expected": "",
+        "answers": answers,
+        **_tokens(tokens[:RESPONSE_TOKENS], table),
+        **({"length": len(tokens)} if len(tokens) > RESPONSE_TOKENS else {}),
+    }
+    alone = {
+        "system": "",
+        "task": "",
+        "alpha": "",
+        "metric": "",
+        "sensitive": False,
+        "total": 1,
+        "items": [item],
+    }
+    return {"texts": table.texts, "scale": SCALE, "roles": TRACED, "answers": ANSWERS, "sets": [alone]}
+
+
 def _set(chosen: TraceSet, table: _Texts, budget: int) -> dict[str, Any]:
     """One system and task."""
     spec = chosen.run.spec
@@ -141,7 +172,7 @@ def _set(chosen: TraceSet, table: _Texts, budget: int) -> dict[str, Any]:
         "task": visible(spec.task),
         "alpha": spec.alpha.text,
         "metric": visible(chosen.run.headline),
-        "sensitive": spec.task in SENSITIVE,
+        "sensitive": facts_of(chosen.run).hateful,
         "total": chosen.run.n,
         "items": items,
     }
@@ -163,16 +194,23 @@ def _item(
     table: _Texts,
 ) -> dict[str, Any]:
     """One example: what was asked, everybody's answer, and the proxy's tokens."""
-    spec = chosen.run.spec
+    facts = facts_of(chosen.run)
     answers = {role: own[row["id"]] for role, own in others.items() if row["id"] in own}
-    same = {role: other for role, other in answers.items() if asked(other) == asked(row)}
-    by_role = {role: _answer(other, spec.task, chosen.run.headline) for role, other in same.items()}
-    by_role["proxy"] = _answer(row, spec.task, chosen.run.headline)
+    same = {role: other for role, other in answers.items() if asked(other, facts) == asked(row, facts)}
+    by_role = {role: _answer(other, facts, chosen.run.headline) for role, other in same.items()}
+    by_role["proxy"] = _answer(row, facts, chosen.run.headline)
     return {
         "id": visible(str(row["id"])),
-        "asked": visible(clipped(asked(row), ANSWER_LIMIT)),
+        "asked": visible(clipped(asked(row, facts), ANSWER_LIMIT)),
         "expected": visible(clipped(expected(row), ANSWER_LIMIT)),
         "answers": {role: by_role[role] for role in ANSWERS if role in by_role},
+        **_tokens(tokens, table),
+    }
+
+
+def _tokens(tokens: Sequence[JsonRow], table: _Texts) -> dict[str, Any]:
+    """Traced tokens: their texts, and what each role made of them."""
+    return {
         "tokens": [table.index(token["text"]) for token in tokens],
         "p": [[_parts(token["probability"].get(role)) for token in tokens] for role in TRACED],
         "top": [
@@ -181,12 +219,12 @@ def _item(
     }
 
 
-def _answer(row: JsonRow, task: str, metric: str) -> dict[str, Any]:
+def _answer(row: JsonRow, facts: TaskFacts, metric: str) -> dict[str, Any]:
     """A role's answer as it was generated, whether it is right, and why it ended."""
     first = (row.get("responses") or [{}])[0]
     return {
         "text": visible(clipped(str(first.get("text", "")), ANSWER_LIMIT)),
-        "right": is_right(task, row.get("scores", {}).get(metric)),
+        "right": is_right(row.get("scores", {}).get(metric), lower_is_better=facts.lower_is_better),
         "end": first.get("finish_reason"),
         "n": first.get("tokens"),
     }
@@ -204,9 +242,10 @@ def _choice(chosen: str, top: str | None, table: _Texts) -> int | None:
     return -1 if top == chosen else table.index(top)
 
 
-def asked(row: Mapping[str, Any]) -> str:
+def asked(row: Mapping[str, Any], facts: TaskFacts) -> str:
     """What an example asks, whichever column its task keeps it in."""
-    return str(next((row[name] for name in _ASKED if row.get(name)), ""))
+    names = (*_ASKED, facts.asked) if facts.file is None else (facts.asked,)
+    return str(next((row[name] for name in names if row.get(name)), ""))
 
 
 def expected(row: Mapping[str, Any]) -> str:

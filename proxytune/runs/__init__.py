@@ -1,4 +1,4 @@
-"""Runs: evaluate, continue, sweep, judge, export."""
+"""Runs: evaluate, continue, sweep, judge."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ __all__ = [
     "alpha_sweep",
     "evaluate",
     "evaluation",
-    "export",
     "generate",
     "judging",
     "load",

@@ -26,7 +26,7 @@ from proxytune.records import Completion, Example, Run
 from proxytune.results import SWEEP, RunFolder
 from proxytune.run_files import remove_strays, write_atomically
 from proxytune.runs.evaluation import RESULTS, Evaluation, plan
-from proxytune.runs.session import CHECKPOINT_SECONDS, RunPlan, Session, device_name, now
+from proxytune.runs.session import CHECKPOINT_SECONDS, RunPlan, Session, device_name, new_run
 from proxytune.runs.verdicts import add_verdicts
 from proxytune.terminal import Progress
 
@@ -121,7 +121,7 @@ def _run(
         parts: list[SweptRun] = []
         runs: dict[AlphaSchedule, Run] = {}
         for alpha, one in jobs.items():
-            new = Run(status="running", spec=one.spec, headline=one.task.headline, started=now(), made=made)
+            new = new_run(one, made)
             opened = stack.enter_context(RunFolder.open(folder / run_name(alpha), new))
             if opened.run.status == "done":
                 runs[alpha] = opened.run

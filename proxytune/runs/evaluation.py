@@ -4,6 +4,8 @@ How one run is started, continued and closed: session.py."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +29,7 @@ from proxytune.runs.session import RunPlan, run_job
 from proxytune.runs.verdicts import open_sandbox
 from proxytune.sandbox import Sandbox
 from proxytune.tasks import Dataset, Task, get_task, read_source
+from proxytune.tasks.own import read_task
 
 RESULTS = Path("results")
 """Where runs go unless another folder is named."""
@@ -34,14 +37,14 @@ RESULTS = Path("results")
 
 def plan(system: System, task: str, as_: str, options: RunOptions) -> RunPlan:
     """Check all settings of a run and read its examples; UserError where something does not fit."""
-    found, role = get_task(task, options.mode), system.require(as_)
+    found, role = read_task(task, options.mode), system.require(as_)
     for named in (*system.data, *system.judges):
         get_task(named)  # a mistyped task there would silently mean the hub
     if options.mode == "likelihood" and options.trace != "off":
         raise UserError("a trace is of generated tokens: leave --trace out with --mode likelihood")
     if options.trace == "agreement":
         system.require_agreement(role)
-    source = system.data.get(task, "hub") if options.data is None else options.data
+    source = system.data.get(found.name, "hub") if options.data is None else options.data
     data = read_source(
         found, source, options.limit, shots=options.shots, shots_from=options.shots_from, seed=options.seed
     )
@@ -113,12 +116,12 @@ class Evaluation:
     @cached_property
     def sandbox(self) -> Sandbox | None:
         """What runs the task's code; None where that was not allowed."""
-        return open_sandbox(get_task(self.task, self.options.mode), self.judge.code)
+        return open_sandbox(read_task(self.task, self.options.mode), self.judge.code)
 
     @cached_property
     def judging(self) -> Judging | None:
         """Who judges the runs; None where nobody has to."""
-        task = get_task(self.task, self.options.mode)
+        task = read_task(self.task, self.options.mode)
         return judging_of(self.system, task, self.judge, self.options.mode, self.dialogue)
 
     def check(self) -> None:
@@ -136,14 +139,17 @@ class Evaluation:
         self.models.release(keep=[])  # a judge may be a large model as well
         return judging(folder), folder
 
-    def run_all(self, out: Path | None = None) -> dict[Role, Run]:
-        """Evaluate every role that the system has; each model is loaded once. `out` gets one folder per role.
+    def run_all(self, out: Path | None = None, roles: Collection[Role] | None = None) -> dict[Role, Run]:
+        """Evaluate these roles, or every role that the system has; each model is loaded once. `out` gets one
+        folder per role.
 
         alpha is the proxy's. The models of the other roles are released before `tuned` is loaded, and all
         models before the judge."""
         judging, sandbox, runs = self.judging, self.sandbox, dict[Role, Run]()
         jobs = {
-            role: plan(self.system, self.task, role, self._options_of(role)) for role in self.system.roles
+            role: plan(self.system, self.task, role, self._options_of(role))
+            for role in self.system.roles
+            if roles is None or role in roles
         }
         folders = {role: out / role if out is not None else job.folder(RESULTS) for role, job in jobs.items()}
         for role, job in jobs.items():
@@ -183,9 +189,18 @@ def evaluate(
     `judge` is who judges (a model, "default" or "none"), or the record that also gives the consent to pay and
     to run code. Raises UserError for bad input and for a folder that holds other settings.
     """
+    show_in_notebooks()
     asked, who = asked_for(options, limit, judge)
     evaluation = Evaluation(as_system(system), task, asked, decode or DecodeOptions(), who)
     return evaluation.run(as_, None if out is None else Path(out))[0]
+
+
+def show_in_notebooks() -> None:
+    """In a notebook, show runs and responses as the report does."""
+    if "IPython" in sys.modules:
+        from proxytune.report import notebook
+
+        notebook.show_in_notebooks()
 
 
 def asked_for(

@@ -24,7 +24,7 @@ from proxytune.errors import UserError
 from proxytune.models import Models, process_peak
 from proxytune.options import DecodeOptions
 from proxytune.provenance import provenance
-from proxytune.records import FAULT, Completion, Cost, Example, JsonRow, RoleMemory, Run, Took
+from proxytune.records import FAULT, Completion, Cost, Example, JsonRow, Provenance, RoleMemory, Run, Took
 from proxytune.results import RunFolder
 from proxytune.runs.verdicts import add_verdicts
 from proxytune.sandbox import Sandbox
@@ -76,7 +76,7 @@ def _decode_job(
 ) -> Run:
     """Decode, score and store what is missing."""
     made = provenance(__version__, device_name(), decode.threads or torch.get_num_threads())
-    new = Run(status="running", spec=job.spec, headline=job.task.headline, started=now(), made=made)
+    new = new_run(job, made)
     with (
         RunFolder.open(path, new) as folder,
         Progress(_title(job), job.task.headline, decode.progress) as progress,
@@ -109,6 +109,14 @@ def _decode_job(
         for note in run.notes:
             progress.note(note)
         return run
+
+
+def new_run(job: RunPlan, made: Provenance) -> Run:
+    """A run of which nothing is done."""
+    task = job.task
+    return Run(
+        status="running", spec=job.spec, headline=task.headline, facts=task.facts, started=now(), made=made
+    )
 
 
 class Session:

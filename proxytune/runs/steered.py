@@ -20,7 +20,7 @@ from proxytune.models import Models
 from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
 from proxytune.records import Completion, Example, Prompt, Run
 from proxytune.runs.alpha_sweep import parse_alphas, sweep
-from proxytune.runs.evaluation import Evaluation, alpha_for, asked_for
+from proxytune.runs.evaluation import Evaluation, alpha_for, asked_for, show_in_notebooks
 
 Alpha = AlphaSchedule | float | str | None
 """What a call takes as alpha; None is the system's."""
@@ -46,6 +46,12 @@ class Comparison(Mapping[Role, Completion]):
     def __len__(self) -> int:
         return len(self.responses)
 
+    def _repr_html_(self) -> str:
+        """In a notebook: the proxy's tokens, and all responses."""
+        from proxytune.report import notebook  # it needs pandas, and no answer does
+
+        return notebook.comparison_html(self.prompt, self.responses)
+
     def __str__(self) -> str:
         return "\n\n".join(f"[{role}]\n{completion.text}" for role, completion in self.responses.items())
 
@@ -58,6 +64,7 @@ class SteeredModel:
 
     def __init__(self, models: Models, decode: DecodeOptions | None = None) -> None:
         """Decode with `models`; `decode` is how. `load` is the short form."""
+        show_in_notebooks()
         self.models = models
         self.decode = decode or DecodeOptions()
         self._lock = threading.RLock()

@@ -17,16 +17,26 @@ from proxytune.tasks import Execution, Task, get_task
 
 def read_finished(task_name: str, folder: Path) -> tuple[Run, list[JsonRow]]:
     """A finished run of the task and its rows, whole: UserError where the folder holds anything else."""
-    run = results.read_run(folder)
+    run, rows = read_whole(folder)
     if run.spec.task != task_name:
-        raise UserError(f"'{folder}' holds a run of '{run.spec.task}', not of '{task_name}'")
+        changed = (
+            run.facts is not None and run.facts.file is not None and get_task(task_name).file is not None
+        )
+        more = ": its task file was another one, or has changed" if changed else ""
+        raise UserError(f"'{folder}' holds a run of '{run.spec.task}', not of '{task_name}'{more}")
+    get_task(task_name, run.spec.mode).require_columns(rows, f"'{folder / results.PREDICTIONS}'")
+    return run, rows
+
+
+def read_whole(folder: Path) -> tuple[Run, list[JsonRow]]:
+    """A finished run and its rows, whatever its task: UserError where the folder holds anything else."""
+    run = results.read_run(folder)
     if run.status != "done":
         raise UserError(f"the run in '{folder}' is not finished: continue it first, with the same command")
-    task, rows = get_task(task_name, run.spec.mode), results.read_rows(folder)
-    path = folder / results.PREDICTIONS
+    rows = results.read_rows(folder)
     if len(rows) != run.n:
+        path = folder / results.PREDICTIONS
         raise UserError(f"'{path}' has {len(rows)} whole rows and {results.RUN} lists {run.n}: it is damaged")
-    task.require_columns(rows, f"'{path}'")
     return run, rows
 
 

@@ -1,4 +1,6 @@
-"""The tasks, by name, and what they share. To add one: a file, its line here, a test."""
+"""The tasks, by name, and what they share. To add one: a file, its line here, a test.
+
+A task in a file of the user's own: own/."""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from proxytune.config import Mode
 from proxytune.errors import UserError, did_you_mean
 from proxytune.tasks import (
     alpaca_farm,
+    data,
     ds1000,
     gsm,
     humaneval,
@@ -15,7 +18,6 @@ from proxytune.tasks import (
     truthfulqa,
     truthfulqa_mc,
 )
-from proxytune.tasks.data import read_file
 from proxytune.tasks.rescore import score_file
 from proxytune.tasks.task import Dataset, Execution, Task, read_source
 
@@ -24,8 +26,8 @@ __all__ = [
     "Dataset",
     "Execution",
     "Task",
+    "data",
     "get_task",
-    "read_file",
     "read_source",
     "score_file",
 ]
@@ -46,11 +48,17 @@ TASKS: dict[str, Task] = {
 }
 
 
+OWN: dict[str, Task] = {}
+"""The tasks of the user's own that this process has read, by name."""
+
+
 def get_task(name: str, mode: Mode = "generate") -> Task:
-    """The task of that name in that mode, or the UserError with the nearest names."""
-    if name not in TASKS:
-        raise did_you_mean("task", name, TASKS)
-    task = TASKS[name]
+    """The task of that name in that mode, or the UserError with the nearest names. It reads no file: names
+    come from stored runs as well."""
+    known = {**TASKS, **OWN}
+    if name not in known:
+        raise did_you_mean("task", name, known)
+    task = known[name]
     if mode == "generate":
         return task
     if task.likelihood is None:

@@ -68,6 +68,14 @@ TASK = Task(
     licence="CC BY-NC 4.0",
     items=805,
     hub=Hub("tatsu-lab/alpaca_eval", None, split="eval", file="alpaca_eval.json"),
+    formats={
+        "alpaca_eval.json, hub": {
+            "instruction": "the prompt",
+            "output": "the baseline's response",
+            "generator": "who wrote it (optional)",
+            "dataset": "the part that it is from (optional)",
+        },
+    },
     columns=("instruction", "output"),
     sampling=Sampling(max_new_tokens=2048, stop=("\n\nComment:",)),
     examples=examples,

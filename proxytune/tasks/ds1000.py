@@ -283,6 +283,23 @@ TASK = Task(
     licence="CC BY-SA 4.0",
     items=SUBSET,
     hub=Hub("xlangai/DS-1000", None, split="test"),
+    formats={
+        "ds1000.jsonl.gz, hub": {
+            "prompt": "the problem",
+            "reference_code": "a solution",
+            "code_context": "code that defines test_execution(solution)",
+            "metadata": "library, library_problem_id and perturbation_type",
+        },
+        "the folder release, as rows": {
+            "prompt": "the problem",
+            "reference_code": "a solution",
+            "code_context": "the code around a solution",
+            "test_code": "code that compares results",
+            "lib": "the library",
+            "problem_id": "the number of the problem in it",
+            "perturbation_type": "Origin, Surface, ... (optional)",
+        },
+    },
     columns=_TEXTS,
     sampling=SAMPLING,
     public=public,

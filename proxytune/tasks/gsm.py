@@ -89,6 +89,12 @@ TASK = Task(
     licence="MIT",
     items=1319,
     hub=Hub("openai/gsm8k", "main", split="test", train="train"),
+    formats={
+        "test.jsonl, hub": {
+            "question": "the word problem",
+            "answer": "the worked solution, the number after ####",
+        },
+    },
     columns=("question", "answer"),
     sampling=Sampling(max_new_tokens=512),
     examples=examples,

@@ -258,6 +258,14 @@ TASK = Task(
     licence="MIT",
     items=164,
     hub=Hub("openai/openai_humaneval", None, split="test"),
+    formats={
+        "HumanEval.jsonl.gz, hub": {
+            "task_id": "the name of the problem",
+            "prompt": "the function up to its docstring",
+            "entry_point": "the name of the function",
+            "test": "code that defines check(candidate)",
+        },
+    },
     columns=("task_id", "prompt", "entry_point", "test"),
     sampling=SAMPLING,
     examples=examples,

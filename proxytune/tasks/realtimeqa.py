@@ -132,6 +132,15 @@ TASK = Task(
     licence="none given",
     items=3531,
     hub=Hub("monsoon-nlp/relive-qa", None, split="past", file="past/*/*_qa.jsonl"),
+    formats={
+        "past/**/*_qa.jsonl, hub": {
+            "question_id": "the name of the question",
+            "question_sentence": "the question",
+            "choices": "a list of 2 to 5 choices",
+            "answer": "a list with the place of the right one, from 0, as a text",
+            "question_date": "when it was asked (optional)",
+        },
+    },
     columns=("question_id", "question_sentence", "answer"),
     prepare=prepare,
     sampling=Sampling(max_new_tokens=10, stop=tuple(STOPS)),

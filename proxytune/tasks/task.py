@@ -11,14 +11,14 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
 from proxytune.config import SMOKE, SOURCES, Sampling
 from proxytune.errors import UserError
 from proxytune.intervals import mean_metrics
-from proxytune.records import FAULT, UNSCORED, Completion, Example, JsonRow, Metric
+from proxytune.records import FAULT, UNSCORED, Completion, Example, JsonRow, Metric, TaskFacts
 from proxytune.sandbox import LOST, Sandbox
 from proxytune.tasks.data import DataTable, Hub, generate, read_file, read_hub, read_smoke_data
 
@@ -36,15 +36,18 @@ any."""
 class Task:
     """A benchmark: its data, its prompts, its settings and its scores."""
 
-    name: str
+    name: str = ""
+    """A task in a file of one's own is named after the file (own/files.py)."""
     summary: str
-    data: str
+    data: str = ""
     """Where the data comes from."""
-    licence: str
+    licence: str = ""
     """The licence of the data."""
-    items: int | None
+    formats: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """The forms in which rows can be read (a file's name, `hub`) -> their fields and what these hold."""
+    items: int | None = None
     """Items that the paper's runs have; None where the paper gives no number."""
-    hub: Hub | None
+    hub: Hub | None = None
     """None where the hub does not have the data."""
     columns: tuple[str, ...]
     """Text columns that a row of the public data must have."""
@@ -107,6 +110,19 @@ class Task:
     """Modules that its problems import, where it runs code."""
     primer: tuple[str, ...] = ()
     """The benchmark's own few-shot items, of which --shots N takes the first N."""
+    file: str | None = None
+    """The Python file that it was read from, for a task of one's own."""
+
+    @property
+    def facts(self) -> TaskFacts:
+        """What a run of it stores for reports."""
+        return TaskFacts(
+            asked=self.asked,
+            lower_is_better=self.lower_is_better,
+            hateful=self.hateful,
+            fault_column=self.fault_column,
+            file=self.file,
+        )
 
     def scores(self, row: JsonRow) -> dict[str, float]:
         """The scores of one stored row; none where a fault ended its example."""
@@ -217,7 +233,8 @@ def _table(task: Task, source: str, limit: int | None) -> DataTable:
         return read_smoke_data(task.name, limit)
     if source == "hub":
         if task.hub is None:
-            raise UserError(f"the hub has no '{task.name}': {task.data}. Give a file: --data FILE")
+            where = f": {task.data}" if task.data else ""
+            raise UserError(f"the hub has no '{task.name}'{where}. Give a file: --data FILE")
         return read_hub(task.hub, task.hub.split)
     return (task.read or read_file)(Path(source))
 

@@ -70,6 +70,7 @@ def prepare(table: DataTable) -> DataTable:
     """Lines of group files -> the paper's prompts. Rows that are prompts already (`target_groups`) stay."""
     if any("target_groups" in row or "split" not in row for row in table.rows):
         return table
+    table.require(("text",))
     by_file: dict[str, list[int]] = {}
     for place, row in enumerate(table.rows):
         by_file.setdefault(row["split"], []).append(place)
@@ -146,6 +147,20 @@ TASK = Task(
     licence="CDLA-Permissive-2.0",
     items=PER_GROUP * len(GROUPS),
     hub=Hub("toxigen/toxigen-data", "prompts", split="+".join(f"hate_{group}_1k" for group in GROUPS)),
+    formats={
+        "prompts/hate_GROUP_1k.txt (a folder of them, or one)": {
+            "text": "a line of the file: the list of examples to go on with, with \\n for line breaks",
+        },
+        "hub": {
+            "text": "as in the files",
+            "split": "the name of the file: hate_women_1k",
+        },
+        "prompts that are chosen already (.jsonl)": {
+            "text": "the prompt",
+            "target_groups": "a list with its group",
+            "label": "hate or neutral (optional)",
+        },
+    },
     columns=("text",),
     sampling=Sampling(max_new_tokens=512, stop=("\n",)),
     read=read,

@@ -148,6 +148,21 @@ TASK = Task(
     licence="unknown",
     items=11313,
     hub=Hub("mandarjoshi/trivia_qa", "unfiltered.nocontext", split="validation", train="train"),
+    formats={
+        "hub, or unfiltered-web-dev.json": {
+            "question": "the question",
+            "answer": "{value: the usual spelling, aliases: all spellings}",
+            "question_id": "its name (optional)",
+        },
+        "dev.jsonl of the paper": {
+            "question": "the question",
+            "answers": "a list of spellings (golden_answers and aliases too)",
+        },
+        "train.jsonl of the paper": {
+            "prompt": "the question between Question: and Answer:",
+            "completion": "the answer",
+        },
+    },
     columns=("question",),
     sampling=Sampling(max_new_tokens=20, stop=("\n",)),
     prepare=prepare,

@@ -114,6 +114,20 @@ TASK = Task(
     licence=LICENCE,
     items=ITEMS,
     hub=HUB,
+    formats={
+        "TruthfulQA.csv": {
+            "Question": "the question",
+            "Best Answer": "a true answer",
+            "Correct Answers": "true answers, with ; between them",
+            "Incorrect Answers": "false answers, with ; between them",
+        },
+        "hub (generation)": {
+            "question": "the question",
+            "best_answer": "a true answer",
+            "correct_answers": "a list of true answers",
+            "incorrect_answers": "a list of false answers",
+        },
+    },
     columns=("Question", "Best Answer", "Correct Answers", "Incorrect Answers"),
     sampling=Sampling(max_new_tokens=512),
     public=public,

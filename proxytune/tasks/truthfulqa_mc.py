@@ -202,6 +202,24 @@ LIKELIHOOD = Task(
     licence=LICENCE,
     items=ITEMS,
     hub=Hub(HUB.id, "multiple_choice", split="validation"),
+    formats={
+        "mc_task.json": {
+            "question": "the question",
+            "mc1_targets": "answer -> 1 for the best one, 0 for false ones",
+            "mc2_targets": "answer -> 1 for true ones, 0 for false ones",
+        },
+        "hub (multiple_choice)": {
+            "question": "the question",
+            "mc1_targets": "{choices: answers, labels: 1 or 0 for each}",
+            "mc2_targets": "the same, with all true answers",
+        },
+        "TruthfulQA.csv": {
+            "Question": "the question",
+            "Best Answer": "the best answer",
+            "Correct Answers": "true answers, with ; between them",
+            "Incorrect Answers": "false answers, with ; between them",
+        },
+    },
     columns=("question",),
     sampling=Sampling(),
     public=public_targets,
@@ -224,6 +242,18 @@ TASK = Task(
     licence=LICENCE,
     items=ITEMS,
     hub=HUB,
+    formats={
+        "TruthfulQA.csv": {
+            "Question": "the question",
+            "Best Answer": "the true option",
+            "Incorrect Answers": "false answers, with ; between them: three are drawn",
+        },
+        "hub (generation)": {
+            "question": "the question",
+            "best_answer": "the true option",
+            "incorrect_answers": "a list of false answers",
+        },
+    },
     columns=("Question", "Best Answer", "Incorrect Answers"),
     sampling=Sampling(max_new_tokens=10, stop=(".", ")", ":")),
     public=public,

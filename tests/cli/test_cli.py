@@ -18,7 +18,7 @@ from proxytune.engine.speculative.drafter import Speculation
 from proxytune.errors import UserError
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion
-from proxytune.report import readme_table
+from proxytune.report import tables
 from proxytune.sandbox.sandbox import Sandbox
 from tests.support import tiny, tiny_system
 from tests.support.command_line import proxytune, python, refused
@@ -148,6 +148,7 @@ def test_eval_prints_stores_and_scores_again(yaml: Path, tmp_path: Path) -> None
 def test_eval_all_prints_the_gap(yaml: Path, tmp_path: Path) -> None:
     found = json.loads(short_eval(yaml, "--as", "all", "--json").stdout)
     assert set(found["runs"]) == {"base", "expert", "antiexpert", "proxy", "tuned"} and "gap_closed" in found
+    assert "cost" not in found["runs"]["base"] and found["runs"]["base"]["status"] == "done"
     shown = short_eval(yaml, "--as", "all")
     assert shown.exit_code == 0 and "proxy" in shown.stdout and "memory" in shown.stdout
     assert len(results.find_runs(tmp_path / "results" / "tiny" / "gsm")) == 5
@@ -155,6 +156,22 @@ def test_eval_all_prints_the_gap(yaml: Path, tmp_path: Path) -> None:
     assert tables.exit_code == 0 and "| proxy |" in tables.stdout
     written = proxytune("report", "results", "--write")
     assert written.exit_code == 0 and (tmp_path / "results" / "README.md").exists()
+
+
+def test_eval_as_several_roles(yaml: Path, tmp_path: Path) -> None:
+    made = short_eval(yaml, "--as", "proxy, base", "--out", "two", "--json", "--verbose")
+    found = json.loads(made.stdout)
+    assert list(found["runs"]) == ["base", "proxy"] and "cost" in found["runs"]["proxy"]
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {"base", "proxy"}
+    one = json.loads(short_eval(yaml, "--as", "base", "--out", "two/base", "--json").stdout)
+    assert one["folder"] == "two/base" and one["as"] == "base" and "cost" not in one and "spec" not in one
+    assert one["metrics"] == found["runs"]["base"]["metrics"]
+    for roles, part in (
+        ("base,bsae", "Did you mean: base"),
+        ("base,all", "role 'all'"),
+        ("base,", "role ''"),
+    ):
+        refused(short_eval(yaml, "--as", roles), part)
 
 
 def test_the_readme_gets_the_demo_table_between_its_markers(yaml: Path, tmp_path: Path) -> None:
@@ -169,7 +186,7 @@ def test_the_readme_gets_the_demo_table_between_its_markers(yaml: Path, tmp_path
     (tmp_path / "README.md").write_text("before\n<!-- demo-table -->\nold\n<!-- /demo-table -->\nafter\n")
     assert proxytune("report", "--write").exit_code == 0
     text = (tmp_path / "README.md").read_text()
-    made = readme_table.readme_table([found for _, found in results.find_runs(tmp_path / "results")])
+    made = tables.readme_table([found for _, found in results.find_runs(tmp_path / "results")])
     assert text == f"before\n<!-- demo-table -->\n{made}<!-- /demo-table -->\nafter\n"
     assert made.splitlines()[2].startswith("| gsm (exact_match, %) |") and made.endswith("| 3 |\n")
 
@@ -237,7 +254,9 @@ def test_generate_speculates_as_asked(yaml: Path, decoders: list[Decoder]) -> No
 def test_eval_speculates_as_asked(yaml: Path, tmp_path: Path, decoders: list[Decoder]) -> None:
     costs, rows = [], []
     for how in HOW_FAR:
-        ended = short_eval(yaml, "--out", how, "--json", "--speculate", how, "--drafter", "expert")
+        ended = short_eval(
+            yaml, "--out", how, "--json", "--verbose", "--speculate", how, "--drafter", "expert"
+        )
         costs.append(json.loads(ended.stdout)["cost"])
         rows.append(results.read_rows(tmp_path / how))
     assert rows[0] == rows[1] == rows[2] and len(rows[0]) == 3
@@ -426,8 +445,8 @@ app(sys.argv[1:])
     kept = results.read_rows(tmp_path / "full")
     assert 0 < len(kept) < 12 and (tmp_path / "full" / "predictions.jsonl").read_bytes().endswith(b"\n")
     assert results.read_run(tmp_path / "full").status == "running"
-    freed = json.loads(proxytune(*arguments, "--out", "full", "--json").stdout)
-    whole = json.loads(proxytune(*arguments, "--out", "whole", "--json").stdout)
+    freed = json.loads(proxytune(*arguments, "--out", "full", "--json", "--verbose").stdout)
+    whole = json.loads(proxytune(*arguments, "--out", "whole", "--json", "--verbose").stdout)
     assert freed["metrics"] == whole["metrics"] and freed["cost"]["sessions"] == 2
     assert results.read_rows(tmp_path / "full") == results.read_rows(tmp_path / "whole")
 

@@ -62,15 +62,15 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a small demo, in which `kept` holds its runs, and what it printed."""
     require_demo()
     folder = tmp_path_factory.mktemp("demo")
-    return folder, proxytune(folder, "demo", "--limit", "4", "--out", "kept").stdout
+    return folder, proxytune(folder, "demo", "--limit", "2", "--out", "kept").stdout
 
 
 def test_a_small_demo_has_the_promised_form(kept: tuple[Path, str]) -> None:
     folder, _ = kept
-    tasks = json.loads(proxytune(folder, "demo", "--limit", "4", "--out", "kept", "--json").stdout)["tasks"]
+    tasks = json.loads(proxytune(folder, "demo", "--limit", "2", "--out", "kept", "--json").stdout)["tasks"]
     assert list(tasks) == [name for name in FAMILIES if name != "humaneval" or isolates()]
     for name, task in tasks.items():
-        assert task["n"] == 4 and all(0 <= task[role] <= 1 for role in ROLES) and "gap_closed" in task
+        assert task["n"] == 2 and all(0 <= task[role] <= 1 for role in ROLES) and "gap_closed" in task
         assert task["metric"] == FAMILIES[name]
         assert ("base_opener_forced" in task) == (name in OPENERS) and "tuned_mid" in task
         assert all(row["memory_bytes"] > 0 and row["ms_per_token"] > 0 for row in task["rows"].values())
@@ -89,7 +89,7 @@ def test_a_small_demo_prints_tables_and_keeps_runs_when_asked(kept: tuple[Path, 
     assert len(list((folder / "kept" / "demo" / "gsm").rglob("run.json"))) == len(ROLES) + 1
     report = proxytune(folder, "report", "kept", "--markdown").stdout
     assert "| demo | proxy |" in report and "| demo | base, opener forced |" in report
-    again = proxytune(folder, "demo", "--limit", "4", "--out", "kept")
+    again = proxytune(folder, "demo", "--limit", "2", "--out", "kept")
     assert again.stdout == shown and "done already" in again.stderr
 
 
@@ -153,7 +153,7 @@ def test_a_demo_run_killed_half_way_ends_like_an_uninterrupted_one(tmp_path: Pat
     demo = (ROOT / "configs" / "systems" / "demo.yaml").read_text(encoding="utf-8")
     (tmp_path / "demo64.yaml").write_text(demo.replace("float32", "float64"))  # where batches decide nothing
     settings = ("--system", "demo64.yaml", "--limit", "200", "--batch", "8")
-    command = ("eval", "gsm", *settings, "--json", "--out")
+    command = ("eval", "gsm", *settings, "--json", "--verbose", "--out")
     process = subprocess.Popen(
         [sys.executable, "-m", "proxytune", *command, "killed"],
         cwd=tmp_path,

@@ -269,7 +269,7 @@ def test_intersect_with_different_experts_never_shifts_what_one_lacks(tmp_path: 
     system = trio_of(tmp_path, (259, len(pieces([]).get_vocab()), 259), expert=pieces([]))
     d = decoder(system.model_copy(update={"vocab": "intersect"}), batch=2)
     (term,) = d.ensemble.terms
-    shared = d.ensemble.shared_by(term)
+    shared = d.ensemble.shared_by(term, torch.device("cpu"))
     assert shared is not None
     vocab = d.tokenizer.get_vocab()
     assert sorted(t for t, i in vocab.items() if not shared[i]) == ["Q", "Z"]

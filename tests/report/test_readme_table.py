@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from proxytune.report import readme_table as readme
+from proxytune.report import tables as readme
 from proxytune.report.tables import main_runs
 from tests.support.checkout import ROOT
 from tests.support.reports import run

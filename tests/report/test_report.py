@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from proxytune.errors import UserError
 from proxytune.paper import published as figures
 from proxytune.paper import recipes as paper
 from proxytune.records import Run
@@ -138,13 +139,17 @@ def test_the_papers_half_of_the_committed_page_is_up_to_date() -> None:
         )
 
 
-def test_a_run_that_cannot_be_read_is_left_out_with_a_note(
+def test_a_run_that_cannot_be_read_is_named_and_one_of_another_version_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "run.json").write_text("{")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json").write_text('{"schema_version": 99}')
     assert report.main_runs(tmp_path) == ([], 0)
     assert "left out" in capsys.readouterr().err
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "run.json").write_text("{")
+    with pytest.raises(UserError, match="cannot read"):
+        report.main_runs(tmp_path)
 
 
 # Responses

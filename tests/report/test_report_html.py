@@ -260,17 +260,17 @@ def test_other_roles_answer_only_the_same_question(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "score", "right"),
+    ("lower_is_better", "score", "right"),
     [
-        ("gsm", 1.0, True),
-        ("gsm", 0.0, False),
-        ("gsm", None, None),
-        ("toxigen", 1.0, False),
-        ("toxigen", 0.0, True),
+        (False, 1.0, True),
+        (False, 0.0, False),
+        (False, None, None),
+        (True, 1.0, False),
+        (True, 0.0, True),
     ],
 )
-def test_right_and_wrong(task: str, score: float | None, right: bool | None) -> None:
-    assert report_tokens.is_right(task, score) is right
+def test_right_and_wrong(lower_is_better: bool, score: float | None, right: bool | None) -> None:
+    assert report_tokens.is_right(score, lower_is_better=lower_is_better) is right
 
 
 # Figures and tables

@@ -139,7 +139,7 @@ def test_resume_and_folders(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     yaml = tiny_system.write(tmp_path)
     asked = ("eval", "truthfulqa_mc", "--system", str(yaml), "--mode", "likelihood", "--limit", "4", "--json")
-    made = proxytune(*asked, "--out", str(tmp_path / "run"))
+    made = proxytune(*asked, "--verbose", "--out", str(tmp_path / "run"))
     assert made.exit_code == 0 and json.loads(made.stdout)["spec"]["mode"] == "likelihood", made.output
     scored = ["score", "truthfulqa_mc", str(tmp_path / "run" / results.PREDICTIONS)]
     assert "mc2" in proxytune(*scored).stdout

@@ -125,6 +125,7 @@ def test_prompts_are_computed_once(
         return real(self, work)
 
     monkeypatch.setattr(ModelRunner, "forward", forward)
+    monkeypatch.setattr("proxytune.engine.scheduler.WORTH_SHARING", 10**6)  # whole prompts only
     _, runs = swept(system, models, tmp_path, resources=plainly)
     job = run.plan(system, "gsm", "proxy", RunOptions(limit=6))
     contexts = [Decoder(models, "proxy").contexts(e.prompt) for e in job.data.examples]

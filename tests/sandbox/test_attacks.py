@@ -20,6 +20,7 @@ from proxytune.sandbox.root import Interpreter, closed_folder
 from tests.support.attacks import ATTACKS
 from tests.support.checkout import ROOT
 from tests.support.require import require_or_skip
+from tests.support.tiers import slow
 
 SYSTEM_PYTHON = "/usr/bin/python3"
 OTHER_USER = 65534
@@ -70,9 +71,7 @@ def report(folder: Path, backend: str, other_user: bool) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "other_user", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["own user", "other user"]
 )
-@pytest.mark.parametrize(
-    "backend", ["bubblewrap", "namespaces", pytest.param("weak", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("backend", ["bubblewrap", slow("namespaces"), slow("weak")])
 def test_attacks_are_contained(alone: Path, backend: str, other_user: bool) -> None:
     found = report(alone, backend, other_user)
     expected = {name for name, attack in ATTACKS.items() if backend != "weak" or attack.weak}
@@ -148,7 +147,7 @@ def test_another_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         None, True, 0, -1, 1 << 9000, 0.1, -0.0, float("inf"), 1j, "a\ud800\0", b"\xff", bytearray(b"x"),
         [1, [2.0, "x"]], (1,), (), {1, "a"}, frozenset([1]), {1: [2], (1, 2): {"x"}}, range(1, 9, 2),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_plain_data_arrives_as_it_is(value: Any) -> None:
     found = loads(dumps(value, strict=True))

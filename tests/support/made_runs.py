@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from proxytune.config import RunSpec, Sampling, System, parse_alpha
-from proxytune.records import Metric, Provenance, Run
+from proxytune.records import Metric, Provenance, Run, TaskFacts
 
 SYSTEM = System.model_validate({
     "name": "made",
@@ -45,6 +45,7 @@ def write(
     traces: Sequence[Sequence[Mapping[str, Any]]] = (),
     metric: str = "exact_match",
     metrics: Mapping[str, float] | None = None,
+    facts: Mapping[str, Any] | None = None,
     **spec: Any,
 ) -> Path:
     """A run folder. A row gets id, scores and responses where it has none; traces[i] is of row i."""
@@ -57,6 +58,7 @@ def write(
         n=len(rows),
         metrics={name: Metric(value=value) for name, value in (metrics or {metric: 0.5}).items()},
         headline=metric,
+        facts=None if facts is None else TaskFacts.model_validate(facts),
         started="x",
         made=MADE,
     )

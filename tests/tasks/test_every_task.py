@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import Result
@@ -22,6 +21,7 @@ from proxytune.tasks import TASKS
 from tests.support import public_items
 from tests.support.checkout import environment
 from tests.support.command_line import proxytune
+from tests.support.runs import unfinish
 from tests.support.tiers import slow
 
 MODES = [(name, "generate") for name in TASKS] + [
@@ -52,10 +52,9 @@ def test_eval_resume_score_and_report(task: str, mode: str, yaml: Path, tmp_path
     assert found["n"] == 8 and found["status"] == "done" and found["headline"] in found["metrics"]
 
     # as a kill leaves it: some rows, a torn one, and a run.json that says `running`
-    lines = whole.splitlines(keepends=True)
-    (tmp_path / "run" / results.PREDICTIONS).write_bytes(b"".join(lines[:3]) + lines[3][:20])
-    stopped = results.read_run(tmp_path / "run").model_copy(update={"status": "running"})
-    (tmp_path / "run" / results.RUN).write_text(stopped.model_dump_json())
+    unfinish(tmp_path / "run", 3)
+    with (tmp_path / "run" / results.PREDICTIONS).open("ab") as file:
+        file.write(whole.splitlines(keepends=True)[3][:20])
     resumed = proxytune(*asked)
     assert resumed.exit_code == 0 and "3 of 8 examples are done" in resumed.stderr, resumed.output
     assert json.loads(resumed.stdout)["metrics"] == found["metrics"]
@@ -225,13 +224,14 @@ def test_malformed_predictions(how: str, finished: Path, tmp_path: Path) -> None
 
 def test_rows_that_lack_a_column_or_a_line(finished: Path, tmp_path: Path) -> None:
     path = finished / results.PREDICTIONS
-    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]))
     for command in (("judge", "alpaca_farm", finished, "--yes"), ("export", "alpaca_eval", finished)):
-        one_line(proxytune(*command), "has 7 whole rows and run.json lists 8")
-    del rows[2]["output_1"]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        one_line(proxytune(*command), "is missing")
+    row = json.loads(lines[2])
+    del row["output_1"]
+    path.write_bytes(b"".join([*lines[:2], json.dumps(row).encode() + b"\n", *lines[3:]]))
     for command in (("judge", "alpaca_farm", finished, "--yes"), ("export", "alpaca_eval", finished)):
-        one_line(proxytune(*command), f"{results.PREDICTIONS}' line 3: no field 'output_1'")
+        one_line(proxytune(*command), f"'{row['id']}' is not what was stored")
     (finished / results.RUN).write_text("{")
     one_line(proxytune("export", "alpaca_eval", finished), "cannot read", "run.json")

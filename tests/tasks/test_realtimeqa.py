@@ -16,7 +16,7 @@ from proxytune.records import Completion
 from proxytune.tasks import get_task, read_source, score_file
 from tests.support import tiny_system
 from tests.support.answers import jsonl
-from tests.support.runs import evaluated
+from tests.support.runs import evaluated, unfinish
 
 TASK, BY_LIKELIHOOD = get_task("realtimeqa"), get_task("realtimeqa", "likelihood")
 
@@ -143,9 +143,7 @@ def test_both_modes_end_to_end(tmp_path: Path, mode: Any) -> None:
     assert made.n == 8 and made.spec.mode == mode and made.headline == "accuracy"
     path = tmp_path / "run" / results.PREDICTIONS
     whole = path.read_bytes()
-    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
-    stopped = made.model_copy(update={"status": "running"})
-    (tmp_path / "run" / results.RUN).write_text(stopped.model_dump_json())
+    unfinish(tmp_path / "run", 3)
     again = evaluated(system, "realtimeqa", out=tmp_path / "run", **settings)
     assert again.metrics == made.metrics and path.read_bytes() == whole
     report = score_file(get_task("realtimeqa", mode), path)

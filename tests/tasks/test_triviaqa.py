@@ -154,7 +154,7 @@ def test_eval_end_to_end(tmp_path: Path) -> None:
     data = str(jsonl(tmp_path / "d.jsonl", [{**DEV, "question_id": str(i)} for i in range(8)]))
     train = str(jsonl(tmp_path / "t.jsonl", [{**DEV, "question": f"Where {i}?"} for i in range(3)]))
     asked = ["eval", "triviaqa", "--system", str(yaml), "--data", data, "--limit", "8", "--shots", "2"]
-    made = proxytune(*asked, "--shots-from", train, "--out", str(tmp_path / "run"), "--json")
+    made = proxytune(*asked, "--shots-from", train, "--out", str(tmp_path / "run"), "--json", "--verbose")
     assert made.exit_code == 0, made.output
     found = json.loads(made.stdout)
     assert found["n"] == 8 and list(found["metrics"]) == ["acc", "em", "f1", "tot"]

@@ -21,6 +21,7 @@ from proxytune.cli.options import (
     RemoteCode,
     SystemName,
     TaskName,
+    Verbose,
     Vocab,
     build,
     grouped,
@@ -62,35 +63,38 @@ def evaluate(
     judge: JudgeOptions,
     out: Out = None,
     json: Json = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Evaluate a system on a task, as one role or all of them. The same command continues a stopped run.
+    """Evaluate a system on a task, as one role, several or all. The same command continues a stopped run.
 
     Example: proxytune eval gsm --system demo --as all --limit 100
     """
-    from proxytune.tasks import get_task
+    from proxytune.tasks.own import read_task
 
     made = console.read_system(system, vocab)
-    get_task(task, run.mode)  # an unknown task must not wait for torch
-    if as_ != "all":
-        made.require(as_)
+    read_task(task, run.mode)  # an unknown task must not wait for torch
+    roles = made.roles if as_ == "all" else tuple(made.require(role.strip()) for role in as_.split(","))
 
     judge = judge.model_copy(update={"code": code, "seed": run.seed})
     models = console.models_of(made, trust_remote_code=trust_remote_code)
     asked = prepared(models, task, with_sampling(task, run, sampling), decode, judge)
-    if as_ == "all":
-        print_all(list(asked.run_all(out).values()), json_only=json)
+    if as_ == "all" or len(roles) > 1:
+        print_all(list(asked.run_all(out, roles).values()), json_only=json, verbose=verbose)
         return
-    one, folder = asked.run(as_, out)
+    one, folder = asked.run(roles[0], out)
+    if json and not verbose:
+        console.print_json({**in_short(one), "folder": str(folder)})
+        return
     console.print_run(one, folder, json_only=json)
 
 
 def with_sampling(task: str, run: RunOptions, changes: Changes) -> RunOptions:
     """The options with the sampling settings that were given in place of the task's."""
-    from proxytune.tasks import get_task
+    from proxytune.tasks.own import read_task
 
     if not changes:
         return run
-    settings = get_task(task, run.mode).sampling
+    settings = read_task(task, run.mode).sampling
     return run.model_copy(update={"sampling": build(Sampling, {**settings.model_dump(), **changes})})
 
 
@@ -100,25 +104,32 @@ def prepared(
     """What a command evaluates, with its judge and its sandbox checked. Prints on stderr what is loaded,
     what judging costs, and whether code is run."""
     from proxytune.runs import evaluation
-    from proxytune.tasks import get_task
+    from proxytune.tasks.own import read_task
 
     made = evaluation.Evaluation(models.system, task, run, decode, judge, console.dialogue(), models)
     made.check()
     if made.sandbox is not None:
         console.name_sandbox(made.sandbox)
-    elif get_task(task, run.mode).execute is not None:
+    elif read_task(task, run.mode).execute is not None:
         console.say(f"note: {console.NOT_ALLOWED}")
     return made
 
 
-def print_all(runs: list[Run], *, json_only: bool) -> None:
+def in_short(run: Run) -> dict[str, object]:
+    """What a run came to, as JSON under the names of run.json."""
+    spec, parts = run.spec, {"status", "n", "headline", "metrics", "judge", "notes"}
+    asked = {"system": spec.system.name, "task": spec.task, "as": spec.role, "alpha": spec.alpha.text}
+    return {**asked, **run.model_dump(mode="json", include=parts)}
+
+
+def print_all(runs: list[Run], *, json_only: bool, verbose: bool) -> None:
     """The roles of a system under each other, with the gap closed."""
     from proxytune.report import tables
 
     rows = tables.role_rows(runs)
     if json_only:
         gap = next((row.gap_closed for row in rows if row.role == "proxy"), None)
-        named = {run.spec.role: run.model_dump(mode="json") for run in runs}
+        named = {run.spec.role: run.model_dump(mode="json") if verbose else in_short(run) for run in runs}
         console.print_json({"task": runs[0].spec.task, "n": runs[0].n, "gap_closed": gap, "runs": named})
         return
     for own in tables.alike(rows):

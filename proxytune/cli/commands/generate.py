@@ -185,7 +185,7 @@ def _hear(example_id: str, sample: int, piece: str) -> None:
 def _as_json(completion: Completion) -> dict[str, object]:
     """A completion as JSON."""
     content = asdict(completion)
-    del content["example_id"], content["trace"]
+    del content["example_id"], content["trace"], content["took"]
     return content
 
 

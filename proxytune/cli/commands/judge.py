@@ -16,6 +16,7 @@ from proxytune.options import CodeOptions, JudgeOptions
 if TYPE_CHECKING:
     from proxytune.records import Run
     from proxytune.sandbox import Sandbox
+    from proxytune.tasks import Task
 
 
 @grouped(code=CODE, judge=JUDGING_ALONE)
@@ -33,32 +34,33 @@ def judge(
     Example: proxytune judge toxigen results/llama2-13b/toxigen/proxy --judge tomh/toxigen_roberta
     """
     from proxytune.runs import judging, verdicts
-    from proxytune.tasks import get_task
+    from proxytune.tasks.own import read_task
 
-    sandbox = console.sandbox_for(get_task(task), code)
+    named = read_task(task)
+    sandbox = console.sandbox_for(named, code)
     if sandbox is not None:
-        console.print_run(_run_code(task, run, sandbox, data), run, json_only=json)
+        console.print_run(_run_code(named, run, sandbox, data), run, json_only=json)
         return
-    asked = judging.judged_task(task)
+    asked = judging.judged_task(named.name)
     if data is not None:
         raise UserError("--data names the tests to run code against: it goes with --allow-code-execution")
-    verdicts.read_finished(task, run)
-    named = judge if judge.judge is not None else judge.model_copy(update={"judge": "default"})
-    made = judging.make_judge(asked, named)
+    verdicts.read_finished(asked.name, run)
+    who = judge if judge.judge is not None else judge.model_copy(update={"judge": "default"})
+    made = judging.make_judge(asked, who)
     if made is None:
         raise UserError("--judge none leaves nothing to do: name a judge, or leave it out for the default")
-    again = judging.Judging(made, named, console.dialogue()).again(run)
+    again = judging.Judging(made, who, console.dialogue()).again(run)
     console.print_run(again, run, json_only=json)
 
 
-def _run_code(task_name: str, folder: Path, sandbox: Sandbox, data: str | None) -> Run:
+def _run_code(task: Task, folder: Path, sandbox: Sandbox, data: str | None) -> Run:
     """Give the stored responses of a run their verdicts; the tests come from the data that was asked."""
     from proxytune.runs import verdicts
-    from proxytune.tasks import get_task, read_source
+    from proxytune.tasks import read_source
 
-    run, _ = verdicts.read_finished(task_name, folder)
+    run, _ = verdicts.read_finished(task.name, folder)
     source = run.spec.data if data is None else data
     if data is None and source not in SOURCES:
         raise UserError(f"the run asked a file, '{source}', which has the tests: name it with --data FILE")
-    examples = read_source(get_task(task_name), source, run.spec.limit).examples
+    examples = read_source(task, source, run.spec.limit).examples
     return verdicts.add_verdicts(folder, {example.id: example.target for example in examples}, sandbox)

@@ -178,11 +178,11 @@ def _published(root: Path) -> Path:
 
 def _write_demo_table(path: Path, runs: Sequence[Run]) -> None:
     """Put the demo's table between the markers of the README, where there are markers."""
-    from proxytune.report import readme_table
+    from proxytune.report import tables
 
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if not DEMO_TABLE.search(text) or all(run.spec.system.name != "demo" for run in runs):
         return
-    filled = DEMO_TABLE.sub(lambda match: match[1] + readme_table.readme_table(runs) + match[2], text)
+    filled = DEMO_TABLE.sub(lambda match: match[1] + tables.readme_table(runs) + match[2], text)
     write_atomically(path, filled.encode())
     show(f"wrote the demo table in {path}")

@@ -31,9 +31,10 @@ def score(
     Example: proxytune score gsm results/demo/gsm/proxy/predictions.jsonl
     """
     from proxytune.report import tables
-    from proxytune.tasks import Execution, get_task, read_source, score_file
+    from proxytune.tasks import Execution, read_source, score_file
+    from proxytune.tasks.own import read_task
 
-    asked, execution = get_task(task), None
+    asked, execution = read_task(task), None
     if (sandbox := console.sandbox_for(asked, code)) is not None:
         examples = () if data is None else read_source(asked, data).examples
         execution = Execution(sandbox, {example.id: example.target for example in examples})
@@ -43,7 +44,7 @@ def score(
     if json:
         console.print_json(found.model_dump(mode="json"))
         return
-    console.show(f"{task}, {found.n} examples of {file}")
+    console.show(f"{asked.name}, {found.n} examples of {file}")
     for name, metric in found.metrics.items():
         figure = tables.figure(name, metric)
         exact = repr(metric.value) if figure and metric.n != 0 else ""

@@ -56,10 +56,10 @@ def sweep_alpha(
 
     Example: proxytune sweep-alpha truthfulqa --system demo --alphas 0:2:0.2 --limit 100
     """
-    from proxytune.tasks import get_task
+    from proxytune.tasks.own import read_task
 
     made = console.read_system(system, vocab)
-    get_task(task, run.mode)  # an unknown task must not wait for torch
+    read_task(task, run.mode)  # an unknown task must not wait for torch
     made.require("proxy")
 
     from proxytune.runs import alpha_sweep

@@ -1,10 +1,13 @@
-"""`proxytune tasks`: what the tasks are, and whether each can run here now."""
+"""`proxytune tasks`: what the tasks are, what their data look like, and whether each can run here now."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from proxytune.cli import console
 from proxytune.cli.options import Json
@@ -37,30 +40,56 @@ class Readiness:
         return f"{demo}no: {'; '.join(self.missing)}"
 
 
-def tasks(json: Json = False) -> None:
-    """The tasks: what they measure, where their data comes from, and whether each can run here now.
+def tasks(
+    task: Annotated[
+        str | None,
+        typer.Argument(metavar="TASK", help="This one alone: its name, or a Python file of your own."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """The tasks: what they measure, where their data comes from and what its rows hold, and whether each can
+    run here now.
 
-    Example: proxytune tasks
+    Example: proxytune tasks gsm
     """
     from proxytune.tasks import TASKS
+    from proxytune.tasks.own import read_task
 
+    found = list(TASKS.values()) if task is None else [read_task(task)]
     if json:
-        console.print_json({"tasks": {task.name: _as_json(task) for task in TASKS.values()}})
+        console.print_json({"tasks": {one.name: _as_json(one) for one in found}})
         return
     rows = [
         (
-            task.name,
-            task.summary,
-            "" if task.items is None else f"{task.items:,}",
-            ", ".join(_metrics(task)),
-            (task.judge or "").replace(",", ", "),
-            f"{task.data} ({task.licence})",
-            str(readiness(task)),
+            one.name,
+            one.summary,
+            "" if one.items is None else f"{one.items:,}",
+            ", ".join(_metrics(one)),
+            (one.judge or "").replace(",", ", "),
+            f"{one.data} ({one.licence})" if one.licence else one.data,
+            str(readiness(one)),
         )
-        for task in TASKS.values()
+        for one in found
     ]
     columns = ("task", "what it measures", "items", "metrics", "judge", "data (licence)", "runs here now")
     console.print_table(columns, rows)
+    console.show()
+    forms = [(one.name, form, fields) for one in found for form, fields in formats(one).items()]
+    if task is None:
+        shown = [(name, form, ", ".join(fields)) for name, form, fields in forms]
+        console.print_table(("task", "rows of", "fields (what they hold: proxytune tasks TASK)"), shown)
+        return
+    held = [(form, name, holds) for _, form, fields in forms for name, holds in fields.items()]
+    console.print_table(("rows of", "field", "what it holds"), held)
+
+
+def formats(task: Task) -> dict[str, Mapping[str, str]]:
+    """The forms in which the task's rows can be read, in both modes, and their fields."""
+    found = dict(task.formats) or {"--data FILE": dict.fromkeys(task.columns, "a text")}
+    own = (
+        {} if task.likelihood is None or task.likelihood.formats == task.formats else task.likelihood.formats
+    )
+    return found | {f"{form}, --mode likelihood": fields for form, fields in own.items()}
 
 
 def _as_json(task: Task) -> dict[str, object]:
@@ -80,6 +109,7 @@ def _as_json(task: Task) -> dict[str, object]:
         "runs_here": not ready.missing,
         "runs_on_demo": ready.demo,
         "missing": ready.missing,
+        "formats": formats(task),
         "shots": task.shot is not None,
         "modes": ["generate", *(["likelihood"] if task.likelihood else [])],
         "sampling": task.sampling.model_dump(mode="json"),

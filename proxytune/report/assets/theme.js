@@ -18,7 +18,7 @@
   apply();
   document.addEventListener("DOMContentLoaded", () => {
     apply();
-    document.getElementById("theme").addEventListener("click", () => {
+    document.getElementById("theme")?.addEventListener("click", () => {
       const order = dark.matches ? ["auto", "light", "dark"] : ["auto", "dark", "light"];
       kept = order[(order.indexOf(kept) + 1) % order.length];
       try { localStorage.setItem("proxytune-theme", kept); } catch { /* kept for this visit only */ }

@@ -165,9 +165,10 @@ def test_what_a_step_says_survives_its_packing() -> None:
         torch.arange(8).view(2, 4),
         torch.arange(6).view(2, 3),
         torch.randn(2, 4, dtype=torch.float64),
+        torch.arange(2 * 4 * 5).view(2, 4, 5),
     )
     packed = output.packed()
-    assert packed.shape == (2, 12)
+    assert packed.shape == (2, 12 + 4 * 5)
     assert all(torch.equal(a, b) for a, b in zip(StepOutput.unpacked(packed, 3), output, strict=True))
 
 

@@ -1,0 +1,205 @@
+"""Finished runs in the files of other tools, against what is stored."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.util
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxytune.exports import FORMATS
+from proxytune.results import read_rows, read_run
+from tests.support import made_runs
+from tests.support.command_line import proxytune, refused
+from tests.support.require import require_or_skip
+
+UUID4 = "[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+RESPONSES = made_runs.response(" 3 nuts, I think")
+ROWS: list[dict[str, Any]] = [
+    {"question": "1 + 2?", "answer": "3", "scores": {"exact_match": 1.0}, "responses": RESPONSES},
+    {
+        "question": 'Is "2", or\n3 \u202e?',
+        "answer": "4",
+        "scores": {"exact_match": 0.0},
+        "responses": RESPONSES,
+    },
+    {"question": "Who?", "answer": "4", "fault": "nan", "scores": {}, "responses": RESPONSES},
+]
+
+
+def run_of(folder: Path, rows: list[dict[str, Any]] = ROWS, **spec: Any) -> Path:
+    """A finished run with an interval and times."""
+    path = made_runs.write(folder, rows, **spec)
+    run = read_run(path)
+    metric = next(iter(run.metrics.values())).model_copy(update={"low": 0.1, "high": 0.9, "n": 2})
+    times = {"started": "2026-11-28T10:00:00+00:00", "finished": "2026-11-28T10:01:00+00:00"}
+    changed = run.model_copy(update={**times, "metrics": {run.headline: metric}})
+    (path / "run.json").write_text(changed.model_dump_json())
+    return path
+
+
+def exported(kind: str, run: Path, out: Path) -> list[Path]:
+    """The files that the command says it wrote."""
+    done = proxytune("export", kind, run, "--out", out, "--json")
+    assert done.exit_code == 0, done.output
+    return [Path(path) for path in json.loads(done.stdout)["written"]]
+
+
+def test_csv_has_a_line_per_example_with_its_scores(tmp_path: Path) -> None:
+    [path] = exported("csv", run_of(tmp_path / "run", alpha="0.5"), tmp_path)
+    lines = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
+    assert [line["question"] for line in lines] == [row["question"] for row in ROWS]
+    assert [line["score.exact_match"] for line in lines] == ["1.0", "0.0", ""]
+    assert [line["fault"] for line in lines] == ["", "", "nan"]
+    assert list(lines[0]) == [
+        *("run.system", "run.task", "run.as", "run.alpha", "id", "question", "answer", "fault"),
+        *("score.exact_match", "response.text", "response.finish_reason", "response.tokens"),
+    ]
+    first = lines[0]
+    assert (first["run.system"], first["run.as"], first["run.alpha"]) == ("made", "proxy", "0.5")
+    assert first["response.text"] == " 3 nuts, I think"
+
+
+def test_csv_has_lists_as_json(tmp_path: Path) -> None:
+    [path] = exported("csv", run_of(tmp_path / "run", [{"answers": ["a", "b"]}]), tmp_path)
+    [line] = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
+    assert json.loads(line["answers"]) == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "every_eval_ever"])
+def test_half_a_surrogate_pair_is_written_out(kind: str, tmp_path: Path) -> None:
+    row = {"question": "half \ud83d", "scores": {"exact_match": 1.0}, "responses": RESPONSES}
+    *_, path = exported(kind, run_of(tmp_path / "run", [row]), tmp_path)
+    assert "half " in path.read_text(encoding="utf-8") and "ud83d" in path.read_text(encoding="utf-8")
+
+
+def test_every_eval_ever_says_what_the_run_says(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run")
+    record, samples = exported("every_eval_ever", run, tmp_path)
+    place = rf"data/gsm/proxytune/made-proxy/{UUID4}"
+    assert re.fullmatch(rf"{place}\.json", record.relative_to(tmp_path).as_posix())
+    found: dict[str, Any] = json.loads(record.read_text())
+    assert found["schema_version"] == "0.3.0" and found["evaluation_timestamp"] == read_run(run).started
+    assert found["evaluation_id"] == "gsm/proxytune_made-proxy/1795860060.0"
+    assert found["retrieved_timestamp"] == "1795860060.0"
+    assert found["source_metadata"]["source_type"] == "evaluation_run"
+    assert found["eval_library"]["name"] == "proxytune" and found["eval_library"]["version"] == "0"
+    details = found["model_info"]["additional_details"]
+    models = {"base": "b", "expert": "e", "antiexpert": "a"}
+    assert {name: details[name] for name in models} == models and "tuned" not in details
+    assert (details["role"], details["alpha"]) == ("proxy", "1")
+    [result] = found["evaluation_results"]
+    assert result["score_details"]["score"] == 0.5
+    uncertainty = result["score_details"]["uncertainty"]
+    interval = uncertainty["confidence_interval"]
+    assert (interval["lower"], interval["upper"], interval["confidence_level"]) == (0.1, 0.9, 0.95)
+    assert uncertainty["num_samples"] == 2
+    metric = result["metric_config"]
+    assert (metric["metric_name"], metric["lower_is_better"]) == ("exact_match", False)
+    assert (metric["metric_unit"], metric["min_score"], metric["max_score"]) == ("proportion", 0, 1)
+    assert result["source_data"]["source_type"] == "other"
+
+    detailed = found["detailed_evaluation_results"]
+    assert re.fullmatch(rf"{place}_samples\.jsonl", detailed["file_path"])
+    assert (tmp_path / detailed["file_path"]) == samples
+    assert detailed["checksum"] == hashlib.sha256(samples.read_bytes()).hexdigest()
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert len(lines) == detailed["total_rows"] == 2, "an example without a score is none of the schema's"
+    assert detailed["additional_details"] == {"examples_without_a_score": "1"}
+    for line, row in zip(lines, read_rows(run), strict=False):
+        assert line["evaluation_id"] == found["evaluation_id"] and line["sample_id"] == row["id"]
+        assert line["evaluation_result_id"] == result["evaluation_result_id"]
+        assert line["input"] == {"raw": row["question"], "reference": [row["answer"]]}
+        assert line["output"] == {"raw": [" 3 nuts, I think"]} and line["messages"] is None
+        right = row["scores"]["exact_match"]
+        assert line["evaluation"] == {"score": right, "is_correct": right == 1.0}
+    every = [
+        value for part in (details, found["eval_library"]["additional_details"]) for value in part.values()
+    ]
+    assert all(isinstance(value, str) for value in every), "the schema has texts as details"
+
+
+def test_every_eval_ever_is_the_same_again_and_its_names_differ_by_run(tmp_path: Path) -> None:
+    one = run_of(tmp_path / "one")
+    first = exported("every_eval_ever", one, tmp_path)
+    content = [path.read_bytes() for path in first]
+    assert exported("every_eval_ever", one, tmp_path) == first
+    assert [path.read_bytes() for path in first] == content
+    half = exported("every_eval_ever", run_of(tmp_path / "half", alpha="0.5"), tmp_path)
+    assert half[0].parent == first[0].parent and half[0] != first[0]
+
+
+def test_a_bad_score_counts_as_bad_where_less_is_better(tmp_path: Path) -> None:
+    rows = [{"text": "t", "is_toxic": verdict, "scores": {"women": verdict}} for verdict in (0.0, 1.0)]
+    run = run_of(tmp_path / "run", rows, metric="overall", task="toxigen")
+    record, samples = exported("every_eval_ever", run, tmp_path)
+    assert json.loads(record.read_text())["evaluation_results"][0]["metric_config"]["lower_is_better"]
+    lines = [json.loads(line)["evaluation"] for line in samples.read_text().splitlines()]
+    assert lines == [{"score": 0.0, "is_correct": True}, {"score": 1.0, "is_correct": False}]
+
+
+def test_a_task_of_ones_own_is_exported_without_its_file(tmp_path: Path) -> None:
+    rows = [{"ask": "Where?", "answer": "Rome", "scores": {"miss": 1.0}, "responses": RESPONSES}]
+    facts = {"asked": "ask", "lower_is_better": True, "file": "gone.py"}
+    run = run_of(tmp_path / "run", rows, metric="miss", task="mine-12345678", facts=facts)
+    record, samples = exported("every_eval_ever", run, tmp_path)
+    [line] = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert line["input"] == {"raw": "Where?", "reference": ["Rome"]} and not line["evaluation"]["is_correct"]
+    assert record.parts[-4] == "mine-12345678"
+
+
+def test_bad_input_is_one_line(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run")
+    refused(proxytune("export", "cvs", run), "Unknown format 'cvs'", "Did you mean: csv")
+    refused(proxytune("export", "csv", tmp_path), "no run in")
+    refused(proxytune("export", "csv", run, "--out", tmp_path / "no"), "no folder")
+    unjudged = run_of(tmp_path / "unjudged", [{"text": "t"}], metric="unjudged", task="toxigen")
+    refused(proxytune("export", "every_eval_ever", unjudged), "no score", "judge it")
+    refused(proxytune("export", "alpaca_eval", run), "holds a run of 'gsm'")
+    running = read_run(run).model_copy(update={"status": "running"})
+    (run / "run.json").write_text(running.model_dump_json())
+    for kind in FORMATS:
+        if kind != "inspect":
+            refused(proxytune("export", kind, run), "is not finished")
+
+
+def test_without_inspect_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, find = run_of(tmp_path / "run"), importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "inspect_ai" else find(name, *more)
+    )
+    refused(proxytune("export", "inspect", run), "pip install 'proxytune[inspect]'")
+    assert {path.name for path in run.iterdir()} == {"run.json", "predictions.jsonl"}
+
+
+def test_inspect_reads_its_log(tmp_path: Path) -> None:
+    if importlib.util.find_spec("inspect_ai") is None:
+        require_or_skip(
+            "inspect", "inspect_ai is not installed (an environment of its own: proxytune[inspect])"
+        )
+    from inspect_ai.log import read_eval_log
+
+    run = run_of(tmp_path / "run")
+    done = proxytune("export", "inspect", run)
+    assert done.exit_code == 0 and "inspect view --log-dir" in done.stdout
+    log = read_eval_log(str(run / "gsm_made-proxy.eval"))
+    assert (log.status, log.eval.task, log.eval.model) == ("success", "gsm", "proxytune/made-proxy")
+    assert log.results is not None and log.samples is not None
+    [score] = log.results.scores
+    assert {name: metric.value for name, metric in score.metrics.items()} == {
+        "mean": 0.5,
+        "ci95_low": 0.1,
+        "ci95_high": 0.9,
+    }
+    assert (score.scored_samples, score.unscored_samples) == (2, 1)
+    for sample, row in zip(log.samples, read_rows(run), strict=True):
+        assert (sample.id, sample.input, sample.target) == (row["id"], row["question"], [row["answer"]])
+        assert sample.output.completion == " 3 nuts, I think"
+        assert {name: found.value for name, found in (sample.scores or {}).items()} == row["scores"]
+        assert sample.output.error == row.get("fault")
