@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from proxytune.config import ExpertSpec, ModelSpec, Role, System, load_system
 from proxytune.decoding.decoder import Decoder
+from proxytune.engine.fused import use_device_kernels
 from proxytune.engine.kernels.linear import use_row_linears
 from proxytune.engine.kernels.norm import use_row_norms
 from proxytune.errors import UserError
@@ -201,6 +202,7 @@ def in_memory(plain: Mapping[str, PreTrainedModel], adapter: str | None = None) 
         own = twin(module)
         use_row_linears(own)
         use_row_norms(own)
+        use_device_kernels(own)
         source = WeightSource(role, None, None, str(own.dtype), "none", "None", False)
         size = read_bytes(own)
         loaded[role] = Loaded(role, spec, own, tokenizer, examine(own), Adapters(), None, size, 0, source)

@@ -85,8 +85,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> torch.device:
         return torch.device("cuda")
     monkeypatch.setattr("proxytune.engine.kernels.paged_attention.runs_triton", lambda tensor: True)
     monkeypatch.setattr("proxytune.engine.kernels.int8.runs_triton", lambda tensor: True)
-    for place in ("paged_attention", "int8"):  # a trial takes the interpreter longer than what is tested
-        monkeypatch.setattr(f"proxytune.engine.kernels.{place}.trusted", lambda *_: True)
+    monkeypatch.setattr("proxytune.engine.fused.rows.runs_triton", lambda tensor: True)
+    for place in ("kernels.paged_attention", "kernels.int8", "fused.rows"):
+        # a trial takes the interpreter longer than what is tested
+        monkeypatch.setattr(f"proxytune.engine.{place}.trusted", lambda *_: True)
     return torch.device("cpu")
 
 

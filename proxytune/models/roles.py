@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from proxytune.config import ExpertSpec, ModelSpec, Role, System
 from proxytune.engine.attention import Forward
+from proxytune.engine.fused import use_device_kernels
 from proxytune.engine.kernels import use_row_linears, use_row_norms, use_wide_head
 from proxytune.engine.runners import VocabMap
 from proxytune.errors import UserError
@@ -324,6 +325,7 @@ class Models:
         use_wide_head(module)
         packed = use_row_linears(module)  # after the weights have got their last values
         use_row_norms(module)
+        use_device_kernels(module)
         if packed or spec.quantization != "none":
             leave_the_file(module)
         family = examine(module, tokenizer.encode(SOME_TEXT, add_special_tokens=False))

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from proxytune.engine.attention import NAME, Discovery, Forward, LlamaForward, MissingContext, attend
+from proxytune.engine.attention import (
+    NAME,
+    Discovery,
+    Forward,
+    FusedForward,
+    LlamaForward,
+    MissingContext,
+    attend,
+)
 from proxytune.engine.kv import CacheSpec, LayerShape, SlotCache
 from proxytune.engine.runners import ModelRunner, ReferenceRunner, VocabMap, feed
 from proxytune.errors import UserError
@@ -229,7 +237,7 @@ def _packed(model: PreTrainedModel, window: int, trial: Trial) -> Family:
     if not apart <= trial.limit:
         raise Unfit(f"packed and plain logits differ by {apart:.2g} {UNITS[trial.coarse]}")
     model.config.pad_token_id = None  # GPT-2 looks for padding in every call, for which the host would wait
-    llama_forward = LlamaForward.of(model, layers, window)
+    llama_forward = LlamaForward.of(model, layers, window) or FusedForward.of(model, layers, window)
     same = llama_forward is not None and _llama_forward_is_right(llama_forward, family, device, trial)
     return replace(family, llama_forward=llama_forward) if same else family
 

@@ -19,10 +19,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from proxytune.engine.attention.over_pages import attend_pages
 from proxytune.engine.attention.packed import MAX_GROUPED, MOST_TOKENS, Group, Packed
 from proxytune.engine.cuda.attention import DevicePacked
+from proxytune.engine.fused import Rotation, rotate_and_place
 from proxytune.engine.kernels.cpu_attention import attend_slots, takes
+from proxytune.engine.kernels.cpu_rows import rotate
 from proxytune.engine.kernels.paged_attention import supported
 from proxytune.engine.kernels.scores import ScoreRule
-from proxytune.engine.kv.cache import LayerShape
+from proxytune.engine.kv.cache import LayerShape, integers
 from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.kv.slots import SlotCache
 
@@ -77,9 +79,12 @@ def attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     packed: Packed | DevicePacked | Discovery | None = None,
+    rotation: Rotation | None = None,
     **_: object,  # position ids, router flags: the interface hands every attention the same arguments
 ) -> tuple[Tensor, None]:
-    """The function registered with transformers' AttentionInterface: -> [1, T, H, Dv], None."""
+    """The function registered with transformers' AttentionInterface: -> [1, T, H, Dv], None.
+
+    With a `rotation`, which only `FusedForward` gives, queries and keys are not rotated yet."""
     if packed is None:
         raise MissingContext(f"{type(module).__name__} does not forward keyword arguments to its attention")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
@@ -88,18 +93,27 @@ def attend(
         packed.see(layer, key, value, scaling, sliding_window, rule.plain)
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
     if isinstance(packed, DevicePacked):
-        return packed.attend(layer, query, key, value, rule), None
+        return packed.attend(layer, query, key, value, rule, rotation), None
     result = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])  # [T, H, Dv]
     result[packed.parts[-1].tokens.stop :] = 0  # of tokens that no row owns
     for part in packed.parts:
         mine = part.tokens
         q, k, v, out = query[0, :, mine], key[0, :, mine], value[0, :, mine], result[mine]
         cache = part.cache
+        if rotation is not None and not isinstance(cache, PagedCache):
+            q, k = (rotate(t.transpose(0, 1), *rotation.of(mine)).transpose(0, 1) for t in (q, k))
         if isinstance(cache, SlotCache) and takes(q, cache.spec.dtype):
             attend_slots(q, k, v, cache.pools(layer), part.at.segments, out, rule, MOST_TOKENS)
             groups = part.long_groups
         else:
-            cache.write(layer, k, v, part.at)
+            if rotation is not None and isinstance(cache, PagedCache):
+                lines, slots = [t.transpose(0, 1) for t in (q, k, v)], cache.slots(part.at, key.device)
+                turned = rotate_and_place(
+                    lines[0], lines[1], lines[2], rotation.of(mine), cache.pools(layer), slots
+                )
+                q = turned.transpose(0, 1)
+            else:
+                cache.write(layer, k, v, part.at)
             groups = part.groups
             if isinstance(cache, PagedCache) and supported(q[None, :, :1], *cache.pools(layer)):
                 for paged in part.paged_groups:
@@ -125,7 +139,7 @@ def cleared(lines: Tensor, group: Group) -> Tensor:
     lengths = [0] * group.block
     for row, length in zip(group.rows, group.lengths, strict=True):
         lengths[row - group.first] = length
-    ends = torch.tensor(lengths, device=lines.device)[:, None]
+    ends = integers(lengths, lines.device)[:, None]
     behind = torch.arange(lines.shape[2], device=lines.device) >= ends  # [block, longest]
     return lines.masked_fill(behind[:, None, :, None], 0.0)
 

@@ -39,6 +39,9 @@ class LlamaForward(nn.Module):
     """Called as the model itself is in our forwards. Modules are looked up in every call, so that what is put
     in their place later (an adapter's layers) is used."""
 
+    devices = frozenset({"cpu"})
+    """Types of devices that it is made for."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -57,7 +60,7 @@ class LlamaForward(nn.Module):
 
     @classmethod
     def of(cls, model: nn.Module, asked: Sequence[LayerCall], window: int) -> LlamaForward | None:
-        """None where the model consists of other parts, or does not run on the CPU alone."""
+        """None where the model consists of other parts, or does not lie on one device."""
         body = getattr(model, getattr(model, "base_model_prefix", ""), None)
         if not isinstance(body, nn.Module) or _parts(body) != BODY or not hasattr(model, "lm_head"):
             return None
@@ -65,8 +68,8 @@ class LlamaForward(nn.Module):
         inside = [_parts(layer.self_attn) for layer in layers if _parts(layer) == LAYER]
         fits = len(inside) == len(layers) and all(own in (ATTENTION, ATTENTION | NORMS) for own in inside)
         watched = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-        simple = all(layer.plain and layer.device.type == "cpu" for layer in asked)
-        if not fits or not simple or watched:
+        simple = all(layer.plain for layer in asked) and len({layer.device for layer in asked}) == 1
+        if not fits or not simple or watched or asked[0].device.type not in cls.devices:
             return None
         return cls(model, body, asked, [own >= NORMS for own in inside], window)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from proxytune.engine.kernels.paged_attention import paged_attention
 from proxytune.engine.kernels.scores import ScoreRule
+from proxytune.engine.kv.cache import integers
 from proxytune.engine.kv.pages import PAGE, PagedCache
 
 
@@ -35,7 +36,7 @@ class PagedGroup:
                 kept += range(first - count, first)
             lengths = [length for *_, length in self.parts]
             table = cache.table([row for row, *_ in self.parts], -(-max(lengths) // PAGE), device)
-            numbers = (torch.tensor(own, device=device) for own in (query, kept, lengths))
+            numbers = (integers(own, device) for own in (query, kept, lengths))
             at, places, ends = numbers
             self._made[device] = at, places, table, ends
         return self._made[device]

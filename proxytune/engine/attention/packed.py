@@ -11,7 +11,7 @@ from torch import Tensor
 
 from proxytune.engine.attention.over_pages import PagedGroup, paged_groups
 from proxytune.engine.kernels.paged_attention import MOST_NEW
-from proxytune.engine.kv.cache import KVCache, Placement
+from proxytune.engine.kv.cache import KVCache, Placement, integers
 
 
 @dataclass
@@ -47,8 +47,8 @@ class Group:
     def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Of a group that is not dense: the rows within the block [R], and their tokens [R * query]."""
         if device not in self._indices:
-            rows = torch.tensor([row - self.rows[0] for row in self.rows], device=device)
-            tokens = torch.tensor([s + j for s in self.starts for j in range(self.query)], device=device)
+            rows = integers([row - self.rows[0] for row in self.rows], device)
+            tokens = integers([s + j for s in self.starts for j in range(self.query)], device)
             self._indices[device] = rows, tokens
         return self._indices[device]
 
@@ -78,7 +78,7 @@ class Group:
         lengths = [longest] * self.block
         for row, length in zip(self.rows, self.lengths, strict=True):
             lengths[row - self.first] = length
-        end = torch.tensor(lengths, device=like.device)[:, None, None]  # [R, 1, 1]
+        end = integers(lengths, like.device)[:, None, None]  # [R, 1, 1]
         at = end - self.query + torch.arange(self.query, device=like.device)[None, :, None]  # [R, q, 1]
         key = torch.arange(longest, device=like.device)[None, None, :]  # [1, 1, L]
         visible = key <= at

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from proxytune.lazy import door
 
 if TYPE_CHECKING:
-    from proxytune.engine.cuda.graphs import reserve
+    from proxytune.engine.cuda.graphs import FUSED_LAYER, OTHER_LAYER, reserve
 
-__all__ = ["reserve"]
+__all__ = ["FUSED_LAYER", "OTHER_LAYER", "reserve"]
 
-__getattr__ = door(__name__, {"reserve": "graphs"})
+__getattr__ = door(__name__, dict.fromkeys(("FUSED_LAYER", "OTHER_LAYER", "reserve"), "graphs"))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from proxytune.engine.fused import Rotation, place, rotate_and_place
 from proxytune.engine.kernels.paged_attention import paged_attention
 from proxytune.engine.kernels.scores import ScoreRule
 from proxytune.engine.kv.pages import PAGE, PagedCache
@@ -42,18 +43,23 @@ class DevicePacked:
         key: Tensor,  # [1, Hkv, T, Dk]
         value: Tensor,  # [1, Hkv, T, Dv]
         rule: ScoreRule,
+        rotation: Rotation | None = None,
     ) -> Tensor:
-        """Store the new keys and values, and let the queries see them and what came before: -> [1, T, H,
-        Dv]."""
+        """Store the new keys and values, rotated here if there is a rotation, and let the queries see them
+        and what came before: -> [1, T, H, Dv]."""
         results = []
         for part in self.parts:
-            keys, values = part.cache.pools(layer)
-            for pool, new in ((keys, key), (values, value)):
-                lines = new[0, :, part.tokens].transpose(0, 1)  # [R * Q, Hkv, D]
-                pool.flatten(0, 1).index_copy_(0, part.slots, lines.to(pool.dtype))
-            rows, mine = part.lengths.shape[0], query[0, :, part.tokens]
-            q = mine.reshape(query.shape[1], rows, mine.shape[1] // rows, -1).transpose(0, 1)  # [R, H, Q, D]
-            result = paged_attention(q, keys, values, part.table, part.lengths, rule)
+            pools = part.cache.pools(layer)
+            mine, fresh, content = (
+                t[0, :, part.tokens].transpose(0, 1) for t in (query, key, value)
+            )  # [T, H, D]
+            if rotation is None:
+                place(fresh, content, pools, part.slots)
+            else:
+                mine = rotate_and_place(mine, fresh, content, rotation.of(part.tokens), pools, part.slots)
+            rows = part.lengths.shape[0]
+            q = mine.reshape(rows, -1, *mine.shape[1:]).transpose(1, 2)  # [R, H, Q, D]
+            result = paged_attention(q, *pools, part.table, part.lengths, rule)
             results.append(result.transpose(1, 2).flatten(0, 1))  # [R * Q, H, Dv]
         return (results[0] if len(results) == 1 else torch.cat(results))[None]
 

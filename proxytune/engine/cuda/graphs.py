@@ -34,16 +34,19 @@ TIMED = 5
 """Replays by which branches in parallel and in turn are compared."""
 MOST_GRAPHS = 32
 """Graphs that are kept; the one that was not used for longest makes room."""
-LAYER_BYTES = 640 << 10
-"""Memory that a graph takes per layer of the models: about 43 kernels, a half more for what draft models run
-again, at about 10 kB each."""
+KERNEL_BYTES = 15 << 10
+"""Memory that a graph takes per kernel of a plain step: about 10 kB, and a half more for what draft models
+run again."""
+FUSED_LAYER, OTHER_LAYER = 12, 43
+"""Kernels of a step per layer of its models, with `FusedForward` and without (benchmarks/floor.py counts
+them)."""
 NO_MEMORY = ("out of memory", "ALLOC_FAILED")
 """How CUDA says so where it is not torch's allocator that asks."""
 
 
-def reserve(layers: int) -> int:
-    """Bytes that the graphs of models with so many layers together may come to take."""
-    return MOST_GRAPHS * LAYER_BYTES * layers
+def reserve(kernels: int) -> int:
+    """Bytes that the graphs of steps of so many kernels may come to take."""
+    return MOST_GRAPHS * KERNEL_BYTES * kernels
 
 
 class Refused(Exception):

@@ -7,6 +7,7 @@ first of them, at the same addresses, so that every CUDA graph reads and writes 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from proxytune.engine.cuda.sampling import Sampler, SamplingNeeds
+from proxytune.engine.kv.cache import sent
 from proxytune.engine.kv.pages import PAGE, PagedCache
 from proxytune.engine.request import Request, Row
 
@@ -110,13 +112,27 @@ class DeviceState:
         self.caches, self.target, self.rows, self.widths = caches, target, rows, widths
         self.size, self.device = size, device
         whole = HEADER + len(caches) + widths.eos + 2 * widths.bans + widths.forced
-        self.moving = torch.zeros(rows, 2 + len(caches), dtype=torch.long, device=device)
-        self.whole = torch.zeros(rows, whole, dtype=torch.long, device=device)
-        self.real = torch.zeros(rows, REALS, dtype=torch.float64, device=device)
-        self.tables = torch.zeros(len(caches), rows, widths.pages, dtype=torch.long, device=device)
+        self._shapes = [
+            (rows, 2 + len(caches)),
+            (rows, whole),
+            (rows, REALS),
+            (len(caches), rows, widths.pages),
+        ]
+        self._buffer = torch.zeros(sum(map(prod, self._shapes)), dtype=torch.long, device=device)
+        self._mirror = torch.zeros(self._buffer.shape, dtype=torch.long)
+        """What the host last wrote; `moving` goes on without it."""
+        self.moving, self.whole, self.real, self.tables = self._parts(self._buffer)
         self.history = torch.zeros(rows, widths.pages * PAGE + 1, dtype=torch.long, device=device)
-        self._whole, self._real = self.whole.cpu().numpy().copy(), self.real.cpu().numpy().copy()
+        self._moving, self._whole, self._real, self._tables = (
+            part.numpy() for part in self._parts(self._mirror)
+        )
         self._present: list[Row] = []
+
+    def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a step moves, what requests set, and the pages, as they lie in a buffer."""
+        flat = torch.split_with_sizes(buffer, [prod(shape) for shape in self._shapes])
+        moving, whole, real, tables = (t.view(s) for t, s in zip(flat, self._shapes, strict=True))
+        return moving, whole, real.view(torch.float64), tables
 
     def views(self, rows: int) -> DeviceBatch:
         """The first `rows` rows."""
@@ -143,18 +159,19 @@ class DeviceState:
 
     def fill(self, rows: Sequence[Row]) -> None:
         """Make these the rows, as the host knows them; the others become padding."""
-        moving = np.zeros(self.moving.shape, dtype=np.int64)
+        self._moving[:] = 0
+        new = list[int]()
         for index, row in enumerate(rows):
             last = [row.ids[name][-1] for name in self.caches]
-            moving[index] = [len(row.tokens), row.request.max_new_tokens, *last]
+            self._moving[index] = [len(row.tokens), row.request.max_new_tokens, *last]
             if index >= len(self._present) or self._present[index] is not row:
                 self._set(index, row.request)
-                ids = row.ids[self.target]
-                self._send(self.history[index, : len(ids)], torch.tensor(ids))
+                new.append(index)
         self._present = list(rows)
-        for target, source in ((self.moving, moving), (self.whole, self._whole), (self.real, self._real)):
-            self._send(target, torch.from_numpy(source))
-        self.fill_tables()
+        self._write_tables()
+        self._send(self._buffer, self._mirror)
+        if new:
+            self._send_history(new, [rows[index].ids[self.target] for index in new])
 
     def forget(self) -> None:
         """The rows went on without the device."""
@@ -162,13 +179,23 @@ class DeviceState:
 
     def fill_tables(self) -> None:
         """Let every row have the pages that its caches have reserved for it."""
-        tables = np.empty(self.tables.shape, dtype=np.int64)
+        self._write_tables()
+        self._send(self.tables, self._parts(self._mirror)[3])
+
+    def _write_tables(self) -> None:
         for model, cache in enumerate(self.caches.values()):
-            tables[model] = cache.spare
+            self._tables[model] = cache.spare
             for index, pages in enumerate(cache.tables[: len(self._present)]):
                 kept = pages[: self.widths.pages]
-                tables[model, index, : len(kept)] = kept
-        self._send(self.tables, torch.from_numpy(tables))
+                self._tables[model, index, : len(kept)] = kept
+
+    def _send_history(self, rows: Sequence[int], ids: Sequence[Sequence[int]]) -> None:
+        """What rows have generated or were given so far, in one copy: each with its number before it."""
+        block = np.zeros((len(rows), 1 + max(map(len, ids))), dtype=np.int64)
+        for line, row, own in zip(block, rows, ids, strict=True):
+            line[0], line[1 : 1 + len(own)] = row, own
+        there = sent(torch.from_numpy(block), self.device)
+        self.history[:, : block.shape[1] - 1].index_copy_(0, there[:, 0], there[:, 1:])
 
     def _send(self, target: Tensor, source: Tensor) -> None:
         """Copy to the device without waiting for it. Pinned memory is not given out again before its copy is

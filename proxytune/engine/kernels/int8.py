@@ -66,55 +66,59 @@ class Int8Linear(StoredLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[.., K] -> [.., N] in the input's dtype."""
-        rows = input.numel() // self.in_features
-        taken = 0 < rows <= MOST_ROWS and input.dtype in KERNEL_DTYPES and runs_triton(input)
-        if taken and _right(self, input, rows):
-            from proxytune.engine.kernels.triton_linear import launch
-
-            flat = launch(input.reshape(rows, -1), self.weight, self.weight_scale, self.bias)
-            return flat.view(*input.shape[:-1], self.out_features)
-        if input.device.type == "cpu":
-            return self._on_cpu(input, rows)
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return linear(input, dequantize(self.weight, self.weight_scale, input.dtype), bias)
-
-    def _on_cpu(self, input: Tensor, rows: int) -> Tensor:
-        """The weights' integers are exact in every float dtype, so the scale may come after the product."""
-        scale = self.weight_scale.to(input.dtype)
-        if 0 < rows <= FEW and input.dtype == torch.bfloat16 and has_int8_product():
-            flat = input.reshape(rows, self.in_features)
-            out: Tensor = torch._weight_int8pack_mm(flat, self.weight, scale)
-            out = out.view(*input.shape[:-1], self.out_features)
-        else:
-            out = linear(input, self.weight.to(input.dtype)).mul_(scale)
-        return out if self.bias is None else out.add_(self.bias.to(input.dtype))
+        return product(input, self.weight, self.weight_scale, self.bias)
 
 
-def _right(layer: Int8Linear, input: Tensor, rows: int) -> bool:
-    """Whether the kernel was found to be right for a layer of this size and so many rows."""
+def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x [.., K] times int8 weights [N, K] with scales [N], plus bias [N] -> [.., N] in x's dtype."""
+    outputs, inputs = weight.shape
+    rows = x.numel() // inputs
+    taken = 0 < rows <= MOST_ROWS and x.dtype in KERNEL_DTYPES and runs_triton(x)
+    if taken and _right(x, weight, scale, bias):
+        from proxytune.engine.kernels.triton_linear import launch
+
+        return launch(x.reshape(rows, -1), weight, scale, bias).view(*x.shape[:-1], outputs)
+    if x.device.type == "cpu":
+        return _on_cpu(x, weight, scale, bias)
+    own = None if bias is None else bias.to(x.dtype)
+    return linear(x, dequantize(weight, scale, x.dtype), own)
+
+
+def _on_cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The weights' integers are exact in every float dtype, so the scale may come after the product."""
+    scale, rows = scale.to(x.dtype), x.numel() // weight.shape[1]
+    if 0 < rows <= FEW and x.dtype == torch.bfloat16 and has_int8_product():
+        out: Tensor = torch._weight_int8pack_mm(x.reshape(rows, -1), weight, scale)
+        out = out.view(*x.shape[:-1], len(weight))
+    else:
+        out = linear(x, weight.to(x.dtype)).mul_(scale)
+    return out if bias is None else out.add_(bias.to(x.dtype))
+
+
+def _right(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernel was found to be right for weights of this size and so many rows."""
     from proxytune.engine.kernels.triton_linear import blocks
 
-    cut = blocks(rows, layer.out_features, input.dtype)
-    shape = cut, layer.in_features, layer.out_features, layer.bias is not None, input.dtype
-    dtype, device = input.dtype, input.device
-    return trusted("int8 kernel", shape, device, lambda: _apart(layer, rows, dtype), APART[dtype])
+    rows, dtype = x.numel() // weight.shape[1], x.dtype
+    shape = blocks(rows, len(weight), dtype), *weight.shape, bias is not None, dtype
+
+    def apart() -> float:
+        return _apart(rows, dtype, weight, scale, bias)
+
+    return trusted("int8 kernel", shape, x.device, apart, APART[dtype])
 
 
-def _apart(layer: Int8Linear, rows: int, dtype: torch.dtype) -> float:
+def _apart(rows: int, dtype: torch.dtype, weight: Tensor, scale: Tensor, bias: Tensor | None) -> float:
     """How far the kernel is from the product with wide weights, in standard deviations; for the first and
     last outputs, since a layer can be large."""
     from proxytune.engine.kernels.triton_linear import launch
 
-    weight, scale, draw = (
-        layer.weight,
-        layer.weight_scale,
-        torch.Generator(layer.weight.device).manual_seed(0),
-    )
-    x = torch.randn(rows, layer.in_features, generator=draw, device=weight.device).to(dtype)
-    out, apart = launch(x, weight, scale, layer.bias), 0.0
+    draw = torch.Generator(weight.device).manual_seed(0)
+    x = torch.randn(rows, weight.shape[1], generator=draw, device=weight.device).to(dtype)
+    out, apart = launch(x, weight, scale, bias), 0.0
     for ends in (slice(None, TRIED), slice(-TRIED, None)):
-        bias = None if layer.bias is None else layer.bias[ends].float()
-        want = linear(x.float(), dequantize(weight[ends], scale[ends], torch.float32), bias)
+        own = None if bias is None else bias[ends].float()
+        want = linear(x.float(), dequantize(weight[ends], scale[ends], torch.float32), own)
         far = farthest(out[:, ends], want) / max(float(want.std(correction=0)), 1e-12)
         apart = far if far != far else max(apart, far)
     return apart

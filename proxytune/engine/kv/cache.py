@@ -69,7 +69,7 @@ class Placement:
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
         at = [p for start, end in zip(starts, ends, strict=True) for p in range(start, end)]
         parts = zip(rows, accumulate(counts, initial=0), counts, ends, strict=False)  # one sum more
-        return cls(integers(at).to(device), tuple(parts))
+        return cls(integers(at, device), tuple(parts))
 
     @cached_property
     def segments(self) -> Tensor:
@@ -79,7 +79,7 @@ class Placement:
     @cached_property
     def rows(self) -> Tensor:
         """[T] the row of every token."""
-        return self.segments[0].repeat_interleave(self.segments[2]).to(self.positions.device)
+        return sent(self.segments[0].repeat_interleave(self.segments[2]), self.positions.device)
 
 
 class Rows(Protocol):
@@ -151,10 +151,20 @@ def round_up(value: int, granule: int) -> int:
     return -(-value // granule) * granule
 
 
-def integers(values: Sequence[object]) -> Tensor:
-    """Numbers, or tuples of so many, as int64 on the CPU: two to three times as fast as torch.tensor is with
-    the few hundred that a step needs."""
-    return torch.from_numpy(np.array(values, dtype=np.int64))
+CPU = torch.device("cpu")
+
+
+def integers(values: Sequence[object], device: torch.device = CPU) -> Tensor:
+    """Numbers, or tuples of so many, as int64: two to three times as fast as torch.tensor is with the few
+    hundred that a step needs."""
+    return sent(torch.from_numpy(np.array(values, dtype=np.int64)), device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device. Nobody waits, as would be for memory that is not pinned: until all
+    that was launched before is done. torch does not give pinned memory out again before its copy is done."""
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from proxytune.engine.kv.cache import CacheSpec, Placement, round_up
+from proxytune.engine.fused import place
+from proxytune.engine.kv.cache import CacheSpec, Placement, integers, round_up
 
 PAGE = 16  # tokens per page
 
@@ -129,18 +130,21 @@ class PagedCache:
         table = self._tables_on.get(where)
         if table is None:
             padded = [(self.tables[row] + [0] * pages)[:pages] for row in rows]
-            table = self._tables_on[where] = torch.tensor(padded, dtype=torch.long, device=device)
+            table = self._tables_on[where] = integers(padded, device)
         return table
 
-    def write(self, layer: int, key: Tensor, value: Tensor, at: Placement) -> None:
-        index = at.flat.get(key.device)
+    def slots(self, at: Placement, device: torch.device) -> Tensor:
+        """Where tokens go in a pool seen as [pages * PAGE, H, D]: [T]."""
+        index = at.flat.get(device)
         if index is None:
             longest = max(len(table) for table in self.tables)
             table = self.table(range(len(self.tables)), longest, at.rows.device)
             page = table[at.rows, at.positions // PAGE]
-            index = at.flat[key.device] = (page * PAGE + at.positions % PAGE).to(key.device)
-        for pool, new in zip(self._pools[layer], (key, value), strict=True):
-            pool.flatten(0, 1).index_copy_(0, index, new.transpose(0, 1).to(pool.dtype))
+            index = at.flat[device] = (page * PAGE + at.positions % PAGE).to(device)
+        return index
+
+    def write(self, layer: int, key: Tensor, value: Tensor, at: Placement) -> None:
+        place(key.transpose(0, 1), value.transpose(0, 1), self._pools[layer], self.slots(at, key.device))
 
     def read(self, layer: int, first: int, count: int, length: int) -> tuple[Tensor, Tensor]:
         keys, values = self._pools[layer]

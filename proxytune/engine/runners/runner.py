@@ -110,7 +110,7 @@ def run_together(parts: Sequence[tuple[ModelRunner, Work]]) -> list[Tensor]:
         positions.append(positions[-1].new_zeros(missing))
     if first.lora is not None:
         first.lora.place(spans, len(ids))
-    tokens_in = integers([ids]).to(first.device)  # [1, T]
+    tokens_in = integers([ids], first.device)  # [1, T]
     out = first.model(
         **{"input_ids": tokens_in}
         if first.embed is None
@@ -118,7 +118,7 @@ def run_together(parts: Sequence[tuple[ModelRunner, Work]]) -> list[Tensor]:
         position_ids=(positions[0] if len(positions) == 1 else torch.cat(positions))[None],
         use_cache=False,
         # of several devices, the last layer's may be another: it takes an index from the CPU
-        logits_to_keep=integers(keep) if len(first.devices) > 1 else integers(keep).to(first.device),
+        logits_to_keep=integers(keep) if len(first.devices) > 1 else integers(keep, first.device),
         packed=Packed(packed),
     )
     logits = widen(out.logits[0])

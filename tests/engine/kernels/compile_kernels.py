@@ -19,10 +19,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from proxytune.engine.fused import triton_rows
 from proxytune.engine.kernels import triton_attention, triton_linear
 
-SCALARS = {"scaling": "fp32", "softcap": "fp32"}
-KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SCALARS = {"scaling": "fp32", "softcap": "fp32", "eps": "fp32"}
+KINDS = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Case:
 
     kernel: Any
     pointers: dict[str, str]
-    constants: dict[str, int | bool]
+    constants: dict[str, Any]
     warps: int
     stages: int
 
@@ -74,6 +75,31 @@ def combine(dtype: str, splits: int) -> Case:
     return Case(triton_attention.combine_kernel, pointers, constants, 4, 3)
 
 
+def norm(dtype: str, size: int, *, added: bool = True, late: bool = False, shift: float = 0.0) -> Case:
+    """`norm_kernel` likewise."""
+    block = triton.next_power_of_2(size)
+    constants: dict[str, Any] = {"SIZE": size, "BLOCK": block, "ADDED": added, "LATE": late, "SHIFT": shift}
+    pointers = dict.fromkeys(("x", "residual", "weight", "total", "out"), dtype)
+    return Case(triton_rows.norm_kernel, pointers, constants, triton_rows.norm_warps(block), 3)
+
+
+def placed(dtype: str, key: int, value: int, turned: int) -> Case:
+    """`place_kernel` likewise."""
+    pointers = dict.fromkeys(("query", "key", "value", "cos", "sin", "turned", "keys", "values"), dtype)
+    key_pad, value_pad = (triton.next_power_of_2(size) for size in (key, value))
+    constants: dict[str, Any] = {"DK": key, "DK_PAD": key_pad, "DV": value, "DV_PAD": value_pad}
+    constants |= {"TURNED": turned, "HALF": max(1, triton.next_power_of_2(turned // 2))}
+    constants |= {"WIDE": triton_rows.wide(KINDS[dtype])}
+    return Case(triton_rows.place_kernel, {**pointers, "slots": "i64"}, constants, 1, 3)
+
+
+def gate(dtype: str, activation: int) -> Case:
+    """`gate_kernel` likewise."""
+    constants: dict[str, Any] = {"ACTIVATION": activation, "BLOCK": triton_rows.GATE_BLOCK}
+    constants |= {"WIDE": triton_rows.wide(KINDS[dtype])}
+    return Case(triton_rows.gate_kernel, dict.fromkeys(("gate", "up", "out"), dtype), constants, 4, 3)
+
+
 CASES = {
     "decode bf16 128": attend("bf16", 1, 8, 128, 128),
     "verify bf16 128, everything on": attend("bf16", 5, 4, 128, 128, WINDOWED=True, CAPPED=True, SINKS=True),
@@ -91,6 +117,14 @@ CASES = {
     "linear fp16 64 x 28672": linear("fp16", 64, 28672, biased=True),
     "linear bf16 64 x 1000, ragged": linear("bf16", 64, 1000, even=False),
     "linear fp32 64 x 28672": linear("fp32", 64, 28672),
+    "rows: norm bf16 8192 of a sum": norm("bf16", 8192),
+    "rows: norm fp16 128, late": norm("fp16", 128, added=False, late=True, shift=1.0),
+    "rows: norm fp32 16384 of a sum": norm("fp32", 16384),
+    "rows: rotation bf16 128": placed("bf16", 128, 128, 128),
+    "rows: rotation fp64 80 of 96, 64": placed("fp64", 96, 64, 80),
+    "rows: store bf16 192/128": placed("bf16", 192, 128, 0),
+    "rows: silu bf16": gate("bf16", triton_rows.SILU),
+    "rows: gelu fp64": gate("fp64", triton_rows.GELU_TANH),
 }
 
 
