@@ -48,6 +48,13 @@ def test_the_table_the_items_and_the_test(tmp_path: Path) -> None:
     assert found.csv().splitlines()[1] == "1,first,q1,b1,p1,1"
 
 
+def test_items_that_one_run_lacks_are_left_out(tmp_path: Path) -> None:
+    whole, cut = (write(tmp_path / name, rows(v, name)) for name, v in (("whole", "1011"), ("cut", "11")))
+    for pair in ((whole, cut), (cut, whole)):
+        found = failures(*pair)
+        assert (found.n, found.of, found.both_right, [item.id for item in found.items]) == (2, 2, 1, ["1"])
+
+
 def test_equal_runs_differ_in_nothing(tmp_path: Path) -> None:
     one, other = (write(tmp_path / name, rows("10", name)) for name in ("a", "b"))
     found = failures(one, other)

@@ -85,6 +85,8 @@ def test_late_skip_takes_what_is_about_ending(tmp_path: Path) -> None:
     assert found.control is not None and found.control.score.value == 0.05 and found.forced == " Exactly"
     assert len(found.csv().splitlines()) == 6
     assert skip(folder).control is None
+    doubled = swept(tmp_path / "doubled", {"0": 0.0, "1": 0.5, "2": 0.4, "first:4:2": 0.2})
+    assert [point.alpha for point in skip(doubled).points] == ["0", "first:4:2", "2"]
 
 
 def test_a_point_without_a_score_has_none(tmp_path: Path) -> None:

@@ -270,6 +270,14 @@ def test_a_special_token_is_a_stop_string() -> None:
     )
 
 
+def test_a_special_token_that_begins_as_another_does_is_found() -> None:
+    words = tiny.tokenizer()
+    words.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|end|>!"]})
+    shorter, longer = words.convert_tokens_to_ids(["<|end|>", "<|end|>!"])
+    assert first_end(words, [longer], ["<|end|>!"]) == 1
+    assert first_end(words, [longer, shorter], ["<|end|>"]) == 2
+
+
 @pytest.mark.parametrize("letters", ["中" * 9, "é" * 30, "🍎" * 5, "ab" + "한" * 7, "x"])
 @pytest.mark.parametrize("stop", ["\n", "\n\n", "中\n"])
 def test_stops_are_seen_amid_letters_that_are_spelt_in_bytes(letters: str, stop: str) -> None:

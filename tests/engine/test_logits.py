@@ -285,6 +285,8 @@ def test_top_p_at_its_ends() -> None:
     even = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).double().log()
     for top_p, kept in [(0.4, 1), (0.51, 2), (0.74, 2), (0.76, 3), (0.9, 4), (1.0, 4)]:
         assert int(warped(even, top_p=top_p).isfinite().sum()) == kept, top_p
+    level = torch.zeros(1, 4)  # masses of .25, which are exact: two of them reach .5
+    assert warped(level, top_p=0.5).isfinite()[0].tolist() == [True, True, False, False]
 
 
 def test_warp_settings_are_per_row() -> None:

@@ -62,6 +62,16 @@ def test_a_gap_is_of_three_runs_under_the_same_conditions(name: str) -> None:
     ), "the base that is like the others counts, and two that do not agree count neither"
 
 
+def test_a_score_that_is_meant_for_some_items_lacks_no_other() -> None:
+    def meant(n: int) -> list[Run]:
+        shown = [(made, made.metrics["exact_match"]) for made in TRIO.values()]
+        of_80 = [(made, metric.model_copy(update={"n": n, "of": 80})) for made, metric in shown]
+        return [changed(made, metrics={"exact_match": metric}) for made, metric in of_80]
+
+    assert comparison.gap(*meant(80), "exact_match") == pytest.approx(0.9)
+    assert comparison.gap(*meant(79), "exact_match") is None
+
+
 def test_alpha_trace_and_words_are_no_conditions() -> None:
     proxy = run("proxy", 0.5, alpha=parse_alpha(0.4), trace="tokens", limit=100)
     words = System(name="tiny", base=ModelSpec(model="nowhere"), description="d", data={"gsm": "hub"})

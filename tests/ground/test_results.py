@@ -176,6 +176,9 @@ def test_what_decides_nothing_may_differ() -> None:
     assert results.differences(spec(), spec(system=weaker, alpha=parse_alpha(0.5))) == {}
     as_proxy = {"role": "proxy", "system": weaker, "alpha": parse_alpha(0.5)}
     assert set(results.differences(spec(role="proxy"), spec(**as_proxy))) == {"alpha", "system.alpha"}
+    traced = spec(system=weaker, alpha=parse_alpha(0.5), trace="agreement")
+    assert set(results.differences(spec(), traced)) == {"alpha", "system.alpha", "trace"}
+    assert set(results.differences(traced, spec())) == {"alpha", "system.alpha", "trace"}
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:

@@ -284,6 +284,16 @@ def test_a_run_that_was_changed_by_hand_is_refused(tmp_path: Path, change: dict[
         RunFolder.open(tmp_path, new(trace="tokens"))
 
 
+def test_a_seal_is_of_files_in_its_own_folder(tmp_path: Path) -> None:
+    """Whoever makes one that names others must not have them moved about."""
+    path = finished(tmp_path / "run") / results.RUN
+    content = json.loads(path.read_text())
+    files = content.pop("seal")["files"] | {"../x": run_files.digest(b"")}
+    path.write_text(json.dumps({**content, "seal": run_files.seal_of(content, files)}))
+    with pytest.raises(UserError, match="it was changed by hand"):
+        results.read_run(path.parent)
+
+
 def test_a_run_that_is_set_otherwise_is_the_same(tmp_path: Path) -> None:
     run, path = results.read_run(finished(tmp_path)), tmp_path / results.RUN
     path.write_text(json.dumps(json.loads(path.read_text()), indent=8, ensure_ascii=True))

@@ -56,6 +56,8 @@ def test_later_calls_are_expected_to_cost_what_the_dearest_did() -> None:
     budget.settle(reserved=1, estimate=1, usd=30)
     assert budget.spent == 30 and budget.in_flight == 0
     assert budget.affords(budget.need(2)) and not budget.affords(budget.need(3))
+    budget.settle(reserved=0, estimate=1, usd=0)
+    assert budget.need(2) == 60
 
 
 @pytest.mark.parametrize(

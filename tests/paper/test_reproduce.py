@@ -237,6 +237,12 @@ def test_the_demo_runs_every_recipe(recipe: str, tmp_path: Path) -> None:
 # Our figures beside the paper's
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_runs_of_as_many_roles_those_with_most_examples_count(order: int) -> None:
+    few = run("proxy", 0.9, data_sha256="1" * 64).model_copy(update={"n": 3})
+    assert [one.n for one in paper.runs_by_key([few, run("proxy", 0.5)][::order]).values()] == [100]
+
+
 def test_gaps_are_means_over_the_columns_that_have_one(yaml: Path) -> None:
 
     recipe = paper.load_recipe("table5")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from proxytune.errors import UserError
-from proxytune.sandbox.sandbox import Job, Program, Sandbox
+from proxytune.sandbox.sandbox import Job, Outcome, Program, Sandbox
 
 
 def starts_that_fail(monkeypatch: pytest.MonkeyPatch, failing: int) -> list[Sequence[str]]:
@@ -38,3 +38,16 @@ def test_two_failed_starts_are_an_error_and_no_verdict(box: Sandbox, monkeypatch
     with pytest.raises(UserError, match="did not start"):
         box.run(Job((Program("print('done')"),)))
     assert len(started) == 2
+
+
+def test_a_job_is_lost_only_where_it_was_the_first(box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sandbox that ends after some jobs says nothing of the next one, which begins another."""
+    asked: list[int] = []
+
+    def run(_: Sandbox, jobs: Sequence[Job]) -> tuple[list[Outcome], bool]:
+        asked.append(len(jobs))
+        return [Outcome(("passed",), (0.0,))] * (1 if len(asked) == 1 else len(jobs)), False
+
+    monkeypatch.setattr(Sandbox, "_run", run)
+    assert [outcome.passed for outcome in box.run_together([Job(())] * 3)] == [True] * 3
+    assert asked == [3, 2]

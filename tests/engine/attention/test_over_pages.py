@@ -12,6 +12,7 @@ from torch import Tensor
 from proxytune.config import ModelSpec, Sampling, System, parse_alpha
 from proxytune.engine.attention import attention
 from proxytune.engine.attention.over_pages import paged_groups
+from proxytune.engine.attention.packed import Group
 from proxytune.engine.kernels import paged_attention as paged
 from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.likelihood import likelihoods
@@ -98,3 +99,8 @@ def test_by_the_kernel(trio: System, kernels: torch.device, monkeypatch: pytest.
     base = ModelSpec(model=trio.base.model, dtype="float32")
     check(decoder(System(base=base), "base"), ragged(3, 5, longest=6), Sampling(max_new_tokens=3))
     assert calls.kernel and calls.read == 0
+
+
+def test_a_window_counts_the_token_itself() -> None:
+    mask = Group(1, [0], [0], [5]).mask(2, torch.zeros(1))
+    assert mask is not None and mask.isfinite().flatten().tolist() == [False, False, False, True, True]

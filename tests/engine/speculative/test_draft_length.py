@@ -187,6 +187,15 @@ def test_prompt_lookup_without_an_expert() -> None:
     assert taken == 100
 
 
+def test_prompt_lookup_in_one_row_pays_for_all_of_them() -> None:
+    """Where every token takes its time, six more of one row keep seven others waiting."""
+    draft_length = DraftLength()
+    for _ in range(3):
+        draft_length.verify.add(8, 8.0), draft_length.lookup.add(14, 14.0)
+    draft_length.lookup_acceptance.accepted = draft_length.lookup_acceptance.examined = 100.0
+    assert not draft_length.prefers_lookup([6, 0, 0, 0, 0, 0, 0, 0], 0)
+
+
 def test_the_drafter_reads_prompt_lookup_where_that_saves_forwards() -> None:
     def reads(wide: float, share: float) -> int:
         draft_length = DraftLength()

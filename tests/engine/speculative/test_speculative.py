@@ -23,7 +23,7 @@ from proxytune.engine.request import Request, Row
 from proxytune.engine.sampling import RowPosition, pick
 from proxytune.engine.scheduler import Scheduler
 from proxytune.engine.speculative.draft_length import DraftLength, LatencyTable
-from proxytune.engine.speculative.drafter import LOOKUP, Speculation, same_prefix
+from proxytune.engine.speculative.drafter import LOOKUP, Drafter, Drafts, Speculation, same_prefix
 from proxytune.errors import UserError
 from proxytune.models.roles import Models
 from proxytune.options import DecodeOptions
@@ -444,6 +444,15 @@ def test_the_trace_of_agreement_is_the_plain_one(role: str, trio: System, tmp_pa
         for got, want in zip(c.trace, plain[where].trace, strict=True):
             assert got.divergence is not None and want.divergence is not None
             assert got.divergence == pytest.approx(want.divergence, abs=1e-9) and len(got.divergence) == 2
+
+
+def test_drafts_of_prompt_lookup_say_nothing_of_the_expert() -> None:
+    drafter = Drafter({}, ("expert",), "base", Speculation())
+    first = drafter.draft_length.acceptance.value
+    drafter.learn(Drafts([[1, 2]], {}, ()), 0, 1, None)
+    assert drafter.draft_length.acceptance.value == first
+    drafter.learn(Drafts([[1, 2]], {}, ("expert",)), 0, 1, None)
+    assert drafter.draft_length.acceptance.value < first
 
 
 def test_same_prefix() -> None:
