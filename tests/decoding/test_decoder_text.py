@@ -143,3 +143,10 @@ def test_a_window_that_was_full_first_is_said(trio: System) -> None:
     assert (cut.finish_reason, len(cut.token_ids)) == ("length", 5)
     assert cut.remark == "the context window of the base (256 tokens) was full before 50 new tokens"
     assert (whole.finish_reason, len(whole.token_ids), whole.remark) == ("length", 50, None)
+
+
+def test_the_window_that_the_longest_prompt_fills_is_said(trio: System, tmp_path: Path) -> None:
+    """All windows are equal; the expert's prompt has a chat format around it."""
+    d = Decoder(Models(chat_trio(trio, tmp_path, TURNS)), "proxy")
+    [cut] = d.stream([example("a" * 200)], Sampling(max_new_tokens=90, min_new_tokens=90))
+    assert cut.remark == "the context window of the expert (256 tokens) was full before 90 new tokens"

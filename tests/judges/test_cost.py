@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from proxytune.errors import UserError
 from proxytune.judges.calls import Budget
+from proxytune.judges.judge import Estimate
 from proxytune.judges.judgements import Judgements
 from proxytune.judges.pairwise import PairwiseJudge
+from proxytune.options import JudgeOptions
+from proxytune.runs.judging import Judging
 from tests.support.endpoint import Endpoint
 
 ROWS = [{"instruction": f"Do {i}.", "output_1": f"plain {i}", "output_2": f"GOOD {i}"} for i in range(20)]
@@ -92,6 +96,14 @@ def test_what_is_spent_counts_in_later_sessions(endpoint: Endpoint) -> None:
     assert len(endpoint.seen) == before, "the same limit is not spent again"
     judge(1e6).judge(ROWS)
     assert len(endpoint.seen) == 20 and spent(judge(1)) == 20 * 101
+
+
+def test_what_was_spent_counts_before_anything_is_asked() -> None:
+    judging = Judging(PairwiseJudge("m"), JudgeOptions(yes=True, max_cost=1))
+    estimate = Estimate(1, cached=0, prompt_tokens=9, completion_tokens=9, usd=0.4, seconds=1, spent=0.5)
+    judging.agree(estimate)
+    with pytest.raises(UserError, match=r"0\.7000 USD of earlier sessions are over --max-cost 1"):
+        judging.agree(replace(estimate, spent=0.7))
 
 
 def test_one_limit_for_all_that_a_judge_is_given(endpoint: Endpoint) -> None:

@@ -204,6 +204,22 @@ def test_python_pays_only_what_was_agreed_to(
     assert made.judge == "gpt-4.1" and "win_rate" in made.metrics
 
 
+@pytest.mark.parametrize("command", [("eval",), ("sweep-alpha", "--alphas", "1")])
+def test_a_judge_has_the_seed_of_the_run(
+    command: tuple[str, ...], yaml: Path, alpaca: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    def refuses(_: object, options: JudgeOptions) -> None:
+        seeds.append(options.seed)
+        raise UserError("no judge")
+
+    monkeypatch.setattr(run_judge, "make_judge", refuses)
+    name, *more = command
+    asked = ("alpaca_farm", "--system", yaml, "--data", alpaca, "--judge", "gpt-4.1", "--yes", "--seed", 7)
+    assert proxytune(name, *asked, *more).exit_code == 2 and seeds == [7]
+
+
 def test_all_roles_are_judged(yaml: Path, classifier: Path, toxigen: Path, tmp_path: Path) -> None:
     out = tmp_path / "all"
     settings = ("--system", yaml, "--data", toxigen, "--max-new-tokens", 4, "--limit", 2, "--as", "all")

@@ -107,6 +107,8 @@ def test_log_probabilities_of_base_and_proxy(tmp_path: Path) -> None:
         settings: dict[str, Any] = {"mode": "likelihood", "data": data, "out": out, "progress": False}
         made = evaluated(system, "truthfulqa_mc", as_=role, **settings, **strength)
         assert made.headline == "mc1" and set(made.metrics) == {"mc1", "mc2"}
+        prompts = [tiny.tokenizer()(f"Q: {asked}\nA:")["input_ids"] for asked in ("Where?", "Whither?")]
+        assert made.cost.prompt_tokens == sum(map(len, prompts)), "once for all answers to a question"
         for row in results.read_rows(out):
             for text, logprob in row["logprobs"].items():
                 ids = tiny.tokenizer()(f"Q: {row['question'].strip()}\nA:")["input_ids"]

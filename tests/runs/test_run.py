@@ -95,6 +95,13 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     assert results.read_rows(tmp_path / "parts") == results.read_rows(tmp_path / "whole")
 
 
+def test_memory_is_that_of_the_session_that_took_most(system: System, models: Models, tmp_path: Path) -> None:
+    whole = evaluate(system, models, tmp_path)
+    unfinish(tmp_path, 5)
+    again = evaluate(system, models, tmp_path)
+    assert again.cost.memory == whole.cost.memory and again.cost.sessions == 2
+
+
 def test_the_drafts_of_all_sessions_are_counted(
     system: System, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

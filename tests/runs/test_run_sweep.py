@@ -192,6 +192,7 @@ def test_an_interrupted_sweep_continues(
     monkeypatch.setattr(Decoder, "sweep", listening)
     folder, runs = swept(system, models, tmp_path / "parts")
     assert len(asked) == len(set(asked)) == 36 - 17
+    assert json.loads((folder / "sweep.json").read_text())["sessions"] == 2
     for alpha, made in zip(ALPHAS, runs, strict=True):
         assert made.status == "done" and made.cost.sessions in (1, 2)
         assert results.read_rows(folder / run_name(alpha)) == results.read_rows(whole / run_name(alpha))
