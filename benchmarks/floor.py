@@ -186,6 +186,7 @@ def on_cuda(kernels: Counter[str], *, fused: bool) -> Iterator[Any]:
 
 
 def called(module: nn.Module, name: str) -> bool:
+    """Whether a module is Llama's of that kind."""
     return type(module).__name__ == f"Llama{name}"
 
 

@@ -103,12 +103,18 @@ def test_ordinary_float32_rows_do_not_differ_at_all(bench: Make) -> None:
     assert len(margins) <= 1, f"{len(margins)} of {ROWS} rows differ"
 
 
-@pytest.mark.parametrize("dtype, twins", [("float32", True), ("bfloat16", False)])
-def test_every_divergence_is_a_near_tie(dtype: DType, twins: bool, bench: Make) -> None:
+def test_every_divergence_is_a_near_tie(bench: Make) -> None:
     """Here rows do differ, so that the bound has something to judge."""
-    margins = bench(dtype, twins).divergences()
-    assert len(margins) > (ROWS // 4 if twins else 0), f"{len(margins)} of {ROWS} rows differ"
-    assert all(margin < BOUNDS[dtype] for margin in margins), margins
+    margins = bench("float32", True).divergences()
+    assert len(margins) > ROWS // 4, f"{len(margins)} of {ROWS} rows differ"
+    assert all(margin < BOUNDS["float32"] for margin in margins), margins
+
+
+def test_in_bfloat16_few_rows_differ_and_those_in_near_ties(bench: Make) -> None:
+    """The head gives float32 logits, so that ties by rounding are rare (none where this was written)."""
+    margins = bench("bfloat16", False).divergences()
+    assert len(margins) < ROWS // 4, f"{len(margins)} of {ROWS} rows differ"
+    assert all(margin < BOUNDS["bfloat16"] for margin in margins), margins
 
 
 @pytest.mark.parametrize("dtype, twins", [("float32", False), ("float32", True), ("bfloat16", False)])

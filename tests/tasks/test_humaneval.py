@@ -276,14 +276,14 @@ def test_only_a_time_out_is_run_again(box: Sandbox, monkeypatch: pytest.MonkeyPa
     row = {
         "task_id": ADD["task_id"],
         "prompt": ADD["prompt"],
-        "completions": [SLOW, SLOW, "    return 1", "    return a + b"],
-        "passed": [True, False, True, False],
-        "result": ["passed", "timed out", "passed", "failed: x"],
+        "completions": [SLOW, SLOW, "    return 1", "    return a + b", "    return a + b"],
+        "passed": [True, False, True, False, False],
+        "result": ["passed", "timed out", "passed", "failed: x", "timed out"],
     }
     execution = Execution(box, {ADD["task_id"]: ADD})
     (found,) = humaneval.execute([row], execution)
-    assert found["passed"] == [True, False, False, True] and found["result"][1] == "timed out"
-    assert (execution.compared, execution.rerun, execution.flips) == (4, 1, 2)
+    assert found["passed"] == [True, False, False, True, True] and found["result"][1] == "timed out"
+    assert (execution.compared, execution.rerun, execution.flips) == (5, 2, 3)
 
 
 def test_rows_and_data_must_fit(box: Sandbox) -> None:

@@ -120,17 +120,22 @@ def attend(
                     attend_pages(paged, q, cache, layer, out, rule)
                 groups = part.unpaged_groups
         for group in groups:
-            keys, values = cache.read(layer, group.first, group.block, group.longest)
-            rows = _gather(q, group)
-            keys, values = keys.to(q.dtype), values.to(q.dtype)
-            attend_rows, on_cpu = _fused if rule.plain else _explicit, q.device.type == "cpu"
-            if not on_cpu and group.block > 1:  # to look at the result would wait for the device
-                keys, values = cleared(keys, group), cleared(values, group)
-            seen = attend_rows(rows, keys, values, group, rule)
-            if on_cpu and group.query <= MAX_GROUPED and not bool(seen.isfinite().all()):
-                _apart(seen, rows, keys, values, group, rule)
-            _scatter(seen, group, out)
+            _attend_group(group, q, cache, layer, out, rule)
     return result[None], None
+
+
+def _attend_group(group: Group, q: Tensor, cache: KVCache, layer: int, out: Tensor, rule: ScoreRule) -> None:
+    """Rows of like lengths against what the cache has of them, by torch."""
+    keys, values = cache.read(layer, group.first, group.block, group.longest)
+    rows = _gather(q, group)
+    keys, values = keys.to(q.dtype), values.to(q.dtype)
+    attend_rows, on_cpu = _fused if rule.plain else _explicit, q.device.type == "cpu"
+    if not on_cpu and group.block > 1:  # to look at the result would wait for the device
+        keys, values = cleared(keys, group), cleared(values, group)
+    seen = attend_rows(rows, keys, values, group, rule)
+    if on_cpu and group.query <= MAX_GROUPED and not bool(seen.isfinite().all()):
+        _apart(seen, rows, keys, values, group, rule)
+    _scatter(seen, group, out)
 
 
 def cleared(lines: Tensor, group: Group) -> Tensor:
