@@ -24,7 +24,7 @@ from proxytune.engine.kernels.cpu_attention import attend_slots, takes
 from proxytune.engine.kernels.cpu_rows import rotate
 from proxytune.engine.kernels.paged_attention import supported
 from proxytune.engine.kernels.scores import ScoreRule
-from proxytune.engine.kv.cache import LayerShape, integers
+from proxytune.engine.kv.cache import KVCache, LayerShape, integers
 from proxytune.engine.kv.pages import PagedCache
 from proxytune.engine.kv.slots import SlotCache
 
