@@ -195,7 +195,7 @@ def test_what_is_asked_of_a_closed_model_is_refused(system: System) -> None:
         (lambda model: model.sweep("gsm", []), "names 0 alphas"),
         (lambda model: model.evaluate("gms"), "Unknown task 'gms'. Did you mean: gsm"),
         (lambda model: Sampling(max_token=3), "Unknown key 'max_token'. Did you mean: max_new_tokens"),
-        (lambda model: System(name="x", base={"modle": "y"}), "Unknown key 'modle'. Did you mean: model"),
+        (lambda model: System(name="x", base={"modl": "y"}), "Unknown key 'modl'. Did you mean: model"),
     ],
 )
 def test_bad_input_is_one_line(model: SteeredModel, ask: object, message: str) -> None:
