@@ -110,6 +110,6 @@ def test_a_shift_is_the_formula_on_whole_sequences(steered: System, tasks: dict[
     chosen = {name: tasks[name] for name in ("arc_easy", "lambada", "gsm8k")}
     found = oracle.evaluated(ProxyTunedLM(steered, alpha=2.0), list(chosen.values()))
     theirs = oracle.evaluated(oracle.CombinedHF(steered, 2.0), list(chosen.values()))
-    compared(found, theirs, chosen, 1e-4)
+    compared(found, theirs, chosen, 5e-4)  # what base + 2 expert - 2 antiexpert make of 1e-4 each
     base = oracle.evaluated(ProxyTunedLM(steered, "base"), [chosen["gsm8k"]])
     assert oracle.answers(base, "gsm8k") != oracle.answers(found, "gsm8k")
