@@ -219,6 +219,22 @@ AsOrAll = Annotated[
         rich_help_panel=MODELS,
     ),
 ]
+Alpha = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A",
+        help="0 to 10, or first:N, warmup:N, linear:FROM:TO:N. Default: the system's.",
+        rich_help_panel=MODELS,
+    ),
+]
+NegativeAlpha = Annotated[
+    bool,
+    typer.Option(
+        "--allow-negative-alpha",
+        help="Allow alpha below 0: it undoes what the expert was tuned for.",
+        rich_help_panel=MODELS,
+    ),
+]
 Vocab = Annotated[
     str | None,
     typer.Option(

@@ -14,10 +14,11 @@ from rich.text import Text
 from proxytune.cli import console
 from proxytune.cli.options import (
     DECODING,
-    MODELS,
     RESPONSE,
+    Alpha,
     As,
     Json,
+    NegativeAlpha,
     RemoteCode,
     SystemName,
     Vocab,
@@ -42,21 +43,8 @@ def generate(
     *,
     system: SystemName = "demo",
     as_: As = "proxy",
-    alpha: Annotated[
-        str | None,
-        typer.Option(
-            help="0 to 10, or first:N, warmup:N, linear:FROM:TO:N. Default: the system's.",
-            rich_help_panel=MODELS,
-        ),
-    ] = None,
-    allow_negative_alpha: Annotated[
-        bool,
-        typer.Option(
-            "--allow-negative-alpha",
-            help="Allow alpha below 0: it undoes what the expert was tuned for.",
-            rich_help_panel=MODELS,
-        ),
-    ] = False,
+    alpha: Alpha = None,
+    allow_negative_alpha: NegativeAlpha = False,
     vocab: Vocab = None,
     trust_remote_code: RemoteCode = False,
     sampling: Sampling,

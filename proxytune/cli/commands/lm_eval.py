@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from proxytune.cli import console
-from proxytune.cli.options import DECODING, MODELS, As, RemoteCode, Vocab, grouped
+from proxytune.cli.options import DECODING, MODELS, Alpha, As, NegativeAlpha, RemoteCode, Vocab, grouped
 from proxytune.options import DecodeOptions
 
 LM_EVAL = "What lm-eval is asked"
@@ -31,22 +31,6 @@ Tasks = Annotated[
         rich_help_panel=LM_EVAL,
     ),
 ]
-Alpha = Annotated[
-    str | None,
-    typer.Option(
-        metavar="A",
-        help="0 to 10, or first:N, warmup:N, linear:FROM:TO:N. Default: the system's.",
-        rich_help_panel=MODELS,
-    ),
-]
-Negative = Annotated[
-    bool,
-    typer.Option(
-        "--allow-negative-alpha",
-        help="Allow alpha below 0: it undoes what the expert was tuned for.",
-        rich_help_panel=MODELS,
-    ),
-]
 Out = Annotated[
     Path,
     typer.Option(
@@ -62,7 +46,7 @@ def lm_eval(
     system: System = "demo",
     as_: As = "proxy",
     alpha: Alpha = None,
-    allow_negative_alpha: Negative = False,
+    allow_negative_alpha: NegativeAlpha = False,
     vocab: Vocab = None,
     trust_remote_code: RemoteCode = False,
     tasks: Tasks,
