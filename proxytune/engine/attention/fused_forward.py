@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from proxytune.engine.attention.attention import attend
 from proxytune.engine.attention.llama_forward import LlamaForward, Output
 from proxytune.engine.attention.packed import Packed
 from proxytune.engine.cuda.attention import DevicePacked
@@ -60,19 +59,7 @@ class FusedForward(LlamaForward):
         query, key, value = (t.reshape(tokens, -1, size) for t, size in zip(found, sizes, strict=True))
         if self.normed[index]:
             query, key = module.q_norm(query), module.k_norm(key)
-        query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
-        seen, _ = attend(
-            module,
-            query,
-            key,
-            value,
-            None,
-            scaling=asked.scaling,
-            sliding_window=asked.window,
-            packed=packed,
-            rotation=rotation,
-        )
-        return module.o_proj(seen.reshape(1, tokens, -1))  # type: ignore[no-any-return]
+        return self._attended(asked, module, (query, key, value), packed, rotation)
 
 
 def _normed(norm: Any, new: Tensor | None, total: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from proxytune.engine.attention.attention import LayerCall, attend
 from proxytune.engine.attention.packed import Packed
+from proxytune.engine.cuda.attention import DevicePacked
+from proxytune.engine.fused import Rotation
 from proxytune.engine.kernels.cpu_rows import rotate
 
 
@@ -115,8 +117,19 @@ class LlamaForward(nn.Module):
         value = module.v_proj(x).view(tokens, -1, asked.shape.value)
         if self.normed[index]:
             query, key = module.q_norm(query), module.k_norm(key)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        query, key, value = (t.transpose(0, 1)[None] for t in (query, key, value))
+        lines = rotate(query, cos, sin), rotate(key, cos, sin), value
+        return self._attended(asked, module, lines, packed)
+
+    def _attended(
+        self,
+        asked: LayerCall,
+        module: Any,
+        lines: tuple[Tensor, Tensor, Tensor],
+        packed: Packed | DevicePacked,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
+        """Queries, keys and values [T, H, D] of a layer -> [1, T, d]. A `rotation` is still to be done."""
+        query, key, value = (line.transpose(0, 1)[None] for line in lines)
         seen, _ = attend(
             module,
             query,
@@ -126,8 +139,9 @@ class LlamaForward(nn.Module):
             scaling=asked.scaling,
             sliding_window=asked.window,
             packed=packed,
+            rotation=rotation,
         )
-        return module.o_proj(seen.view(1, tokens, -1))  # type: ignore[no-any-return]
+        return module.o_proj(seen.reshape(1, seen.shape[1], -1))  # type: ignore[no-any-return]
 
 
 def _parts(module: nn.Module) -> set[str]:
