@@ -133,6 +133,18 @@ class DecodeOptions(Options):
         return {"auto": None, "off": 0}[self.speculate] if isinstance(self.speculate, str) else self.speculate
 
 
+class RayOptions(Options):
+    """Workers on Ray, each with an engine of its own."""
+
+    ray: str | None = Field(default=None, json_schema_extra={"metavar": "[ADDRESS]"})
+    """Decode on workers of this Ray cluster (HOST:PORT, auto: the one that this machine belongs to); without
+    an address, on one started here."""
+    workers: int = Field(default=2, ge=1, le=4096)
+    """Processes, each with all of the models."""
+    gpus_per_worker: float = Field(default=0, ge=0, le=64)
+    """GPUs of each."""
+
+
 class CodeOptions(Options):
     """Whether code that a model wrote may be run, and where."""
 

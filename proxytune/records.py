@@ -198,6 +198,29 @@ class RoleMemory(BaseModel):
     """The adapter's folder, where the tokenizer or its chat template came from there."""
 
 
+class WorkerFacts(BaseModel):
+    """A process that decoded a part of a run, and what it did of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str
+    pid: int
+    device: str
+    log: str | None = None
+    """The file of its messages, on its host."""
+    examples: int = 0
+    generated_tokens: int = 0
+    seconds: float = 0.0
+    """Prefill and decoding."""
+    process_peak: int = 0
+    """Resident memory at its largest, in bytes."""
+
+    @property
+    def name(self) -> str:
+        """Host and process."""
+        return f"{self.host}:{self.pid}"
+
+
 _QUOTIENTS = ("acceptance", "accepted_per_step", "tokens_per_step")
 """What run.json stores of a cost beside its counts."""
 
@@ -230,6 +253,8 @@ class Cost(BaseModel):
     """Drafts up to and including the first rejected one of a step."""
     accepted: int = 0
     """Accepted drafts."""
+    workers: dict[str, WorkerFacts] = {}
+    """The processes that decoded the examples, where it was not the run's own."""
 
     @model_validator(mode="before")
     @classmethod

@@ -23,7 +23,7 @@ from rich.markup import escape
 
 from proxytune.config import Sampling, system_names
 from proxytune.errors import UserError
-from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RunOptions
+from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RayOptions, RunOptions
 from proxytune.schema import explain
 
 R = TypeVar("R", bound=BaseModel)
@@ -162,6 +162,7 @@ RESPONSE = OptionGroup(
     Sampling, "How tokens are chosen", flags={"n": ("-n",)}, defaults={"max_new_tokens": 256}
 )
 DECODING = OptionGroup(DecodeOptions, "How it is computed", leave_out=frozenset({"progress"}))
+RAY = OptionGroup(RayOptions, "Decoding on workers")
 JUDGING = OptionGroup(JudgeOptions, "Who judges", leave_out=frozenset({"seed", "batch", "code"}))
 JUDGING_ALONE = OptionGroup(JudgeOptions, "Who judges", leave_out=frozenset({"code"}))
 CONSENT = OptionGroup(JudgeOptions, "Who judges", leave_out=frozenset({"judge", "seed", "batch", "code"}))

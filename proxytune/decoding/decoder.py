@@ -29,9 +29,9 @@ from proxytune.engine import Continuation, Engine, Ensemble, Request, Speculatio
 from proxytune.engine.kernels import why_not
 from proxytune.engine.kv import CacheSpec, KVCache, PagedCache, SlotCache
 from proxytune.engine.runners import ModelRunner, ReferenceRunner, Runner
-from proxytune.models import Loaded, Models
+from proxytune.models import Loaded, Models, process_peak
 from proxytune.options import DecodeOptions
-from proxytune.records import Completion, Example, Prompt, RoleMemory, Took
+from proxytune.records import Completion, Example, JsonRow, Prompt, RoleMemory, Took, WorkerFacts
 from proxytune.terminal import WorkSoFar
 
 MAX_ROWS = 128
@@ -138,6 +138,19 @@ class Decoder:
                 tokenizer=model.tokenizer_from,
             )
         return memory
+
+    @property
+    def workers(self) -> dict[str, WorkerFacts]:
+        """None: everything is decoded in this process."""
+        return {}
+
+    def place(self, example_id: str) -> JsonRow:
+        """What this process takes at its fullest, whichever example it was."""
+        kv_peak = {name: memory.kv_peak for name, memory in self.memory.items()}
+        return {"process_peak": process_peak(), "kv_peak": kv_peak}
+
+    def close(self) -> None:
+        """Nothing to let go of: the models are their owner's."""
 
     def notes(self) -> list[str]:
         """What a user should know about how the models are run."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "alpha_sweep",
+    "decoders",
     "evaluate",
     "evaluation",
     "generate",

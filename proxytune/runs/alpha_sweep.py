@@ -19,12 +19,12 @@ import torch
 
 from proxytune import __version__, results
 from proxytune.config import AlphaSchedule, parse_alpha
-from proxytune.decoding import Decoder
 from proxytune.errors import UserError
 from proxytune.provenance import provenance
 from proxytune.records import Completion, Example, Run
 from proxytune.results import SWEEP, RunFolder
 from proxytune.run_files import remove_strays, write_atomically
+from proxytune.runs.decoders import RunDecoder
 from proxytune.runs.evaluation import RESULTS, Evaluation, plan
 from proxytune.runs.session import CHECKPOINT_SECONDS, RunPlan, Session, device_name, new_run
 from proxytune.runs.verdicts import add_verdicts
@@ -179,8 +179,16 @@ def _decode(
         return
     if missing < n:
         progress.note(f"continuing '{folder}': {n - missing} of {n} examples of all alphas are done")
-    agreement = job.spec.trace == "agreement"
-    decoder = Decoder(evaluation.models, "proxy", evaluation.decode, agreement=agreement)
+    with contextlib.closing(evaluation.opener(job.spec, evaluation.decode)) as decoder:
+        _store(decoder, parts, job, folder, progress)
+
+
+def _store(
+    decoder: RunDecoder, parts: Sequence[SweptRun], job: RunPlan, folder: Path, progress: Progress
+) -> None:
+    """Store what comes, as it comes."""
+    n = len(job.data.examples) * len(parts)
+    missing = sum(len(part.todo) for part in parts)
     for note in (*decoder.notes(), *job.data.notes):
         progress.note(note)
     for part in parts:
@@ -208,7 +216,7 @@ def _decode(
 
 
 def _stream(
-    decoder: Decoder, parts: Sequence[SweptRun], job: RunPlan
+    decoder: RunDecoder, parts: Sequence[SweptRun], job: RunPlan
 ) -> Iterator[tuple[AlphaSchedule, Completion]]:
     """Completions of everything that is missing. Examples that lack the same alphas go together."""
     spec, lacking = job.spec, dict[tuple[AlphaSchedule, ...], list[Example]]()

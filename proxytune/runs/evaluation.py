@@ -24,6 +24,7 @@ from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
 from proxytune.records import Run
+from proxytune.runs.decoders import OpenDecoder, decoder_here
 from proxytune.runs.judging import Dialogue, Judging, judging_of
 from proxytune.runs.session import RunPlan, run_job
 from proxytune.runs.verdicts import open_sandbox
@@ -107,11 +108,18 @@ class Evaluation:
     dialogue: Dialogue = field(default_factory=Dialogue)
     loaded: Models | None = None
     """Models that are loaded already, or how they are to be loaded."""
+    open_decoder: OpenDecoder | None = None
+    """What decodes in place of this process's own models: workers elsewhere."""
 
     @cached_property
     def models(self) -> Models:
         """The models of the system, each loaded when it is first needed."""
         return self.loaded or Models(self.system)
+
+    @property
+    def opener(self) -> OpenDecoder:
+        """What opens the decoder of a run."""
+        return self.open_decoder or decoder_here(self.models)
 
     @cached_property
     def sandbox(self) -> Sandbox | None:
@@ -133,7 +141,7 @@ class Evaluation:
         role, judging, sandbox = self.system.require(as_), self.judging, self.sandbox
         job = plan(self.system, self.task, role, self.options)
         folder = out or job.folder(RESULTS)
-        made = run_job(job, folder, self.models, self.decode, sandbox)
+        made = run_job(job, folder, self.opener, self.decode, sandbox)
         if judging is None:
             return made, folder
         self.models.release(keep=[])  # a judge may be a large model as well
@@ -156,7 +164,7 @@ class Evaluation:
             if role == "tuned":
                 agreement = self.options.trace == "agreement"
                 self.models.release(keep=["proxy", role] if agreement else [role])
-            runs[role] = run_job(job, folders[role], self.models, self.decode, sandbox)
+            runs[role] = run_job(job, folders[role], self.opener, self.decode, sandbox)
         if judging is None:
             return runs
         self.models.release(keep=[])

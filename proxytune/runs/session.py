@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,13 +19,24 @@ import torch
 
 from proxytune import __version__, results
 from proxytune.config import RunSpec
-from proxytune.decoding import Decoder, notes_on, stored_response
+from proxytune.decoding import notes_on, stored_response
 from proxytune.errors import UserError
-from proxytune.models import Models, process_peak
 from proxytune.options import DecodeOptions
 from proxytune.provenance import provenance
-from proxytune.records import FAULT, Completion, Cost, Example, JsonRow, Provenance, RoleMemory, Run, Took
+from proxytune.records import (
+    FAULT,
+    Completion,
+    Cost,
+    Example,
+    JsonRow,
+    Provenance,
+    RoleMemory,
+    Run,
+    Took,
+    WorkerFacts,
+)
 from proxytune.results import RunFolder
+from proxytune.runs.decoders import OpenDecoder, RunDecoder
 from proxytune.runs.verdicts import add_verdicts
 from proxytune.sandbox import Sandbox
 from proxytune.tasks import Dataset, Execution, Task
@@ -57,14 +68,18 @@ class RunPlan:
 
 
 def run_job(
-    job: RunPlan, path: Path, models: Models, decode: DecodeOptions, sandbox: Sandbox | None = None
+    job: RunPlan,
+    path: Path,
+    open_decoder: OpenDecoder,
+    decode: DecodeOptions,
+    sandbox: Sandbox | None = None,
 ) -> Run:
     """Start or continue a run in the folder `path`, and return it finished. Code that was stored without a
     verdict, by an earlier session that was not allowed to run it, is run at the end where there is a sandbox.
 
     Raises UserError as `RunFolder.open` does, and KeyboardInterrupt with the line that names what is kept.
     """
-    run = _decode_job(job, path, models, decode, sandbox)
+    run = _decode_job(job, path, open_decoder, decode, sandbox)
     if sandbox is None or job.task.execute is None:
         return run
     items = {example.id: example.target for example in job.data.examples}
@@ -72,7 +87,7 @@ def run_job(
 
 
 def _decode_job(
-    job: RunPlan, path: Path, models: Models, decode: DecodeOptions, sandbox: Sandbox | None
+    job: RunPlan, path: Path, open_decoder: OpenDecoder, decode: DecodeOptions, sandbox: Sandbox | None
 ) -> Run:
     """Decode, score and store what is missing."""
     made = provenance(__version__, device_name(), decode.threads or torch.get_num_threads())
@@ -99,7 +114,7 @@ def _decode_job(
         session = Session(job, folder, sandbox, continued=folder.run is not new)
         folder.save(folder.run.model_copy(update={"cost": session.before}))  # a kill must not undo the count
         try:
-            session.decode(models, decode, progress)
+            session.decode(open_decoder, decode, progress)
         except KeyboardInterrupt:
             done, n = len(folder.done), len(job.data.examples)
             raise KeyboardInterrupt(
@@ -133,16 +148,19 @@ class Session:
             raise UserError(f"'{path}' is damaged: '{min(foreign)}' is no example of this run")
         before = folder.run.cost
         self.before = before.model_copy(update={"sessions": before.sessions + 1}) if continued else before
-        self.decoder: Decoder | None = None
+        self.decoder: RunDecoder | None = None
 
-    def decode(self, models: Models, how: DecodeOptions, progress: Progress) -> None:
+    def decode(self, open_decoder: OpenDecoder, how: DecodeOptions, progress: Progress) -> None:
         """Decode, score and store the examples that are missing."""
-        spec, done = self.job.spec, self.folder.done
+        done = self.folder.done
         todo = [example for example in self.job.data.examples if example.id not in done]
         if not todo:
             return
-        decoder = Decoder(models, spec.role, how, agreement=spec.trace == "agreement")
-        self.decoder = decoder
+        with contextlib.closing(open_decoder(self.job.spec, how)) as decoder:
+            self.decoder = decoder
+            self._decode(decoder, todo, progress)
+
+    def _decode(self, decoder: RunDecoder, todo: Sequence[Example], progress: Progress) -> None:
         self.folder.save(self.so_far())  # what the models take, for a session that is killed
         for note in decoder.notes():
             progress.note(note)
@@ -150,7 +168,7 @@ class Session:
             progress.note(note)
         counts = {example.id: self.job.responses(example) for example in todo}
         n = len(self.job.data.examples)
-        progress.begin(n, len(done), self.scores_so_far(), decoder.work)
+        progress.begin(n, len(self.folder.done), self.scores_so_far(), decoder.work)
         saved = time.monotonic()
         try:
             for example, completions in whole_examples(self._stream(decoder, todo), todo, counts):
@@ -164,15 +182,17 @@ class Session:
                 self.folder.save(self.so_far())
             raise
 
-    def _stream(self, decoder: Decoder, todo: Sequence[Example]) -> Iterator[Completion]:
+    def _stream(self, decoder: RunDecoder, todo: Sequence[Example]) -> Iterator[Completion]:
         """Completions of the missing examples: generated, or given texts with their log-probabilities."""
-        spec = self.job.spec
-        alpha = spec.alpha if spec.role == "proxy" else None
-        if self.job.task.continuations is not None:
-            return decoder.likelihoods(todo, self.job.task.continuations, alpha=alpha, task=spec.task)
-        return decoder.stream(
-            todo, spec.sampling, alpha=alpha, task=spec.task, trace=spec.trace, forced=spec.forced
-        )
+        spec, texts = self.job.spec, self.job.task.continuations
+        if texts is not None:
+            found = decoder.likelihood_sweep(todo, texts, [spec.alpha], spec.task)
+        else:
+            asked = [(example, [spec.alpha]) for example in todo]
+            found = decoder.sweep(asked, spec.sampling, task=spec.task, trace=spec.trace, forced=spec.forced)
+        with contextlib.closing(found):
+            for _, completion in found:
+                yield completion
 
     def store(self, example: Example, completions: Sequence[Completion]) -> JsonRow:
         """Append the row of one finished example, and its traces."""
@@ -185,9 +205,8 @@ class Session:
         assert self.decoder is not None, "rows come out of a decoder"
         if not set(self.decoder.remarks) <= set(self.folder.run.notes):
             self.folder.save(self.so_far())  # before the rows that they are about
-        peaks = {name: memory.kv_peak for name, memory in self.decoder.memory.items()}
-        took = {**asdict(total([c.took for c in completions])), "process_peak": process_peak()}
-        self.folder.append(row, traces, {**took, "kv_peak": peaks})
+        took = asdict(total([c.took for c in completions]))
+        self.folder.append(row, traces, {**took, **self.decoder.place(example.id)})
         return row
 
     def _row(self, example: Example, completions: Sequence[Completion]) -> JsonRow:
@@ -228,8 +247,14 @@ class Session:
             memory={name: _at_its_fullest(name, one, records) for name, one in memory.items()},
             process_peak=max(peaks),
             sessions=before.sessions,
+            workers=self._workers(),
             **asdict(total([Took(**one) for one in known])),
         )
+
+    def _workers(self) -> dict[str, WorkerFacts]:
+        """The processes that decoded the stored examples, and what each did."""
+        known = dict(self.before.workers) | dict({} if self.decoder is None else self.decoder.workers)
+        return {name: _did(facts, self.folder.records.values()) for name, facts in known.items()}
 
     def _unknown(self) -> Iterator[str]:
         """What the cost cannot say."""
@@ -314,6 +339,19 @@ def _at_its_fullest(name: str, memory: RoleMemory, records: Sequence[JsonRow]) -
     """What one model takes, with the largest KV cache that any session noted."""
     peaks = [memory.kv_peak, *(record.get("kv_peak", {}).get(name, 0) for record in records)]
     return memory.model_copy(update={"kv_peak": max(peaks)})
+
+
+def _did(facts: WorkerFacts, records: Iterable[JsonRow]) -> WorkerFacts:
+    """A worker with what the stored examples say of it."""
+    own = [record for record in records if record.get("worker") == facts.name]
+    return facts.model_copy(
+        update={
+            "examples": len(own),
+            "generated_tokens": sum(record["generated_tokens"] for record in own),
+            "seconds": math.fsum(record["seconds"] for record in own),
+            "process_peak": max((record["process_peak"] for record in own), default=0),
+        }
+    )
 
 
 def _title(job: RunPlan) -> str:

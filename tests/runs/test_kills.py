@@ -20,6 +20,7 @@ from proxytune.models.roles import Models
 from proxytune.options import RunOptions
 from proxytune.runs import evaluation as run
 from proxytune.runs.alpha_sweep import parse_alphas, sweep
+from proxytune.runs.decoders import decoder_here
 from proxytune.runs.judging import judge_run
 from proxytune.runs.session import run_job
 from proxytune.sandbox.sandbox import Sandbox
@@ -124,5 +125,7 @@ def test_code(box: Sandbox, system: System, models: Models, tmp_path: Path) -> N
     data = jsonl(tmp_path / "t.jsonl", [{**row, "task_id": f"HumanEval/{i}"} for i in range(4)])
     sampling = Sampling(max_new_tokens=6, n=3, temperature=1.0)
     job = run.plan(system, "humaneval", "proxy", RunOptions(data=str(data), sampling=sampling))
-    work = Work(lambda folder: run_job(job, folder, models, QUIET, box), lambda folder: [folder])
+    work = Work(
+        lambda folder: run_job(job, folder, decoder_here(models), QUIET, box), lambda folder: [folder]
+    )
     killed(work, tmp_path, KILLS, 4)

@@ -14,6 +14,7 @@ from proxytune.errors import UserError
 from proxytune.models.roles import Models
 from proxytune.options import RunOptions
 from proxytune.runs import evaluation as run
+from proxytune.runs.decoders import decoder_here
 from proxytune.runs.session import RunPlan, run_job
 from proxytune.sandbox import LOST, Job, Outcome, Sandbox
 from proxytune.tasks import get_task, score_file
@@ -94,7 +95,7 @@ def test_it_is_run_again_at_the_next_start(
 ) -> None:
     """One problem has its verdicts, the other's sandbox is killed whenever it starts: it has no score, and
     once it is left alone it is as if nothing had been."""
-    whole = run_job(job, tmp_path / "whole", models, QUIET, sandbox(lambda job: "passed"))
+    whole = run_job(job, tmp_path / "whole", decoder_here(models), QUIET, sandbox(lambda job: "passed"))
     ran: list[Job] = []
 
     def ends(job: Job) -> str:
@@ -102,11 +103,11 @@ def test_it_is_run_again_at_the_next_start(
         return "passed" if len(ran) <= 2 else LOST
 
     out = tmp_path / "run"
-    first = run_job(job, out, models, QUIET, sandbox(ends))
+    first = run_job(job, out, decoder_here(models), QUIET, sandbox(ends))
     assert first.status == "done" and first.metrics["not_run"].value == 0.5
     assert (first.headline, first.metrics["pass@1"].value, first.metrics["pass@1"].n) == ("pass@1", 1, 1)
     assert [row["passed"] for row in results.read_rows(out)] == [[True, True], [None, None]]
-    again = run_job(job, out, models, QUIET, sandbox(lambda job: "passed"))
+    again = run_job(job, out, decoder_here(models), QUIET, sandbox(lambda job: "passed"))
     assert again.metrics == whole.metrics and results.read_rows(out) == results.read_rows(tmp_path / "whole")
     assert score_file(job.task, out).metrics == whole.metrics
 
@@ -116,8 +117,8 @@ def test_a_sandbox_that_breaks_costs_no_response(
 ) -> None:
     """All is decoded and stored; then one line says why nothing was run, and the same command goes on."""
     with pytest.raises(UserError, match="the sandbox did not start: no memory"):
-        run_job(job, tmp_path / "run", models, QUIET, sandbox(broken))
+        run_job(job, tmp_path / "run", decoder_here(models), QUIET, sandbox(broken))
     stored = results.read_run(tmp_path / "run")
     assert stored.status == "done" and stored.headline == "not_run" and stored.n == 2
-    made = run_job(job, tmp_path / "run", models, QUIET, sandbox(lambda job: "passed"))
+    made = run_job(job, tmp_path / "run", decoder_here(models), QUIET, sandbox(lambda job: "passed"))
     assert made.headline == "pass@1" and made.cost == stored.cost

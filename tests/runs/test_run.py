@@ -24,6 +24,7 @@ from proxytune.results import RunFolder
 from proxytune.runs import evaluation as run
 from proxytune.runs import generate
 from proxytune.runs import session as run_session
+from proxytune.runs.decoders import decoder_here
 from proxytune.runs.session import run_job
 from tests.support.checkout import environment
 from tests.support.runs import QUIET, evaluated, unfinish
@@ -247,7 +248,7 @@ def test_all_roles_in_one_go(system: System, tmp_path: Path) -> None:
 
 def test_forced_text_begins_every_response(system: System, models: Models, tmp_path: Path) -> None:
     job = run.plan(system, "gsm", "base", RunOptions(sampling=SHORT, limit=2, forced=" Exactly"))
-    run_job(job, tmp_path, models, QUIET)
+    run_job(job, tmp_path, decoder_here(models), QUIET)
     assert all(row["responses"][0]["text"].startswith(" Exactly") for row in results.read_rows(tmp_path))
 
 

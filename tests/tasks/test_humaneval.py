@@ -16,6 +16,7 @@ from proxytune.errors import UserError
 from proxytune.options import RunOptions
 from proxytune.records import Completion, JsonRow, Prompt
 from proxytune.runs import evaluation as run
+from proxytune.runs.decoders import decoder_here
 from proxytune.runs.session import run_job
 from proxytune.sandbox import NOT_APART
 from proxytune.sandbox.sandbox import Sandbox
@@ -332,9 +333,9 @@ def test_a_run_with_and_without_leave_to_execute(box: Sandbox, trio: System, tmp
     from proxytune.models.roles import Models
 
     models = Models(trio)
-    blind = run_job(job, tmp_path / "blind", models, QUIET)
+    blind = run_job(job, tmp_path / "blind", decoder_here(models), QUIET)
     assert blind.headline == "not_run" and blind.metrics["not_run"].value == 1
-    seen = run_job(job, tmp_path / "seen", models, QUIET, box)
+    seen = run_job(job, tmp_path / "seen", decoder_here(models), QUIET, box)
     assert seen.headline == "pass@10" and seen.metrics["pass@10"].value == 0 and seen.n == 2
 
     path = tmp_path / "blind" / "predictions.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -12,6 +13,7 @@ from proxytune.cli.options import (
     CODE,
     DECODING,
     JUDGING,
+    RAY,
     RUN,
     SAMPLING,
     AsOrAll,
@@ -27,7 +29,8 @@ from proxytune.cli.options import (
     grouped,
 )
 from proxytune.config import Sampling, TraceKind
-from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RunOptions
+from proxytune.errors import UserError
+from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RayOptions, RunOptions
 from proxytune.records import Run
 
 if TYPE_CHECKING:
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class EvalCommand(TyperCommand):
-    """A command whose `--trace` may come without a value; it is `tokens` then."""
+    """A command whose `--trace` and `--ray` may come without a value; they are `tokens` and `local` then."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Give the value where it was left out."""
@@ -45,10 +48,12 @@ class EvalCommand(TyperCommand):
             given.append(argument)
             if argument == "--trace" and after not in get_args(TraceKind):
                 given.append("tokens")
+            if argument == "--ray" and not (":" in after or after in ("auto", "local")):
+                given.append("local")
         return super().parse_args(ctx, given)
 
 
-@grouped(run=RUN, sampling=SAMPLING, decode=DECODING, code=CODE, judge=JUDGING)
+@grouped(run=RUN, sampling=SAMPLING, decode=DECODING, ray=RAY, code=CODE, judge=JUDGING)
 def evaluate(
     task: TaskName,
     *,
@@ -59,6 +64,7 @@ def evaluate(
     run: RunOptions,
     sampling: Changes,
     decode: DecodeOptions,
+    ray: RayOptions,
     code: CodeOptions,
     judge: JudgeOptions,
     out: Out = None,
@@ -78,6 +84,7 @@ def evaluate(
     judge = judge.model_copy(update={"code": code, "seed": run.seed})
     models = console.models_of(made, trust_remote_code=trust_remote_code)
     asked = prepared(models, task, with_sampling(task, run, sampling), decode, judge)
+    asked = on_workers(asked, ray)
     if as_ == "all" or len(roles) > 1:
         print_all(list(asked.run_all(out, roles).values()), json_only=json, verbose=verbose)
         return
@@ -113,6 +120,19 @@ def prepared(
     elif read_task(task, run.mode).execute is not None:
         console.say(f"note: {console.NOT_ALLOWED}")
     return made
+
+
+def on_workers(asked: evaluation.Evaluation, ray: RayOptions) -> evaluation.Evaluation:
+    """The same evaluation, decoded on workers where they were asked for. UserError for options of workers
+    without them."""
+    if ray.ray is None:
+        if ray != RayOptions():
+            raise UserError("--workers and --gpus-per-worker are of --ray: add it, or leave them out")
+        return asked
+    from proxytune.scale import ray_decoder
+
+    trusted = asked.models.trust_remote_code
+    return replace(asked, open_decoder=ray_decoder(ray, trust_remote_code=trusted))
 
 
 def in_short(run: Run) -> dict[str, object]:

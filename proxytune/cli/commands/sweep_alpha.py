@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from proxytune.cli import console
-from proxytune.cli.commands.evaluate import prepared, with_sampling
+from proxytune.cli.commands.evaluate import on_workers, prepared, with_sampling
 from proxytune.cli.options import (
     CODE,
     DECODING,
     JUDGING,
+    RAY,
     SAMPLING,
     SWEEP,
     Changes,
@@ -23,7 +24,7 @@ from proxytune.cli.options import (
     Vocab,
     grouped,
 )
-from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RunOptions
+from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RayOptions, RunOptions
 
 Alphas = Annotated[
     str,
@@ -35,7 +36,7 @@ SweepOut = Annotated[
 ]
 
 
-@grouped(run=SWEEP, sampling=SAMPLING, decode=DECODING, code=CODE, judge=JUDGING)
+@grouped(run=SWEEP, sampling=SAMPLING, decode=DECODING, ray=RAY, code=CODE, judge=JUDGING)
 def sweep_alpha(
     task: TaskName,
     alphas: Alphas,
@@ -46,6 +47,7 @@ def sweep_alpha(
     run: RunOptions,
     sampling: Changes,
     decode: DecodeOptions,
+    ray: RayOptions,
     code: CodeOptions,
     judge: JudgeOptions,
     out: SweepOut = None,
@@ -68,7 +70,7 @@ def sweep_alpha(
     judge = judge.model_copy(update={"code": code, "seed": run.seed})
     models = console.models_of(made, trust_remote_code=trust_remote_code)
     asked = prepared(models, task, with_sampling(task, run, sampling), decode, judge)
-    folder, _ = alpha_sweep.sweep(asked, schedules, out)
+    folder, _ = alpha_sweep.sweep(on_workers(asked, ray), schedules, out)
 
     from proxytune.analysis import sweeps
     from proxytune.cli.analysis_tables import sweep_table
