@@ -1,7 +1,8 @@
 """What the driver sends to a worker, what comes back, and how examples are shared out.
 
-Whoever is free gets the next part. Parts become smaller towards the end (guided self-scheduling, Polychronopoulos
-and Kuck 1987), so that workers finish together whatever their speed and however long responses are."""
+Whoever is free gets the next part. Parts become smaller towards the end (guided self-scheduling,
+Polychronopoulos and Kuck 1987), so that workers finish together, whatever their speed and the lengths of
+responses."""
 
 from __future__ import annotations
 

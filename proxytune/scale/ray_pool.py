@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,8 @@ from proxytune.terminal import WorkSoFar
 
 LOSSES_PER_WORKER = 3
 """Workers that may be lost, for each that was asked for: what kills every worker must come to an end."""
+FIRST_WORKER = 900
+"""Seconds in which the first worker must have its models loaded."""
 TOGETHER = 128
 """Sequences that a worker decodes together where nothing else is asked for."""
 
@@ -61,8 +64,15 @@ class RayPool:
         self._join()
         for _ in range(self.options.workers):
             self._start()
+        deadline = time.monotonic() + FIRST_WORKER
         while not any(member.state for member in self._members):
             self._hear(seconds=1.0)
+            if time.monotonic() > deadline:
+                self.close()
+                raise UserError(
+                    f"no worker was ready within {FIRST_WORKER} seconds: see `ray status`; the cluster "
+                    "may have no free processor or GPU"
+                )
 
     def _join(self) -> None:
         import ray
@@ -71,23 +81,24 @@ class RayPool:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         address = None if self.options.ray == "local" else self.options.ray
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        try:
-            if address is None:
-                ray.init(address="local", include_dashboard=False, num_cpus=self._cpus_here(), **quiet)
-            else:
+        if address is None:
+            ray.init(address="local", include_dashboard=False, num_cpus=self._cpus_here(), **quiet)
+        else:
+            try:
+                _answers(address)
                 ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"--ray '{self.options.ray}': no Ray cluster there ({reason}). Start one with `ray start "
-                "--head`, or leave the address out for one on this machine"
-            ) from None
+            except (OSError, ValueError, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(
+                    f"--ray '{address}': no Ray cluster there ({reason}). Start one with `ray start --head`, "
+                    "or leave the address out for one on this machine"
+                ) from None
         have, need = ray.cluster_resources(), self.options.gpus_per_worker
         if need > have.get("GPU", 0):
             self.close()
             raise UserError(
-                f"--gpus-per-worker {need:g}: the Ray cluster has {have.get('GPU', 0):g} GPUs. Ask for fewer, "
-                "or start Ray on a machine with GPUs"
+                f"--gpus-per-worker {need:g}: the Ray cluster has {have.get('GPU', 0):g} GPUs. Ask for "
+                "fewer, or start Ray on a machine with GPUs"
             )
 
     def _cpus_here(self) -> int:
@@ -200,8 +211,8 @@ class RayPool:
         """A worker is ready."""
         if state.proxytune != __version__:
             raise UserError(
-                f"the worker on {state.facts.host} has proxytune {state.proxytune}, and this is {__version__}:"
-                " install the same version on every machine"
+                f"the worker on {state.facts.host} has proxytune {state.proxytune}, and this is "
+                f"{__version__}: install the same version on every machine"
             )
         member.state = state
         self.workers[state.facts.name] = state.facts
@@ -244,6 +255,17 @@ class RayPool:
                 ray.kill(member.actor)
         self._members.clear()
         ray.shutdown()
+
+
+def _answers(address: str) -> None:
+    """OSError at once where nobody listens: Ray itself would try for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError("an address is HOST:PORT, or auto")
+    with socket.create_connection((host, int(port)), timeout=5):
+        pass
 
 
 def ray_decoder(

@@ -37,7 +37,8 @@ from proxytune.intervals import gap_closed
 from proxytune.models import Models
 from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
 from proxytune.records import Metric
-from proxytune.runs import decoders, evaluation, judging, session
+from proxytune.runs import evaluation, judging, session
+from proxytune.runs.decoders import decoder_here
 from proxytune.sandbox import Sandbox
 from proxytune.tasks import TASKS, read_source
 from proxytune.terminal import show
@@ -308,9 +309,7 @@ def _score(
     sandbox = how.sandbox if job.task.execute is not None else None
     with tempfile.TemporaryDirectory(dir=how.folder) as folder:
         path = Path(folder) / "run"
-        made = session.run_job(
-            job, path, decoders.decoder_here(loaded), DecodeOptions(progress=False), sandbox
-        )
+        made = session.run_job(job, path, decoder_here(loaded), DecodeOptions(progress=False), sandbox)
         who = judging.judging_of(system, job.task, JudgeOptions(), "generate")
         found = (made if who is None else who(path)).score
         assert found is not None, f"nothing of {task} as {role} has a score"
