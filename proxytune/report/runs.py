@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from proxytune.api_spec import ApiSpec
 from proxytune.config import ModelSpec, System
 from proxytune.records import Run
 from proxytune.report.charts import ReportTable, rows_of
@@ -69,7 +70,7 @@ def notes_table(root: Path, found: Found) -> tuple[ReportTable, ...]:
     return (ReportTable("Notes", columns, rows_of(cells), texts=frozenset({2}), words=len(columns)),)
 
 
-def _models(system: System) -> list[tuple[str, ModelSpec]]:
+def _models(system: System) -> list[tuple[str, ModelSpec | ApiSpec]]:
     """Roles and their models."""
     experts = [("expert", spec) for spec in system.expert_specs]
     named = [("base", system.base), *experts, ("antiexpert", system.antiexpert), ("tuned", system.tuned)]

@@ -19,12 +19,12 @@ import torch
 
 from proxytune import __version__, results
 from proxytune.config import AlphaSchedule, parse_alpha
-from proxytune.decoding import Decoder
 from proxytune.errors import UserError
 from proxytune.provenance import provenance
 from proxytune.records import Completion, Example, Run
 from proxytune.results import SWEEP, RunFolder
 from proxytune.run_files import remove_strays, write_atomically
+from proxytune.runs.decoders import AnyDecoder, decoder_for
 from proxytune.runs.evaluation import RESULTS, Evaluation, plan
 from proxytune.runs.session import CHECKPOINT_SECONDS, RunPlan, Session, device_name, new_run
 from proxytune.runs.verdicts import add_verdicts
@@ -93,7 +93,10 @@ def sweep(
     for alpha in alphas:
         alpha.check(allow_negative=options.allow_negative_alpha)
     job = plan(system, evaluation.task, "proxy", options.model_copy(update={"alpha": None}))
+    if options.defer is not None:
+        raise UserError("--defer has no alpha: leave it out of a sweep")
     folder = out if out is not None else job.folder(RESULTS) / "sweep"
+    evaluation.agree(job, responses=len(alphas))
     judging, sandbox = evaluation.judging, evaluation.sandbox
     runs = _run(job, alphas, folder, evaluation)
     done = [runs[alpha] for alpha in alphas]
@@ -180,7 +183,9 @@ def _decode(
     if missing < n:
         progress.note(f"continuing '{folder}': {n - missing} of {n} examples of all alphas are done")
     agreement = job.spec.trace == "agreement"
-    decoder = Decoder(evaluation.models, "proxy", evaluation.decode, agreement=agreement)
+    decoder = decoder_for(
+        evaluation.models, "proxy", evaluation.decode, client=evaluation.client, agreement=agreement
+    )
     for note in (*decoder.notes(), *job.data.notes):
         progress.note(note)
     for part in parts:
@@ -208,7 +213,7 @@ def _decode(
 
 
 def _stream(
-    decoder: Decoder, parts: Sequence[SweptRun], job: RunPlan
+    decoder: AnyDecoder, parts: Sequence[SweptRun], job: RunPlan
 ) -> Iterator[tuple[AlphaSchedule, Completion]]:
     """Completions of everything that is missing. Examples that lack the same alphas go together."""
     spec, lacking = job.spec, dict[tuple[AlphaSchedule, ...], list[Example]]()

@@ -18,14 +18,16 @@ from typing import Any
 import torch
 
 from proxytune import __version__, results
+from proxytune.black_box import ApiClient, BlackBoxDecoder
 from proxytune.config import RunSpec
-from proxytune.decoding import Decoder, notes_on, stored_response
+from proxytune.decoding import notes_on, stored_response
 from proxytune.errors import UserError
 from proxytune.models import Models, process_peak
 from proxytune.options import DecodeOptions
 from proxytune.provenance import provenance
 from proxytune.records import FAULT, Completion, Cost, Example, JsonRow, Provenance, RoleMemory, Run, Took
 from proxytune.results import RunFolder
+from proxytune.runs.decoders import AnyDecoder, decoder_for
 from proxytune.runs.verdicts import add_verdicts
 from proxytune.sandbox import Sandbox
 from proxytune.tasks import Dataset, Execution, Task
@@ -57,14 +59,20 @@ class RunPlan:
 
 
 def run_job(
-    job: RunPlan, path: Path, models: Models, decode: DecodeOptions, sandbox: Sandbox | None = None
+    job: RunPlan,
+    path: Path,
+    models: Models,
+    decode: DecodeOptions,
+    sandbox: Sandbox | None = None,
+    client: ApiClient | None = None,
 ) -> Run:
     """Start or continue a run in the folder `path`, and return it finished. Code that was stored without a
     verdict, by an earlier session that was not allowed to run it, is run at the end where there is a sandbox.
+    `client` asks the base where it is behind an API.
 
     Raises UserError as `RunFolder.open` does, and KeyboardInterrupt with the line that names what is kept.
     """
-    run = _decode_job(job, path, models, decode, sandbox)
+    run = _decode_job(job, path, models, decode, sandbox, client)
     if sandbox is None or job.task.execute is None:
         return run
     items = {example.id: example.target for example in job.data.examples}
@@ -72,7 +80,12 @@ def run_job(
 
 
 def _decode_job(
-    job: RunPlan, path: Path, models: Models, decode: DecodeOptions, sandbox: Sandbox | None
+    job: RunPlan,
+    path: Path,
+    models: Models,
+    decode: DecodeOptions,
+    sandbox: Sandbox | None,
+    client: ApiClient | None,
 ) -> Run:
     """Decode, score and store what is missing."""
     made = provenance(__version__, device_name(), decode.threads or torch.get_num_threads())
@@ -99,7 +112,7 @@ def _decode_job(
         session = Session(job, folder, sandbox, continued=folder.run is not new)
         folder.save(folder.run.model_copy(update={"cost": session.before}))  # a kill must not undo the count
         try:
-            session.decode(models, decode, progress)
+            session.decode(models, decode, progress, client)
         except KeyboardInterrupt:
             done, n = len(folder.done), len(job.data.examples)
             raise KeyboardInterrupt(
@@ -133,15 +146,18 @@ class Session:
             raise UserError(f"'{path}' is damaged: '{min(foreign)}' is no example of this run")
         before = folder.run.cost
         self.before = before.model_copy(update={"sessions": before.sessions + 1}) if continued else before
-        self.decoder: Decoder | None = None
+        self.decoder: AnyDecoder | None = None
 
-    def decode(self, models: Models, how: DecodeOptions, progress: Progress) -> None:
+    def decode(
+        self, models: Models, how: DecodeOptions, progress: Progress, client: ApiClient | None = None
+    ) -> None:
         """Decode, score and store the examples that are missing."""
         spec, done = self.job.spec, self.folder.done
         todo = [example for example in self.job.data.examples if example.id not in done]
         if not todo:
             return
-        decoder = Decoder(models, spec.role, how, agreement=spec.trace == "agreement")
+        agreement = spec.trace == "agreement"
+        decoder = decoder_for(models, spec.role, how, client=client, defer=spec.defer, agreement=agreement)
         self.decoder = decoder
         self.folder.save(self.so_far())  # what the models take, for a session that is killed
         for note in decoder.notes():
@@ -164,7 +180,7 @@ class Session:
                 self.folder.save(self.so_far())
             raise
 
-    def _stream(self, decoder: Decoder, todo: Sequence[Example]) -> Iterator[Completion]:
+    def _stream(self, decoder: AnyDecoder, todo: Sequence[Example]) -> Iterator[Completion]:
         """Completions of the missing examples: generated, or given texts with their log-probabilities."""
         spec = self.job.spec
         alpha = spec.alpha if spec.role == "proxy" else None
@@ -231,6 +247,15 @@ class Session:
             **asdict(total([Took(**one) for one in known])),
         )
 
+    def _spent(self) -> Iterator[str]:
+        """What calls to a base behind an API came to."""
+        cost = self._cost()
+        if cost.api_calls:
+            tokens = cost.api_prompt_tokens, cost.api_completion_tokens
+            usd = self.decoder.client.usd(tokens) if isinstance(self.decoder, BlackBoxDecoder) else None
+            price = "" if usd is None else f", {usd:.4f} USD"
+            yield f"the base took {cost.api_calls:,} calls, {tokens[0]:,} + {tokens[1]:,} tokens{price}"
+
     def _unknown(self) -> Iterator[str]:
         """What the cost cannot say."""
         if (times := self.before.sessions - 1) > 0:
@@ -251,7 +276,7 @@ class Session:
             "metrics": metrics,
             "headline": self.job.task.headline_of(metrics),
             "finished": now(),
-            "notes": (*self._notes(), *found, *self._unknown()),
+            "notes": (*self._notes(), *found, *self._spent(), *self._unknown()),
         }
         run = self.so_far().model_copy(update=update)
         self.folder.finish(run, order)

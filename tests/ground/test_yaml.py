@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from proxytune.config import DEEPEST, MOST_BYTES, MOST_VALUES, read_yaml
+from proxytune.yaml_files import DEEPEST, MOST_BYTES, MOST_VALUES, read_yaml
 from proxytune.errors import UserError
 
 

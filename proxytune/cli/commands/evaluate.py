@@ -9,6 +9,7 @@ from typer.core import TyperCommand
 
 from proxytune.cli import console
 from proxytune.cli.options import (
+    API_ASKING,
     CODE,
     DECODING,
     JUDGING,
@@ -27,7 +28,7 @@ from proxytune.cli.options import (
     grouped,
 )
 from proxytune.config import Sampling, TraceKind
-from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RunOptions
+from proxytune.options import ApiOptions, CodeOptions, DecodeOptions, JudgeOptions, RunOptions
 from proxytune.records import Run
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class EvalCommand(TyperCommand):
         return super().parse_args(ctx, given)
 
 
-@grouped(run=RUN, sampling=SAMPLING, decode=DECODING, code=CODE, judge=JUDGING)
+@grouped(run=RUN, sampling=SAMPLING, decode=DECODING, code=CODE, judge=JUDGING, api=API_ASKING)
 def evaluate(
     task: TaskName,
     *,
@@ -61,6 +62,7 @@ def evaluate(
     decode: DecodeOptions,
     code: CodeOptions,
     judge: JudgeOptions,
+    api: ApiOptions,
     out: Out = None,
     json: Json = False,
     verbose: Verbose = False,
@@ -77,7 +79,7 @@ def evaluate(
 
     judge = judge.model_copy(update={"code": code, "seed": run.seed})
     models = console.models_of(made, trust_remote_code=trust_remote_code)
-    asked = prepared(models, task, with_sampling(task, run, sampling), decode, judge)
+    asked = prepared(models, task, with_sampling(task, run, sampling), decode, judge, api)
     if as_ == "all" or len(roles) > 1:
         print_all(list(asked.run_all(out, roles).values()), json_only=json, verbose=verbose)
         return
@@ -99,14 +101,21 @@ def with_sampling(task: str, run: RunOptions, changes: Changes) -> RunOptions:
 
 
 def prepared(
-    models: Models, task: str, run: RunOptions, decode: DecodeOptions, judge: JudgeOptions
+    models: Models,
+    task: str,
+    run: RunOptions,
+    decode: DecodeOptions,
+    judge: JudgeOptions,
+    api: ApiOptions,
 ) -> evaluation.Evaluation:
     """What a command evaluates, with its judge and its sandbox checked. Prints on stderr what is loaded,
     what judging costs, and whether code is run."""
     from proxytune.runs import evaluation
     from proxytune.tasks.own import read_task
 
-    made = evaluation.Evaluation(models.system, task, run, decode, judge, console.dialogue(), models)
+    price = {"yes": judge.yes, "max_cost": judge.max_cost, "price": judge.price}
+    own = api.model_copy(update=price)
+    made = evaluation.Evaluation(models.system, task, run, decode, judge, console.dialogue(), models, own)
     made.check()
     if made.sandbox is not None:
         console.name_sandbox(made.sandbox)

@@ -10,6 +10,7 @@ import typer
 from proxytune.cli import console
 from proxytune.cli.commands.evaluate import prepared, with_sampling
 from proxytune.cli.options import (
+    API_ASKING,
     CODE,
     DECODING,
     JUDGING,
@@ -23,7 +24,7 @@ from proxytune.cli.options import (
     Vocab,
     grouped,
 )
-from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RunOptions
+from proxytune.options import ApiOptions, CodeOptions, DecodeOptions, JudgeOptions, RunOptions
 
 Alphas = Annotated[
     str,
@@ -35,7 +36,7 @@ SweepOut = Annotated[
 ]
 
 
-@grouped(run=SWEEP, sampling=SAMPLING, decode=DECODING, code=CODE, judge=JUDGING)
+@grouped(run=SWEEP, sampling=SAMPLING, decode=DECODING, code=CODE, judge=JUDGING, api=API_ASKING)
 def sweep_alpha(
     task: TaskName,
     alphas: Alphas,
@@ -48,6 +49,7 @@ def sweep_alpha(
     decode: DecodeOptions,
     code: CodeOptions,
     judge: JudgeOptions,
+    api: ApiOptions,
     out: SweepOut = None,
     json: Json = False,
 ) -> None:
@@ -67,7 +69,7 @@ def sweep_alpha(
     schedules = alpha_sweep.parse_alphas(alphas)
     judge = judge.model_copy(update={"code": code, "seed": run.seed})
     models = console.models_of(made, trust_remote_code=trust_remote_code)
-    asked = prepared(models, task, with_sampling(task, run, sampling), decode, judge)
+    asked = prepared(models, task, with_sampling(task, run, sampling), decode, judge, api)
     folder, _ = alpha_sweep.sweep(asked, schedules, out)
 
     from proxytune.analysis import sweeps

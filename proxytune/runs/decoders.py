@@ -1,0 +1,36 @@
+"""Which decoder serves a role: that of models that run here, or that of a base behind an API."""
+
+from __future__ import annotations
+
+from proxytune.black_box import ApiClient, BlackBoxDecoder
+from proxytune.config import Role, System
+from proxytune.decoding import Decoder
+from proxytune.errors import UserError
+from proxytune.models import Models
+from proxytune.options import ApiOptions, DecodeOptions
+
+AnyDecoder = Decoder | BlackBoxDecoder
+
+
+def client_of(system: System, options: ApiOptions | None = None) -> ApiClient | None:
+    """The client of a system's base; None where its weights are here."""
+    return None if system.endpoint is None else ApiClient(system.endpoint, options or ApiOptions())
+
+
+def decoder_for(
+    models: Models,
+    role: Role,
+    how: DecodeOptions,
+    *,
+    client: ApiClient | None = None,
+    defer: float | None = None,
+    agreement: bool = False,
+) -> AnyDecoder:
+    """The decoder of a role. UserError for deferral without a base behind an API."""
+    system = models.system
+    if system.endpoint is None or role not in ("base", "proxy"):
+        if defer is not None and role == "proxy":
+            raise UserError(f"--defer is for a base behind an API: that of system '{system.name}' is here")
+        return Decoder(models, role, how, agreement=agreement)
+    made = client or ApiClient(system.endpoint)
+    return BlackBoxDecoder(models, role, how, made, defer if role == "proxy" else None)
