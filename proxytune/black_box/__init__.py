@@ -9,8 +9,8 @@ from proxytune.lazy import door
 if TYPE_CHECKING:
     from proxytune.black_box.client import ApiClient
     from proxytune.black_box.decoder import BlackBoxDecoder
-    from proxytune.black_box.forecast import Forecast, forecast
-    from proxytune.black_box.probe import probe
+    from proxytune.black_box.forecasting import Forecast, forecast
+    from proxytune.black_box.probing import probe
 
 __all__ = ["ApiClient", "BlackBoxDecoder", "Forecast", "forecast", "probe"]
 
@@ -19,8 +19,8 @@ __getattr__ = door(
     {
         "ApiClient": "client",
         "BlackBoxDecoder": "decoder",
-        "Forecast": "forecast",
-        "forecast": "forecast",
-        "probe": "probe",
+        "Forecast": "forecasting",
+        "forecast": "forecasting",
+        "probe": "probing",
     },
 )

@@ -304,6 +304,7 @@ class BlackBoxDecoder:
             raise UserError("--defer is of responses: multiple choice compares the options of one position")
         block, done = BLOCK * self.client.options.parallel, 0
         seconds = 0.0
+        self._progress = WorkSoFar(unread=len(examples), scoring=True)
         for start in range(0, len(examples), block):
             part = examples[start : start + block]
             began = time.perf_counter()
