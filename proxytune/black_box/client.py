@@ -87,7 +87,7 @@ class ApiClient:
 
     def check(self) -> None:
         """See that the library is there and, where a limit is set, a price."""
-        needs_extra("a base behind an API", "httpx2", "judges")
+        needs_extra("a base behind an API", "httpx2", "api")
         _ = self.endpoint
         if self.options.max_cost is not None and self.price is None:
             raise UserError(

@@ -67,7 +67,7 @@ class Decoder:
         trace. UserError if vocabularies do not match or the memory holds no useful pool."""
         self.models, self.role, self.agreement = models, role, agreement
         if remote is None and role in ("base", "proxy"):
-            models.system.local_base("decoding")
+            models.system.local_base()
         self.remote, how = remote, options or DecodeOptions()
         if how.threads is not None:
             torch.set_num_threads(how.threads)

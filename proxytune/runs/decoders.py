@@ -32,5 +32,7 @@ def decoder_for(
         if defer is not None and role == "proxy":
             raise UserError(f"--defer is for a base behind an API: that of system '{system.name}' is here")
         return Decoder(models, role, how, agreement=agreement)
-    made = client or ApiClient(system.endpoint)
-    return BlackBoxDecoder(models, role, how, made, defer if role == "proxy" else None)
+    if client is None:  # nobody agreed to what it costs
+        system.local_base()
+    assert client is not None
+    return BlackBoxDecoder(models, role, how, client, defer if role == "proxy" else None)

@@ -31,6 +31,8 @@ class LogprobEndpoint:
     special tokens have no text."""
     most: int = 10**6
     """Tokens of a position that it shows at most."""
+    hides: str = ""
+    """In prompts with this text it does not show the letters of options."""
     chat_only: bool = False
     fail_after: int | None = None
     """Answer with 500 after so many calls."""
@@ -47,12 +49,15 @@ class LogprobEndpoint:
         prompt = asked["messages"][-1]["content"] if chat else asked["prompt"]
         tokenizer = self.model.tokenizer
         ids = opened(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+        hidden = bool(self.hides) and self.hides in str(prompt)
         shown = asked.get("top_logprobs", 0) if chat else asked.get("logprobs", 0)
         start, positions = len(ids), []
         ended, stops = False, asked.get("stop", [])
         while len(ids) - start < asked["max_tokens"] and not ended:
             with self.lock:
                 logprobs = self.model.logits(ids)[: self.model.size].double().log_softmax(-1)
+            if hidden:
+                logprobs[[i for letter in (b" A", b" B") for i in self.tokens.ids[letter]]] = -9999.0
             token = int(logprobs.argmax())
             positions.append((token, logprobs))
             ended = token == tokenizer.eos_token_id
@@ -74,7 +79,11 @@ class LogprobEndpoint:
                 for _, lp in positions
             ]
             names = [self._name(token) for token, _ in positions]
-            return {"tokens": names, "token_logprobs": [float(lp[t]) for t, lp in positions], "top_logprobs": tops}
+            return {
+                "tokens": names,
+                "token_logprobs": [float(lp[t]) for t, lp in positions],
+                "top_logprobs": tops,
+            }
         return {
             "content": [
                 {
@@ -95,7 +104,11 @@ class LogprobEndpoint:
         data = self.tokens.data[token]
         if self.form == "llama.cpp" and token in self.tokens.special:
             data = b""
-        found = {"token": data.decode("utf-8", "replace"), "bytes": list(data), "logprob": float(logprobs[token])}
+        found = {
+            "token": data.decode("utf-8", "replace"),
+            "bytes": list(data),
+            "logprob": float(logprobs[token]),
+        }
         return found | ({"id": token} if self.form == "llama.cpp" else {})
 
 
