@@ -84,6 +84,8 @@ class BlackBoxDecoder:
         if self.role == "base":
             return
         how = self.options
+        if how.draft_length or how.drafter is not None:
+            raise UserError("an endpoint verifies no drafts: leave --speculate and --drafter out")
         if how.batch is None:
             how = how.model_copy(update={"batch": self.client.options.parallel})
         system = self.models.system

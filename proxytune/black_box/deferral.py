@@ -138,11 +138,12 @@ class Deferral:
                 return
             row.logprob += chosen.logprob
             row.tokens += 1
-            if not chosen.data or (ids and ids[0] in self._eos):
+            data = chosen.data or (self.runner.tokens.data[ids[0]] if ids else b"")
+            if not data or (ids and ids[0] in self._eos):
                 row.reason = "eos"
                 return
-            row.data += chosen.data
-            row.ids += ids[:1] or self.decoder.continued(chosen.data.decode("utf-8", "replace"))
+            row.data += data
+            row.ids += ids[:1] or self.decoder.continued(data.decode("utf-8", "replace"))
             if self._stop(row) or row.tokens >= self.sampling.max_new_tokens:
                 return
         if reply.ended or not reply.positions:

@@ -176,9 +176,11 @@ class Evaluation:
             if roles is None or role in roles
         }
         folders = {role: out / role if out is not None else job.folder(RESULTS) for role, job in jobs.items()}
+        shared = False  # in multiple choice the base and the proxy share their calls
         for role, job in jobs.items():
-            if not is_done(folders[role]):
+            if not is_done(folders[role]) and not shared:
                 self.agree(job)
+                shared = job.task.continuations is not None and role in ("base", "proxy")
         for role, job in jobs.items():
             if role == "tuned":
                 agreement = self.options.trace == "agreement"

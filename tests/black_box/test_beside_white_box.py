@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from proxytune.runs.alpha_sweep import parse_alphas, sweep
 from proxytune.runs.decoders import AnyDecoder, client_of, decoder_for
 from proxytune.runs.evaluation import Evaluation
 from proxytune.tasks import get_task, read_source
+from tests.support.command_line import proxytune
 from tests.support.logprob_endpoint import LogprobEndpoint, serving_logprobs
 
 WHOLE = 10**6
@@ -165,6 +167,29 @@ def test_deferral_is_its_definition(
     assert found.took.deferred == by_expert and found.took.api_calls == len(server.seen)
     assert gamma == 0.5 or by_expert > 0
     assert any("another distribution" in remark for remark in made.remarks)
+
+
+def test_on_the_command_line(server: LogprobEndpoint, tmp_path: Path) -> None:
+    """`generate` says what it spent, `check` what the endpoint can do."""
+    yaml = tmp_path / "box.yaml"
+    yaml.write_text(
+        f"base: {{api: {server.url}, model: m, top_logprobs: 5}}\n"
+        "antiexpert: {model: 'demo://antiexpert', dtype: float32}\n"
+        "expert: {model: 'demo://expert', dtype: float32, chat: llama2}\n"
+    )
+    said = proxytune("generate", "Question: 2+3?", "-s", yaml, "--max-new-tokens", 3)
+    assert said.exit_code == 0 and said.stdout.strip() and "spent: 3 calls" in said.stderr
+    deferred = proxytune("generate", "Question: 2+3?", "-s", yaml, "--max-new-tokens", 3, "--defer", 0.3)
+    assert deferred.exit_code == 0 and "another distribution" in deferred.stderr
+    checked = proxytune("check", yaml, "--json")
+    found = json.loads(checked.stdout)
+    assert checked.exit_code == 0 and found["ok"] and found["speculation"] == "no: the base is behind an API"
+    texts = [one["text"] for one in found["findings"] if one["about"] == "base"]
+    assert [text.partition(":")[0] for text in texts[1:]] == ["/completions", "/chat/completions"]
+    assert "multiple choice, generate and deferral" in texts[0]
+    server.form = "none"
+    blind = proxytune("check", yaml)
+    assert blind.exit_code == 2 and "shows no log-probabilities" in blind.stderr.splitlines()[-1]
 
 
 def test_the_bytes_of_tokens(models: Models) -> None:

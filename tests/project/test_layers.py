@@ -17,8 +17,8 @@ from tests.support.checkout import ROOT, environment
 PACKAGE = ROOT / "proxytune"
 
 FLOORS = (
-    "errors lazy schema terminal api_spec yaml_files config options records intervals run_files results comparison hub "
-    "provenance cpu_load",
+    "errors lazy schema terminal api_spec yaml_files config options records intervals run_files results "
+    "comparison hub provenance cpu_load",
     "demo sandbox engine endpoints",
     "models tasks",
     "decoding analysis paper",
