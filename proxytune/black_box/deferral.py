@@ -146,10 +146,10 @@ class Deferral:
             row.ids += ids[:1] or self.decoder.continued(data.decode("utf-8", "replace"))
             if self._stop(row) or row.tokens >= self.sampling.max_new_tokens:
                 return
-        if reply.ended or not reply.positions:
+        if reply.ended:
             row.reason = "eos"
         elif len(reply.positions) < asked:
-            row.unsure = not row.whole
+            row.unsure = True  # of a part of a letter some servers show nothing
 
     def _let_expert_speak(self, rows: Sequence[Nudged]) -> None:
         """One token of the expert for each row."""

@@ -110,7 +110,7 @@ def read_answer(answer: endpoint.Answer, *, logprobs: bool) -> Continued:
             positions = [_position(answer, entry) for entry in content]
         case {"tokens": list(tokens), "top_logprobs": list(tops)} if len(tokens) == len(tops):
             positions = [_by_name(answer, token, top) for token, top in zip(tokens, tops, strict=True)]
-        case None if not text:  # the end, or a part of a letter that the server keeps back
+        case None if not text.strip(BROKEN):  # the end, or a part of a letter (llama.cpp shows nothing there)
             positions = []
         case None | {}:
             raise endpoint.CallFailed(
