@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from proxytune.black_box import ApiClient, Forecast, forecast
 from proxytune.errors import UserError
+from proxytune.runs.decoders import consent
 from proxytune.runs.judging import Dialogue
 from proxytune.runs.session import RunPlan
 
@@ -33,17 +32,3 @@ def agree(client: ApiClient, dialogue: Dialogue, found: Forecast) -> None:
         before = f" and {found.spent:.4f} USD of earlier sessions are" if found.spent else " is"
         raise UserError(f"the estimate of {found.usd:.2f} USD{before} over --max-cost {most:g}")
     consent(client, dialogue.ask)
-
-
-def consent(client: ApiClient, ask: Callable[[], bool] | None) -> None:
-    """UserError unless calls cost nothing or the user agrees to what they cost."""
-    if client.agreed or client.options.yes or client.price == (0.0, 0.0):
-        return
-    if ask is None:
-        raise UserError(
-            f"the base ({client.spec}) costs money: add --yes to agree (and --max-cost USD for a limit), or "
-            "--price 0,0 where it is free"
-        )
-    if not ask():
-        raise UserError("nothing was asked")
-    client.agreed = True

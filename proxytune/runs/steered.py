@@ -20,9 +20,8 @@ from proxytune.models import Models
 from proxytune.options import ApiOptions, DecodeOptions, JudgeOptions, RunOptions
 from proxytune.records import Completion, Example, Prompt, Run
 from proxytune.runs.alpha_sweep import parse_alphas, sweep
-from proxytune.runs.decoders import AnyDecoder, client_of, decoder_for
+from proxytune.runs.decoders import AnyDecoder, client_of, consent, decoder_for
 from proxytune.runs.evaluation import Evaluation, alpha_for, asked_for, show_in_notebooks
-from proxytune.runs.spending import consent
 
 Alpha = AlphaSchedule | float | str | None
 """What a call takes as alpha; None is the system's."""

@@ -221,7 +221,7 @@ def test_what_needs_weights_says_so(tmp_path: Path, server: LogprobEndpoint) -> 
         proxytune("eval", "gsm", "-s", box, "--trace", "agreement", "--limit", 1, "--out", tmp_path / "a"),
         *api,
     )
-    refused(proxytune("lm-eval", "-s", box, "--tasks", "x"), "behind an API")
+    refused(proxytune("lm-eval", "--system", box, "--tasks", "x"), "behind an API")
     refused(
         proxytune("eval", "gsm", "-s", box, "--limit", 1, "--out", tmp_path / "b"),
         "cannot go on with a response",

@@ -133,20 +133,20 @@ class Speaker:
     @cached_property
     def client(self) -> ApiClient | None:
         """What asks the base, where it is behind an API and its cost is agreed to."""
-        from proxytune.runs import decoders, spending
+        from proxytune.runs.decoders import client_of, consent
 
-        made = decoders.client_of(self.system, self.api)
+        made = client_of(self.system, self.api)
         if made is not None:
             made.check()
-            spending.consent(made, console.asked_on_terminal if sys.stdin.isatty() else None)
+            consent(made, console.asked_on_terminal if sys.stdin.isatty() else None)
         return made
 
     def decoder(self, role: Role) -> AnyDecoder:
         """The decoder of a role. Notes about its models go to stderr."""
-        from proxytune.runs import decoders
+        from proxytune.runs.decoders import decoder_for
 
         client = self.client if role in ("base", "proxy") else None
-        made = decoders.decoder_for(self.models, role, self.decode, client=client, defer=self.defer)
+        made = decoder_for(self.models, role, self.decode, client=client, defer=self.defer)
         for note in made.notes():
             console.say(f"note: {note}")
         return made

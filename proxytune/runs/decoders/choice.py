@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from proxytune.black_box import ApiClient, BlackBoxDecoder
 from proxytune.config import Role, System
 from proxytune.decoding import Decoder
@@ -36,3 +38,17 @@ def decoder_for(
         system.local_base()
     assert client is not None
     return BlackBoxDecoder(models, role, how, client, defer if role == "proxy" else None)
+
+
+def consent(client: ApiClient, ask: Callable[[], bool] | None) -> None:
+    """UserError unless calls cost nothing or the user agrees to what they cost."""
+    if client.agreed or client.options.yes or client.price == (0.0, 0.0):
+        return
+    if ask is None:
+        raise UserError(
+            f"the base ({client.spec}) costs money: add --yes to agree (and --max-cost USD for a limit), or "
+            "--price 0,0 where it is free"
+        )
+    if not ask():
+        raise UserError("nothing was asked")
+    client.agreed = True
