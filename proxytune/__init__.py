@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
+    "ApiOptions",
     "CodeOptions",
     "DecodeOptions",
     "JudgeOptions",
@@ -34,6 +35,7 @@ __all__ = [
 __getattr__ = door(
     __name__,
     {
+        "ApiOptions": "options",
         "CodeOptions": "options",
         "DecodeOptions": "options",
         "JudgeOptions": "options",

@@ -16,7 +16,7 @@ from proxytune.records import UNSCORED, Metric, Run
 from proxytune.results import Value, settings
 
 _ASKED = ("task", "mode", "data", "shots")
-_VARIED = ("forced", "alpha", "trace", "limit", "data")
+_VARIED = ("forced", "alpha", "defer", "trace", "limit", "data")
 """Settings that runs under the same conditions may differ in, beside their models."""
 _MODELS = tuple(f"system.{part}" for part in ("name", "base", "expert", "antiexpert", "tuned", "vocab"))
 
@@ -33,13 +33,22 @@ class Conditions:
     sampling: Sampling
     judge: str | None
     metric: str
+    visible: int | None = None
+    """How many tokens of a position the base shows, where it is behind an API: fewer give another
+    distribution, and leave out other items."""
 
 
 def conditions(run: Run, metric: str | None = None) -> Conditions:
     """The conditions of a run's headline, or of another of its metrics."""
     spec = run.spec
     return Conditions(
-        spec.task, spec.mode, spec.data_sha256, spec.sampling, run.judge, metric or run.headline
+        spec.task,
+        spec.mode,
+        spec.data_sha256,
+        spec.sampling,
+        run.judge,
+        metric or run.headline,
+        None if spec.system.endpoint is None else spec.system.endpoint.top_logprobs,
     )
 
 

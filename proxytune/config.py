@@ -14,15 +14,19 @@ import yaml
 from pydantic import (
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainSerializer,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
 )
 
+from proxytune.api_spec import ApiSpec
 from proxytune.errors import UserError, did_you_mean
-from proxytune.schema import Record, explain
+from proxytune.schema import Record, explain, mark
+from proxytune.yaml_files import read_yaml
 
 Role = Literal["base", "antiexpert", "expert", "proxy", "tuned"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -31,15 +35,13 @@ Chat = Literal["none", "llama2", "tokenizer"]
 DType = Literal["float64", "float32", "bfloat16", "float16", "auto"]
 TraceKind = Literal["off", "tokens", "agreement"]
 """tokens: each role's probability and first choice. agreement: also how far base and proxy are from tuned."""
-Mode = Literal["generate", "likelihood"]
+Mode = Literal["generate", "likelihood", "choices"]
 
 SMOKE = "plumbing"
 """The data source of smoke data: its items only check that a task runs. They measure no model."""
 SOURCES = ("generated", SMOKE, "hub")
 """Where items come from that are in no file."""
 MAX_ALPHA = 10.0
-MOST_BYTES, MOST_VALUES, DEEPEST = 100_000, 10_000, 32
-"""Of a YAML file, with aliases written out. A system has about 4 kB, 100 values and 4 levels."""
 MIN_TEMPERATURE = 1e-3
 """Lowest temperature above 0: below it logits overflow, and sampling is greedy anyway."""
 
@@ -220,13 +222,25 @@ class ExpertSpec(ModelSpec):
     """This expert's own antiexpert; the system's unless given."""
 
 
+def _kind_of_base(value: object) -> str:
+    """Which record a base is read as."""
+    behind = "api" in value if isinstance(value, Mapping) else isinstance(value, ApiSpec)
+    return mark(ApiSpec if behind else ModelSpec)
+
+
+Base = Annotated[
+    Annotated[ModelSpec, Tag(mark(ModelSpec))] | Annotated[ApiSpec, Tag(mark(ApiSpec))],
+    Discriminator(_kind_of_base),
+]
+
+
 class System(Record):
     """The models of all roles and alpha."""
 
     name: str = "custom"
     description: str = ""
-    base: ModelSpec
-    """The large model that is steered."""
+    base: Base
+    """The large model that is steered: its weights, or the endpoint that it is behind."""
     expert: ModelSpec | None = None
     """The small tuned model."""
     experts: tuple[ExpertSpec, ...] = ()
@@ -263,6 +277,20 @@ class System(Record):
         return self.experts
 
     @property
+    def endpoint(self) -> ApiSpec | None:
+        """Where the base is behind an API; None where its weights are here."""
+        return self.base if isinstance(self.base, ApiSpec) else None
+
+    def local_base(self, what: str = "this") -> ModelSpec:
+        """The base's spec. UserError where it is behind an API: `what` needs its weights."""
+        if isinstance(self.base, ApiSpec):
+            raise UserError(
+                f"the base of system '{self.name}' is behind an API ({self.base}), and {what} needs its "
+                "weights: eval, sweep-alpha, generate and check work with it (docs/black-box.md)"
+            )
+        return self.base
+
+    @property
     def roles(self) -> tuple[Role, ...]:
         """The roles that this system can be evaluated as."""
         have = {
@@ -285,6 +313,7 @@ class System(Record):
 
     def require_agreement(self, role: Role) -> None:
         """UserError unless agreement with direct tuning can be traced on the outputs of `role`."""
+        self.local_base("--trace agreement")
         if role not in ("proxy", "tuned"):
             raise UserError(f"--trace agreement is of --as proxy or --as tuned, not of '{role}'")
         for needed in ("tuned", "proxy"):
@@ -307,14 +336,20 @@ class RunSpec(Record):
     shots: int = 0
     trace: TraceKind = "off"
     mode: Mode = "generate"
-    """generate: responses are scored. likelihood: given texts are compared by their log-probabilities."""
+    """generate: responses are scored. likelihood: given texts are compared by their log-probabilities.
+    choices: the letters of the choices are."""
+    defer: float | None = None
+    """Where the base's most probable token has less than this, the expert alone speaks: another distribution
+    than proxy-tuning. None is proxy-tuning."""
     forced: str | None = None
     """Text with which every response is made to begin (the demo's control)."""
 
     @property
     def remark(self) -> str | None:
         """What is shown beside the figures, wherever they are shown; None for ordinary runs."""
-        return "smoke data" if self.data == SMOKE else None
+        said = ["smoke data"] if self.data == SMOKE else []
+        said += [] if self.defer is None else [f"deferral below {self.defer:g}, not proxy-tuning"]
+        return ", ".join(said) or None
 
 
 def cache_folder() -> Path:
@@ -358,54 +393,6 @@ def as_system(system: System | str | Path) -> System:
     return load_system(system)
 
 
-def read_yaml(path: Path) -> Mapping[str, Any]:
-    """The mapping in a YAML file; UserError names the file and the line."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(MOST_BYTES + 1).decode("utf-8")
-        _require_small(text)
-        content = yaml.safe_load(text)
-    except FileNotFoundError:
-        raise UserError(f"no file '{path}'") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"cannot read '{path}': {' '.join(str(error).split())}") from None
-    except (ValueError, LookupError, AttributeError, TypeError) as error:  # 2020-99-99, or `!!int ""`
-        raise UserError(f"cannot read '{path}': a value is none of its kind ({error})") from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"'{path}' must hold a mapping of keys to values, not {type(content).__name__}")
-    return content
-
-
-def _require_small(text: str) -> None:
-    """YAMLError for a file that is too large, too deep, or refers to itself. Aliases count as what they
-    stand for, since whatever reads the values reads all of that."""
-    if len(text) > MOST_BYTES:
-        raise yaml.YAMLError(f"it has more than {MOST_BYTES:,} bytes")
-    known: dict[str | None, tuple[int, int]] = {}  # anchor -> values, levels
-    within: list[tuple[str | None, int, int]] = [(None, 0, 0)]  # the same, of collections that are not closed
-    for event in yaml.parse(text, yaml.SafeLoader):
-        anchor = getattr(event, "anchor", None)
-        values, levels = 1, 0
-        if isinstance(event, yaml.CollectionStartEvent):
-            within.append((anchor, 1, 1))
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, values, levels = within.pop()
-        elif isinstance(event, yaml.AliasEvent):
-            if anchor not in known:
-                raise yaml.YAMLError(
-                    f"the alias *{anchor} stands within what it refers to, or refers to nothing"
-                )
-            values, levels = known[anchor]
-        elif not isinstance(event, yaml.ScalarEvent):
-            continue
-        if not isinstance(event, yaml.CollectionStartEvent):
-            known[anchor] = values, levels
-            outer, before, deepest = within[-1]
-            within[-1] = outer, before + values, max(deepest, levels + 1)
-        if len(within) + levels > DEEPEST or within[-1][1] > MOST_VALUES:
-            raise yaml.YAMLError(f"it has more than {DEEPEST} levels or {MOST_VALUES:,} values")
-
-
 def parse_system(content: Mapping[str, Any], path: Path, folder: Path) -> System:
     """A System from the YAML mapping of `path`. Model folders that begin with ./ or ../ are taken from
     `folder`: that of the YAML file, or the current one for a system that ships with proxytune."""
@@ -424,6 +411,8 @@ def parse_system(content: Mapping[str, Any], path: Path, folder: Path) -> System
 def _beside(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The spec with its relative folders resolved against `folder`."""
     found = dict(spec)
+    if "api" in found:
+        return found
     for key in ("model", "adapter"):
         value = found.get(key)
         if isinstance(value, str) and value.startswith(("./", "../")):

@@ -95,7 +95,11 @@ class RunOptions(Options):
     shots_from: str | None = Field(default=None, json_schema_extra={"metavar": "FILE"})
     """Draw few-shot items from this file."""
     mode: Mode = "generate"
-    """generate, or likelihood: compare given answers by their log-probabilities."""
+    """generate; likelihood: compare given answers by their log-probabilities; choices: compare the letters of
+    the choices by theirs."""
+    defer: float | None = Field(default=None, gt=0.0, le=1.0, json_schema_extra={"metavar": "GAMMA"})
+    """With a base behind an API: let it speak alone, many tokens per request, and the expert alone where the
+    base's most probable token has less than GAMMA (0.3, say). Another distribution than proxy-tuning."""
     trace: TraceKind = Field(default="off", json_schema_extra={"metavar": "[tokens|agreement]"})
     """Store every token's probability under each role; agreement: also how far base and proxy are from the
     tuned model."""
@@ -145,6 +149,25 @@ class RayOptions(Options):
     """GPUs of each."""
 
 
+class ApiOptions(Options):
+    """What a base behind an API may cost, and how it is asked. Nothing here changes a token."""
+
+    parallel: int = Field(default=16, ge=1, le=256)
+    """With a base behind an API: so many requests at a time."""
+    api_deadline: float = Field(default=120.0, gt=0, le=3600, allow_inf_nan=False)
+    """Seconds for one request to it, from connecting to the last byte."""
+    api_retries: int = Field(default=6, ge=0, le=100)
+    """How often a request that failed is sent again."""
+    yes: bool = False
+    """Agree to what the API costs."""
+    max_cost: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Spend at most this many US dollars on it."""
+    price: Annotated[tuple[float, float] | None, BeforeValidator(parse_price)] = Field(
+        default=None, json_schema_extra={"metavar": "IN,OUT"}
+    )
+    """Its price in USD per million tokens."""
+
+
 class CodeOptions(Options):
     """Whether code that a model wrote may be run, and where."""
 
@@ -163,13 +186,13 @@ class JudgeOptions(Options):
     """Who judges the responses: default, none, a folder or hub id (MODEL#LABEL; TRUTH,INFO), or a model of
     the endpoint in OPENAI_BASE_URL."""
     yes: bool = False
-    """Agree to what a judge behind an API costs."""
+    """Agree to what an API costs: a judge's, or the base's."""
     max_cost: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """Spend at most this many US dollars on the judge."""
+    """Spend at most this many US dollars on the API."""
     price: Annotated[tuple[float, float] | None, BeforeValidator(parse_price)] = Field(
         default=None, json_schema_extra={"metavar": "IN,OUT"}
     )
-    """The judge's price in USD per million tokens."""
+    """The API's price in USD per million tokens."""
     seed: int = 0
     """Of the order in which two outputs are shown."""
     batch: int | None = Field(default=None, ge=1)

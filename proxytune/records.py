@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, computed_field, field_serializer, mo
 
 from proxytune.config import RunSpec
 
-FinishReason = Literal["eos", "stop", "length", "nan", "template"]
+FinishReason = Literal["eos", "stop", "length", "nan", "template", "unseen"]
 """`nan`: the logits after the last token were no numbers, or infinite, so the response could not go on.
-`template`: a chat template has no text for the example, which was not asked."""
-FAULTS = frozenset({"nan", "template"})
+`template`: a chat template has no text for the example, which was not asked.
+`unseen`: what was needed is not among the tokens that an endpoint shows."""
+FAULTS = frozenset({"nan", "template", "unseen"})
 """Reasons that are faults: their example has no score."""
 FAULT = "fault"
 """The column of a stored row that has the reason, where its example ended in one."""
@@ -94,6 +95,10 @@ class Took:
     drafted: int = 0
     examined: int = 0
     accepted: int = 0
+    api_calls: int = 0
+    api_prompt_tokens: int = 0
+    api_completion_tokens: int = 0
+    deferred: int = 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -113,6 +118,9 @@ class Completion:
     trace: tuple[TracedToken, ...] = ()
     remark: str | None = None
     """Why it is not what was asked for: a window that was full first, or what failed."""
+    bounded: bool | None = None
+    """Whether the log-probability is of a token that an endpoint does not show, and so the largest that it
+    can be; None where the whole distribution is known."""
     took: Took = field(default=Took(), compare=False)
 
     def __repr__(self) -> str:
@@ -255,6 +263,13 @@ class Cost(BaseModel):
     """Accepted drafts."""
     workers: dict[str, WorkerFacts] = {}
     """The processes that decoded the examples, where it was not the run's own."""
+    api_calls: int = 0
+    """Requests to a base behind an API; replies that were stored already are none."""
+    api_prompt_tokens: int = 0
+    """Of them, as reported, or else the most that it can be."""
+    api_completion_tokens: int = 0
+    deferred: int = 0
+    """Tokens that the expert wrote, where the base deferred to it."""
 
     @model_validator(mode="before")
     @classmethod

@@ -54,7 +54,7 @@ SEAL = "seal"
 """The key of run.json that has the digests. Runs of versions before 0.2.0 have none."""
 Value = str | float | bool | None
 
-_WORDS = ("system.description", "system.data.", "system.judges.")
+_WORDS = ("system.description", "system.data.", "system.judges.", "system.base.key_variable")
 """Parts of a system that describe it and decide no output (what is read is in `data`)."""
 
 

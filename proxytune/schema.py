@@ -43,7 +43,7 @@ def explain(error: ValidationError, record: type[BaseModel] | None = None) -> st
     """The first problem of a pydantic error in one line; for an unknown key of `record`, or of a record in
     it, with the keys that are known."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "value"
+    where = ".".join(str(part) for part in first["loc"] if not _is_choice(part)) or "value"
     if first["type"] == "extra_forbidden":
         *parents, key = first["loc"]
         holder = None if record is None else _record_at(record, parents)
@@ -61,9 +61,27 @@ def _record_at(record: type[BaseModel], place: Sequence[int | str]) -> type[Base
     """The record that is at a place in another, by the types of the fields on the way."""
     found: type[BaseModel] | None = record
     for part in place:
-        if found is not None and isinstance(part, str):
+        if _is_choice(part):
+            found = _chosen[str(part)]
+        elif found is not None and isinstance(part, str):
             found = _record_in(found.model_fields[part].annotation) if part in found.model_fields else None
     return found
+
+
+_chosen: dict[str, type[BaseModel]] = {}
+"""The records that a field chooses between, by their marks."""
+
+
+def mark(record: type[BaseModel]) -> str:
+    """The tag of a record where a field may hold one of several: no place in a message."""
+    name = f"~{record.__name__}"
+    _chosen[name] = record
+    return name
+
+
+def _is_choice(part: int | str) -> bool:
+    """Whether a part of a place only says which of several records was read."""
+    return isinstance(part, str) and part in _chosen
 
 
 def _record_in(annotation: Any) -> type[BaseModel] | None:

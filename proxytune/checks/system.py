@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from proxytune.api_spec import ApiSpec
 from proxytune.checks.findings import MemoryCheck, RoleCheck, SystemCheck
 from proxytune.checks.machine import check_machine
 from proxytune.checks.roles import Findings, check_role
@@ -34,6 +35,8 @@ def check_system(system: System, *, weights: bool = True, trust_remote_code: boo
     vocabulary = _vocabularies(models, roles, findings)
     memory = _memory(models, roles)
     _judge_memory(memory, findings, weights=weights)
+    if system.endpoint is not None:
+        findings.note("base", _behind_an_api(system.endpoint))
     machine, notes = check_machine()
     return SystemCheck(
         system=system.name,
@@ -47,6 +50,16 @@ def check_system(system: System, *, weights: bool = True, trust_remote_code: boo
     )
 
 
+def _behind_an_api(spec: ApiSpec) -> str:
+    """What can be done with a base of which only the most probable tokens are seen."""
+    generate = "generate and deferral" if spec.route == "completions" else "no free generation as proxy"
+    return (
+        f"it is behind an API ({spec}, {spec.route}, {spec.top_logprobs} tokens of a position): multiple "
+        f"choice, {generate}; eval, sweep-alpha and generate work with it, and what needs weights or whole "
+        "distributions does not (docs/black-box.md)"
+    )
+
+
 def _hosts_first(name: str) -> tuple[bool, bool, bool]:
     """The base first, and antiexperts before the experts that may sit on them."""
     return name != "base", name == "tuned", not name.startswith("antiexpert")
@@ -54,7 +67,8 @@ def _hosts_first(name: str) -> tuple[bool, bool, bool]:
 
 def _alone(models: Models, system: System) -> list[str]:
     """The models of a system that is not steered."""
-    return [name for name in ("base", "expert", "antiexpert") if name in system.roles]
+    here = [name for name in ("base", "expert", "antiexpert") if name in system.roles]
+    return [name for name in here if name != "base" or system.endpoint is None]
 
 
 def _shared(models: Models, roles: Sequence[RoleCheck]) -> list[RoleCheck]:
@@ -78,11 +92,12 @@ def _shared(models: Models, roles: Sequence[RoleCheck]) -> list[RoleCheck]:
 def _vocabularies(models: Models, roles: Sequence[RoleCheck], findings: Findings) -> dict[str, str]:
     """How every vocabulary stands to the base's."""
     found: dict[str, str] = {}
+    first = roles[0].name if roles else ""
     for role in roles[1:]:
         if role.tokens is None or role.head is None or roles[0].tokens is None or roles[0].head is None:
             found[role.name] = "not known"
             continue
-        differs = findings.attempt("vocabulary", partial(models.difference, role.name))
+        differs = findings.attempt("vocabulary", partial(models.difference, role.name, first))
         if differs is None:
             found[role.name] = "the same" if role.head == roles[0].head else "the same but for padding"
             continue
@@ -96,7 +111,7 @@ def _vocabularies(models: Models, roles: Sequence[RoleCheck], findings: Findings
             f"{len(differs.ids)} ids of the {role.name} are matched by token, or left to the base: {ids}",
         )
         eos = role.special.get("eos")
-        if eos is not None and eos[0] not in models.tokenizer("base").get_vocab():
+        if eos is not None and eos[0] not in models.tokenizer(first).get_vocab():
             findings.note(
                 "vocabulary",
                 f"the base has no {eos[0]!r}, with which the {role.name} ends its responses: only the base "
@@ -144,6 +159,8 @@ def _speculation(system: System, roles: Sequence[RoleCheck]) -> str:
     """Whether the expert can run ahead: every model that verifies must be able to go back."""
     if "proxy" not in system.roles:
         return "no: the system is not steered"
+    if system.endpoint is not None:
+        return "no: the base is behind an API"
     slow = [role.name for role in roles if role.path == "reference" and role.name != "tuned"]
     if slow:
         return f"no: the state of {', '.join(slow)} cannot be rewound"

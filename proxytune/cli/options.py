@@ -23,7 +23,14 @@ from rich.markup import escape
 
 from proxytune.config import Sampling, system_names
 from proxytune.errors import UserError
-from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RayOptions, RunOptions
+from proxytune.options import (
+    ApiOptions,
+    CodeOptions,
+    DecodeOptions,
+    JudgeOptions,
+    RayOptions,
+    RunOptions,
+)
 from proxytune.schema import explain
 
 R = TypeVar("R", bound=BaseModel)
@@ -149,7 +156,7 @@ Changes = Mapping[str, Any]
 
 RUN = OptionGroup(RunOptions, "What is asked", leave_out=frozenset({"sampling", "forced"}))
 SWEEP = OptionGroup(
-    RunOptions, "What is asked", leave_out=frozenset({"sampling", "forced", "alpha", "trace"})
+    RunOptions, "What is asked", leave_out=frozenset({"sampling", "forced", "alpha", "trace", "defer"})
 )
 SAMPLING = OptionGroup(
     Sampling,
@@ -166,6 +173,10 @@ RAY = OptionGroup(RayOptions, "Decoding on workers")
 JUDGING = OptionGroup(JudgeOptions, "Who judges", leave_out=frozenset({"seed", "batch", "code"}))
 JUDGING_ALONE = OptionGroup(JudgeOptions, "Who judges", leave_out=frozenset({"code"}))
 CONSENT = OptionGroup(JudgeOptions, "Who judges", leave_out=frozenset({"judge", "seed", "batch", "code"}))
+PRICES = frozenset({"yes", "max_cost", "price"})
+API = OptionGroup(ApiOptions, "A base behind an API")
+API_ASKING = OptionGroup(ApiOptions, "A base behind an API", leave_out=PRICES)
+"""Beside a judge's options, which have the same price and limit."""
 CODE = OptionGroup(CodeOptions, "Running model-written code")
 
 MODELS = "Models"

@@ -20,6 +20,7 @@ from proxytune.decoding.call import DecodeStats, RunningStream, Scored, ScoringT
 from proxytune.decoding.completions import ResultReader, failed, scored
 from proxytune.decoding.kv_pools import pool_tokens
 from proxytune.decoding.prompts import context, form_of, noise_key
+from proxytune.decoding.remote import RemoteBase
 from proxytune.decoding.response_text import ResponseText
 from proxytune.decoding.sample import sample_context
 from proxytune.decoding.stop_strings import StopStrings, single_tokens
@@ -56,14 +57,18 @@ class Decoder:
         *,
         speculation: Speculation | None = None,
         agreement: bool = False,
+        remote: RemoteBase | None = None,
     ) -> None:
-        """Load what the role needs and plan the KV pools.
+        """Load what the role needs and plan the KV pools. `remote` is the base of the proxy where it is
+        behind an API: the first expert's vocabulary is the common one then.
 
         `speculation` takes the place of what the options say of it (benchmarks draft in ways of their own).
         With `agreement`, the models of proxy and tuned all see the tokens of `role`, one of the two, for the
         trace. UserError if vocabularies do not match or the memory holds no useful pool."""
         self.models, self.role, self.agreement = models, role, agreement
-        how = options or DecodeOptions()
+        if remote is None and role in ("base", "proxy"):
+            models.system.local_base()
+        self.remote, how = remote, options or DecodeOptions()
         if how.threads is not None:
             torch.set_num_threads(how.threads)
         self.speculation = speculation or Speculation(k=how.draft_length, drafter=how.drafter)
@@ -74,8 +79,8 @@ class Decoder:
         for name in names:  # a broken template is found before weights are read
             sample_context(models.spec(name), models.tokenizer(name), name, form_of(name, role))
         self.loaded = {name: models.get(name) for name in names}
-        self.target = names[0]
-        head = self.loaded[self.target]
+        self.target = names[0] if remote is None else "base"
+        head = self.head = self.loaded[names[0]]
         self.tokenizer = head.tokenizer
         self.text_of = ResponseText(head.tokenizer)
         self.max_batch = how.batch or MAX_ROWS
@@ -87,6 +92,8 @@ class Decoder:
         self._size = head.size
         pool = pool_tokens(self.loaded, self.max_batch, how.kv_memory)
         runners = {name: self._runner(model, pool) for name, model in self.loaded.items()}
+        if remote is not None:
+            runners = {"base": remote.runner(head), **runners}
         self.ensemble = self._ensemble(runners)
 
     def _ensemble(self, runners: dict[str, Runner]) -> Ensemble:
@@ -100,8 +107,8 @@ class Decoder:
         return Ensemble(runners, self.target, observed=proxy, reference=reference)
 
     def _runner(self, model: Loaded, pool: int) -> Runner:
-        family, target = model.family, self.loaded[self.target]
-        alignment = model.aligned_with(target, self.models.system.vocab)
+        family = model.family
+        alignment = model.aligned_with(self.head, self.models.system.vocab)
         if family.path == "reference":
             return ReferenceRunner(
                 model.forward, alignment, family.window, model.device, pool, cached=family.cached
@@ -175,7 +182,8 @@ class Decoder:
         proxy. TemplateFault, which names the model and what the prompt is `of`, where a chat template
         fails."""
         ids = prompt.ids or {name: self._context(model, prompt, of) for name, model in self.loaded.items()}
-        return {name: (*model.virtual_ids, *ids[name]) for name, model in self.loaded.items()}
+        found = {name: (*model.virtual_ids, *ids[name]) for name, model in self.loaded.items()}
+        return found if self.remote is None else {"base": self.remote.context(prompt), **found}
 
     def _context(self, model: Loaded, prompt: Prompt, of: str) -> tuple[int, ...]:
         role: Role = "proxy" if self.agreement else self.role
@@ -193,7 +201,7 @@ class Decoder:
         model.require_rows(ids)
         return ids
 
-    def _contexts_or_why(self, example: Example, task: str) -> dict[str, tuple[int, ...]] | str:
+    def contexts_or_why(self, example: Example, task: str) -> dict[str, tuple[int, ...]] | str:
         """The contexts of an example, or why it alone has none."""
         try:
             return self.contexts(example.prompt, task)
@@ -294,7 +302,7 @@ class Decoder:
         return Engine(
             self.ensemble,
             max_rows=self.max_batch,
-            prefill_tokens=PREFILL_TOKENS.get(self.loaded[self.target].device.type, 512),
+            prefill_tokens=PREFILL_TOKENS.get(self.head.device.type, 512),
             trace=trace != "off",
             on_token=on_token,
             speculation=self.speculation,
@@ -337,12 +345,12 @@ class Decoder:
         """As `likelihoods`, under all alphas from one pass of forwards."""
         items, unasked = list[Continuation](), list[Completion]()
         for example in examples:
-            contexts = self._contexts_or_why(example, task)
+            contexts = self.contexts_or_why(example, task)
             for number, text in enumerate(texts(example)):
                 if isinstance(contexts, str):
                     unasked.append(failed(example.id, number, contexts, text))
                 else:
-                    items.append(Continuation(contexts, self._continued(text), Scored(example, number, text)))
+                    items.append(Continuation(contexts, self.continued(text), Scored(example, number, text)))
         yield from product(alphas, unasked)
         self._running, self._scoring = None, ScoringTexts(len(items))
         found = likelihoods(self.ensemble, items, alphas)
@@ -369,7 +377,7 @@ class Decoder:
         self._scoring.add(seconds, ended=result is not None)
         return result
 
-    def _continued(self, text: str) -> tuple[int, ...]:
+    def continued(self, text: str) -> tuple[int, ...]:
         """The ids of a text that goes on after other text: SentencePiece would add a space before it."""
         anchor = self.tokenizer.encode("a", add_special_tokens=False)
         ids = self.tokenizer.encode("a" + text, add_special_tokens=False)
@@ -388,12 +396,12 @@ class Decoder:
     ) -> Iterator[Request]:
         """What is to be decoded. `unasked` gets the responses to examples for which a chat template has no
         text."""
-        eos = self._eos()
+        eos = self.eos()
         banned = single_tokens(self.tokenizer, sampling.ban, self._size)
         first = single_tokens(self.tokenizer, sampling.ban_first, self._size)
         opener = tuple(self.tokenizer.encode(forced, add_special_tokens=False)) if forced else ()
         for example, alphas in asked:
-            contexts = self._contexts_or_why(example, task)
+            contexts = self.contexts_or_why(example, task)
             for alpha, sample in product(alphas, range(sampling.n)):
                 if isinstance(contexts, str):
                     unasked.append((alpha, failed(example.id, sample, contexts)))
@@ -412,10 +420,10 @@ class Decoder:
                     tag=Tag(example, sample, alpha),
                 )
 
-    def _eos(self) -> frozenset[int]:
+    def eos(self) -> frozenset[int]:
         """The end-of-sequence ids, as the base's: those of the target model, and those of the experts, which
         may end in a way of their own (a chat model's end of turn)."""
-        ids = own_eos(self.loaded[self.target])
+        ids = own_eos(self.head)
         for term in self.ensemble.terms:
             alignment = self.ensemble.runners[term.expert].alignment
             ids |= {mine for eos in own_eos(self.loaded[term.expert]) for mine in alignment.spelt_by(eos)}

@@ -10,7 +10,12 @@ from proxytune.records import FAULTS, Completion, JsonRow
 MANY = 0.5
 """Share of empty responses above which something is likely to be wrong."""
 
-REMARKED = {"template": "were not asked", "nan": "were broken off", "length": "were cut short"}
+REMARKED = {
+    "template": "were not asked",
+    "nan": "were broken off",
+    "unseen": "were left out",
+    "length": "were cut short",
+}
 """Why a response is not what was asked for -> what is said of such responses."""
 
 

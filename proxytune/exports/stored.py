@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from proxytune.analysis import failures
+from proxytune.api_spec import ApiSpec
 from proxytune.records import JsonRow, Run, TaskFacts
 from proxytune.runs import verdicts
 from proxytune.tasks.own import facts_of
@@ -54,7 +55,9 @@ class StoredRun:
             **{f"expert{place or ''}": expert for place, expert in enumerate(experts)},
         }
         return {
-            role: " with adapter ".join(filter(None, (model.model, model.adapter)))
+            role: str(model)
+            if isinstance(model, ApiSpec)
+            else " with adapter ".join(filter(None, (model.model, model.adapter)))
             for role, model in named.items()
             if model is not None
         }

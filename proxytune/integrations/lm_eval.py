@@ -204,7 +204,11 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
         """UserError unless a model of the system has a chat format. The others see a conversation as plain
         text."""
         system = self.system
-        alone = [spec for spec in (system.base, system.antiexpert, system.tuned) if spec is not None]
+        alone = [
+            spec
+            for spec in (system.local_base("lm-eval"), system.antiexpert, system.tuned)
+            if spec is not None
+        ]
         if all(spec.chat == "none" for spec in (*alone, *system.expert_specs)):
             raise UserError(
                 f"--apply_chat_template: no model of system '{system.name}' has a chat format: set "

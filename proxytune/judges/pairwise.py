@@ -1,9 +1,9 @@
 """The pairwise judge: a language model behind an OpenAI-style endpoint decides which output is better.
 
 Base URL and key come from the environment (OPENAI_BASE_URL, OPENAI_API_KEY) and are never stored or shown.
-Verdicts are stored as they arrive, by content, so that none is paid twice (judgements.py). How a server that
-misbehaves is met: endpoint.py; retries and the limit on the cost: calls.py. GPT-4-0314, the paper's judge, is
-retired, so its published win rates cannot be judged anew.
+Verdicts are stored as they arrive, by content, so that none is paid twice. How a server that misbehaves is
+met, retries, and the limit on the cost: proxytune/endpoints. GPT-4-0314, the paper's judge, is retired, so
+its published win rates cannot be judged anew.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from proxytune.config import cache_folder
+from proxytune.endpoints import Budget, CallFailed, CallLimits, CallQueue, ReplyStore, calls, endpoint, prices
 from proxytune.errors import UserError, needs_extra
-from proxytune.judges.calls import Budget, CallQueue, CallResult, CallsEnded
-from proxytune.judges.endpoint import CallFailed, CallLimits, Endpoint, Reply
 from proxytune.judges.judge import Estimate, OnProgress
-from proxytune.judges.judgements import Judgements, Tokens
 from proxytune.options import JudgeOptions
 from proxytune.records import JsonRow
 
@@ -56,17 +54,7 @@ FORMS: tuple[tuple[Mapping[str, int], int], ...] = (
 """How a call is limited, and the most tokens of its reply. Reasoning models refuse the first form."""
 MESSAGE_TOKENS = 16
 """More than a chat template puts around a message."""
-CHARACTERS_PER_TOKEN = 4
 SECONDS_PER_CALL = 2.0
-PRICES = {
-    "gpt-4.1": (2.0, 8.0),
-    "gpt-4.1-mini": (0.4, 1.6),
-    "gpt-4o": (2.5, 10.0),
-    "gpt-4o-mini": (0.15, 0.6),
-    "gpt-4-turbo": (10.0, 30.0),
-}
-"""US dollars per million tokens, in and out, as listed in 2025; --price gives the present ones."""
-
 _OTHER_FORM = re.compile("max_tokens|max_completion_tokens|temperature")
 _VERDICT = re.compile(r"[^A-Za-z]*(?:output\s+)?(A|B|tie)\b", re.IGNORECASE)
 
@@ -131,9 +119,9 @@ class PairwiseJudge:
         return self.model
 
     @property
-    def prices(self) -> tuple[float, float] | None:
+    def known_price(self) -> prices.Price | None:
         """The price given, or the listed one."""
-        return self.price or PRICES.get(self.model)
+        return self.price or prices.PRICES.get(self.model)
 
     def check(self) -> None:
         """See that the library, a key and, where a limit is set, a price are there."""
@@ -143,8 +131,8 @@ class PairwiseJudge:
                 "the pairwise judge needs OPENAI_API_KEY in the environment (and OPENAI_BASE_URL for an "
                 "endpoint of your own); --judge none keeps the generations for later"
             )
-        Endpoint.of_environment(self.limits)
-        if self.max_cost is not None and self.prices is None:
+        endpoint.Endpoint.of_environment(self.limits)
+        if self.max_cost is not None and self.known_price is None:
             raise UserError(f"--max-cost needs the price of '{self.model}': add --price IN,OUT (USD per 1e6)")
 
     def pairs(self, rows: Sequence[JsonRow]) -> list[Pair]:
@@ -162,7 +150,7 @@ class PairwiseJudge:
         store, pairs = self._store(), self.pairs(rows)
         asked = {self.key(pair): pair for pair in pairs if self._known(pair, store) is None}
         letters = sum(pair.letters for pair in asked.values())
-        tokens = math.ceil(letters / CHARACTERS_PER_TOKEN), REPLY_TOKENS * len(asked)
+        tokens = math.ceil(letters / prices.CHARACTERS_PER_TOKEN), REPLY_TOKENS * len(asked)
         return Estimate(
             calls=len(asked),
             cached=len(rows) - len(asked),
@@ -177,15 +165,13 @@ class PairwiseJudge:
         """What judging would take before there are outputs: `count` comparisons, of which instruction and
         both outputs together have this many characters on average."""
         letters = count * (characters + Pair("", "", "", swapped=False).letters)
-        tokens = math.ceil(letters / CHARACTERS_PER_TOKEN), REPLY_TOKENS * count
+        tokens = math.ceil(letters / prices.CHARACTERS_PER_TOKEN), REPLY_TOKENS * count
         seconds = SECONDS_PER_CALL * count / self.workers
         return Estimate(count, 0, *tokens, usd=self.usd(tokens), seconds=seconds)
 
-    def usd(self, tokens: Tokens) -> float | None:
+    def usd(self, tokens: prices.Tokens) -> float | None:
         """What tokens cost; None where no price is known."""
-        if self.prices is None:
-            return None
-        return (tokens[0] * self.prices[0] + tokens[1] * self.prices[1]) / 1e6
+        return prices.usd(tokens, self.known_price)
 
     def judge(self, rows: Sequence[JsonRow], on_progress: OnProgress | None = None) -> list[JsonRow]:
         """`annotator` and `preference` (null where the reply was no verdict).
@@ -201,28 +187,28 @@ class PairwiseJudge:
                 asked.setdefault(self.key(pair), []).append(place)
         places = list(asked.values())
         session = _Session(
-            self, Endpoint.of_environment(self.limits), store, [pairs[own[0]] for own in places]
+            self, endpoint.Endpoint.of_environment(self.limits), store, [pairs[own[0]] for own in places]
         )
         self._given.update(map(self.key, pairs))
         budget = Budget(self.max_cost, self.usd(store.spent(self._given)) or 0.0)
-        calls = CallQueue(session.send, session.estimate, budget, self.workers, self.limits)
+        queue = CallQueue(session.send, session.estimate, budget, self.workers, self.limits)
         done = len(pairs) - sum(map(len, places))
         try:
-            for number, reply in calls.replies(range(len(places))):
+            for number, reply in queue.replies(range(len(places))):
                 for place in places[number]:
                     found[place] = pairs[place].preference(reply.text)
                 done += len(places[number])
                 if on_progress is not None:
                     on_progress(done, len(pairs))
-        except CallsEnded as error:
+        except calls.CallsEnded as error:
             raise UserError(
                 f"the judge '{self.model}': {error}; {done} of {len(pairs)} judgements are kept, and the "
                 f"same command {'with a higher limit ' if error.money else ''}continues"
             ) from None
         return [{"annotator": f"proxytune/{self.model}", "preference": preference} for preference in found]
 
-    def _store(self) -> Judgements:
-        return Judgements(self.cache_path)
+    def _store(self) -> ReplyStore:
+        return ReplyStore(self.cache_path)
 
     @property
     def cache_path(self) -> Path:
@@ -235,7 +221,7 @@ class PairwiseJudge:
         content = json.dumps([endpoint, self.model, pair.messages], ensure_ascii=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def _known(self, pair: Pair, store: Judgements) -> float | None:
+    def _known(self, pair: Pair, store: ReplyStore) -> float | None:
         """The preference that needs no call: equal outputs are a draw, others may be stored."""
         if pair.baseline == pair.output:
             return 0
@@ -248,13 +234,13 @@ class _Session:
     """The calls of one judging."""
 
     judge: PairwiseJudge
-    endpoint: Endpoint
-    store: Judgements
+    client: endpoint.Endpoint
+    store: ReplyStore
     pairs: Sequence[Pair]
     form: int = 0
     """Which of FORMS the endpoint takes."""
 
-    def tokens(self, pair: Pair) -> Tokens:
+    def tokens(self, pair: Pair) -> prices.Tokens:
         """The most that a call can take: no token is shorter than a byte."""
         framing = MESSAGE_TOKENS * len(pair.messages)
         written = sum(len(message["content"].encode("utf-8", "surrogatepass")) for message in pair.messages)
@@ -264,30 +250,24 @@ class _Session:
         """US dollars that a call can cost."""
         return self.judge.usd(self.tokens(self.pairs[number])) or 0.0
 
-    def send(self, number: int) -> CallResult:
+    def send(self, number: int) -> calls.CallResult[endpoint.Reply]:
         """Ask about a pair, and keep the verdict and the cost. A reply that is no verdict is not kept, so
         that a later session asks again."""
         pair, form = self.pairs[number], self.form
         key, most = self.judge.key(pair), self.tokens(pair)
         entered = self.store.sending(key, most)
-        result: Reply | CallFailed
+        result: endpoint.Reply | CallFailed
         try:
             fields, _ = FORMS[form]
-            result = self.endpoint.ask({"model": self.judge.model, "messages": pair.messages, **fields})
-            tokens = _reported(result, most)
+            result = self.client.ask({"model": self.judge.model, "messages": pair.messages, **fields})
+            tokens = result.tokens(most)
         except CallFailed as error:
             result, tokens = error, most if error.paid else (0, 0)
             if form == 0 and error.status == 400 and _OTHER_FORM.search(error.reason):
                 self.form, error.again, error.after = 1, True, 0.0
-        word = pair.verdict(result.text) if isinstance(result, Reply) else None
+        word = pair.verdict(result.text) if not isinstance(result, CallFailed) else None
         self.store.ended(entered, key, tokens, word)
-        return CallResult(result, self.judge.usd(tokens) or 0.0)
-
-
-def _reported(reply: Reply, estimate: Tokens) -> Tokens:
-    """What a reply cost by its report, or by the estimate where it reports no count."""
-    prompt, completion = reply.prompt_tokens, reply.completion_tokens
-    return estimate[0] if prompt is None else prompt, estimate[1] if completion is None else completion
+        return calls.CallResult(result, self.judge.usd(tokens) or 0.0)
 
 
 def pairwise_judge(model: str, options: JudgeOptions) -> PairwiseJudge:

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from proxytune.engine.attention import Discovery, Forward
 from proxytune.engine.kernels import dense, show_weights
-from proxytune.engine.runners import SharedLora, SpanLora, SpanMismatch
+from proxytune.engine.runners import SharedLora
+from proxytune.engine.runners import lora as span_lora
 from proxytune.errors import UserError
 from proxytune.models.adapter_files import (
     BAD_ADAPTER,
@@ -54,7 +55,7 @@ class Adapters:
     peft: Any | None = None
     """PEFT's model around the module, where it switches adapters."""
     lora: SharedLora = field(default_factory=SharedLora)
-    layers: dict[str, SpanLora] = field(default_factory=dict)
+    layers: dict[str, span_lora.SpanLora] = field(default_factory=dict)
 
     def attach(self, module: PreTrainedModel, files: AdapterFiles, name: str, *, packed: bool) -> Attached:
         """Put an adapter on the module under `name`. `packed`: the module runs through our attention, where
@@ -86,7 +87,7 @@ class Adapters:
             if path not in self.layers:
                 parent, _, child = path.rpartition(".")
                 owner = module.get_submodule(parent)
-                self.layers[path] = SpanLora(getattr(owner, child), self.lora)
+                self.layers[path] = span_lora.SpanLora(getattr(owner, child), self.lora)
                 setattr(owner, child, self.layers[path])
             self.layers[path].add(name, down, up, scale)
         try:
@@ -94,7 +95,7 @@ class Adapters:
                 ids = torch.zeros(1, 5, dtype=torch.long, device=module.get_input_embeddings().weight.device)
                 self.lora.place({name: slice(2, 5)}, 5)
                 module(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1, packed=Discovery())
-        except SpanMismatch:
+        except span_lora.SpanMismatch:
             self.remove(name)
             self._restore(module)
             return False

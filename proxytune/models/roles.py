@@ -178,11 +178,12 @@ class Models:
         return terms
 
     def names(self, role: Role) -> list[str]:
-        """The models that a role needs."""
+        """The models that a role needs here: a base behind an API is none of them."""
         self.system.require(role)
         if role != "proxy":
             return [role]
-        return list(dict.fromkeys(["base", *(name for e, a, _ in self.terms() for name in (e, a))]))
+        base = ["base"] if self.system.endpoint is None else []
+        return list(dict.fromkeys([*base, *(name for e, a, _ in self.terms() for name in (e, a))]))
 
     def get(self, name: str) -> Loaded:
         """The model of that name, loaded if it was not."""
@@ -299,10 +300,12 @@ class Models:
                 return spec
             if name == antiexpert and spec.antiexpert is not None:
                 return spec.antiexpert
-        found = getattr(self.system, name, None)
+        found: ModelSpec | None = (
+            self.system.local_base() if name == "base" else getattr(self.system, name, None)
+        )
         if found is None:
             raise UserError(f"system '{self.system.name}' has no {name}")
-        return found  # type: ignore[no-any-return]
+        return found
 
     def _load(self, name: str) -> Loaded:
         spec = self.spec(name)

@@ -15,12 +15,13 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from proxytune.comparison import conditions, gap, models_of
-from proxytune.config import Role, read_yaml, shipped, system_names
+from proxytune.config import Role, shipped, system_names
 from proxytune.errors import UserError, did_you_mean
 from proxytune.paper.published import read_paper
 from proxytune.records import Run
 from proxytune.schema import Record, explain
 from proxytune.tasks import TASKS
+from proxytune.yaml_files import read_yaml
 
 Key = tuple[str, str, Role]
 """What a cell shows: the name of a system, a task, a role."""

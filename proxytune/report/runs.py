@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from proxytune.api_spec import ApiSpec
 from proxytune.config import ModelSpec, System
 from proxytune.records import Run
 from proxytune.report.charts import ReportTable, rows_of
@@ -48,9 +49,7 @@ def systems_table(found: Found) -> ReportTable:
     """The models of every system, role by role."""
     systems = {run.spec.system.name: run.spec.system for _, run in found}
     cells = [
-        (name, role, spec.model or f"adapter {spec.adapter}", spec.dtype, spec.quantization, spec.chat)
-        for name, system in systems.items()
-        for role, spec in _models(system)
+        (name, role, *_described(spec)) for name, system in systems.items() for role, spec in _models(system)
     ]
     columns = ("system", "role", "model", "dtype", "quantization", "prompt format")
     return ReportTable("Systems", columns, rows_of(cells), words=len(columns), folded=True)
@@ -69,7 +68,14 @@ def notes_table(root: Path, found: Found) -> tuple[ReportTable, ...]:
     return (ReportTable("Notes", columns, rows_of(cells), texts=frozenset({2}), words=len(columns)),)
 
 
-def _models(system: System) -> list[tuple[str, ModelSpec]]:
+def _described(spec: ModelSpec | ApiSpec) -> tuple[str, str, str, str]:
+    """Model, dtype, quantization and prompt format; of an endpoint what is known of it."""
+    if isinstance(spec, ApiSpec):
+        return str(spec), "behind an API", f"{spec.top_logprobs} tokens visible", spec.route
+    return spec.model or f"adapter {spec.adapter}", spec.dtype, spec.quantization, spec.chat
+
+
+def _models(system: System) -> list[tuple[str, ModelSpec | ApiSpec]]:
     """Roles and their models."""
     experts = [("expert", spec) for spec in system.expert_specs]
     named = [("base", system.base), *experts, ("antiexpert", system.antiexpert), ("tuned", system.tuned)]

@@ -203,7 +203,7 @@ def _row(run: Run, beside: Sequence[Run], told: str, own: str) -> RoleRow:
         forced=run.spec.forced,
         memory=_memory(cost, run.spec.role),
         ms_per_token=1000 * cost.decode_seconds / cost.generated_tokens if generated else None,
-        ms_per_item=1000 * cost.seconds / run.n if run.spec.mode == "likelihood" and run.n else None,
+        ms_per_item=1000 * cost.seconds / run.n if run.spec.mode != "generate" and run.n else None,
         remark=run.spec.remark,
         facts=facts_of(run),
     )

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "alpha_sweep",
-    "decoders",
     "evaluate",
     "evaluation",
     "generate",

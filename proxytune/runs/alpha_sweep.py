@@ -93,7 +93,10 @@ def sweep(
     for alpha in alphas:
         alpha.check(allow_negative=options.allow_negative_alpha)
     job = plan(system, evaluation.task, "proxy", options.model_copy(update={"alpha": None}))
+    if options.defer is not None:
+        raise UserError("--defer has no alpha: leave it out of a sweep")
     folder = out if out is not None else job.folder(RESULTS) / "sweep"
+    evaluation.agree(job, responses=len(alphas))
     judging, sandbox = evaluation.judging, evaluation.sandbox
     runs = _run(job, alphas, folder, evaluation)
     done = [runs[alpha] for alpha in alphas]

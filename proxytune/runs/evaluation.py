@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from proxytune import results
+from proxytune.black_box import ApiClient
 from proxytune.config import (
     SOURCES,
     AlphaSchedule,
@@ -22,11 +24,12 @@ from proxytune.config import (
 )
 from proxytune.errors import UserError
 from proxytune.models import Models
-from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
+from proxytune.options import ApiOptions, DecodeOptions, JudgeOptions, RunOptions
 from proxytune.records import Run
-from proxytune.runs.decoders import OpenDecoder, decoder_here
+from proxytune.runs.decoders import OpenDecoder, client_of, decoder_here
 from proxytune.runs.judging import Dialogue, Judging, judging_of
 from proxytune.runs.session import RunPlan, run_job
+from proxytune.runs.spending import agree, forecast_of
 from proxytune.runs.verdicts import open_sandbox
 from proxytune.sandbox import Sandbox
 from proxytune.tasks import Dataset, Task, get_task, read_source
@@ -41,8 +44,10 @@ def plan(system: System, task: str, as_: str, options: RunOptions) -> RunPlan:
     found, role = read_task(task, options.mode), system.require(as_)
     for named in (*system.data, *system.judges):
         get_task(named)  # a mistyped task there would silently mean the hub
-    if options.mode == "likelihood" and options.trace != "off":
-        raise UserError("a trace is of generated tokens: leave --trace out with --mode likelihood")
+    if options.mode != "generate" and options.trace != "off":
+        raise UserError(f"a trace is of generated tokens: leave --trace out with --mode {options.mode}")
+    if options.defer is not None and system.endpoint is None:
+        raise UserError(f"--defer is for a base behind an API: that of system '{system.name}' is here")
     if options.trace == "agreement":
         system.require_agreement(role)
     source = system.data.get(found.name, "hub") if options.data is None else options.data
@@ -76,9 +81,11 @@ def _job(system: System, role: Role, options: RunOptions, task: Task, data: Data
         shots=options.shots,
         trace=options.trace,
         mode=options.mode,
+        defer=options.defer if role == "proxy" else None,
         forced=options.forced,
     )
     plain: dict[str, Any] = {"limit": None, "shots": 0, "trace": "off", "mode": "generate", "forced": None}
+    plain |= {"defer": None}
     usual_name = usual if usual in SOURCES else Path(usual).name
     plain |= {"alpha": system.alpha, "sampling": task.sampling, "data": usual_name}
     return RunPlan(task, data, spec, spec.model_copy(update=plain))
@@ -108,6 +115,8 @@ class Evaluation:
     dialogue: Dialogue = field(default_factory=Dialogue)
     loaded: Models | None = None
     """Models that are loaded already, or how they are to be loaded."""
+    api: ApiOptions = field(default_factory=ApiOptions)
+    """What a base behind an API may cost, and how it is asked."""
     open_decoder: OpenDecoder | None = None
     """What decodes in place of this process's own models: workers elsewhere."""
 
@@ -119,7 +128,12 @@ class Evaluation:
     @property
     def opener(self) -> OpenDecoder:
         """What opens the decoder of a run."""
-        return self.open_decoder or decoder_here(self.models)
+        return self.open_decoder or decoder_here(self.models, self.client)
+
+    @cached_property
+    def client(self) -> ApiClient | None:
+        """What asks the base, where it is behind an API."""
+        return client_of(self.system, self.api)
 
     @cached_property
     def sandbox(self) -> Sandbox | None:
@@ -135,12 +149,21 @@ class Evaluation:
     def check(self) -> None:
         """Find out now, and not after hours of decoding, that a judge or a sandbox is missing."""
         _ = self.judging, self.sandbox
+        if self.client is not None:
+            self.client.check()
+
+    def agree(self, job: RunPlan, responses: int = 1) -> None:
+        """The consent to what a run costs with a base behind an API. UserError without it."""
+        if self.client is not None and job.spec.role in ("base", "proxy"):
+            agree(self.client, self.dialogue, forecast_of(self.client, job, responses))
 
     def run(self, as_: str, out: Path | None = None) -> tuple[Run, Path]:
         """Evaluate one role; -> its Run and its folder: `out`, or `results/<system>/<task>/<role>/`."""
         role, judging, sandbox = self.system.require(as_), self.judging, self.sandbox
         job = plan(self.system, self.task, role, self.options)
         folder = out or job.folder(RESULTS)
+        if not is_done(folder):
+            self.agree(job)
         made = run_job(job, folder, self.opener, self.decode, sandbox)
         if judging is None:
             return made, folder
@@ -160,6 +183,11 @@ class Evaluation:
             if roles is None or role in roles
         }
         folders = {role: out / role if out is not None else job.folder(RESULTS) for role, job in jobs.items()}
+        shared = False  # in multiple choice the base and the proxy share their calls
+        for role, job in jobs.items():
+            if not is_done(folders[role]) and not shared:
+                self.agree(job)
+                shared = job.task.continuations is not None and role in ("base", "proxy")
         for role, job in jobs.items():
             if role == "tuned":
                 agreement = self.options.trace == "agreement"
@@ -172,7 +200,7 @@ class Evaluation:
 
     def _options_of(self, role: Role) -> RunOptions:
         """alpha is of the proxy, and a trace of agreement of proxy and tuned: the others do without."""
-        own: dict[str, Any] = {} if role == "proxy" else {"alpha": None}
+        own: dict[str, Any] = {} if role == "proxy" else {"alpha": None, "defer": None}
         if self.options.trace == "agreement" and role not in ("proxy", "tuned"):
             own["trace"] = "tokens"
         return self.options.model_copy(update=own)
@@ -188,6 +216,7 @@ def evaluate(
     options: RunOptions | None = None,
     decode: DecodeOptions | None = None,
     judge: JudgeOptions | str | None = None,
+    api: ApiOptions | None = None,
 ) -> Run:
     """Evaluate `system` (a System, a name or the path of a YAML file) on a task as one role, and return its
     Run: what `proxytune eval` does.
@@ -195,12 +224,20 @@ def evaluate(
     Writes to `out`, or to `results/<system>/<task>/<role>/`. An unfinished run with the same settings is
     continued; a finished one is returned as it is. `limit` takes only the first items, as in `options`.
     `judge` is who judges (a model, "default" or "none"), or the record that also gives the consent to pay and
-    to run code. Raises UserError for bad input and for a folder that holds other settings.
+    to run code; `api` is the consent to pay for a base behind an API, and how it is asked. Raises UserError
+    for bad input and for a folder that holds other settings.
     """
     show_in_notebooks()
     asked, who = asked_for(options, limit, judge)
-    evaluation = Evaluation(as_system(system), task, asked, decode or DecodeOptions(), who)
+    evaluation = Evaluation(
+        as_system(system), task, asked, decode or DecodeOptions(), who, api=api or ApiOptions()
+    )
     return evaluation.run(as_, None if out is None else Path(out))[0]
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a folder holds a finished run."""
+    return (folder / results.RUN).exists() and results.read_run(folder).status == "done"
 
 
 def show_in_notebooks() -> None:

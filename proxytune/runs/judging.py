@@ -88,7 +88,7 @@ def judging_of(
     named = system.judges.get(task.name)
     if named is not None and options.judge in (None, "default"):
         options = options.model_copy(update={"judge": named})
-    if mode == "likelihood" or (options.judge is None and not task.needs_judge):
+    if mode != "generate" or (options.judge is None and not task.needs_judge):
         return None
     made, how = make_judge(task, options), dialogue or Dialogue()
     if made is None or task.judge_kind is None:

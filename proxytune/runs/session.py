@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from proxytune import __version__, results
+from proxytune.black_box import BlackBoxDecoder
 from proxytune.config import RunSpec
 from proxytune.decoding import notes_on, stored_response
 from proxytune.errors import UserError
@@ -184,15 +185,13 @@ class Session:
 
     def _stream(self, decoder: RunDecoder, todo: Sequence[Example]) -> Iterator[Completion]:
         """Completions of the missing examples: generated, or given texts with their log-probabilities."""
-        spec, texts = self.job.spec, self.job.task.continuations
-        if texts is not None:
-            found = decoder.likelihood_sweep(todo, texts, [spec.alpha], spec.task)
-        else:
-            asked = [(example, [spec.alpha]) for example in todo]
-            found = decoder.sweep(asked, spec.sampling, task=spec.task, trace=spec.trace, forced=spec.forced)
-        with contextlib.closing(found):
-            for _, completion in found:
-                yield completion
+        spec = self.job.spec
+        alpha = spec.alpha if spec.role == "proxy" else None
+        if self.job.task.continuations is not None:
+            return decoder.likelihoods(todo, self.job.task.continuations, alpha=alpha, task=spec.task)
+        return decoder.stream(
+            todo, spec.sampling, alpha=alpha, task=spec.task, trace=spec.trace, forced=spec.forced
+        )
 
     def store(self, example: Example, completions: Sequence[Completion]) -> JsonRow:
         """Append the row of one finished example, and its traces."""
@@ -256,6 +255,15 @@ class Session:
         known = dict(self.before.workers) | dict({} if self.decoder is None else self.decoder.workers)
         return {name: _did(facts, self.folder.records.values()) for name, facts in known.items()}
 
+    def _spent(self) -> Iterator[str]:
+        """What calls to a base behind an API came to."""
+        cost = self._cost()
+        if cost.api_calls:
+            tokens = cost.api_prompt_tokens, cost.api_completion_tokens
+            usd = self.decoder.client.usd(tokens) if isinstance(self.decoder, BlackBoxDecoder) else None
+            price = "" if usd is None else f", {usd:.4f} USD"
+            yield f"the base took {cost.api_calls:,} calls, {tokens[0]:,} + {tokens[1]:,} tokens{price}"
+
     def _unknown(self) -> Iterator[str]:
         """What the cost cannot say."""
         if (times := self.before.sessions - 1) > 0:
@@ -276,7 +284,7 @@ class Session:
             "metrics": metrics,
             "headline": self.job.task.headline_of(metrics),
             "finished": now(),
-            "notes": (*self._notes(), *found, *self._unknown()),
+            "notes": (*self._notes(), *found, *self._spent(), *self._unknown()),
         }
         run = self.so_far().model_copy(update=update)
         self.folder.finish(run, order)

@@ -14,12 +14,13 @@ from pathlib import Path
 from types import TracebackType
 
 from proxytune.config import AlphaSchedule, Role, Sampling, System, TraceKind, as_system
-from proxytune.decoding import Decoder, notes_on, stored_response
+from proxytune.decoding import notes_on, stored_response
 from proxytune.errors import UserError
 from proxytune.models import Models
-from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
+from proxytune.options import ApiOptions, DecodeOptions, JudgeOptions, RunOptions
 from proxytune.records import Completion, Example, Prompt, Run
 from proxytune.runs.alpha_sweep import parse_alphas, sweep
+from proxytune.runs.decoders import AnyDecoder, client_of, consent, decoder_for
 from proxytune.runs.evaluation import Evaluation, alpha_for, asked_for, show_in_notebooks
 
 Alpha = AlphaSchedule | float | str | None
@@ -62,14 +63,19 @@ class SteeredModel:
     Threads take turns: a call waits for that of another thread. A stream that is open is refused instead of
     waited for, since nobody knows when it ends."""
 
-    def __init__(self, models: Models, decode: DecodeOptions | None = None) -> None:
-        """Decode with `models`; `decode` is how. `load` is the short form."""
+    def __init__(
+        self, models: Models, decode: DecodeOptions | None = None, api: ApiOptions | None = None
+    ) -> None:
+        """Decode with `models`; `decode` is how, `api` what a base behind an API may cost. `load` is the
+        short form."""
         show_in_notebooks()
         self.models = models
         self.decode = decode or DecodeOptions()
         self._lock = threading.RLock()
         self._stream: ResponseStream | None = None
-        self._decoder: Decoder | None = None
+        self._decoder: AnyDecoder | None = None
+        self._api = api or ApiOptions()
+        self._client = client_of(models.system, self._api)
         self._closed = False
 
     @property
@@ -226,7 +232,7 @@ class SteeredModel:
         judge: JudgeOptions | str | None,
     ) -> Evaluation:
         asked, who = asked_for(options, limit, judge)
-        return Evaluation(self.system, task, asked, self.decode, who, loaded=self.models)
+        return Evaluation(self.system, task, asked, self.decode, who, loaded=self.models, api=self._api)
 
     def _asked(self, as_: str, alpha: Alpha, allow_negative: bool) -> tuple[Role, AlphaSchedule | None]:
         """The role, and its alpha."""
@@ -244,12 +250,14 @@ class SteeredModel:
             yield
 
     @contextmanager
-    def _answering(self, role: Role) -> Iterator[Decoder]:
+    def _answering(self, role: Role) -> Iterator[AnyDecoder]:
         """A turn with the decoder of a role, which the next call of that role finds again."""
         with self._turn():
             if self._decoder is None or self._decoder.role != role:
                 self._decoder = None  # its caches would be in memory beside those of the next
-                self._decoder = Decoder(self.models, role, self.decode)
+                if self._client is not None and role in ("base", "proxy"):
+                    consent(self._client, None)
+                self._decoder = decoder_for(self.models, role, self.decode, client=self._client)
                 for note in self._decoder.notes():
                     warnings.warn(note, stacklevel=5)
             self._decoder.remarks.clear()
@@ -271,7 +279,7 @@ class ResponseStream(Iterator[str]):
     def __init__(
         self,
         model: SteeredModel,
-        decoder: Decoder,
+        decoder: AnyDecoder,
         example: Example,
         sampling: Sampling,
         alpha: AlphaSchedule | None,
@@ -316,13 +324,17 @@ class ResponseStream(Iterator[str]):
 
 
 def load(
-    system: System | str | Path, *, decode: DecodeOptions | None = None, trust_remote_code: bool = False
+    system: System | str | Path,
+    *,
+    decode: DecodeOptions | None = None,
+    trust_remote_code: bool = False,
+    api: ApiOptions | None = None,
 ) -> SteeredModel:
     """A system whose models are loaded once: a System, a name in configs/systems, or the path of a YAML file.
 
     Use it with `with`, or call its `close`. Raises UserError for a system that is not there or cannot be
     read."""
-    return SteeredModel(Models(as_system(system), trust_remote_code=trust_remote_code), decode)
+    return SteeredModel(Models(as_system(system), trust_remote_code=trust_remote_code), decode, api)
 
 
 def generate(
@@ -335,11 +347,12 @@ def generate(
     allow_negative_alpha: bool = False,
     decode: DecodeOptions | None = None,
     models: Models | None = None,
+    api: ApiOptions | None = None,
 ) -> list[Completion]:
     """Responses to `prompts`, in their order (`sampling.n` in a row for each). A text is the plain prompt of
     all roles. `decode` is how they are computed. It changes no token.
     """
-    model = SteeredModel(models or Models(as_system(system)), decode)
+    model = SteeredModel(models or Models(as_system(system)), decode, api)
     return model.generate(
         prompts, as_=as_, sampling=sampling, alpha=alpha, allow_negative_alpha=allow_negative_alpha
     )
@@ -365,7 +378,7 @@ def _alpha_text(alpha: AlphaSchedule | float | str) -> str:
     return alpha.text if isinstance(alpha, AlphaSchedule) else str(alpha)
 
 
-def _warn(decoder: Decoder, found: Sequence[Completion]) -> None:
+def _warn(decoder: AnyDecoder, found: Sequence[Completion]) -> None:
     """What a reader of the responses should know, as warnings."""
     for note in (*decoder.remarks, *notes_on([stored_response(completion) for completion in found])):
         warnings.warn(note, stacklevel=4)

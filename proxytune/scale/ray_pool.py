@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -128,6 +128,33 @@ class RayPool:
         """Where an example was decoded, and what that process took at its fullest."""
         return self._places[example_id]
 
+    def stream(
+        self,
+        examples: Sequence[Example],
+        sampling: Sampling,
+        *,
+        alpha: AlphaSchedule | None = None,
+        task: str = "",
+        trace: TraceKind = "off",
+        forced: str | None = None,
+    ) -> Iterator[Completion]:
+        """As Decoder.stream; the completions of an example come together."""
+        asked = [(example, [alpha or self.setup.system.alpha]) for example in examples]
+        for _, completion in self.sweep(asked, sampling, task=task, trace=trace, forced=forced):
+            yield completion
+
+    def likelihoods(
+        self,
+        examples: Sequence[Example],
+        texts: Callable[[Example], Sequence[str]],
+        *,
+        alpha: AlphaSchedule | None = None,
+        task: str = "",
+    ) -> Iterator[Completion]:
+        """As Decoder.likelihoods."""
+        for _, completion in self.likelihood_sweep(examples, texts, [alpha or self.setup.system.alpha], task):
+            yield completion
+
     def sweep(
         self,
         asked: Sequence[tuple[Example, Sequence[AlphaSchedule]]],
@@ -136,7 +163,7 @@ class RayPool:
         task: str = "",
         trace: TraceKind = "off",
         forced: str | None = None,
-    ) -> Generator[tuple[AlphaSchedule, Completion], None, None]:
+    ) -> Iterator[tuple[AlphaSchedule, Completion]]:
         """As Decoder.sweep; the completions of an example under one alpha come together."""
         given = [Asked(example, tuple(alphas)) for example, alphas in asked]
         return self._decode(given, Settings(task, sampling, trace, forced))
@@ -147,7 +174,7 @@ class RayPool:
         texts: Callable[[Example], Sequence[str]],
         alphas: Sequence[AlphaSchedule],
         task: str = "",
-    ) -> Generator[tuple[AlphaSchedule, Completion], None, None]:
+    ) -> Iterator[tuple[AlphaSchedule, Completion]]:
         """As Decoder.likelihood_sweep."""
         given = [Asked(example, tuple(alphas), tuple(texts(example))) for example in examples]
         return self._decode(given, Settings(task, Sampling()))
@@ -156,7 +183,7 @@ class RayPool:
 
     def _decode(
         self, asked: Sequence[Asked], settings: Settings
-    ) -> Generator[tuple[AlphaSchedule, Completion], None, None]:
+    ) -> Iterator[tuple[AlphaSchedule, Completion]]:
         most = self.setup.decode.batch or TOGETHER
         queue, began = Queue.of(asked, most, self.options.workers), time.monotonic()
         self._work = WorkSoFar(unread=queue.left)

@@ -61,7 +61,8 @@ def get_task(name: str, mode: Mode = "generate") -> Task:
     task = known[name]
     if mode == "generate":
         return task
-    if task.likelihood is None:
-        able = ", ".join(other.name for other in TASKS.values() if other.likelihood)
-        raise UserError(f"task '{name}' has no likelihood mode: {able} have one")
-    return task.likelihood
+    found: Task | None = getattr(task, mode)
+    if found is None:
+        able = ", ".join(other.name for other in TASKS.values() if getattr(other, mode))
+        raise UserError(f"task '{name}' has no {mode} mode: {able} have one")
+    return found

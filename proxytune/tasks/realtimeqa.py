@@ -15,6 +15,7 @@ from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, JsonRow, Prompt
 from proxytune.tasks.data import DataTable, Hub
+from proxytune.tasks.scoring import letters
 from proxytune.tasks.scoring.choices import STOPS, read_choice
 from proxytune.tasks.task import Task
 from proxytune.tasks.truthfulqa_mc import PREFIX
@@ -112,18 +113,6 @@ def _named(output: str, row: JsonRow) -> str:
     return read_choice(output, LETTERS, choices)
 
 
-def letters(example: Example) -> tuple[str, ...]:
-    """What is compared in likelihood mode."""
-    return tuple(f" {letter}" for letter, _ in zip(LETTERS, example.target["choices"], strict=False))
-
-
-def most_probable(example: Example, completions: Sequence[Completion]) -> JsonRow:
-    """The most probable letter, the first of equals, and the log-probabilities of all."""
-    logprobs = [completion.logprob for completion in completions]
-    letter = LETTERS[logprobs.index(max(logprobs))]
-    return {**example.target, "logprobs": logprobs, "mc_output": letter, "parsed_output": letter}
-
-
 TASK = Task(
     name="realtimeqa",
     summary="RealTime QA news quizzes: the right choice, by letter or text",
@@ -157,10 +146,10 @@ TASK = Task(
 LIKELIHOOD = replace(
     TASK,
     summary="RealTime QA news quizzes: the most probable of the letters A to D",
-    row=most_probable,
-    continuations=letters,
+    row=letters.most_probable(LETTERS),
+    continuations=letters.letters_for(LETTERS, lambda example: len(example.target["choices"])),
     metric_names=("accuracy",),
-    score_row=lambda row: {"accuracy": float(row["parsed_output"] == row["mc_answer_idx"])},
+    score_row=letters.score,
     scored=("parsed_output", "mc_answer_idx"),
 )
-TASK = replace(TASK, likelihood=LIKELIHOOD)
+TASK = replace(TASK, likelihood=LIKELIHOOD, choices=LIKELIHOOD)

@@ -104,6 +104,8 @@ class Task:
     """Texts whose log-probabilities are taken in place of generating; `row` gets one completion for each."""
     likelihood: Task | None = None
     """The same task by likelihood: what `--mode likelihood` runs."""
+    choices: Task | None = None
+    """The same task by the probabilities of its choices' letters: what `--mode choices` runs."""
     shot: Callable[[JsonRow], str] | None = None
     """How an item is shown as a few-shot example; None, without a primer, refuses --shots."""
     libraries: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ from proxytune.config import Sampling
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, JsonRow, Metric, Prompt
 from proxytune.tasks.data import DataTable, Hub
+from proxytune.tasks.scoring import letters
 from proxytune.tasks.scoring.rules import CHOICES, parse_letter
 from proxytune.tasks.task import Task
 from proxytune.tasks.truthfulqa import DATA, HUB, ITEMS, LICENCE, SYSTEM_PROMPT, answers, csv_columns, public
@@ -195,6 +196,16 @@ def likelihood_score(row: JsonRow) -> dict[str, float]:
     return {"mc1": float(true > false), "mc2": share}
 
 
+def _options_shown(example: Example) -> int:
+    """How many options an example has."""
+    asked = example.prompt.user.splitlines()
+    return next(
+        count
+        for count in range(len(CHOICES), 0, -1)
+        if len(asked) > count and asked[-count].startswith("A. ")
+    )
+
+
 LIKELIHOOD = Task(
     name="truthfulqa_mc",
     summary="TruthfulQA, multiple choice by likelihood: are true answers more probable than false ones",
@@ -268,3 +279,16 @@ TASK = Task(
     headline="acc",
     likelihood=LIKELIHOOD,
 )
+BY_LETTER = replace(
+    TASK,
+    summary="TruthfulQA, multiple choice: the most probable of the options' letters",
+    likelihood=None,
+    totals=None,
+    row=letters.most_probable(CHOICES),
+    continuations=letters.letters_for(CHOICES, _options_shown),
+    metric_names=("accuracy",),
+    headline="accuracy",
+    score_row=letters.score,
+    scored=("parsed_output", "mc_answer_idx"),
+)
+TASK = replace(TASK, choices=BY_LETTER)

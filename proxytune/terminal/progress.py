@@ -93,6 +93,8 @@ class Progress:
             parts["left"] = f"{clock(left)} left"
         if self.scores and self.score not in UNSCORED:
             parts["score"] = f"{self.score} {sum(self.scores) / len(self.scores):.3f}"
+        if work.spent:
+            parts["spent"] = work.spent
         if ended:
             parts["took"] = clock(time.monotonic() - self.began)
         for least in ("speed", "item", "score", "left"):

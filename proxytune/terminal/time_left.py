@@ -21,6 +21,8 @@ class WorkSoFar:
     prefill_seconds: float = 0.0
     """Where texts are scored, all of the time."""
     scoring: bool = False
+    spent: str = ""
+    """What calls to a base behind an API have taken."""
 
     @property
     def tokens(self) -> int:

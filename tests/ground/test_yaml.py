@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from proxytune.config import DEEPEST, MOST_BYTES, MOST_VALUES, read_yaml
 from proxytune.errors import UserError
+from proxytune.yaml_files import DEEPEST, MOST_BYTES, MOST_VALUES, read_yaml
 
 
 def chained(links: int) -> str:

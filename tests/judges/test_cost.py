@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
+from proxytune.endpoints import Budget, ReplyStore
 from proxytune.errors import UserError
-from proxytune.judges.calls import Budget
 from proxytune.judges.judge import Estimate
-from proxytune.judges.judgements import Judgements
 from proxytune.judges.pairwise import PairwiseJudge
 from proxytune.options import JudgeOptions
 from proxytune.runs.judging import Judging
@@ -118,7 +117,7 @@ def test_one_limit_for_all_that_a_judge_is_given(endpoint: Endpoint) -> None:
 def test_a_call_that_was_in_flight_when_it_was_killed_counts(endpoint: Endpoint) -> None:
     judge = PairwiseJudge("m", price=A_DOLLAR_A_TOKEN, max_cost=5000)
     key = judge.key(judge.pairs(ROWS)[0])
-    Judgements(judge.cache_path).sending(key, (4800, 16))
+    ReplyStore(judge.cache_path).sending(key, (4800, 16))
     with pytest.raises(UserError, match=r"4816\.0000 USD are spent"):
         judge.judge(ROWS)
     assert not endpoint.seen

@@ -13,8 +13,8 @@ import pytest
 
 from proxytune import results
 from proxytune.config import System
+from proxytune.endpoints import CallLimits
 from proxytune.errors import UserError
-from proxytune.judges.endpoint import CallLimits
 from proxytune.judges.pairwise import PairwiseJudge
 from proxytune.runs.judging import judge_run
 from tests.support.command_line import proxytune

@@ -15,9 +15,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from proxytune import JudgeOptions, RunOptions, evaluate, results
 from proxytune.config import Sampling, System
+from proxytune.endpoints import CallLimits, ReplyStore
 from proxytune.errors import UserError
-from proxytune.judges.endpoint import CallLimits
-from proxytune.judges.judgements import Judgements
 from proxytune.judges.pairwise import Pair, PairwiseJudge
 from proxytune.judges.toxicity import ToxicityClassifier
 from proxytune.judges.truth import TruthJudges, judge_prompt
@@ -410,7 +409,7 @@ def test_no_key_and_no_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot use the cache of judgements"):
-        Judgements(tmp_path / "file" / "judgements.sqlite")
+        ReplyStore(tmp_path / "file" / "judgements.sqlite")
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from tests.support.checkout import ROOT, environment
 PACKAGE = ROOT / "proxytune"
 
 FLOORS = (
-    "errors lazy schema terminal config options records intervals run_files results comparison hub "
-    "provenance cpu_load",
-    "demo sandbox engine",
+    "errors lazy schema terminal api_spec yaml_files config options records intervals run_files results "
+    "comparison hub provenance cpu_load",
+    "demo sandbox engine endpoints",
     "models tasks",
     "decoding analysis paper",
-    "judges report checks",
+    "judges report checks black_box",
     "runs",
     "tuning integrations exports scale",
     "cli",

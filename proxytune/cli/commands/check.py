@@ -11,7 +11,8 @@ from proxytune.cli.options import Json, RemoteCode, SystemArgument, Vocab
 from proxytune.errors import UserError
 
 if TYPE_CHECKING:
-    from proxytune.checks import RoleCheck, SystemCheck
+    from proxytune.api_spec import ApiSpec
+    from proxytune.checks import Finding, RoleCheck, SystemCheck
 
 
 def check(
@@ -32,7 +33,8 @@ def check(
     """Check a system before it runs: models and their paths, vocabularies, chat templates, memory, machine.
 
     Prints everything that was found. Exit code 2, with the first problem as the last line, where something
-    keeps the system from running.
+    keeps the system from running. A base behind an API is sent two requests of one token, unless --no-weights
+    is given.
 
     Example: proxytune check demo --no-weights
     """
@@ -41,6 +43,8 @@ def check(
     from proxytune.checks import check_system
 
     found = check_system(made, weights=not no_weights, trust_remote_code=trust_remote_code)
+    if made.endpoint is not None and not no_weights:
+        found = found.model_copy(update={"findings": (*found.findings, *_probed(made.endpoint))})
     if json:
         console.print_json({**found.model_dump(mode="json"), "ok": not found.problems})
     else:
@@ -48,6 +52,19 @@ def check(
     if found.problems:
         first, more = found.problems[0], len(found.problems) - 1
         raise UserError(f"{first.text}{f' (and {more} more, above)' if more else ''}")
+
+
+def _probed(spec: ApiSpec) -> list[Finding]:
+    """What the endpoint of the base can do: a problem where the route that the system names does not work."""
+    from proxytune.black_box import ApiClient, probe
+    from proxytune.checks import Finding
+
+    findings = []
+    for one in probe(ApiClient(spec)):
+        needed = one.route == spec.route and not one.works
+        text = f"/{'chat/' * (one.route == 'chat')}completions: {one.text}"
+        findings.append(Finding(level="problem" if needed else "note", about="base", text=text))
+    return findings
 
 
 def _print(found: SystemCheck) -> None:

@@ -101,14 +101,15 @@ class DemoRuns:
     def run(self, models: Models, task: str, role: Role, forced: str | None = None) -> Run:
         """One run in its folder under the root, judged where the system names a judge."""
         from proxytune.demo import world
-        from proxytune.runs import decoders, evaluation, judging, session
+        from proxytune.runs import evaluation, judging, session
+        from proxytune.runs.decoders import decoder_here
 
         system, items = models.system, world.ITEMS[task]
         most = None if self.limit is None else min(self.limit, items)
         job = evaluation.plan(system, task, role, RunOptions(limit=most, forced=forced))
         folder = job.folder(self.root)
         sandbox = self.sandbox if job.task.execute is not None else None
-        made = session.run_job(job, folder, decoders.decoder_here(models), DecodeOptions(), sandbox)
+        made = session.run_job(job, folder, decoder_here(models), DecodeOptions(), sandbox)
         named = system.judges.get(task)
         if named is None:
             return made

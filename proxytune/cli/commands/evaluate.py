@@ -10,6 +10,7 @@ from typer.core import TyperCommand
 
 from proxytune.cli import console
 from proxytune.cli.options import (
+    API_ASKING,
     CODE,
     DECODING,
     JUDGING,
@@ -30,7 +31,14 @@ from proxytune.cli.options import (
 )
 from proxytune.config import Sampling, TraceKind
 from proxytune.errors import UserError
-from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RayOptions, RunOptions
+from proxytune.options import (
+    ApiOptions,
+    CodeOptions,
+    DecodeOptions,
+    JudgeOptions,
+    RayOptions,
+    RunOptions,
+)
 from proxytune.records import Run
 
 if TYPE_CHECKING:
@@ -53,7 +61,7 @@ class EvalCommand(TyperCommand):
         return super().parse_args(ctx, given)
 
 
-@grouped(run=RUN, sampling=SAMPLING, decode=DECODING, ray=RAY, code=CODE, judge=JUDGING)
+@grouped(run=RUN, sampling=SAMPLING, decode=DECODING, ray=RAY, code=CODE, judge=JUDGING, api=API_ASKING)
 def evaluate(
     task: TaskName,
     *,
@@ -67,6 +75,7 @@ def evaluate(
     ray: RayOptions,
     code: CodeOptions,
     judge: JudgeOptions,
+    api: ApiOptions,
     out: Out = None,
     json: Json = False,
     verbose: Verbose = False,
@@ -83,7 +92,7 @@ def evaluate(
 
     judge = judge.model_copy(update={"code": code, "seed": run.seed})
     models = console.models_of(made, trust_remote_code=trust_remote_code)
-    asked = prepared(models, task, with_sampling(task, run, sampling), decode, judge)
+    asked = prepared(models, task, with_sampling(task, run, sampling), decode, judge, api)
     asked = on_workers(asked, ray)
     if as_ == "all" or len(roles) > 1:
         print_all(list(asked.run_all(out, roles).values()), json_only=json, verbose=verbose)
@@ -106,14 +115,21 @@ def with_sampling(task: str, run: RunOptions, changes: Changes) -> RunOptions:
 
 
 def prepared(
-    models: Models, task: str, run: RunOptions, decode: DecodeOptions, judge: JudgeOptions
+    models: Models,
+    task: str,
+    run: RunOptions,
+    decode: DecodeOptions,
+    judge: JudgeOptions,
+    api: ApiOptions,
 ) -> evaluation.Evaluation:
     """What a command evaluates, with its judge and its sandbox checked. Prints on stderr what is loaded,
     what judging costs, and whether code is run."""
     from proxytune.runs import evaluation
     from proxytune.tasks.own import read_task
 
-    made = evaluation.Evaluation(models.system, task, run, decode, judge, console.dialogue(), models)
+    price = {"yes": judge.yes, "max_cost": judge.max_cost, "price": judge.price}
+    own = api.model_copy(update=price)
+    made = evaluation.Evaluation(models.system, task, run, decode, judge, console.dialogue(), models, own)
     made.check()
     if made.sandbox is not None:
         console.name_sandbox(made.sandbox)
@@ -129,6 +145,8 @@ def on_workers(asked: evaluation.Evaluation, ray: RayOptions) -> evaluation.Eval
         if ray != RayOptions():
             raise UserError("--workers and --gpus-per-worker are of --ray: add it, or leave them out")
         return asked
+    if asked.system.endpoint is not None:
+        raise UserError("--ray is for models that run here: a base behind an API is asked by one process")
     from proxytune.scale import ray_decoder
 
     trusted = asked.models.trust_remote_code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from proxytune.cli import console
 from proxytune.cli.options import (
+    API,
     DECODING,
     RESPONSE,
     Alpha,
@@ -26,18 +28,30 @@ from proxytune.cli.options import (
 )
 from proxytune.config import AlphaSchedule, Role, Sampling, System, TraceKind
 from proxytune.errors import UserError
-from proxytune.options import DecodeOptions
+from proxytune.options import ApiOptions, DecodeOptions
 from proxytune.records import Completion, Example, Prompt, TracedToken
 from proxytune.terminal import visible
 
 if TYPE_CHECKING:
-    from proxytune.decoding import Decoder
+    from proxytune.black_box import ApiClient
     from proxytune.models import Models
+    from proxytune.runs.decoders import AnyDecoder
 
 CHANGED = "bold reverse"
+Defer = Annotated[
+    float | None,
+    typer.Option(
+        metavar="GAMMA",
+        min=0.0,
+        max=1.0,
+        help="With a base behind an API: it speaks alone, and the expert where its most probable token "
+        "has less than GAMMA.",
+        rich_help_panel="A base behind an API",
+    ),
+]
 
 
-@grouped(sampling=RESPONSE, decode=DECODING)
+@grouped(sampling=RESPONSE, decode=DECODING, api=API)
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt, or - for stdin.")],
     *,
@@ -49,6 +63,8 @@ def generate(
     trust_remote_code: RemoteCode = False,
     sampling: Sampling,
     decode: DecodeOptions,
+    api: ApiOptions,
+    defer: Defer = None,
     compare: Annotated[
         bool,
         typer.Option(
@@ -72,7 +88,7 @@ def generate(
 
     on_load = console.show_loading if sys.stderr.isatty() else None
     models = Models(made, trust_remote_code=trust_remote_code, on_load=on_load)
-    speaker = Speaker(models, example, sampling, decode, alpha, allow_negative_alpha)
+    speaker = Speaker(models, example, sampling, decode, alpha, allow_negative_alpha, api, defer)
     if compare:
         _compare(speaker, json_only=json)
     else:
@@ -100,6 +116,8 @@ class Speaker:
     decode: DecodeOptions
     alpha: str | None
     allow_negative: bool
+    api: ApiOptions
+    defer: float | None
 
     @property
     def system(self) -> System:
@@ -112,11 +130,23 @@ class Speaker:
 
         return evaluation.alpha_for(self.system, role, asked, allow_negative=self.allow_negative)
 
-    def decoder(self, role: Role) -> Decoder:
-        """The decoder of a role. Notes about its models go to stderr."""
-        from proxytune.decoding import Decoder
+    @cached_property
+    def client(self) -> ApiClient | None:
+        """What asks the base, where it is behind an API and its cost is agreed to."""
+        from proxytune.runs.decoders import client_of, consent
 
-        made = Decoder(self.models, role, self.decode)
+        made = client_of(self.system, self.api)
+        if made is not None:
+            made.check()
+            consent(made, console.asked_on_terminal if sys.stdin.isatty() else None)
+        return made
+
+    def decoder(self, role: Role) -> AnyDecoder:
+        """The decoder of a role. Notes about its models go to stderr."""
+        from proxytune.runs.decoders import decoder_for
+
+        client = self.client if role in ("base", "proxy") else None
+        made = decoder_for(self.models, role, self.decode, client=client, defer=self.defer)
         for note in made.notes():
             console.say(f"note: {note}")
         return made
@@ -148,12 +178,14 @@ def asked(found: Sequence[Completion]) -> Sequence[Completion]:
     return found
 
 
-def _say_notes(decoder: Decoder, found: Sequence[Completion]) -> None:
+def _say_notes(decoder: AnyDecoder, found: Sequence[Completion]) -> None:
     """What a reader of the responses should know, on stderr."""
     from proxytune.decoding import notes_on, stored_response
 
     for note in (*decoder.remarks, *notes_on([stored_response(completion) for completion in found])):
         console.say(f"note: {note}")
+    if spent := decoder.work().spent:
+        console.say(spent)
 
 
 def _one_of_each(as_: str, sampling: Sampling) -> None:

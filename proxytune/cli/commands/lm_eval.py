@@ -9,6 +9,7 @@ import typer
 
 from proxytune.cli import console
 from proxytune.cli.options import DECODING, MODELS, Alpha, As, NegativeAlpha, RemoteCode, Vocab, grouped
+from proxytune.config import load_system
 from proxytune.options import DecodeOptions
 
 LM_EVAL = "What lm-eval is asked"
@@ -60,6 +61,9 @@ def lm_eval(
 
     Example: proxytune lm-eval --system demo --as proxy --tasks gsm8k --limit 20
     """
+    if as_ in ("base", "proxy"):
+        load_system(system).local_base("lm-eval")
+
     from proxytune.integrations import LmEvalCall, run_lm_eval
 
     asked: dict[str, object] = {

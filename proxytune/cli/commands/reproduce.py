@@ -213,7 +213,8 @@ def _run(
     one: cost.SystemPlan, runs: Sequence[Planned], asked: ReproduceRequest, sandbox: Sandbox | None
 ) -> None:
     """All runs of a system; each model is loaded once, the tuned one when the others have gone."""
-    from proxytune.runs import decoders, evaluation, session
+    from proxytune.runs import evaluation, session
+    from proxytune.runs.decoders import decoder_here
 
     if not runs:
         return
@@ -225,7 +226,7 @@ def _run(
         before = planned.role
         job = evaluation.plan(one.system, planned.task, planned.role, RunOptions(limit=asked.limit))
         code = sandbox if job.task.execute is not None else None
-        session.run_job(job, planned.folder, decoders.decoder_here(models), asked.decode, code)
+        session.run_job(job, planned.folder, decoder_here(models), asked.decode, code)
     models.release(keep=[])
 
 

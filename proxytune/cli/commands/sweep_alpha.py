@@ -10,6 +10,7 @@ import typer
 from proxytune.cli import console
 from proxytune.cli.commands.evaluate import on_workers, prepared, with_sampling
 from proxytune.cli.options import (
+    API_ASKING,
     CODE,
     DECODING,
     JUDGING,
@@ -24,7 +25,14 @@ from proxytune.cli.options import (
     Vocab,
     grouped,
 )
-from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RayOptions, RunOptions
+from proxytune.options import (
+    ApiOptions,
+    CodeOptions,
+    DecodeOptions,
+    JudgeOptions,
+    RayOptions,
+    RunOptions,
+)
 
 Alphas = Annotated[
     str,
@@ -36,7 +44,7 @@ SweepOut = Annotated[
 ]
 
 
-@grouped(run=SWEEP, sampling=SAMPLING, decode=DECODING, ray=RAY, code=CODE, judge=JUDGING)
+@grouped(run=SWEEP, sampling=SAMPLING, decode=DECODING, ray=RAY, code=CODE, judge=JUDGING, api=API_ASKING)
 def sweep_alpha(
     task: TaskName,
     alphas: Alphas,
@@ -50,6 +58,7 @@ def sweep_alpha(
     ray: RayOptions,
     code: CodeOptions,
     judge: JudgeOptions,
+    api: ApiOptions,
     out: SweepOut = None,
     json: Json = False,
 ) -> None:
@@ -69,7 +78,7 @@ def sweep_alpha(
     schedules = alpha_sweep.parse_alphas(alphas)
     judge = judge.model_copy(update={"code": code, "seed": run.seed})
     models = console.models_of(made, trust_remote_code=trust_remote_code)
-    asked = prepared(models, task, with_sampling(task, run, sampling), decode, judge)
+    asked = prepared(models, task, with_sampling(task, run, sampling), decode, judge, api)
     folder, _ = alpha_sweep.sweep(on_workers(asked, ray), schedules, out)
 
     from proxytune.analysis import sweeps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from proxytune.api_spec import ApiSpec
 from proxytune.cli import console
 from proxytune.cli.options import Json
 from proxytune.config import ModelSpec, System, load_system, system_names
@@ -40,9 +41,11 @@ def _experts(system: System) -> str:
     return " + ".join(f"{spec.weight:g} * {model_name(spec)}" for spec in specs)
 
 
-def model_name(spec: ModelSpec | None) -> str:
+def model_name(spec: ModelSpec | ApiSpec | None) -> str:
     """How a table names a model; folders under the user's current one as the user would write them."""
     if spec is None:
         return ""
+    if isinstance(spec, ApiSpec):
+        return str(spec)
     name = spec.model or f"adapter {spec.adapter}"
     return name.replace(f"{Path.cwd()}/", "./")

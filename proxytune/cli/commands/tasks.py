@@ -111,7 +111,7 @@ def _as_json(task: Task) -> dict[str, object]:
         "missing": ready.missing,
         "formats": formats(task),
         "shots": task.shot is not None,
-        "modes": ["generate", *(["likelihood"] if task.likelihood else [])],
+        "modes": ["generate", *(mode for mode in ("likelihood", "choices") if getattr(task, mode))],
         "sampling": task.sampling.model_dump(mode="json"),
     }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from proxytune.engine.runners.lora import SharedLora, SpanLora, SpanMismatch
+from proxytune.engine.request import Work
+from proxytune.engine.runners import lora
+from proxytune.engine.runners.lora import SharedLora
 from proxytune.engine.runners.reference import ReferenceRunner
 from proxytune.engine.runners.runner import ModelRunner, Runner, feed
 from proxytune.engine.runners.vocab_map import VocabMap
@@ -12,8 +14,8 @@ __all__ = [
     "ReferenceRunner",
     "Runner",
     "SharedLora",
-    "SpanLora",
-    "SpanMismatch",
     "VocabMap",
+    "Work",
     "feed",
+    "lora",
 ]

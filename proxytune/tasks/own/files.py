@@ -98,14 +98,16 @@ class TaskFile:
             if callable(getattr(task, field.name))
         }
         likelihood = None if task.likelihood is None else self._own(task.likelihood)
-        own = replace(task, name=self.task_name, file=str(self.path), likelihood=likelihood, **functions)
+        choices = None if task.choices is None else self._own(task.choices)
+        modes: dict[str, Any] = {"likelihood": likelihood, "choices": choices}
+        own = replace(task, name=self.task_name, file=str(self.path), **modes, **functions)
         return replace(own, examples=functools.partial(self._examples, own))
 
     def _check_fields(self, task: Task) -> None:
         """UserError for a field that is not of its type: a dataclass takes everything."""
         for name, kind in get_type_hints(Task).items():
-            if name == "likelihood":
-                kind = Any if isinstance(task.likelihood, Task) else None
+            if name in ("likelihood", "choices"):
+                kind = Any if isinstance(getattr(task, name), Task) else None
             try:
                 TypeAdapter[Any](kind).validate_python(getattr(task, name), strict=True)
             except ValidationError as error:

@@ -13,7 +13,8 @@ from proxytune.config import ModelSpec, Sampling, System
 from proxytune.decoding.decoder import Decoder
 from proxytune.engine.kernels import wide_head
 from proxytune.engine.kernels.wide_head import WideHead, use_wide_head, wide_product
-from proxytune.engine.runners import SharedLora, SpanLora
+from proxytune.engine.runners import SharedLora
+from proxytune.engine.runners.lora import SpanLora
 from proxytune.models.roles import Models
 from tests.support import tiny
 from tests.support.decoders import ragged

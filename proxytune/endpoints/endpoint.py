@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from proxytune.endpoints.prices import Tokens
 from proxytune.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,6 +61,38 @@ class Reply:
     """As reported; None where that is missing or no count."""
     completion_tokens: int | None
 
+    def tokens(self, most: Tokens) -> Tokens:
+        """What it cost by its report, or the most that it may have cost where it reports no count."""
+        return reported(self.prompt_tokens, self.completion_tokens, most)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The JSON of a response that is one, before anything in it is read."""
+
+    content: Any
+    begins: str
+    """Its first characters, fit for a message."""
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """As reported; None where that is missing, zero or no count."""
+        return _count(self._usage.get("prompt_tokens")) or None
+
+    @property
+    def completion_tokens(self) -> int | None:
+        """As reported; None where that is missing or no count."""
+        return _count(self._usage.get("completion_tokens"))
+
+    @property
+    def _usage(self) -> Mapping[str, Any]:
+        usage = self.content.get("usage") if isinstance(self.content, dict) else None
+        return usage if isinstance(usage, dict) else {}
+
+    def unreadable(self, why: str) -> CallFailed:
+        """The failure that it is no reply."""
+        return _unreadable(why, self.begins)
+
 
 class CallFailed(Exception):
     """A call that brought no reply."""
@@ -88,6 +121,8 @@ class _Response:
     body: bytes
     whole: bool
     """Whether the body ended before it was too large."""
+    most: int
+    """Bytes from which on it is."""
 
 
 @dataclass(frozen=True)
@@ -98,24 +133,39 @@ class Endpoint:
     key: str = field(repr=False)
     """Empty where there is none."""
     limits: CallLimits = CallLimits()
+    url_from: str = "OPENAI_BASE_URL"
+    """Where the address was given, for messages."""
+    key_from: str = "OPENAI_API_KEY"
+    """The variable that the key was in."""
 
     @classmethod
     def of_environment(cls, limits: CallLimits) -> Endpoint:
         """The endpoint in OPENAI_BASE_URL and OPENAI_API_KEY; local servers need no key."""
-        url, key = os.environ.get("OPENAI_BASE_URL") or USUAL_URL, os.environ.get("OPENAI_API_KEY", "")
-        if not _is_address(url):
+        url = os.environ.get("OPENAI_BASE_URL") or USUAL_URL
+        if not is_address(url):
             raise UserError(f"OPENAI_BASE_URL={url!r:.200}: give http:// or https://, a host and a path")
-        if not key.isascii() or not key.isprintable():
-            raise UserError("OPENAI_API_KEY holds characters that no key has (a line break?): set it again")
-        return cls(url.rstrip("/"), key, limits)
+        return cls(url.rstrip("/"), key_in("OPENAI_API_KEY"), limits)
 
     def ask(self, body: Mapping[str, Any]) -> Reply:
         """One chat completion. Raises CallFailed."""
+        answer = self.post("chat/completions", body)
+        match answer.content:
+            case {"choices": [{"message": {"content": str() | None as text}}, *_]}:
+                return Reply(text or "", answer.prompt_tokens, answer.completion_tokens)
+            case _:
+                raise answer.unreadable("has no text in choices[0].message.content")
+
+    def post(self, path: str, body: Mapping[str, Any], reply_bytes: int | None = None) -> Answer:
+        """Send a body of JSON to a path below the address, and read the JSON that comes back, which has at
+        most so many bytes (the limit's own by default). Raises CallFailed."""
         import httpx2
 
-        seconds = self.limits.deadline
+        limits = self.limits
+        seconds = limits.deadline
         try:
-            response = asyncio.run(self._post(json.dumps(body).encode()))
+            response = asyncio.run(
+                self._post(path, json.dumps(body).encode(), reply_bytes or limits.reply_bytes)
+            )
         except TimeoutError:
             raise CallFailed(f"no whole answer within {seconds:g} s", again=True, paid=True) from None
         except (httpx2.ConnectError, httpx2.ProxyError) as error:
@@ -136,7 +186,7 @@ class Endpoint:
             raise self._refusal(response)
         return self._reply(response)
 
-    async def _post(self, content: bytes) -> _Response:
+    async def _post(self, path: str, content: bytes, most: int) -> _Response:
         """Send a request and read the response up to its largest size, all within the deadline."""
         import httpx2
 
@@ -145,7 +195,7 @@ class Endpoint:
             "Content-Type": "application/json",
             "Accept-Encoding": "identity",
         }
-        address = f"{self.url}/chat/completions"
+        address = f"{self.url}/{path}"
         async with (
             asyncio.timeout(self.limits.deadline),
             # a redirect is not followed: it would take the key elsewhere
@@ -155,10 +205,10 @@ class Endpoint:
             body = bytearray()
             async for part in response.aiter_raw():
                 body += part
-                if len(body) > self.limits.reply_bytes:
+                if len(body) > most:
                     break
-            whole = len(body) <= self.limits.reply_bytes
-            return _Response(response.status_code, dict(response.headers), bytes(body), whole)
+            whole = len(body) <= most
+            return _Response(response.status_code, dict(response.headers), bytes(body), whole, most)
 
     @cached_property
     def _trusted(self) -> ssl.SSLContext:
@@ -172,10 +222,10 @@ class Endpoint:
         status, said = response.status, self._message(response.body)
         if 300 <= status < 400:
             target = self._plain(response.headers.get("location", "nowhere"))
-            what = f"it redirects to '{target}': OPENAI_BASE_URL must name the endpoint itself"
+            what = f"it redirects to '{target}': {self.url_from} must name the endpoint itself"
             return CallFailed(f"{status}: {what}", again=False, paid=False)
         if status in (401, 403):
-            return CallFailed(f"{status}: it refuses OPENAI_API_KEY{said}", again=False, paid=False)
+            return CallFailed(f"{status}: it refuses {self.key_from}{said}", again=False, paid=False)
         again = status in _AGAIN or 500 <= status < 600
         after = _after(response.headers)
         return CallFailed(f"status {status}{said}", again=again, paid=False, status=status, after=after)
@@ -195,27 +245,21 @@ class Endpoint:
                 text = ""
         return f" ({shown})" if (shown := self._plain(text)) else ""
 
-    def _reply(self, response: _Response) -> Reply:
-        """The reply in a response of a status that says success."""
+    def _reply(self, response: _Response) -> Answer:
+        """The JSON in a response of a status that says success."""
         body = self._unpacked(response)
+        begins = self._plain(body[:4096].decode("utf-8", "replace"))[:60]
         try:
             content = json.loads(body)
         except (ValueError, RecursionError):
-            raise self._unreadable("is no JSON", body) from None
-        match content:
-            case {"choices": [{"message": {"content": str() | None as text}}, *_]}:
-                usage = content.get("usage")
-                counts = usage if isinstance(usage, dict) else {}
-                prompt, completion = _count(counts.get("prompt_tokens")), counts.get("completion_tokens")
-                return Reply(text or "", prompt or None, _count(completion))
-            case {"error": _}:
-                raise CallFailed(f"its reply is an error{self._message(body)}", again=True, paid=True)
-            case _:
-                raise self._unreadable("has no text in choices[0].message.content", body)
+            raise _unreadable("is no JSON", begins) from None
+        if isinstance(content, dict) and "choices" not in content and "error" in content:
+            raise CallFailed(f"its reply is an error{self._message(body)}", again=True, paid=True)
+        return Answer(content, begins)
 
     def _unpacked(self, response: _Response) -> bytes:
         """The body, whole and unpacked: some servers pack although they are asked not to."""
-        most = self.limits.reply_bytes
+        most = response.most
         encoding = response.headers.get("content-encoding", "identity").strip().lower()
         body, whole = response.body, response.whole
         if whole and encoding in ("gzip", "x-gzip", "deflate"):
@@ -223,21 +267,15 @@ class Endpoint:
             try:
                 body = unpacking.decompress(body, most + 1)  # a bomb goes off no further than this
             except zlib.error:
-                raise self._unreadable(f"is not {encoding}, as it claims", b"") from None
+                raise _unreadable(f"is not {encoding}, as it claims") from None
             whole = len(body) <= most
             if whole and not unpacking.eof:
-                raise self._unreadable(f"ends within its {encoding}", b"")
+                raise _unreadable(f"ends within its {encoding}")
         elif whole and encoding not in ("", "identity"):
-            raise self._unreadable(f"is in the encoding '{self._plain(encoding)}'", b"")
+            raise _unreadable(f"is in the encoding '{self._plain(encoding)}'")
         if not whole:
-            raise self._unreadable(f"has more than {most:,} bytes", b"")
+            raise _unreadable(f"has more than {most:,} bytes")
         return body
-
-    def _unreadable(self, why: str, body: bytes) -> CallFailed:
-        """The failure that a reply is none."""
-        begins = self._plain(body[:4096].decode("utf-8", "replace"))[:60]
-        more = f" (it begins '{begins}')" if begins else ""
-        return CallFailed(f"its reply {why}{more}", again=True, paid=True)
 
     def _plain(self, text: object) -> str:
         """A server's words as part of one line of readable length: no key, nothing that a terminal obeys."""
@@ -246,7 +284,26 @@ class Endpoint:
         return "".join(letter if letter.isprintable() else "?" for letter in words[:200])
 
 
-def _is_address(url: str) -> bool:
+def _unreadable(why: str, begins: str = "") -> CallFailed:
+    """The failure that a reply is none."""
+    more = f" (it begins '{begins}')" if begins else ""
+    return CallFailed(f"its reply {why}{more}", again=True, paid=True)
+
+
+def reported(prompt: int | None, completion: int | None, most: Tokens) -> Tokens:
+    """What a call cost by its report, or the most that it may have cost where a count is missing."""
+    return most[0] if prompt is None else prompt, most[1] if completion is None else completion
+
+
+def key_in(variable: str) -> str:
+    """The key in a variable of the environment; empty where there is none."""
+    key = os.environ.get(variable, "")
+    if not key.isascii() or not key.isprintable():
+        raise UserError(f"{variable} holds characters that no key has (a line break?): set it again")
+    return key
+
+
+def is_address(url: str) -> bool:
     """Whether requests can be sent there."""
     try:
         parts = urllib.parse.urlsplit(url)

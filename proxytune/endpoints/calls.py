@@ -8,8 +8,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
-from proxytune.judges.endpoint import CallFailed, CallLimits, Reply
+from proxytune.endpoints.endpoint import CallFailed, CallLimits
+
+T = TypeVar("T")
+"""What a call brings."""
 
 
 class CallsEnded(Exception):
@@ -22,10 +26,10 @@ class CallsEnded(Exception):
 
 
 @dataclass(frozen=True)
-class CallResult:
+class CallResult(Generic[T]):
     """What became of a call."""
 
-    result: Reply | CallFailed
+    result: T | CallFailed
     usd: float
     """What it cost: as reported, or estimated where it may have cost something and nothing was reported."""
 
@@ -70,10 +74,10 @@ class _Sent:
 
 
 @dataclass
-class CallQueue:
+class CallQueue(Generic[T]):
     """Asks for things by their number. Everything but `send` runs in the caller's thread."""
 
-    send: Callable[[int], CallResult]
+    send: Callable[[int], CallResult[T]]
     """One call. It keeps what it brought before it returns, so that a kill loses only calls in flight."""
     estimate: Callable[[int], float]
     """US dollars that a call may cost at most."""
@@ -84,9 +88,9 @@ class CallQueue:
     _again: list[tuple[float, int, int]] = field(default_factory=list)
     """Failed ones, (when, which, how many retries), the next first. Each keeps its worker's place, so that an
     endpoint in trouble is not asked for more."""
-    _running: dict[Future[CallResult], _Sent] = field(default_factory=dict)
+    _running: dict[Future[CallResult[T]], _Sent] = field(default_factory=dict)
 
-    def replies(self, places: Iterable[int]) -> Iterator[tuple[int, Reply]]:
+    def replies(self, places: Iterable[int]) -> Iterator[tuple[int, T]]:
         """The replies as they come. When a call fails for good, or the next could pass the limit, those in
         flight are awaited, and then CallsEnded says why."""
         self._new.extend(places)
@@ -96,7 +100,7 @@ class CallQueue:
                 if stopped is None:
                     stopped = self._send_more(pool)
                 for sent, result in self._ended(until_next=stopped is None):
-                    if isinstance(result, Reply):
+                    if not isinstance(result, CallFailed):
                         yield sent.place, result
                     elif result.again and sent.retry < self.limits.retries:
                         pause = self.limits.pause_before(sent.retry + 1, result.after)
@@ -141,7 +145,7 @@ class CallQueue:
             self._running[pool.submit(self.send, place)] = _Sent(place, retry, estimate, reserved)
         return None
 
-    def _ended(self, *, until_next: bool) -> Iterator[tuple[_Sent, Reply | CallFailed]]:
+    def _ended(self, *, until_next: bool) -> Iterator[tuple[_Sent, T | CallFailed]]:
         """Calls that have ended, after waiting for one, or until the next retry is due."""
         pause = None
         if until_next and self._again and len(self._running) < self.workers:

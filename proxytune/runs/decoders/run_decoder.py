@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from proxytune.config import AlphaSchedule, RunSpec, Sampling, TraceKind
-from proxytune.decoding import Decoder
-from proxytune.models import Models
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion, Example, JsonRow, RoleMemory, WorkerFacts
 from proxytune.terminal import WorkSoFar
@@ -38,6 +36,28 @@ class RunDecoder(Protocol):
     def place(self, example_id: str) -> JsonRow:
         """Where an example was decoded, and what that took at its fullest."""
 
+    def stream(
+        self,
+        examples: Sequence[Example],
+        sampling: Sampling,
+        *,
+        alpha: AlphaSchedule | None = None,
+        task: str = "",
+        trace: TraceKind = "off",
+        forced: str | None = None,
+    ) -> Iterator[Completion]:
+        """The completions of every example, in the order in which they finish."""
+
+    def likelihoods(
+        self,
+        examples: Sequence[Example],
+        texts: Callable[[Example], Sequence[str]],
+        *,
+        alpha: AlphaSchedule | None = None,
+        task: str = "",
+    ) -> Iterator[Completion]:
+        """The log-probabilities of each example's texts."""
+
     def sweep(
         self,
         asked: Sequence[tuple[Example, Sequence[AlphaSchedule]]],
@@ -46,8 +66,8 @@ class RunDecoder(Protocol):
         task: str = "",
         trace: TraceKind = "off",
         forced: str | None = None,
-    ) -> Generator[tuple[AlphaSchedule, Completion], None, None]:
-        """The completions of every example under each of its alphas, in the order in which they finish."""
+    ) -> Iterator[tuple[AlphaSchedule, Completion]]:
+        """As `stream`, for every example under all of its alphas."""
 
     def likelihood_sweep(
         self,
@@ -55,8 +75,8 @@ class RunDecoder(Protocol):
         texts: Callable[[Example], Sequence[str]],
         alphas: Sequence[AlphaSchedule],
         task: str = "",
-    ) -> Generator[tuple[AlphaSchedule, Completion], None, None]:
-        """The log-probabilities of each example's texts under every alpha."""
+    ) -> Iterator[tuple[AlphaSchedule, Completion]]:
+        """As `likelihoods`, under all alphas."""
 
     def close(self) -> None:
         """Let go of what is held beside the models."""
@@ -64,12 +84,3 @@ class RunDecoder(Protocol):
 
 OpenDecoder = Callable[[RunSpec, DecodeOptions], RunDecoder]
 """Makes what decodes a run; UserError where it cannot."""
-
-
-def decoder_here(models: Models) -> OpenDecoder:
-    """Decode in this process."""
-
-    def opened(spec: RunSpec, how: DecodeOptions) -> RunDecoder:
-        return Decoder(models, spec.role, how, agreement=spec.trace == "agreement")
-
-    return opened

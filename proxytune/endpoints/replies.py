@@ -1,7 +1,7 @@
-"""What a paid judge said, and what it cost: one small SQLite file, safe to share.
+"""What models behind an API said, and what it cost: one small SQLite file, safe to share.
 
 A call is entered with its estimate before it is sent, and with what it cost when it has ended. So a kill
-loses no verdict that arrived and no cost: a call that was in flight counts as its estimate.
+loses no reply that arrived and no cost: a call that was in flight counts as its estimate.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from proxytune.endpoints.prices import Tokens
 from proxytune.errors import UserError
 
 _TABLES = """
@@ -22,15 +23,13 @@ CREATE TABLE IF NOT EXISTS calls (
 CREATE INDEX IF NOT EXISTS calls_of ON calls (key);
 """
 
-Tokens = tuple[int, int]
-"""Of the prompt, and of the completion."""
 
+class ReplyStore:
+    """Replies, and the tokens of the calls for them, by the content of what was asked."""
 
-class Judgements:
-    """Replies of judges, and the tokens of their calls, by the content of what was asked."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, what: str = "the cache of judgements") -> None:
+        """`what` is what messages call it."""
+        self.path, self.what = path, what
         with self._open() as database:
             database.executescript(_TABLES)
 
@@ -42,7 +41,7 @@ class Judgements:
             with closing(sqlite3.connect(self.path, timeout=30)) as database, database:
                 yield database
         except (OSError, sqlite3.Error) as error:
-            raise UserError(f"cannot use the cache of judgements '{self.path}': {error}") from None
+            raise UserError(f"cannot use {self.what} '{self.path}': {error}") from None
 
     def get(self, key: str) -> str | None:
         """The reply, or None."""
@@ -51,7 +50,7 @@ class Judgements:
         return None if found is None else str(found[0])
 
     def spent(self, keys: Iterable[str]) -> Tokens:
-        """The tokens of all calls for these contents, of whichever session."""
+        """The tokens of all calls that were entered under these keys, of whichever session."""
         prompt = completion = 0
         with self._open() as database:
             for key in keys:
@@ -62,7 +61,8 @@ class Judgements:
         return prompt, completion
 
     def sending(self, key: str, estimate: Tokens) -> int:
-        """Enter a call that is about to be sent; -> its number."""
+        """Enter a call that is about to be sent under the key that its cost is counted for: a judge's is that
+        of the reply. -> its number."""
         with self._open() as database:
             row = database.execute(
                 "INSERT INTO calls (key, prompt_tokens, completion_tokens) VALUES (?, ?, ?)", (key, *estimate)
@@ -70,11 +70,11 @@ class Judgements:
             assert row.lastrowid is not None
             return row.lastrowid
 
-    def ended(self, number: int, key: str, tokens: Tokens, verdict: str | None) -> None:
-        """Enter what a call cost and, where it gave one, its verdict."""
+    def ended(self, number: int, key: str, tokens: Tokens, reply: str | None) -> None:
+        """Enter what a call cost and, where it brought one, its reply."""
         with self._open() as database:
             database.execute(
                 "UPDATE calls SET prompt_tokens = ?, completion_tokens = ? WHERE id = ?", (*tokens, number)
             )
-            if verdict is not None:
-                database.execute("INSERT OR REPLACE INTO judgements VALUES (?, ?)", (key, verdict))
+            if reply is not None:
+                database.execute("INSERT OR REPLACE INTO judgements VALUES (?, ?)", (key, reply))
