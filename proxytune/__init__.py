@@ -13,7 +13,7 @@ from proxytune.lazy import door
 if TYPE_CHECKING:
     from proxytune.config import Sampling, System, load_system
     from proxytune.errors import UserError
-    from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RunOptions
+    from proxytune.options import ApiOptions, CodeOptions, DecodeOptions, JudgeOptions, RunOptions
     from proxytune.runs import evaluate, generate, load
 
 __version__ = "0.2.0"

@@ -111,6 +111,25 @@ class RunOptions(Options):
     """Allow alpha below 0: it undoes what the expert was tuned for."""
 
 
+class ApiOptions(Options):
+    """What a base behind an API may cost, and how it is asked. Nothing here changes a token."""
+
+    parallel: int = Field(default=16, ge=1, le=256)
+    """With a base behind an API: so many requests at a time."""
+    api_deadline: float = Field(default=120.0, gt=0, le=3600, allow_inf_nan=False)
+    """Seconds for one request to it, from connecting to the last byte."""
+    api_retries: int = Field(default=6, ge=0, le=100)
+    """How often a request that failed is sent again."""
+    yes: bool = False
+    """Agree to what the API costs."""
+    max_cost: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Spend at most this many US dollars on it."""
+    price: Annotated[tuple[float, float] | None, BeforeValidator(parse_price)] = Field(
+        default=None, json_schema_extra={"metavar": "IN,OUT"}
+    )
+    """Its price in USD per million tokens."""
+
+
 class DecodeOptions(Options):
     """How decoding is computed. Nothing here changes a token."""
 
@@ -130,6 +149,8 @@ class DecodeOptions(Options):
     """CPU threads of torch. Default: torch's own choice, which OMP_NUM_THREADS changes."""
     progress: bool = True
     """Show on stderr how far a run is."""
+    api: ApiOptions = ApiOptions()
+    """How a base behind an API is asked, and what that may cost."""
 
     @property
     def draft_length(self) -> int | None:
@@ -147,25 +168,6 @@ class RayOptions(Options):
     """Processes, each with all of the models."""
     gpus_per_worker: float = Field(default=0, ge=0, le=64)
     """GPUs of each."""
-
-
-class ApiOptions(Options):
-    """What a base behind an API may cost, and how it is asked. Nothing here changes a token."""
-
-    parallel: int = Field(default=16, ge=1, le=256)
-    """With a base behind an API: so many requests at a time."""
-    api_deadline: float = Field(default=120.0, gt=0, le=3600, allow_inf_nan=False)
-    """Seconds for one request to it, from connecting to the last byte."""
-    api_retries: int = Field(default=6, ge=0, le=100)
-    """How often a request that failed is sent again."""
-    yes: bool = False
-    """Agree to what the API costs."""
-    max_cost: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """Spend at most this many US dollars on it."""
-    price: Annotated[tuple[float, float] | None, BeforeValidator(parse_price)] = Field(
-        default=None, json_schema_extra={"metavar": "IN,OUT"}
-    )
-    """Its price in USD per million tokens."""
 
 
 class CodeOptions(Options):

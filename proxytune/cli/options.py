@@ -168,7 +168,7 @@ SAMPLING = OptionGroup(
 RESPONSE = OptionGroup(
     Sampling, "How tokens are chosen", flags={"n": ("-n",)}, defaults={"max_new_tokens": 256}
 )
-DECODING = OptionGroup(DecodeOptions, "How it is computed", leave_out=frozenset({"progress"}))
+DECODING = OptionGroup(DecodeOptions, "How it is computed", leave_out=frozenset({"progress", "api"}))
 RAY = OptionGroup(RayOptions, "Decoding on workers")
 JUDGING = OptionGroup(JudgeOptions, "Who judges", leave_out=frozenset({"seed", "batch", "code"}))
 JUDGING_ALONE = OptionGroup(JudgeOptions, "Who judges", leave_out=frozenset({"code"}))

@@ -24,7 +24,7 @@ from proxytune.config import (
 )
 from proxytune.errors import UserError
 from proxytune.models import Models
-from proxytune.options import ApiOptions, DecodeOptions, JudgeOptions, RunOptions
+from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
 from proxytune.records import Run
 from proxytune.runs.decoders import OpenDecoder, client_of, decoder_here
 from proxytune.runs.judging import Dialogue, Judging, judging_of
@@ -115,8 +115,6 @@ class Evaluation:
     dialogue: Dialogue = field(default_factory=Dialogue)
     loaded: Models | None = None
     """Models that are loaded already, or how they are to be loaded."""
-    api: ApiOptions = field(default_factory=ApiOptions)
-    """What a base behind an API may cost, and how it is asked."""
     open_decoder: OpenDecoder | None = None
     """What decodes in place of this process's own models: workers elsewhere."""
 
@@ -133,7 +131,7 @@ class Evaluation:
     @cached_property
     def client(self) -> ApiClient | None:
         """What asks the base, where it is behind an API."""
-        return client_of(self.system, self.api)
+        return client_of(self.system, self.decode.api)
 
     @cached_property
     def sandbox(self) -> Sandbox | None:
@@ -216,7 +214,6 @@ def evaluate(
     options: RunOptions | None = None,
     decode: DecodeOptions | None = None,
     judge: JudgeOptions | str | None = None,
-    api: ApiOptions | None = None,
 ) -> Run:
     """Evaluate `system` (a System, a name or the path of a YAML file) on a task as one role, and return its
     Run: what `proxytune eval` does.
@@ -224,14 +221,12 @@ def evaluate(
     Writes to `out`, or to `results/<system>/<task>/<role>/`. An unfinished run with the same settings is
     continued; a finished one is returned as it is. `limit` takes only the first items, as in `options`.
     `judge` is who judges (a model, "default" or "none"), or the record that also gives the consent to pay and
-    to run code; `api` is the consent to pay for a base behind an API, and how it is asked. Raises UserError
-    for bad input and for a folder that holds other settings.
+    to run code; `decode.api` is the consent to pay for a base behind an API. Raises UserError for bad input
+    and for a folder that holds other settings.
     """
     show_in_notebooks()
     asked, who = asked_for(options, limit, judge)
-    evaluation = Evaluation(
-        as_system(system), task, asked, decode or DecodeOptions(), who, api=api or ApiOptions()
-    )
+    evaluation = Evaluation(as_system(system), task, asked, decode or DecodeOptions(), who)
     return evaluation.run(as_, None if out is None else Path(out))[0]
 
 

@@ -17,7 +17,7 @@ from proxytune.config import AlphaSchedule, Role, Sampling, System, TraceKind, a
 from proxytune.decoding import notes_on, stored_response
 from proxytune.errors import UserError
 from proxytune.models import Models
-from proxytune.options import ApiOptions, DecodeOptions, JudgeOptions, RunOptions
+from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
 from proxytune.records import Completion, Example, Prompt, Run
 from proxytune.runs.alpha_sweep import parse_alphas, sweep
 from proxytune.runs.decoders import AnyDecoder, client_of, consent, decoder_for
@@ -63,19 +63,15 @@ class SteeredModel:
     Threads take turns: a call waits for that of another thread. A stream that is open is refused instead of
     waited for, since nobody knows when it ends."""
 
-    def __init__(
-        self, models: Models, decode: DecodeOptions | None = None, api: ApiOptions | None = None
-    ) -> None:
-        """Decode with `models`; `decode` is how, `api` what a base behind an API may cost. `load` is the
-        short form."""
+    def __init__(self, models: Models, decode: DecodeOptions | None = None) -> None:
+        """Decode with `models`; `decode` is how. `load` is the short form."""
         show_in_notebooks()
         self.models = models
         self.decode = decode or DecodeOptions()
         self._lock = threading.RLock()
         self._stream: ResponseStream | None = None
         self._decoder: AnyDecoder | None = None
-        self._api = api or ApiOptions()
-        self._client = client_of(models.system, self._api)
+        self._client = client_of(models.system, self.decode.api)
         self._closed = False
 
     @property
@@ -232,7 +228,7 @@ class SteeredModel:
         judge: JudgeOptions | str | None,
     ) -> Evaluation:
         asked, who = asked_for(options, limit, judge)
-        return Evaluation(self.system, task, asked, self.decode, who, loaded=self.models, api=self._api)
+        return Evaluation(self.system, task, asked, self.decode, who, loaded=self.models)
 
     def _asked(self, as_: str, alpha: Alpha, allow_negative: bool) -> tuple[Role, AlphaSchedule | None]:
         """The role, and its alpha."""
@@ -328,13 +324,12 @@ def load(
     *,
     decode: DecodeOptions | None = None,
     trust_remote_code: bool = False,
-    api: ApiOptions | None = None,
 ) -> SteeredModel:
     """A system whose models are loaded once: a System, a name in configs/systems, or the path of a YAML file.
 
     Use it with `with`, or call its `close`. Raises UserError for a system that is not there or cannot be
     read."""
-    return SteeredModel(Models(as_system(system), trust_remote_code=trust_remote_code), decode, api)
+    return SteeredModel(Models(as_system(system), trust_remote_code=trust_remote_code), decode)
 
 
 def generate(
@@ -347,12 +342,11 @@ def generate(
     allow_negative_alpha: bool = False,
     decode: DecodeOptions | None = None,
     models: Models | None = None,
-    api: ApiOptions | None = None,
 ) -> list[Completion]:
     """Responses to `prompts`, in their order (`sampling.n` in a row for each). A text is the plain prompt of
     all roles. `decode` is how they are computed. It changes no token.
     """
-    model = SteeredModel(models or Models(as_system(system)), decode, api)
+    model = SteeredModel(models or Models(as_system(system)), decode)
     return model.generate(
         prompts, as_=as_, sampling=sampling, alpha=alpha, allow_negative_alpha=allow_negative_alpha
     )

@@ -68,8 +68,8 @@ def base_alone(url: str, **spec: Any) -> System:
 
 def evaluation(system: System, items: Path, **api: Any) -> Evaluation:
     options = RunOptions(mode="choices", data=str(items))
-    quiet = DecodeOptions(progress=False)
-    return Evaluation(system, "realtimeqa", options, quiet, api=ApiOptions(**{**FAST, **api}))
+    quiet = DecodeOptions(progress=False, api=ApiOptions(**{**FAST, **api}))
+    return Evaluation(system, "realtimeqa", options, quiet)
 
 
 def no_pauses(monkeypatch: pytest.MonkeyPatch, client: ApiClient) -> None:

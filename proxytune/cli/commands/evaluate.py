@@ -129,7 +129,8 @@ def prepared(
 
     price = {"yes": judge.yes, "max_cost": judge.max_cost, "price": judge.price}
     own = api.model_copy(update=price)
-    made = evaluation.Evaluation(models.system, task, run, decode, judge, console.dialogue(), models, own)
+    decode = decode.model_copy(update={"api": own})
+    made = evaluation.Evaluation(models.system, task, run, decode, judge, console.dialogue(), models)
     made.check()
     if made.sandbox is not None:
         console.name_sandbox(made.sandbox)

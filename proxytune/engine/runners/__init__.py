@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from proxytune.engine.request import Work
 from proxytune.engine.runners import lora
 from proxytune.engine.runners.lora import SharedLora
 from proxytune.engine.runners.reference import ReferenceRunner
-from proxytune.engine.runners.runner import ModelRunner, Runner, feed
+from proxytune.engine.runners.runner import ModelRunner, Runner, Work, feed
 from proxytune.engine.runners.vocab_map import VocabMap
 
 __all__ = [

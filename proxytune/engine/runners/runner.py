@@ -18,7 +18,8 @@ from proxytune.engine.attention.packed import Packed, PackedPart
 from proxytune.engine.kernels.linear import rounded
 from proxytune.engine.kv.cache import KVCache, Placement, Rows, integers
 from proxytune.engine.logits import widen
-from proxytune.engine.request import Segment, Work
+from proxytune.engine.request import Segment
+from proxytune.engine.request import Work as Work
 from proxytune.engine.runners.lora import SharedLora
 from proxytune.engine.runners.vocab_map import VocabMap
 
