@@ -1,0 +1,284 @@
+"""Triton kernels that draw tokens: temperature, min-p, top-k, top-p, noise and the choice, in three launches.
+
+Nothing is sorted. What min-p, top-k and top-p leave is every logit above some floor and, of the tokens whose
+logit is just that floor, those up to some id. So a cut is two numbers per row, and the floor is found by
+bisection over the bits of a float: counting for top-k, adding up probabilities for top-p. Most often it lies
+among the few tokens that are near the largest, and then only these are looked at.
+
+Probabilities are rounded to float32 and added up in float64, as `logits.warp` does it on a CPU. Run so far in
+Triton's interpreter on CPU tensors, and compiled for sm_80 and sm_90 without being run there. Importing this
+module needs the package `triton`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from proxytune.engine.cuda.sampling import DrawSettings
+
+NEAR = 12.0
+"""How far below the largest logit, divided by the temperature, the floor is looked for first."""
+
+
+class Blocks(NamedTuple):
+    """How the work of one call is cut."""
+
+    scanned: int = 4096
+    """Tokens that one row's program looks at in one go."""
+    few: int = 4096
+    """Most tokens near the largest that are looked at apart from all."""
+    drawn: int = 1024
+    """Tokens among which one program draws."""
+    warps: int = 16
+    """Of a program that looks for a floor."""
+
+
+BLOCKS = Blocks()
+
+
+@triton.jit
+def _scaled(source, at, live, temperature):
+    """Logits divided by the temperature, -inf elsewhere; zero has one sign."""
+    found = tl.div_rn(tl.load(source + at, mask=live, other=float("-inf")), temperature)
+    return tl.where(found == 0.0, 0.0, found)
+
+
+@triton.jit
+def _bits(value):
+    """float32 -> an integer, in the order of the numbers; and back."""
+    bits = value.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _number(bits):
+    bits = bits.to(tl.int32)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _count(source, size, temperature, floor, BLOCK: tl.constexpr):
+    """How many are not below the floor."""
+    total = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, size, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        total += ((_scaled(source, at, at < size, temperature) >= floor) & (at < size)).to(tl.int32)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _weight(source, size, temperature, best, floor, BLOCK: tl.constexpr):
+    """exp(logit - best) of those that are not below the floor, added up."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, size, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        x = _scaled(source, at, at < size, temperature)
+        total += tl.where((x >= floor) & (at < size), tl.exp(x - best), 0.0).to(tl.float64)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _above(source, size, temperature, best, weight, floor, BLOCK: tl.constexpr):
+    """The probability of all that are above the floor."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, size, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        x = _scaled(source, at, at < size, temperature)
+        mass = tl.div_rn(tl.exp(x - best), weight)
+        total += tl.where((x > floor) & (at < size), mass, 0.0).to(tl.float64)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _before(above, mass, ties):
+    """The probability before the last of `ties` tokens of probability `mass` each, as a running sum has it
+    that is rounded to float32."""
+    return (above + ties.to(tl.float64) * mass.to(tl.float64)).to(tl.float32) - mass
+
+
+@triton.jit
+def _kth(source, size, temperature, k, low, high, BLOCK: tl.constexpr):
+    """The k-th largest number between two, of which at least k are not below `low`."""
+    lowest, highest = _bits(low).to(tl.int64), _bits(high).to(tl.int64)
+    while lowest < highest:
+        middle = (lowest + highest + 1) >> 1
+        if _count(source, size, temperature, _number(middle), BLOCK) >= k:
+            lowest = middle
+        else:
+            highest = middle - 1
+    return _number(lowest)
+
+
+@triton.jit
+def _nucleus(source, size, temperature, best, weight, p, low, BLOCK: tl.constexpr):
+    """The smallest number from `low` on before which there is less than p."""
+    lowest, highest = _bits(low).to(tl.int64), _bits(best).to(tl.int64)
+    while lowest < highest:
+        middle = (lowest + highest) >> 1
+        floor = _number(middle)
+        above = _above(source, size, temperature, best, weight, floor, BLOCK)
+        if _before(above, tl.div_rn(tl.exp(floor - best), weight), (middle * 0 + 1)) < p:
+            highest = middle
+        else:
+            lowest = middle + 1
+    return _number(lowest)
+
+
+@triton.jit
+def _ties(source, size, temperature, floor, wanted, BLOCK: tl.constexpr):
+    """The id of the wanted-th token whose logit is the floor."""
+    seen, last = wanted * 0, wanted * 0
+    for first in range(0, size, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        tied = ((_scaled(source, at, at < size, temperature) == floor) & (at < size)).to(tl.int32)
+        rank = seen + tl.cumsum(tied, 0)
+        last = tl.maximum(last, tl.max(tl.where((tied > 0) & (rank <= wanted), at, 0), 0))
+        seen += tl.sum(tied, 0)
+    return last
+
+
+@triton.jit
+def cut_kernel(
+    logits, temperatures, top_ks, top_ps, min_ps, near, floors, lasts, row_step, real_step, whole_step, size, queries,
+    BLOCK: tl.constexpr, FEW: tl.constexpr, NEAR: tl.constexpr,
+):  # fmt: skip
+    """What min-p, top-k and top-p leave of a row: all above a floor, and of those at it the ids up to `last`."""
+    unit = tl.program_id(0).to(tl.int64)
+    row = unit // queries
+    temperature = tl.load(temperatures + row * real_step).to(tl.float32)
+    k, wanted = tl.load(top_ks + row * whole_step), tl.load(top_ps + row * real_step)
+    min_p, p = tl.load(min_ps + row * real_step), wanted.to(tl.float32)
+    tl.store(floors + unit, float("-inf"))
+    tl.store(lasts + unit, size)
+    if (temperature <= 0.0) | ((k <= 0) & (wanted >= 1.0) & (min_p <= 0.0)):
+        return
+    source, there = logits + unit * row_step, near + unit * FEW
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for first in range(0, size, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        highest = tl.maximum(highest, _scaled(source, at, at < size, temperature))
+    best = tl.max(highest, 0)
+    if (tl.abs(best) < float("inf")) == 0:
+        return  # these are no probabilities
+    least = tl.log(tl.where(min_p > 0.0, min_p, 1.0)).to(tl.float32)
+    floor = tl.where(min_p > 0.0, best + least, float("-inf"))
+
+    # the tokens near the largest, and what they weigh beside all
+    low = tl.maximum(floor, best - NEAR)
+    count = k.to(tl.int32) * 0
+    all_weights, near_weights = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, size, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        x = _scaled(source, at, at < size, temperature)
+        weights = tl.exp(x - best).to(tl.float64)
+        close = ((x >= low) & (at < size)).to(tl.int32)
+        all_weights += tl.where(x >= floor, weights, 0.0)
+        near_weights += tl.where(close > 0, weights, 0.0)
+        place = count + tl.cumsum(close, 0) - 1
+        tl.store(there + place, x, mask=(close > 0) & (place < FEW))
+        count += tl.sum(close, 0)
+    tl.debug_barrier()  # what some threads of the program wrote, others read
+    whole, here = tl.sum(all_weights, 0), tl.sum(near_weights, 0)
+
+    # where the floor is not among them, it is looked for among all
+    apart = tl.where(k > 0, count >= tl.minimum(k, size), (wanted >= 1.0) | (here >= whole * wanted * 1.0001))
+    many, divisor = size, temperature
+    if (count <= FEW) & apart:
+        source, many, divisor = there, count, temperature / temperature
+    else:
+        low = tl.maximum(floor, -3.4028234663852886e38)
+    if k > 0:
+        if _count(source, many, divisor, low, BLOCK) >= k:
+            floor = _kth(source, many, divisor, k, low, best, BLOCK)
+        whole = _weight(source, many, divisor, best, floor, BLOCK)
+    if wanted < 1.0:
+        weight = whole.to(tl.float32)
+        floor = _nucleus(source, many, divisor, best, weight, p, tl.maximum(floor, low), BLOCK)
+        above = _above(source, many, divisor, best, weight, floor, BLOCK)
+        mass = tl.div_rn(tl.exp(floor - best), weight)
+        tied = _count(source, many, divisor, floor, BLOCK) - _count(
+            source, many, divisor, _number(_bits(floor).to(tl.int64) + 1), BLOCK
+        )
+        kept, most = tied * 0 + 1, tl.maximum(tied, 1)
+        while kept < most:
+            middle = (kept + most + 1) >> 1
+            if _before(above, mass, middle) < p:
+                kept = middle
+            else:
+                most = middle - 1
+        if kept < tied:
+            tl.store(lasts + unit, _ties(logits + unit * row_step, size, temperature, floor, kept, BLOCK))
+    tl.store(floors + unit, floor)
+
+
+@triton.jit
+def draw_kernel(
+    logits, temperatures, keys, positions, floors, lasts, bests, tokens, row_step, real_step, whole_step, size, queries,
+    BLOCK: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    """The best of one part of the vocabulary: the largest logit, or the largest with its noise."""
+    unit, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = unit // queries
+    at = part * BLOCK + tl.arange(0, BLOCK)
+    temperature = tl.load(temperatures + row * real_step).to(tl.float32)
+    sampled = temperature > 0.0
+    x = _scaled(logits + unit * row_step, at, at < size, tl.where(sampled, temperature, 1.0))
+    if CUT:
+        floor = tl.load(floors + unit)
+        x = tl.where((x > floor) | ((x == floor) & (at <= tl.load(lasts + unit))), x, float("-inf"))
+    score = x.to(tl.float64)
+    if sampled & (tl.max(x, 0) > float("-inf")):
+        position = tl.load(positions + unit).to(tl.int32)
+        a, b, c, d = tl.philox(tl.load(keys + row * whole_step), at // 4, position, 0, 0)
+        word = tl.where(at % 4 < 2, tl.where(at % 4 == 0, a, b), tl.where(at % 4 == 2, c, d))
+        score += -tl.log(-tl.log((word.to(tl.float64) + 0.5) / 4294967296.0))
+    best = tl.max(score, 0)
+    token = tl.min(tl.where((score == best) & (at < size), at, size), 0)
+    place = unit * tl.num_programs(1) + part
+    tl.store(bests + place, best)
+    tl.store(tokens + place, tl.where(token < size, token, part * BLOCK))  # none is best where all are NaN
+
+
+@triton.jit
+def settle_kernel(bests, tokens, out, parts, PARTS: tl.constexpr):
+    """The best part of one row; the first of several."""
+    unit = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    found = tl.load(bests + unit * parts + part, mask=part < parts, other=float("-inf"))
+    first = tl.min(tl.where((found == tl.max(found, 0)) & (part < parts), part, parts), 0)
+    tl.store(out + unit, tl.load(tokens + unit * parts + tl.minimum(first, parts - 1)).to(tl.int64))
+
+
+def draw(logits: Tensor, positions: Tensor, settings: DrawSettings, *, cuts: bool, blocks: Blocks = BLOCKS) -> Tensor:
+    """Tokens [R, Q] for logits [R, Q, V] in float32 at response positions [R, Q]; `cuts`: some row has min-p,
+    top-k or top-p."""
+    rows, queries, size = logits.shape
+    flat = logits.reshape(rows * queries, size)
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
+    device, count, parts = logits.device, rows * queries, triton.cdiv(size, blocks.drawn)
+    steps = flat.stride(0), settings.temperature.stride(0), settings.key.stride(0)
+    floors = torch.empty(count if cuts else 0, dtype=torch.float32, device=device)
+    lasts = torch.empty(count if cuts else 0, dtype=torch.int32, device=device)
+    bests = torch.empty(count, parts, dtype=torch.float64, device=device)
+    best_tokens = torch.empty(count, parts, dtype=torch.int32, device=device)
+    out = torch.empty(rows, queries, dtype=torch.int64, device=device)
+    temperature, top_p, min_p, top_k, key = settings
+    with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+        if cuts:
+            near = torch.empty(count, blocks.few, dtype=torch.float32, device=device)
+            cut_kernel[(count,)](
+                flat, temperature, top_k, top_p, min_p, near, floors, lasts, *steps, size, queries,
+                BLOCK=blocks.scanned, FEW=blocks.few, NEAR=NEAR, num_warps=blocks.warps,
+            )  # fmt: skip
+        draw_kernel[(count, parts)](
+            flat, temperature, key, positions.contiguous(), floors, lasts, bests, best_tokens, *steps, size, queries,
+            BLOCK=blocks.drawn, CUT=cuts, num_warps=4,
+        )  # fmt: skip
+        settle_kernel[(count,)](
+            bests, best_tokens, out, parts, PARTS=triton.next_power_of_2(parts), num_warps=1
+        )
+    return out
