@@ -41,100 +41,92 @@ BLOCKS = Blocks()
 
 
 @triton.jit
-def _scaled(source, at, live, temperature):
-    """Logits divided by the temperature, -inf elsewhere; zero has one sign."""
-    found = tl.div_rn(tl.load(source + at, mask=live, other=float("-inf")), temperature)
-    return tl.where(found == 0.0, 0.0, found)
+def _scaled(source, at, size, temperature):
+    """Logits divided by the temperature, -inf beyond the last."""
+    return tl.div_rn(tl.load(source + at, mask=at < size, other=float("-inf")), temperature)
 
 
 @triton.jit
 def _bits(value):
-    """float32 -> an integer, in the order of the numbers; and back."""
+    """float32 -> an integer, in the order of the numbers."""
     bits = value.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
 
 
 @triton.jit
 def _number(bits):
-    bits = bits.to(tl.int32)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _count(source, size, temperature, floor, BLOCK: tl.constexpr):
-    """How many are not below the floor."""
-    total = tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, size, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        total += ((_scaled(source, at, at < size, temperature) >= floor) & (at < size)).to(tl.int32)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _weight(source, size, temperature, best, floor, BLOCK: tl.constexpr):
-    """exp(logit - best) of those that are not below the floor, added up."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    for first in range(0, size, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        x = _scaled(source, at, at < size, temperature)
-        total += tl.where((x >= floor) & (at < size), tl.exp(x - best), 0.0).to(tl.float64)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _above(source, size, temperature, best, weight, floor, BLOCK: tl.constexpr):
-    """The probability of all that are above the floor."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    for first in range(0, size, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        x = _scaled(source, at, at < size, temperature)
-        mass = tl.div_rn(tl.exp(x - best), weight)
-        total += tl.where((x > floor) & (at < size), mass, 0.0).to(tl.float64)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _before(above, mass, ties):
-    """The probability before the last of `ties` tokens of probability `mass` each, as a running sum has it
-    that is rounded to float32."""
-    return (above + ties.to(tl.float64) * mass.to(tl.float64)).to(tl.float32) - mass
+    """`_bits` undone."""
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _kth(source, size, temperature, k, low, high, BLOCK: tl.constexpr):
-    """The k-th largest number between two, of which at least k are not below `low`."""
-    lowest, highest = _bits(low).to(tl.int64), _bits(high).to(tl.int64)
+    """The k-th largest number between two, of which at least k are not below `low`; and what all from there
+    on weigh: exp(logit - high)."""
+    lowest, highest = _bits(low), _bits(high)
     while lowest < highest:
         middle = (lowest + highest + 1) >> 1
-        if _count(source, size, temperature, _number(middle), BLOCK) >= k:
+        number = tl.where(middle < 0, middle ^ 0x7FFFFFFF, middle).to(tl.int32).to(tl.float32, bitcast=True)
+        count = tl.zeros((BLOCK,), tl.int32)
+        for first in range(0, size, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            x = tl.div_rn(tl.load(source + at, mask=at < size, other=float("-inf")), temperature)
+            count += (x >= number).to(tl.int32)
+        if tl.sum(count, 0) >= k:
             lowest = middle
         else:
             highest = middle - 1
-    return _number(lowest)
+    floor = _number(lowest)
+    weights = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, size, BLOCK):
+        x = _scaled(source, first + tl.arange(0, BLOCK), size, temperature)
+        weights += tl.where(x >= floor, tl.exp(x - high), 0.0).to(tl.float64)
+    return floor, tl.sum(weights, 0)
 
 
 @triton.jit
 def _nucleus(source, size, temperature, best, weight, p, low, BLOCK: tl.constexpr):
-    """The smallest number from `low` on before which there is less than p."""
-    lowest, highest = _bits(low).to(tl.int64), _bits(best).to(tl.int64)
-    while lowest < highest:
+    """The smallest number from `low` on before which there is less than p of the probability; how many tokens
+    have it, and how many of these are left."""
+    lowest, highest = _bits(low), _bits(best)
+    above, tied = weight.to(tl.float64) * 0.0, lowest.to(tl.int32) * 0
+    floor, mass, done = best, weight * 0.0, False
+    while not done:  # the last time at the floor itself
+        done = lowest >= highest
         middle = (lowest + highest) >> 1
-        floor = _number(middle)
-        above = _above(source, size, temperature, best, weight, floor, BLOCK)
-        if _before(above, tl.div_rn(tl.exp(floor - best), weight), (middle * 0 + 1)) < p:
+        floor = tl.where(middle < 0, middle ^ 0x7FFFFFFF, middle).to(tl.int32).to(tl.float32, bitcast=True)
+        masses, count = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.int32)
+        for first in range(0, size, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            x = tl.div_rn(tl.load(source + at, mask=at < size, other=float("-inf")), temperature)
+            mass_of = tl.div_rn(tl.exp(x - best), weight)
+            masses += tl.where(x > floor, mass_of, 0.0).to(tl.float64)
+            count += (x == floor).to(tl.int32)
+        above, tied = tl.sum(masses, 0), tl.sum(count, 0)
+        mass = tl.div_rn(tl.exp(floor - best), weight)
+        # as a running sum has it that is rounded to float32
+        if (above + mass.to(tl.float64)).to(tl.float32) - mass < p:
             highest = middle
         else:
             lowest = middle + 1
-    return _number(lowest)
+    kept, most = tied * 0 + 1, tl.maximum(tied, 1)
+    while kept < most:
+        middle = (kept + most + 1) >> 1
+        if (above + middle.to(tl.float64) * mass.to(tl.float64)).to(tl.float32) - mass < p:
+            kept = middle
+        else:
+            most = middle - 1
+    return floor, tied, kept
 
 
 @triton.jit
-def _ties(source, size, temperature, floor, wanted, BLOCK: tl.constexpr):
+def _nth(source, size, temperature, floor, wanted, BLOCK: tl.constexpr):
     """The id of the wanted-th token whose logit is the floor."""
     seen, last = wanted * 0, wanted * 0
     for first in range(0, size, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        tied = ((_scaled(source, at, at < size, temperature) == floor) & (at < size)).to(tl.int32)
+        x = tl.div_rn(tl.load(source + at, mask=at < size, other=float("-inf")), temperature)
+        tied = (x == floor).to(tl.int32)
         rank = seen + tl.cumsum(tied, 0)
         last = tl.maximum(last, tl.max(tl.where((tied > 0) & (rank <= wanted), at, 0), 0))
         seen += tl.sum(tied, 0)
@@ -160,7 +152,7 @@ def cut_kernel(
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     for first in range(0, size, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        highest = tl.maximum(highest, _scaled(source, at, at < size, temperature))
+        highest = tl.maximum(highest, _scaled(source, at, size, temperature))
     best = tl.max(highest, 0)
     if (tl.abs(best) < float("inf")) == 0:
         return  # these are no probabilities
@@ -173,7 +165,7 @@ def cut_kernel(
     all_weights, near_weights = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     for first in range(0, size, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        x = _scaled(source, at, at < size, temperature)
+        x = _scaled(source, at, size, temperature)
         weights = tl.exp(x - best).to(tl.float64)
         close = ((x >= low) & (at < size)).to(tl.int32)
         all_weights += tl.where(x >= floor, weights, 0.0)
@@ -192,26 +184,18 @@ def cut_kernel(
     else:
         low = tl.maximum(floor, -3.4028234663852886e38)
     if k > 0:
-        if _count(source, many, divisor, low, BLOCK) >= k:
-            floor = _kth(source, many, divisor, k, low, best, BLOCK)
-        whole = _weight(source, many, divisor, best, floor, BLOCK)
+        finite = k.to(tl.int32) * 0
+        for first in range(0, many, BLOCK):
+            x = _scaled(source, first + tl.arange(0, BLOCK), many, divisor)
+            finite += tl.sum((x >= low).to(tl.int32), 0)
+        if finite >= k:
+            floor, whole = _kth(source, many, divisor, k, low, best, BLOCK)
     if wanted < 1.0:
-        weight = whole.to(tl.float32)
-        floor = _nucleus(source, many, divisor, best, weight, p, tl.maximum(floor, low), BLOCK)
-        above = _above(source, many, divisor, best, weight, floor, BLOCK)
-        mass = tl.div_rn(tl.exp(floor - best), weight)
-        tied = _count(source, many, divisor, floor, BLOCK) - _count(
-            source, many, divisor, _number(_bits(floor).to(tl.int64) + 1), BLOCK
-        )
-        kept, most = tied * 0 + 1, tl.maximum(tied, 1)
-        while kept < most:
-            middle = (kept + most + 1) >> 1
-            if _before(above, mass, middle) < p:
-                kept = middle
-            else:
-                most = middle - 1
+        start = tl.maximum(floor, low)
+        floor, tied, kept = _nucleus(source, many, divisor, best, whole.to(tl.float32), p, start, BLOCK)
         if kept < tied:
-            tl.store(lasts + unit, _ties(logits + unit * row_step, size, temperature, floor, kept, BLOCK))
+            row_of = logits + unit * row_step
+            tl.store(lasts + unit, _nth(row_of, size, temperature, floor, kept, BLOCK))
     tl.store(floors + unit, floor)
 
 
@@ -226,7 +210,7 @@ def draw_kernel(
     at = part * BLOCK + tl.arange(0, BLOCK)
     temperature = tl.load(temperatures + row * real_step).to(tl.float32)
     sampled = temperature > 0.0
-    x = _scaled(logits + unit * row_step, at, at < size, tl.where(sampled, temperature, 1.0))
+    x = _scaled(logits + unit * row_step, at, size, tl.where(sampled, temperature, 1.0))
     if CUT:
         floor = tl.load(floors + unit)
         x = tl.where((x > floor) | ((x == floor) & (at <= tl.load(lasts + unit))), x, float("-inf"))
