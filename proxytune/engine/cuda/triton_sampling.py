@@ -135,7 +135,8 @@ def _nth(source, size, temperature, floor, wanted, BLOCK: tl.constexpr):
 
 @triton.jit
 def cut_kernel(
-    logits, temperatures, top_ks, top_ps, min_ps, near, floors, lasts, row_step, real_step, whole_step, size, queries,
+    logits, temperatures, top_ks, top_ps, min_ps, near, floors, lasts,
+    row_step, real_step, whole_step, size, queries,
     BLOCK: tl.constexpr, FEW: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """What min-p, top-k and top-p leave of a row: all above a floor, and of those at it the ids up to `last`."""
@@ -201,7 +202,8 @@ def cut_kernel(
 
 @triton.jit
 def draw_kernel(
-    logits, temperatures, keys, positions, floors, lasts, bests, tokens, row_step, real_step, whole_step, size, queries,
+    logits, temperatures, keys, positions, floors, lasts, bests, tokens,
+    row_step, real_step, whole_step, size, queries,
     BLOCK: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """The best of one part of the vocabulary: the largest logit, or the largest with its noise."""
@@ -237,32 +239,53 @@ def settle_kernel(bests, tokens, out, parts, PARTS: tl.constexpr):
     tl.store(out + unit, tl.load(tokens + unit * parts + tl.minimum(first, parts - 1)).to(tl.int64))
 
 
-def draw(logits: Tensor, positions: Tensor, settings: DrawSettings, *, cuts: bool, blocks: Blocks = BLOCKS) -> Tensor:
-    """Tokens [R, Q] for logits [R, Q, V] in float32 at response positions [R, Q]; `cuts`: some row has min-p,
-    top-k or top-p."""
+def left(
+    logits: Tensor,  # [R * Q, V] in float32
+    settings: DrawSettings,
+    queries: int,
+    blocks: Blocks = BLOCKS,
+) -> tuple[Tensor, Tensor]:
+    """What min-p, top-k and top-p leave of every row: logits above a floor [R * Q], once they are divided by
+    the temperature; and of the tokens at it those up to a last id [R * Q]."""
+    count, size = logits.shape
+    device = logits.device
+    near = torch.empty(count, blocks.few, dtype=torch.float32, device=device)
+    floors = torch.empty(count, dtype=torch.float32, device=device)
+    lasts = torch.empty(count, dtype=torch.int32, device=device)
+    temperature, top_p, min_p, top_k, key = settings
+    with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+        cut_kernel[(count,)](
+            logits, temperature, top_k, top_p, min_p, near, floors, lasts,
+            logits.stride(0), temperature.stride(0), key.stride(0), size, queries,
+            BLOCK=blocks.scanned, FEW=blocks.few, NEAR=NEAR, num_warps=blocks.warps,
+        )  # fmt: skip
+    return floors, lasts
+
+
+def draw(
+    logits: Tensor,  # [R, Q, V] in float32
+    positions: Tensor,  # [R, Q] of the response
+    settings: DrawSettings,
+    *,
+    cuts: bool,
+    blocks: Blocks = BLOCKS,
+) -> Tensor:
+    """Tokens [R, Q]; `cuts`: some row has min-p, top-k or top-p."""
     rows, queries, size = logits.shape
     flat = logits.reshape(rows * queries, size)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     device, count, parts = logits.device, rows * queries, triton.cdiv(size, blocks.drawn)
-    steps = flat.stride(0), settings.temperature.stride(0), settings.key.stride(0)
-    floors = torch.empty(count if cuts else 0, dtype=torch.float32, device=device)
-    lasts = torch.empty(count if cuts else 0, dtype=torch.int32, device=device)
+    floors, lasts = left(flat, settings, queries, blocks) if cuts else (positions, positions)
     bests = torch.empty(count, parts, dtype=torch.float64, device=device)
-    best_tokens = torch.empty(count, parts, dtype=torch.int32, device=device)
+    tokens = torch.empty(count, parts, dtype=torch.int32, device=device)
     out = torch.empty(rows, queries, dtype=torch.int64, device=device)
-    temperature, top_p, min_p, top_k, key = settings
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
-        if cuts:
-            near = torch.empty(count, blocks.few, dtype=torch.float32, device=device)
-            cut_kernel[(count,)](
-                flat, temperature, top_k, top_p, min_p, near, floors, lasts, *steps, size, queries,
-                BLOCK=blocks.scanned, FEW=blocks.few, NEAR=NEAR, num_warps=blocks.warps,
-            )  # fmt: skip
         draw_kernel[(count, parts)](
-            flat, temperature, key, positions.contiguous(), floors, lasts, bests, best_tokens, *steps, size, queries,
+            flat, settings.temperature, settings.key, positions.contiguous(), floors, lasts, bests, tokens,
+            flat.stride(0), settings.temperature.stride(0), settings.key.stride(0), size, queries,
             BLOCK=blocks.drawn, CUT=cuts, num_warps=4,
         )  # fmt: skip
         settle_kernel[(count,)](
-            bests, best_tokens, out, parts, PARTS=triton.next_power_of_2(parts), num_warps=1
-        )
+            bests, tokens, out, parts, PARTS=triton.next_power_of_2(parts), num_warps=1
+        )  # fmt: skip
     return out

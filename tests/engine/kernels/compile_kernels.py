@@ -19,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from proxytune.engine.cuda import triton_sampling
 from proxytune.engine.fused import triton_rows
 from proxytune.engine.kernels import triton_attention, triton_linear
 
@@ -100,6 +101,29 @@ def gate(dtype: str, activation: int) -> Case:
     return Case(triton_rows.gate_kernel, dict.fromkeys(("gate", "up", "out"), dtype), constants, 4, 3)
 
 
+def cutting() -> Case:
+    """`cut_kernel` likewise."""
+    types = {"logits": "fp32", "near": "fp32", "floors": "fp32", "lasts": "i32", "top_ks": "i64"}
+    types |= dict.fromkeys(("temperatures", "top_ps", "min_ps"), "fp64")
+    cut = triton_sampling.BLOCKS
+    constants = {"BLOCK": cut.scanned, "FEW": cut.few, "NEAR": triton_sampling.NEAR}
+    return Case(triton_sampling.cut_kernel, types, constants, cut.warps, 3)
+
+
+def drawing(*, cuts: bool) -> Case:
+    """`draw_kernel` likewise."""
+    types = {"logits": "fp32", "temperatures": "fp64", "keys": "i64", "positions": "i64", "floors": "fp32"}
+    types |= {"lasts": "i32", "bests": "fp64", "tokens": "i32"}
+    constants: dict[str, Any] = {"BLOCK": triton_sampling.BLOCKS.drawn, "CUT": cuts}
+    return Case(triton_sampling.draw_kernel, types, constants, 4, 3)
+
+
+def settling() -> Case:
+    """`settle_kernel` likewise."""
+    types = {"bests": "fp64", "tokens": "i32", "out": "i64"}
+    return Case(triton_sampling.settle_kernel, types, {"PARTS": 128}, 1, 3)
+
+
 CASES = {
     "decode bf16 128": attend("bf16", 1, 8, 128, 128),
     "verify bf16 128, everything on": attend("bf16", 5, 4, 128, 128, WINDOWED=True, CAPPED=True, SINKS=True),
@@ -125,6 +149,10 @@ CASES = {
     "rows: store bf16 192/128": placed("bf16", 192, 128, 0),
     "rows: silu bf16": gate("bf16", triton_rows.SILU),
     "rows: gelu fp64": gate("fp64", triton_rows.GELU_TANH),
+    "rows: cut of a vocabulary": cutting(),
+    "rows: draw after a cut": drawing(cuts=True),
+    "rows: draw from all": drawing(cuts=False),
+    "rows: settle a draw": settling(),
 }
 
 
