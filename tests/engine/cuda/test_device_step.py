@@ -219,13 +219,14 @@ def test_steps_are_started_ahead_while_others_prefill(
 
 
 def test_prompts_beside_steps_where_memory_is_tight(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows give way, share beginnings, and every token is the oracle's."""
+    """Rows give way, in the middle of their prompts too."""
     beside = Beside(monkeypatch, 4)
-    start = "what all of these begin with, "
-    examples = [example(start[: 8 * n] + "?" * (3 * n), n) for n in range(5)]
-    d = decoder(trio, batch=5, kv_memory=kv_bytes(decoder(trio), 110), speculation=drafting(1))
-    check(d, examples, Sampling(max_new_tokens=20))
+    examples, s = ragged(10, 6, longest=12), Sampling(max_new_tokens=40, temperature=0.8)
+    d = decoder(trio, kv_memory=kv_bytes(decoder(trio), 160), speculation=drafting(0))
+    tight = everything(list(d.stream(examples, s)))
     assert d.stats.preemptions > 0 and beside.ahead > 0 and beside.fed > 0
+    monkeypatch.setattr(device_loop, "DEVICES", set())
+    assert tight == everything(list(decoder(trio).stream(examples, s)))
 
 
 def test_a_request_that_comes_is_let_in_though_others_prefill(

@@ -57,12 +57,19 @@ CASES: dict[str, tuple[Tensor, tuple[float, float, float, int]]] = {
 }
 
 
-@pytest.mark.parametrize("few", [4, 32])
 @pytest.mark.parametrize("name", CASES)
-def test_cuts(name: str, few: int, kernels: torch.device) -> None:
-    """Whether the floor is looked for near the largest, or among all."""
+def test_cuts(name: str, kernels: torch.device) -> None:
+    """Where the floor is looked for near the largest."""
     logits, row = CASES[name]
-    compare_cuts(logits[None], settings_of(row), kernels, scanned=16, few=few)
+    compare_cuts(logits[None], settings_of(row), kernels, scanned=16, few=32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_cuts_among_all(name: str, kernels: torch.device) -> None:
+    """Where too many are near the largest."""
+    logits, row = CASES[name]
+    compare_cuts(logits[None], settings_of(row), kernels, scanned=16, few=4)
 
 
 @pytest.mark.slow
@@ -87,14 +94,14 @@ def test_any_cuts(seed: int, kernels: torch.device) -> None:
     compare_cuts(logits, settings, kernels, scanned=128, few=64)
 
 
-@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("queries", [1, 2])
 def test_draws_without_cuts(queries: int, kernels: torch.device) -> None:
     """Noise by position, greedy rows beside others, the first of equal logits, and parts that are not full."""
     from proxytune.engine.cuda.triton_sampling import BLOCKS, draw
 
-    logits = torch.randn(4, queries, 700, generator=torch.Generator().manual_seed(1)).round()
-    settings = settings_of((0.0, 1, 0, 0), (1.0, 1, 0, 0), (0.3, 1, 0, 0), (0.0, 1, 0, 0), seed=queries)
-    positions = torch.arange(4 * queries).view(4, queries) * 1001
+    logits = torch.randn(3, queries, 500, generator=torch.Generator().manual_seed(1)).round()
+    settings = settings_of((0.0, 1, 0, 0), (1.0, 1, 0, 0), (0.3, 1, 0, 0), seed=queries)
+    positions = torch.arange(3 * queries).view(3, queries) * 1001
     there = DrawSettings(*(column.to(kernels) for column in settings))
     found = draw(
         logits.to(kernels), positions.to(kernels), there, cuts=False, blocks=BLOCKS._replace(drawn=256)
