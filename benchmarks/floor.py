@@ -35,9 +35,8 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.shapes import SHAPES, TRIO, WINDOW, Shape, kv_bytes_per_token
-from proxytune.engine.attention import NAME, FusedForward
+from proxytune.engine.attention import NAME, FusedForward, varlen
 from proxytune.engine.attention.attention import LayerCall
-from proxytune.engine.attention import varlen
 from proxytune.engine.cuda import triton_sampling
 from proxytune.engine.cuda.sampling import SamplingNeeds
 from proxytune.engine.cuda.state import DeviceBatch, DeviceState, Widths
@@ -76,7 +75,7 @@ STEPS = {
     "sampled": SamplingNeeds(True, False),
     "cut": SamplingNeeds(True, True),
 }
-"""How the tokens of a step are chosen: the largest logits, a sample, or one of what top-p and the like leave."""
+"""How tokens are chosen: the largest logits, a sample, or a sample of what top-p and the like leave."""
 
 
 class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -269,7 +268,8 @@ def batch_on_meta(runners: dict[str, ModelRunner], rows: int, context: int, voca
 def as_text(found: Sequence[Floor]) -> str:
     """A table."""
     lines = [
-        "| shape | work | rows | context | fused | GB | kernels | products | floor, ms | expected, ms | share |",
+        "| shape | work | rows | context | fused | GB | kernels | products "
+        "| floor, ms | expected, ms | share |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [

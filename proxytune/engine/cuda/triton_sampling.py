@@ -139,7 +139,7 @@ def cut_kernel(
     row_step, real_step, whole_step, size, queries,
     BLOCK: tl.constexpr, FEW: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
-    """What min-p, top-k and top-p leave of a row: all above a floor, and of those at it the ids up to `last`."""
+    """What min-p, top-k and top-p leave of a row: all above a floor, and at it the ids up to a last one."""
     unit = tl.program_id(0).to(tl.int64)
     row = unit // queries
     temperature = tl.load(temperatures + row * real_step).to(tl.float32)

@@ -44,8 +44,8 @@ def linear_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = scale[n] * sum_k x[m, k] * weight[n, k] + bias[n], summed in float32. SPLIT: out[s, m, n] is
-    the sum over one part of `span` inputs, without scale and bias."""
+    """out[m, n] = scale[n] * sum_k x[m, k] * weight[n, k] + bias[n], summed in float32. SPLIT: out[s, m, n]
+    is the sum over one part of `span` inputs, without scale and bias."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)

@@ -151,9 +151,7 @@ def test_the_kernel_is_attention(name: str, splits: int, kernels: torch.device) 
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("name", ["one prompt", "prompts and rows that go on", "a window"])
-def test_torchs_attention_of_ragged_rows(
-    name: str, grouped: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchs_attention_of_ragged_rows(name: str, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is handed what it documents, if it was found to be right for such heads."""
     use_varlen(monkeypatch)
     counts, before, _, rule = RAGGED[name]

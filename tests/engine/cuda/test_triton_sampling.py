@@ -96,7 +96,7 @@ def test_any_cuts(seed: int, kernels: torch.device) -> None:
 
 @pytest.mark.parametrize("queries", [1, 2])
 def test_draws_without_cuts(queries: int, kernels: torch.device) -> None:
-    """Noise by position, greedy rows beside others, the first of equal logits, and parts that are not full."""
+    """Noise by position, greedy rows beside others, the first of equal logits, a part that is not full."""
     from proxytune.engine.cuda.triton_sampling import BLOCKS, draw
 
     logits = torch.randn(3, queries, 500, generator=torch.Generator().manual_seed(1)).round()

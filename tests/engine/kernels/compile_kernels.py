@@ -189,7 +189,13 @@ def build(name: str, capability: int) -> dict[str, Any]:
     signature = {a: f"*{case.pointers[a]}" if a in case.pointers else SCALARS.get(a, "i32") for a in names}
     signature |= dict.fromkeys(case.constants, "constexpr")
     # what the launcher finds out by itself: pointers, strides and most sizes are multiples of 16
-    even = {*case.pointers, *(a for a in names if a[:2] in {"q_", "k_", "v_", "x_"}), "inputs", "outputs", "span"}
+    even = {
+        *case.pointers,
+        *(a for a in names if a[:2] in {"q_", "k_", "v_", "x_"}),
+        "inputs",
+        "outputs",
+        "span",
+    }
     even -= set() if case.constants.get("EVEN", True) else {"inputs", "outputs", "x_row", "span"}
     hints = {
         (i,): [["tt.divisibility", 16]] for i, a in enumerate(names) if a in even - case.constants.keys()
