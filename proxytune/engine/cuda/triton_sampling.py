@@ -47,6 +47,15 @@ def _scaled(source, at, size, temperature):
 
 
 @triton.jit
+def _largest(source, size, temperature, BLOCK: tl.constexpr):
+    """The largest of them."""
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for first in range(0, size, BLOCK):
+        highest = tl.maximum(highest, _scaled(source, first + tl.arange(0, BLOCK), size, temperature))
+    return tl.max(highest, 0)
+
+
+@triton.jit
 def _bits(value):
     """float32 -> an integer, in the order of the numbers."""
     bits = value.to(tl.int32, bitcast=True)
@@ -150,11 +159,7 @@ def cut_kernel(
     if (temperature <= 0.0) | ((k <= 0) & (wanted >= 1.0) & (min_p <= 0.0)):
         return
     source, there = logits + unit * row_step, near + unit * FEW
-    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for first in range(0, size, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        highest = tl.maximum(highest, _scaled(source, at, size, temperature))
-    best = tl.max(highest, 0)
+    best = _largest(source, size, temperature, BLOCK)
     if (tl.abs(best) < float("inf")) == 0:
         return  # these are no probabilities
     least = tl.log(tl.where(min_p > 0.0, min_p, 1.0)).to(tl.float32)

@@ -26,6 +26,18 @@ MOST_SPLITS = 128
 
 
 @triton.jit
+def _tile(rows, unit, QUERY: tl.constexpr, RAGGED: tl.constexpr):
+    """The row of the table, its first new token among all, how many these are, and the length with them."""
+    if RAGGED:
+        row, start = tl.load(rows + unit * 4), tl.load(rows + unit * 4 + 1)
+        count, length = tl.load(rows + unit * 4 + 2), tl.load(rows + unit * 4 + 3)
+    else:
+        row, start, length = unit, unit * QUERY, tl.load(rows + unit)
+        count = unit * 0 + QUERY
+    return row, start, count.to(tl.int32), length.to(tl.int32)
+
+
+@triton.jit
 def _span(length, new, window, split, splits, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr):
     """First and last key of one split: whole blocks, the visible keys of the row shared out evenly."""
     start = length * 0
@@ -94,28 +106,19 @@ def attend_kernel(
     heads, pages, splits, window, scaling, softcap,
     GROUP: tl.constexpr, QUERY: tl.constexpr, PAGE: tl.constexpr,
     DK: tl.constexpr, DK_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
-    DIRECT: tl.constexpr, RAGGED: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    SINKS: tl.constexpr, DIRECT: tl.constexpr, RAGGED: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries against one split of its row's keys: the result itself (DIRECT), or its
     unnormalised part with the largest score and the sum of weights. Every row has QUERY new tokens, and
     `rows` are their lengths; RAGGED, `rows` are tiles of up to QUERY tokens of some row."""
     TILES: tl.constexpr = (GROUP * QUERY + BLOCK_M - 1) // BLOCK_M
-    row = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
-    kv_head = tl.program_id(0) // TILES
+    split, kv_head = tl.program_id(2), tl.program_id(0) // TILES
     m = (tl.program_id(0) % TILES) * BLOCK_M + tl.arange(0, BLOCK_M)  # head of the group * QUERY + new token
     head, token = kv_head * GROUP + m // QUERY, m % QUERY
     dk, dv = tl.arange(0, DK_PAD), tl.arange(0, DV_PAD)
-    if RAGGED:  # a row of the table, its first token among all, its tokens, and its length with them
-        tile = rows + row * 4
-        row, start = tl.load(tile), tl.load(tile + 1)
-        count, length = tl.load(tile + 2).to(tl.int32), tl.load(tile + 3).to(tl.int32)
-        q_from = query + start * q_token
-    else:
-        start, count, length = row * QUERY, QUERY, tl.load(rows + row).to(tl.int32)
-        q_from = query + row * q_row
+    row, start, count, length = _tile(rows, tl.program_id(1).to(tl.int64), QUERY, RAGGED)
+    q_from = query + (start * q_token if RAGGED else row * q_row)
     live = (m < GROUP * QUERY) & (token < count)
     length = tl.minimum(length, pages * PAGE)
     at = length - count + token  # position of each new token
