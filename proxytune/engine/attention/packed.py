@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from proxytune.engine.attention.over_pages import Ragged
+from proxytune.engine.attention.ragged import Ragged
 from proxytune.engine.kv.cache import KVCache, Placement, integers
 from proxytune.engine.kv.pages import PagedCache
 

@@ -7,18 +7,16 @@ with our kernels, it is tried before it is used; which versions of torch take gr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from proxytune.engine.attention.ragged import Copied, Parts, tried, written_out
 from proxytune.engine.kernels.scores import ScoreRule
 from proxytune.engine.kernels.trial import APART, farthest, trusted
-from proxytune.engine.kv.cache import integers
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDEST = 256
@@ -30,25 +28,7 @@ TRIED = 40
 """New tokens of a row on which it is tried."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Ragged rows as torch takes them."""
-
-    slots: Tensor  # [K] where all tokens of all rows are in the pools
-    query_ends: Tensor  # [R + 1] int32: new tokens, summed up
-    key_ends: Tensor  # [R + 1] int32: all tokens
-    most_new: int
-    longest: int
-
-    @classmethod
-    def of(cls, slots: Tensor, counts: Sequence[int], lengths: Sequence[int]) -> Rows:
-        """Rows with so many new tokens and so many in all."""
-        ends = (integers(list(accumulate(own, initial=0)), slots.device).int() for own in (counts, lengths))
-        query_ends, key_ends = ends
-        return cls(slots, query_ends, key_ends, max(counts), max(lengths))
-
-
-def pays(parts: Sequence[tuple[int, int, int, int]]) -> bool:
+def pays(parts: Parts) -> bool:
     """Whether so much is new that the copy of what is there is little beside it."""
     new, there = (sum(part[at] for part in parts) for at in (2, 3))
     return new * WORTH_COPYING >= there
@@ -67,18 +47,14 @@ def takes(query: Tensor, pools: tuple[Tensor, Tensor], rule: ScoreRule) -> bool:
     shape = heads, kv_heads, size, query.dtype, rule.scaling, rule.window
 
     def apart() -> float:
-        from proxytune.engine.attention.over_pages import place, tried, written_out
-
         q, own, table, parts = tried(query, pools, TRIED)
-        places = [place(table[number].tolist(), length) for number, *_, length in parts]
-        slots = torch.cat([torch.from_numpy(one) for one in places]).to(query.device)
-        rows = Rows.of(slots, [part[2] for part in parts], [part[3] for part in parts])
+        rows = Copied.of(table.tolist(), parts, query.device)
         return farthest(attend(q, own, rows, rule), written_out(q, own, table, parts, rule))
 
     return trusted("attention of ragged rows in torch", shape, query.device, apart, APART[query.dtype])
 
 
-def attend(query: Tensor, pools: tuple[Tensor, Tensor], rows: Rows, rule: ScoreRule) -> Tensor:
+def attend(query: Tensor, pools: tuple[Tensor, Tensor], rows: Copied, rule: ScoreRule) -> Tensor:
     """Queries [T, H, D] of the last tokens of rows -> [T, H, D]."""
     keys, values = (pool.flatten(0, 1).index_select(0, rows.slots) for pool in pools)
     attention = function()

@@ -201,7 +201,7 @@ def tile_tokens(longest: int, group: int, dtype: torch.dtype) -> int:
     """Tokens of a ragged tile, a power of two so that few kernels are compiled: what fills one with the query
     heads of a KV head."""
     most = 16 if dtype == torch.float32 else 64
-    return min(triton.next_power_of_2(longest), max(1, most // triton.next_power_of_2(group)))
+    return min(int(triton.next_power_of_2(longest)), max(1, most // int(triton.next_power_of_2(group))))
 
 
 class Cut(NamedTuple):

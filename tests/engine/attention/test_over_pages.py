@@ -14,8 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from proxytune.config import ModelSpec, Sampling, System, parse_alpha
 from proxytune.engine.attention import attention, over_pages, varlen
-from proxytune.engine.attention.over_pages import Ragged, attend_pages, tiles, written_out
+from proxytune.engine.attention.over_pages import attend_pages
 from proxytune.engine.attention.packed import Group
+from proxytune.engine.attention.ragged import Ragged, tiles, written_out
 from proxytune.engine.kernels.scores import ScoreRule
 from proxytune.engine.kv.cache import CacheSpec, LayerShape
 from proxytune.engine.kv.pages import PAGE, PagedCache
