@@ -18,13 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from proxytune.engine.cuda.sampling import DrawSettings
+Settings = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""`sampling.DrawSettings`: temperature, top-p, min-p, top-k and key, [R] each."""
 
 NEAR = 12.0
 """How far below the largest logit, divided by the temperature, the floor is looked for first."""
 
 
-class Blocks(NamedTuple):
+class DrawBlocks(NamedTuple):
     """How the work of one call is cut."""
 
     scanned: int = 4096
@@ -37,7 +38,7 @@ class Blocks(NamedTuple):
     """Of a program that looks for a floor."""
 
 
-BLOCKS = Blocks()
+BLOCKS = DrawBlocks()
 
 
 @triton.jit
@@ -246,9 +247,9 @@ def settle_kernel(bests, tokens, out, parts, PARTS: tl.constexpr):
 
 def left(
     logits: Tensor,  # [R * Q, V] in float32
-    settings: DrawSettings,
+    settings: Settings,
     queries: int,
-    blocks: Blocks = BLOCKS,
+    blocks: DrawBlocks = BLOCKS,
 ) -> tuple[Tensor, Tensor]:
     """What min-p, top-k and top-p leave of every row: logits above a floor [R * Q], once they are divided by
     the temperature; and of the tokens at it those up to a last id [R * Q]."""
@@ -270,10 +271,10 @@ def left(
 def draw(
     logits: Tensor,  # [R, Q, V] in float32
     positions: Tensor,  # [R, Q] of the response
-    settings: DrawSettings,
+    settings: Settings,
     *,
     cuts: bool,
-    blocks: Blocks = BLOCKS,
+    blocks: DrawBlocks = BLOCKS,
 ) -> Tensor:
     """Tokens [R, Q]; `cuts`: some row has min-p, top-k or top-p."""
     rows, queries, size = logits.shape
@@ -284,10 +285,11 @@ def draw(
     bests = torch.empty(count, parts, dtype=torch.float64, device=device)
     tokens = torch.empty(count, parts, dtype=torch.int32, device=device)
     out = torch.empty(rows, queries, dtype=torch.int64, device=device)
+    temperature, *_, key = settings
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
         draw_kernel[(count, parts)](
-            flat, settings.temperature, settings.key, positions.contiguous(), floors, lasts, bests, tokens,
-            flat.stride(0), settings.temperature.stride(0), settings.key.stride(0), size, queries,
+            flat, temperature, key, positions.contiguous(), floors, lasts, bests, tokens,
+            flat.stride(0), temperature.stride(0), key.stride(0), size, queries,
             BLOCK=blocks.drawn, CUT=cuts, num_warps=4,
         )  # fmt: skip
         settle_kernel[(count,)](

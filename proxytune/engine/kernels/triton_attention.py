@@ -204,7 +204,7 @@ def tile_tokens(longest: int, group: int, dtype: torch.dtype) -> int:
     return min(int(triton.next_power_of_2(longest)), max(1, most // int(triton.next_power_of_2(group))))
 
 
-class Cut(NamedTuple):
+class QueryCut(NamedTuple):
     """How the queries of one call lie, and how its work is cut."""
 
     new: int
@@ -228,7 +228,7 @@ def launch(
     rows, heads, new, _ = query.shape
     row, head, token, _ = query.stride()
     out = torch.empty(rows, new, heads, values.shape[-1], dtype=query.dtype, device=query.device)
-    cut = Cut(new, False, (row, head, token), splits)
+    cut = QueryCut(new, False, (row, head, token), splits)
     _launch(query, keys, values, table, lengths, out, rule, cut)
     return out.transpose(1, 2)
 
@@ -246,7 +246,7 @@ def launch_ragged(
     """The kernels on packed tokens, all of which are in tiles of at most `most` -> [T, H, Dv]."""
     tokens, heads, _ = query.shape
     out = torch.empty(tokens, heads, values.shape[-1], dtype=query.dtype, device=query.device)
-    cut = Cut(most, True, (0, query.stride(1), query.stride(0)), splits)
+    cut = QueryCut(most, True, (0, query.stride(1), query.stride(0)), splits)
     _launch(query, keys, values, table, tiles, out, rule, cut)
     return out
 
@@ -259,7 +259,7 @@ def _launch(
     rows: Tensor,  # [R] lengths, or [N, 4] tiles
     out: Tensor,  # [.., H, Dv]
     rule: ScoreRule,
-    cut: Cut,
+    cut: QueryCut,
 ) -> None:
     window, softcap, sinks = rule.window, rule.softcap, rule.sinks
     dk, page, kv_heads, dv = query.shape[-1], keys.shape[1], keys.shape[2], values.shape[-1]
