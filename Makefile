@@ -20,7 +20,7 @@ SYSTEM ?=
 ARGS ?=
 QUESTIONS ?= 200
 BIN := .venv/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 STAMP := .venv/installed
 REPORT := results/demo-report
 ALPHAS := 0:2:0.2

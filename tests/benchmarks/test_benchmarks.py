@@ -27,6 +27,8 @@ from tests.support.on_device import as_on_a_device, on_launch
 from tests.support.require import require_demo
 from tests.support.tiers import slow
 
+pytestmark = pytest.mark.xdist_group("benchmarks")  # the tests of one run stay in one process
+
 CPU = torch.device("cpu")
 WANTED = {
     "mixed_vs_paper_best_batch",
@@ -95,6 +97,7 @@ def test_the_tables_hold_every_ratio_and_case(found: dict[str, Any]) -> None:
     assert "41.55 (2.54x)" in text, "the paper's own figures stand beside ours"
 
 
+@pytest.mark.slow
 def test_tables_are_written_between_the_marks(
     found: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

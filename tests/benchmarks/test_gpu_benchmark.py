@@ -13,6 +13,7 @@ from proxytune.engine.kernels.paged_attention import token_slots
 from proxytune.models.support import examine
 from tests.support import tiny
 from tests.support.checkout import ROOT
+from tests.support.tiers import slow
 
 pytestmark = pytest.mark.gpu
 FAMILIES = {
@@ -25,7 +26,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", *map(slow, list(FAMILIES)[1:])])
 def test_hf_models_decode_through_the_kernel(family: str, kernels: torch.device) -> None:
     """Chunks of 3, 16, 5 and 1 tokens per row, over pages, give what one plain forward gives."""
     model = tiny.build(family, 1, **FAMILIES[family]).float().to(kernels)

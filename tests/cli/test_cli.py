@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,16 +54,14 @@ print([name for name in "{HEAVY}".split() if name in sys.modules])
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_help_is_instant() -> None:
-    """User time of `proxytune --help`, the better of two processes: a busy machine slows one down."""
-
-    def seconds() -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        done = python("from proxytune.cli.app import app; app(['--help'])")
-        assert done.returncode == 0 and "eval" in done.stdout
-        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-
-    assert min(seconds(), seconds()) < 0.5
+def test_help_loads_few_modules() -> None:
+    """What `proxytune --help` costs is what it imports: counted, since seconds are the machine's."""
+    done = python(
+        "import sys\nfrom proxytune.cli.app import app\ntry:\n    app(['--help'])\n"
+        "except SystemExit as end:\n    assert not end.code\nprint(len(sys.modules))"
+    )
+    assert done.returncode == 0 and "eval" in done.stdout
+    assert int(done.stdout.splitlines()[-1]) < 600
 
 
 @pytest.mark.parametrize("command", COMMANDS)

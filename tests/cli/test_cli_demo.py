@@ -22,6 +22,8 @@ from tests.support import command_line
 from tests.support.checkout import ROOT, environment
 from tests.support.require import require_demo
 
+pytestmark = pytest.mark.xdist_group("demo")  # the tests of one run stay in one process
+
 ROLES = ("base", "antiexpert", "expert", "proxy", "tuned")
 FAMILIES = {
     "gsm": "exact_match",
@@ -65,6 +67,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, proxytune(folder, "demo", "--limit", "2", "--out", "kept").stdout
 
 
+@pytest.mark.slow
 def test_a_small_demo_has_the_promised_form(kept: tuple[Path, str]) -> None:
     folder, _ = kept
     tasks = json.loads(proxytune(folder, "demo", "--limit", "2", "--out", "kept", "--json").stdout)["tasks"]
@@ -76,6 +79,7 @@ def test_a_small_demo_has_the_promised_form(kept: tuple[Path, str]) -> None:
         assert all(row["memory_bytes"] > 0 and row["ms_per_token"] > 0 for row in task["rows"].values())
 
 
+@pytest.mark.slow
 def test_a_small_demo_prints_tables_and_keeps_runs_when_asked(kept: tuple[Path, str]) -> None:
     folder, shown = kept
     for text in (

@@ -27,6 +27,7 @@ from proxytune.runs import session as run_session
 from proxytune.runs.session import run_job
 from tests.support.checkout import environment
 from tests.support.runs import QUIET, evaluated, unfinish
+from tests.support.tiers import slow
 
 SHORT = Sampling(max_new_tokens=12)
 
@@ -296,7 +297,7 @@ def wait_for_rows(path: Path, count: int, process: subprocess.Popen[str]) -> Non
     pytest.fail("no rows within two minutes")
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [slow(signal.SIGKILL), signal.SIGINT])
 def test_a_killed_process_is_continued(
     yaml: Path, system: System, models: Models, tmp_path: Path, how: signal.Signals
 ) -> None:

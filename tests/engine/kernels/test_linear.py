@@ -30,6 +30,8 @@ def test_every_path_gives_the_product(
     exact = copy.deepcopy(layer).double()
     fast = RowLinear.over(layer)
     if way == "packed":
+        if dtype not in linear.ONEDNN_DTYPES:
+            pytest.skip(f"oneDNN has no kernel for {dtype} on this processor")
         fast.pack()
         assert fast.weight is None
     for rows in (0, 1, 2, 3, 4, 5, 9, 64, 200, 257):
@@ -53,7 +55,8 @@ def test_weights_lie_in_one_layout_and_come_back(dtype: torch.dtype) -> None:
         want = model(ids).logits
         packed = use_row_linears(model)
         got = model(ids).logits
-    assert packed > 0.9 * sum(p.nbytes for n, p in before.items() if "proj" in n)
+    least = 0.9 * sum(p.nbytes for n, p in before.items() if "proj" in n)
+    assert packed > least if dtype in linear.ONEDNN_DTYPES else packed == 0
     assert packed + sum(p.nbytes for p in model.parameters()) == whole
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert type(model.lm_head) is RowLinear

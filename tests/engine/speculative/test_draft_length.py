@@ -63,8 +63,8 @@ def test_flat_times_and_good_drafts_mean_long_drafts() -> None:
     assert min(chosen) >= 4 and speed > 2.5 * plain
 
 
-@pytest.mark.parametrize("acceptance", [0.1, 0.3, 0.6, 0.8, 0.95])
-@pytest.mark.parametrize("rows", [1, 4, 16, 64, 128])
+@pytest.mark.parametrize("acceptance", [0.1, 0.6, 0.95])
+@pytest.mark.parametrize("rows", [1, 16, 128])
 @pytest.mark.parametrize("verify", [flat, bound, trap])
 def test_never_much_slower_than_plain(verify: Cost, rows: int, acceptance: float) -> None:
     """Trying out included, within three percent."""
