@@ -2,6 +2,8 @@
 
     python benchmarks/floor.py                          every shape, one row
     python benchmarks/floor.py --shape 13b+7b+7b --rows 8 --context 2048
+    python benchmarks/floor.py --work cut               a step with top-p
+    python benchmarks/floor.py --work prefill           prompts of --context tokens
     python benchmarks/floor.py --json
 
 No GPU is needed, and nothing is timed. A step is run at its real sizes on torch's `meta` device, which has
@@ -33,8 +35,9 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.shapes import SHAPES, TRIO, WINDOW, Shape, kv_bytes_per_token
-from proxytune.engine.attention import NAME, FusedForward
+from proxytune.engine.attention import NAME, FusedForward, varlen
 from proxytune.engine.attention.attention import LayerCall
+from proxytune.engine.cuda import triton_sampling
 from proxytune.engine.cuda.sampling import SamplingNeeds
 from proxytune.engine.cuda.state import DeviceBatch, DeviceState, Widths
 from proxytune.engine.cuda.step import DeviceStep
@@ -46,7 +49,9 @@ from proxytune.engine.kernels.int8 import Int8Linear
 from proxytune.engine.kernels.wide_head import WideHead
 from proxytune.engine.kv import CacheSpec, LayerShape
 from proxytune.engine.kv.pages import PAGE, PagedCache
+from proxytune.engine.request import Segment, Work
 from proxytune.engine.runners import ModelRunner, Runner, VocabMap
+from proxytune.engine.runners.runner import forward_all
 from proxytune.engine.speculative.draft_length import Ahead
 
 META = torch.device("meta")
@@ -55,12 +60,22 @@ BANDWIDTH = 4.3e12
 """Bytes per second: what a large copy on an H200 was planned with."""
 GAP = 1.5e-6
 """Seconds that a kernel in a replayed graph takes beside the time of its bytes: assumed, not measured."""
+TOKENS = 1 << 20
+"""Tokens of a cache that takes no memory."""
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "lift_fresh", "alias"}
 """Operations that launch nothing, and are no views to torch."""
 PRODUCTS = {"mm", "addmm", "bmm", "linear_kernel"}
-TRITON = (triton_rows, triton_attention, triton_linear)
-ROOMS = ("fused.rows", "kernels.paged_attention", "kernels.int8")
-"""Modules of the engine that ask whether a Triton kernel can run."""
+TRITON = (triton_rows, triton_attention, triton_linear, triton_sampling)
+ROOMS = ("fused.rows", "cuda.sampling", "kernels.paged_attention", "kernels.int8")
+"""Modules of the engine that ask whether a Triton kernel can run; the first two of them, for few kernels."""
+TRIED = (*ROOMS, "attention.over_pages", "attention.varlen")
+"""Modules that ask whether one is right."""
+STEPS = {
+    "greedy": SamplingNeeds(False, False),
+    "sampled": SamplingNeeds(True, False),
+    "cut": SamplingNeeds(True, True),
+}
+"""How tokens are chosen: the largest logits, a sample, or a sample of what top-p and the like leave."""
 
 
 class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -102,6 +117,8 @@ class Floor:
     """One step of a trio: what it reads, what it launches, and how long that takes at least."""
 
     shape: str
+    work: str
+    """greedy, sampled or cut: a decoding step; prefill: a prompt of each row."""
     rows: int
     context: int
     fused: bool
@@ -125,14 +142,18 @@ class Priced(NamedTuple):
 PRICED = Priced()
 
 
-def floor(name: str, rows: int, context: int, *, fused: bool, priced: Priced = PRICED) -> Floor:
-    """The floor of one decoding step without drafts; greedy. `fused`: with the kernels of `engine/fused`."""
-    kernels, size = launches(name, rows, context, fused=fused), step_bytes(name, rows, context)
+def floor(
+    name: str, rows: int, context: int, work: str = "greedy", *, fused: bool, priced: Priced = PRICED
+) -> Floor:
+    """The floor of one decoding step without drafts, or of the prefill of rows of so many tokens. `fused`:
+    with the kernels of `engine/fused` and of `cuda/triton_sampling`."""
+    kernels = launches(name, rows, context, work, fused=fused)
+    size = step_bytes(name, rows, context)
     total, least = kernels.total(), size / priced.bandwidth
     expected = least + total * priced.gap
     products = sum(count for kernel, count in kernels.items() if kernel in PRODUCTS)
     return Floor(
-        *(name, rows, context, fused, size / 1e9, total, products),
+        *(name, work, rows, context, fused, size / 1e9, total, products),
         *(least * 1e3, expected * 1e3, least / expected),
     )
 
@@ -152,29 +173,40 @@ def own_bytes(model: PreTrainedModel) -> int:
     return total if head is table else int(total - table.nbytes)
 
 
-def launches(name: str, rows: int, context: int, *, fused: bool) -> Counter[str]:
-    """How often every kernel is launched in one step."""
+def launches(name: str, rows: int, context: int, work: str = "greedy", *, fused: bool) -> Counter[str]:
+    """How often every kernel is launched in one step, or in one prefill."""
     large, small = SHAPES[name]
     with ExitStack() as stack:
         mode = Launches()
         for place in on_cuda(mode.kernels, fused=fused):
             stack.enter_context(place)
         runners = {str(role): runner(large if role == "base" else small, fused) for role in TRIO}
+        if work == "prefill":
+            prompts = Work([Segment(row, (0,) * context) for row in range(rows)], ())
+            for one in runners.values():
+                for _ in range(rows):
+                    one.rows.admit()
+                one.rows.reserve([context] * rows)
+            with mode:
+                forward_all(dict[str, Runner](runners), dict.fromkeys(runners, prompts))
+            return mode.kernels
         ensemble = Ensemble(dict[str, Runner](runners), "base", (Term("expert", "antiexpert", 1.0),))
         step = DeviceStep(ensemble.runners, (), "base", ensemble.combine)
         batch = batch_on_meta(runners, rows, context, large.vocabulary)
         mode.kernels.clear()
         with mode:
-            step(batch, Ahead(0), SamplingNeeds(False, False)).packed()
+            step(batch, Ahead(0), STEPS[work]).packed()
     return mode.kernels
 
 
 def on_cuda(kernels: Counter[str], *, fused: bool) -> Iterator[Any]:
     """What makes `meta` look like a GPU. There nothing can be tried out, so what modules are is said."""
     engine = "proxytune.engine"
-    for room in ROOMS[0 if fused else 1 :]:
+    for room in ROOMS[0 if fused else 2 :]:
         yield patch(f"{engine}.{room}.runs_triton", lambda tensor: True)
+    for room in TRIED:
         yield patch(f"{engine}.{room}.trusted", lambda *given: True)
+    yield patch.object(varlen, "there", lambda query: True)
     yield patch(f"{engine}.kernels.wide_head.wide_product", wide_product)
     for module in TRITON:
         for kernel in [name for name in vars(module) if name.endswith("_kernel")]:
@@ -215,7 +247,7 @@ def runner(shape: Shape, fused: bool) -> ModelRunner:
     model.set_attn_implementation(NAME)
     model.config.pad_token_id = None
     layer = LayerShape(shape.kv_heads, size, size)
-    cache = PagedCache(CacheSpec((layer,) * shape.layers, PAGE, DTYPE, (META,) * shape.layers))
+    cache = PagedCache(CacheSpec((layer,) * shape.layers, TOKENS, DTYPE, (META,) * shape.layers))
     forward: Any = model
     if fused:
         use_device_kernels(model)
@@ -236,11 +268,12 @@ def batch_on_meta(runners: dict[str, ModelRunner], rows: int, context: int, voca
 def as_text(found: Sequence[Floor]) -> str:
     """A table."""
     lines = [
-        "| shape | rows | context | fused | GB | kernels | products | floor, ms | expected, ms | share |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| shape | work | rows | context | fused | GB | kernels | products "
+        "| floor, ms | expected, ms | share |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {f.shape} | {f.rows} | {f.context} | {'yes' if f.fused else 'no'} | {f.gigabytes:.1f} "
+        f"| {f.shape} | {f.work} | {f.rows} | {f.context} | {'yes' if f.fused else 'no'} | {f.gigabytes:.1f} "
         f"| {f.kernels:,} | {f.products:,} | {f.floor_ms:.2f} | {f.expected_ms:.2f} | {f.share:.0%} |"
         for f in found
     ]
@@ -251,6 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, count, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), action="append", help="default: the large ones")
+    works = [*STEPS, "prefill"]
+    parser.add_argument("--work", choices=works, default="greedy", help="a step, by its sampling; a prefill")
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--bandwidth", type=float, default=BANDWIDTH / 1e9, help="GB/s")
@@ -259,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     priced = Priced(options.bandwidth * 1e9, options.gap / 1e6)
     found = [
-        floor(name, options.rows, options.context, fused=fused, priced=priced)
+        floor(name, options.rows, options.context, options.work, fused=fused, priced=priced)
         for name in options.shape or list(SHAPES)[:3]
         for fused in (False, True)
     ]

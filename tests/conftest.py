@@ -94,7 +94,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     monkeypatch.setattr("proxytune.engine.kernels.paged_attention.runs_triton", lambda tensor: True)
     monkeypatch.setattr("proxytune.engine.kernels.int8.runs_triton", lambda tensor: True)
     monkeypatch.setattr("proxytune.engine.fused.rows.runs_triton", lambda tensor: True)
-    for place in ("kernels.paged_attention", "kernels.int8", "fused.rows"):
+    monkeypatch.setattr("proxytune.engine.cuda.sampling.runs_triton", lambda tensor: True)
+    for place in ("kernels.paged_attention", "kernels.int8", "fused.rows", "cuda.sampling"):
         # a trial takes the interpreter longer than what is tested
         monkeypatch.setattr(f"proxytune.engine.{place}.trusted", lambda *_: True)
     return torch.device("cpu")

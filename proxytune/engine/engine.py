@@ -19,7 +19,7 @@ from torch import Tensor
 from proxytune.engine.cuda.loop import DeviceLoop, steps_on_device
 from proxytune.engine.ensemble import Ensemble
 from proxytune.engine.logits import found_probability, some
-from proxytune.engine.request import Plan, Request, Result, Row, TokenTrace, Work
+from proxytune.engine.request import Plan, Request, Result, Row, Segment, TokenTrace, Work
 from proxytune.engine.runners.runner import forward_all
 from proxytune.engine.sampling import RowPosition, pick
 from proxytune.engine.scheduler import Scheduler
@@ -210,14 +210,18 @@ class Engine:
         """-> what finished, and the share of prompts in the time that it took."""
         device, models = self.device, len(self.ensemble.runners)
         if device is not None and device.in_flight:
+            prefill = device.follow()
+            self._feed(prefill)
             results, tokens = self._collect(device)
-            return results, self._prefill.collected(models * tokens)
+            share = self._prefill.collected(models * tokens)
+            self._prefill.started(sum(len(s.ids) for own in prefill.values() for s in own))
+            return results, share
         wishes = (lambda rows: [self.drafter.depths(rows)]) if device is None else device.depths
         plan = self.scheduler.plan(wishes)
         rows, prompts = self.scheduler.rows[: plan.decoding], sum(map(plan.prompt_tokens, plan.prefill))
         started = bool(rows) and device is not None and device.start(plan)
         if started or not rows:
-            forward_all(self.ensemble.runners, {n: Work(s, ()) for n, s in plan.prefill.items()})
+            self._feed(plan.prefill)
             if not started:
                 return [], self._prefill.alone(prompts)
             self._prefill.started(prompts)
@@ -233,6 +237,10 @@ class Engine:
         self._learn(rows, drafts, chosen, None if prompts else seconds)
         fed = models * (len(rows) + sum(map(len, drafts.tokens)))
         return self._advance(rows, chosen), self._prefill.together(prompts, fed)
+
+    def _feed(self, prefill: Mapping[str, Sequence[Segment]]) -> None:
+        """Prompt tokens, of which no logits are wanted."""
+        forward_all(self.ensemble.runners, {name: Work(own, ()) for name, own in prefill.items()})
 
     def _collect(self, device: DeviceLoop) -> tuple[list[Result], int]:
         """Take in the output of a step on the device. -> what finished, and how many tokens it fed."""

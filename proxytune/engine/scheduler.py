@@ -103,14 +103,36 @@ class Scheduler:
         self._admit()
         while True:
             decoding = self._order()
-            prefill = self._prefill(decoding)
+            prefill = self.prefill(decoding)
             for depths in (*map(tuple, wishes(self.rows[:decoding])), (0,) * decoding):
-                targets = {name: self._targets(name, depths, prefill[name]) for name in self.caches}
-                if all(self.caches[name].fits(lengths) for name, lengths in targets.items()):
-                    for name, lengths in targets.items():
-                        self.caches[name].reserve(lengths)
+                growth = {n: [1 + drafts * most for drafts in depths] for n, most in self.longest.items()}
+                if self.make_room(growth, prefill):
                     return Plan(decoding, depths, prefill)
             self.preempt()
+
+    def make_room(
+        self, growth: Mapping[str, Sequence[int]], prefill: Mapping[str, Sequence[Segment]]
+    ) -> bool:
+        """Make room in every model for so many more tokens of its first rows, before drafts are taken back,
+        and for prompts of others; False, and nothing done, if there is none."""
+        targets = {name: list(rows.lengths) for name, rows in self.caches.items()}
+        for name, lengths in targets.items():
+            for index, count in enumerate(growth[name]):
+                lengths[index] += count
+            for segment in prefill[name]:
+                lengths[segment.row] += len(segment.ids)
+        if not all(self.caches[name].fits(lengths) for name, lengths in targets.items()):
+            return False
+        for name, lengths in targets.items():
+            self.caches[name].reserve(lengths)
+        return True
+
+    def joining(self, decoding: int) -> bool:
+        """Whether a plan would let a row in, or have rows decode beside the first `decoding`."""
+        if any(map(self._ready, range(decoding, len(self.rows)))):
+            return True
+        room = len(self.rows) < self.max_rows and self._outstanding() < self.prefill_tokens
+        return bool(self.waiting) and room and decoding < len(self.rows)
 
     def finish(self, done: Iterable[int]) -> None:
         """Rows that ended: a waiting request with the same prompt takes the place over, or the place is
@@ -158,7 +180,8 @@ class Scheduler:
         for rows in self.caches.values():
             rows.drop(index)
 
-    def _prefill(self, decoding: int) -> dict[str, tuple[Segment, ...]]:
+    def prefill(self, decoding: int) -> dict[str, tuple[Segment, ...]]:
+        """The prompt tokens of the rows behind the first `decoding` that are fed next."""
         oldest = sorted(range(decoding, len(self.rows)), key=lambda index: self.rows[index].ticket)
         return {name: self._chunks(name, oldest) for name in self.caches}
 
@@ -173,15 +196,6 @@ class Scheduler:
                 chunks.append(Segment(index, tuple(self.rows[index].ids[name][seen : seen + count])))
                 budget -= count
         return tuple(sorted(chunks, key=lambda segment: segment.row))
-
-    def _targets(self, name: str, depths: Sequence[int], prefill: Sequence[Segment]) -> list[int]:
-        """Tokens of every row after the step, before drafts are taken back."""
-        lengths = list(self.caches[name].lengths)
-        for index, drafts in enumerate(depths):
-            lengths[index] += 1 + drafts * self.longest[name]
-        for segment in prefill:
-            lengths[segment.row] += len(segment.ids)
-        return lengths
 
     def preempt(self) -> None:
         """The youngest row gives up its KV and waits again; what it has generated so far is kept."""

@@ -2,9 +2,9 @@
 
 One call carries T tokens of several rows, [1, H, T, D]. `Packed` says which tokens belong to which rows; it
 travels as a keyword argument of the model's forward, so that several engines can run in one process. On the
-CPU a kernel takes the rows as they are, and on CUDA one takes their pages. Where torch attends, rows with
-equal query length form a group, and a group is one attention call: decode is one group, every prefill chunk
-another."""
+CPU a kernel takes the rows as they are, and on CUDA one call takes all of them over their pages. Where torch
+attends, rows with equal query length form a group, and a group is one attention call: decode is one group,
+every prefill chunk another."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from proxytune.engine.attention.over_pages import attend_pages
-from proxytune.engine.attention.packed import MAX_GROUPED, MOST_TOKENS, Group, Packed
+from proxytune.engine.attention.packed import MAX_GROUPED, MOST_TOKENS, Group, Packed, PackedPart
 from proxytune.engine.cuda.attention import DevicePacked
-from proxytune.engine.fused import Rotation, rotate_and_place
+from proxytune.engine.fused import Rotation, place, rotate_and_place
 from proxytune.engine.kernels.cpu_attention import attend_slots, takes
 from proxytune.engine.kernels.cpu_rows import rotate
 from proxytune.engine.kernels.paged_attention import supported
@@ -94,34 +94,55 @@ def attend(
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
     if isinstance(packed, DevicePacked):
         return packed.attend(layer, query, key, value, rule, rotation), None
+    results, cache = list[Tensor](), packed.parts[0].cache
+    if isinstance(cache, PagedCache):
+        results += [_over_pages(part, layer, query, key, value, rule, rotation) for part in packed.parts]
+        if rest := query.shape[2] - packed.parts[-1].tokens.stop:  # tokens that no row owns
+            results.append(query.new_zeros(rest, query.shape[1], value.shape[-1]))
+        return (results[0] if len(results) == 1 else torch.cat(results))[None], None
     result = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])  # [T, H, Dv]
-    result[packed.parts[-1].tokens.stop :] = 0  # of tokens that no row owns
+    result[packed.parts[-1].tokens.stop :] = 0
     for part in packed.parts:
         mine = part.tokens
         q, k, v, out = query[0, :, mine], key[0, :, mine], value[0, :, mine], result[mine]
-        cache = part.cache
-        if rotation is not None and not isinstance(cache, PagedCache):
+        if rotation is not None:
             q, k = (rotate(t.transpose(0, 1), *rotation.of(mine)).transpose(0, 1) for t in (q, k))
+        cache, groups = part.cache, part.groups
         if isinstance(cache, SlotCache) and takes(q, cache.spec.dtype):
             attend_slots(q, k, v, cache.pools(layer), part.at.segments, out, rule, MOST_TOKENS)
             groups = part.long_groups
         else:
-            if rotation is not None and isinstance(cache, PagedCache):
-                lines, slots = [t.transpose(0, 1) for t in (q, k, v)], cache.slots(part.at, key.device)
-                turned = rotate_and_place(
-                    lines[0], lines[1], lines[2], rotation.of(mine), cache.pools(layer), slots
-                )
-                q = turned.transpose(0, 1)
-            else:
-                cache.write(layer, k, v, part.at)
-            groups = part.groups
-            if isinstance(cache, PagedCache) and supported(q[None, :, :1], *cache.pools(layer)):
-                for paged in part.paged_groups:
-                    attend_pages(paged, q, cache, layer, out, rule)
-                groups = part.unpaged_groups
+            cache.write(layer, k, v, part.at)
         for group in groups:
             _attend_group(group, q, cache, layer, out, rule)
     return result[None], None
+
+
+def _over_pages(
+    part: PackedPart,
+    layer: int,
+    query: Tensor,  # [1, H, T, Dk] of all parts, and so are key and value
+    key: Tensor,
+    value: Tensor,
+    rule: ScoreRule,
+    rotation: Rotation | None,
+) -> Tensor:
+    """Store a part's keys and values and let its queries see them and what came before: -> [T, H, Dv]."""
+    cache = part.cache
+    assert isinstance(cache, PagedCache)
+    pools = cache.pools(layer)
+    q, k, v = (t[0, :, part.tokens].transpose(0, 1) for t in (query, key, value))  # [T, H, D]
+    slots = cache.slots(part.at, key.device)
+    if rotation is None:
+        place(k, v, pools, slots)
+    else:
+        q = rotate_and_place(q, k, v, rotation.of(part.tokens), pools, slots)
+    if supported(q[:1].transpose(0, 1)[None], *pools):
+        return attend_pages(part.ragged, q, pools, rule)
+    out = q.new_empty(*q.shape[:2], v.shape[-1])
+    for group in part.groups:
+        _attend_group(group, q.transpose(0, 1), cache, layer, out, rule)
+    return out
 
 
 def _attend_group(group: Group, q: Tensor, cache: KVCache, layer: int, out: Tensor, rule: ScoreRule) -> None:

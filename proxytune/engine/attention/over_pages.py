@@ -1,64 +1,46 @@
-"""Packed tokens of ragged rows over pages, as the paged kernel takes them: no page is copied, and key heads
-are not repeated. Rows with about as many new tokens attend in one call."""
+"""Packed tokens of ragged rows over pages, in one call per layer: prompts, and tokens of rows that decode
+where no graph does.
+
+By torch's attention of ragged rows where many tokens are new beside what is there (`varlen`), since keys and
+values have to be copied out of their pages for it; else by our own kernel, which reads pages as they lie.
+Where neither is right, it is written out row by row."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import torch
 from torch import Tensor
 
-from proxytune.engine.kernels.paged_attention import paged_attention
+from proxytune.engine.attention import varlen
+from proxytune.engine.attention.ragged import Ragged, tiles, tried, written_out
 from proxytune.engine.kernels.scores import ScoreRule
+from proxytune.engine.kernels.trial import APART, farthest, trusted
 from proxytune.engine.kv.cache import integers
-from proxytune.engine.kv.pages import PAGE, PagedCache
 
 
-@dataclass
-class PagedGroup:
-    """Rows with at most `query` new tokens each, a power of two, so that few kernels are compiled. Those with
-    fewer begin with tokens that nobody asked for."""
+def attend_pages(rows: Ragged, query: Tensor, pools: tuple[Tensor, Tensor], rule: ScoreRule) -> Tensor:
+    """Queries [T, H, Dk] of a part, whose keys and values are stored -> [T, H, Dv]; for heads for which
+    `paged_attention.supported` holds."""
+    if varlen.takes(query, pools, rule) and varlen.pays(rows.parts):
+        return varlen.attend(query, pools, rows.copied(query.device), rule)
+    from proxytune.engine.kernels.triton_attention import launch_ragged, tile_tokens
 
-    query: int
-    parts: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """Row, first token, tokens, and the row's length with them."""
-    _made: dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=dict)
-
-    def on(self, device: torch.device, cache: PagedCache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Which token each query is [R * query], where among them the new tokens are [N], the rows' pages
-        [R, P] and their lengths [R]."""
-        if device not in self._made:
-            query, kept, first = list[int](), list[int](), 0
-            for _, start, count, _ in self.parts:
-                query += [start] * (self.query - count) + list(range(start, start + count))
-                first += self.query
-                kept += range(first - count, first)
-            lengths = [length for *_, length in self.parts]
-            table = cache.table([row for row, *_ in self.parts], -(-max(lengths) // PAGE), device)
-            numbers = (integers(own, device) for own in (query, kept, lengths))
-            at, places, ends = numbers
-            self._made[device] = at, places, table, ends
-        return self._made[device]
+    table, group = rows.table(query.device), query.shape[1] // pools[0].shape[2]
+    most = tile_tokens(rows.longest, group, query.dtype)
+    if not _right(query, pools, rule, most):
+        return written_out(query, pools, table, rows.parts, rule)
+    return launch_ragged(query, *pools, table, rows.tiles(most, query.device), rule, most)
 
 
-def paged_groups(segments: Sequence[tuple[int, int, int, int]], most: int) -> list[PagedGroup]:
-    """Segments (row, first token, tokens, length with them) of up to `most` tokens, by powers of two."""
-    groups: dict[int, PagedGroup] = {}
-    for segment in segments:
-        if segment[2] <= most:
-            size = 1 << (segment[2] - 1).bit_length()
-            groups.setdefault(size, PagedGroup(size)).parts.append(segment)
-    return list(groups.values())
+def _right(query: Tensor, pools: tuple[Tensor, Tensor], rule: ScoreRule, most: int) -> bool:
+    """Whether the kernel was found to be right for such heads, tiles and scores."""
+    sizes = query.shape[1:], *(pool.shape[1:] for pool in pools)
+    shape = sizes, query.dtype, rule.scaling, rule.window, rule.softcap, rule.sinks is not None, most
 
+    def apart() -> float:
+        from proxytune.engine.kernels.triton_attention import launch_ragged
 
-def attend_pages(
-    group: PagedGroup, query: Tensor, cache: PagedCache, layer: int, out: Tensor, rule: ScoreRule
-) -> None:
-    """Queries [H, T, Dk] of a part, whose keys and values are stored -> the group's tokens of `out`
-    [T, H, Dv]."""
-    at, places, table, lengths = group.on(query.device, cache)
-    rows, heads = len(group.parts), query.shape[0]
-    q = query[:, at].view(heads, rows, group.query, -1).transpose(0, 1)  # [R, H, Q, Dk]
-    seen = paged_attention(q, *cache.pools(layer), table, lengths, rule).transpose(1, 2).flatten(0, 1)
-    out[at[places]] = seen[places]
+        q, own, table, parts = tried(query, pools, most + 1)
+        there = integers(tiles(parts, most), query.device)
+        got = launch_ragged(q, *own, table, there, rule, most)
+        return farthest(got, written_out(q, own, table, parts, rule))
+
+    return trusted("ragged attention kernel", shape, query.device, apart, APART[query.dtype])

@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from proxytune.engine.attention.over_pages import PagedGroup, paged_groups
-from proxytune.engine.kernels.paged_attention import MOST_NEW
+from proxytune.engine.attention.ragged import Ragged
 from proxytune.engine.kv.cache import KVCache, Placement, integers
+from proxytune.engine.kv.pages import PagedCache
 
 
 @dataclass
@@ -131,14 +131,10 @@ class PackedPart:
         return grouped([part for part in self.at.parts if part[2] > MOST_TOKENS])
 
     @cached_property
-    def paged_groups(self) -> list[PagedGroup]:
-        """What the kernel over pages takes."""
-        return paged_groups(self.at.parts, MOST_NEW)
-
-    @cached_property
-    def unpaged_groups(self) -> list[Group]:
-        """What it leaves to torch."""
-        return grouped([part for part in self.at.parts if part[2] > MOST_NEW])
+    def ragged(self) -> Ragged:
+        """Everything, for attention over pages."""
+        assert isinstance(self.cache, PagedCache)
+        return Ragged(self.cache, self.at.parts)
 
 
 @dataclass

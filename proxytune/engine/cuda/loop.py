@@ -1,8 +1,9 @@
 """Decoding in steps that live on the device: the host starts a step, and reads the output of the last one.
 
-While nobody comes or goes, the next step is started before the last one is read, so that the device never
-waits: what a step needs to know of the one before is already there. The host is one step behind, and for two
-steps every row has pages. A stop found in the text ends its row late: the in-flight step still decodes it,
+While the rows that decode stay the same, the next step is started before the last one is read, so that the
+device never waits: what a step needs to know of the one before is already there. The prompts of other rows
+are computed behind such steps, until one of them is to decode. The host is one step behind, and for two steps
+every row has pages. A stop found in the text ends its row late: the in-flight step still decodes it,
 and that output is dropped. When a row ends, the in-flight step is read before anything else is planned.
 
 The tokens are those of the engine's own steps. Prompt lookup drafts for all models here, never for
@@ -25,7 +26,7 @@ from proxytune.engine.cuda.graphs import Graphs, Refused, StepShape
 from proxytune.engine.cuda.state import MOST_NEW, Widths, bucket, sampling_needs
 from proxytune.engine.cuda.step import StepOutput
 from proxytune.engine.kv.pages import PagedCache
-from proxytune.engine.request import Plan, Request, Row
+from proxytune.engine.request import Plan, Request, Row, Segment
 from proxytune.engine.runners.runner import ModelRunner, Runner
 from proxytune.engine.sampling import pick
 from proxytune.engine.scheduler import Scheduler
@@ -174,41 +175,37 @@ class DeviceLoop:
         waiting = len(self.scheduler.waiting)
         self.in_flight.append(InFlightStep(rows, waiting, shape, output, copied, began, alone, steady))
 
-    def _follow(self) -> None:
-        """Start the next step before the last is read, if nobody came or went and there are pages for it."""
+    def follow(self) -> Mapping[str, tuple[Segment, ...]]:
+        """Start the next step before the last is read, if no row joined it or left it and there are pages.
+        -> the prompt tokens that are to be computed behind it; they have pages too."""
         last, scheduler = self.in_flight[-1], self.scheduler
-        if last.rows != scheduler.rows or last.waiting != len(scheduler.waiting):
-            return
+        count = len(last.rows)
+        if last.rows != scheduler.rows[:count] or last.waiting != len(scheduler.waiting):
+            return {}
+        if scheduler.joining(count):
+            return {}
         if all(row.request.max_new_tokens - len(row.tokens) <= 1 for row in last.rows):
-            return  # the in-flight step chooses the last tokens
+            return {}  # the in-flight step chooses the last tokens
         shape = last.shape._replace(ahead=self._choose(last.rows))
         if not self.graphs.ready(shape):
-            return
-        targets = {
-            name: [
-                length
-                + min(
-                    last.shape.ahead.k + 1 + shape.ahead.k + 1, row.request.max_new_tokens - len(row.tokens)
-                )
-                for length, row in zip(rows.lengths, last.rows, strict=True)
-            ]
-            for name, rows in scheduler.caches.items()
-        }
-        if not all(scheduler.caches[name].fits(lengths) for name, lengths in targets.items()):
-            return
-        state = self.graphs.state
+            return {}
+        both = last.shape.ahead.k + 1 + shape.ahead.k + 1
+        growth = [min(both, row.request.max_new_tokens - len(row.tokens)) for row in last.rows]
+        prefill, state = scheduler.prefill(count), self.graphs.state
         assert state is not None
-        before = [len(table) for cache in state.caches.values() for table in cache.tables]
-        for name, lengths in targets.items():
-            scheduler.caches[name].reserve(lengths)
-        if before != [len(table) for cache in state.caches.values() for table in cache.tables]:
+        before = [len(table) for cache in state.caches.values() for table in cache.tables[:count]]
+        if not scheduler.make_room({name: growth for name in scheduler.caches}, prefill):
+            return {}
+        if before != [len(table) for cache in state.caches.values() for table in cache.tables[:count]]:
             state.fill_tables()
-        self.launch(last.rows, shape, alone=True, steady=True)
+        prompts = any(prefill.values())
+        self.launch(last.rows, shape, alone=not (prompts or self._prompts), steady=True)
+        self._prompts = prompts
+        return prefill
 
     def collect(self) -> StepResult:
-        """Read the oldest step, once the next is under way where it can be. The caches know its tokens from
-        then on; rows that have ended or are new since have none."""
-        self._follow()
+        """Read the oldest step. The caches know its tokens from then on; rows that have ended or are new
+        since have none."""
         step = self.in_flight.popleft()
         if step.copied is not None:
             step.copied.synchronize()

@@ -1,7 +1,8 @@
 """The choice of tokens on the device: what `sampling` and `logits` do, without a host that looks.
 
-Bit for bit the same tokens: the same operations in the same precision, with masks in place of the host's
-decisions. What a batch does not need at all (noise, cuts, bans) is left out when its graph is made."""
+The same tokens: by the same operations in the same precision with masks in place of the host's decisions, or
+by the kernels of `triton_sampling`. What a batch does not need at all (noise, cuts, bans) is left out when
+its graph is made."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from proxytune.engine.kernels.paged_attention import runs_triton
+from proxytune.engine.kernels.trial import trusted
 from proxytune.engine.logits import gumbel, min_p_floor
 
 
@@ -20,6 +23,17 @@ class SamplingNeeds(NamedTuple):
     """Whether any row samples."""
     cuts: bool
     """Whether any row that samples has min-p, top-k or top-p."""
+
+
+class DrawSettings(NamedTuple):
+    """How R rows draw, beside what is banned and forced: [R] each, the floats columns of one tensor and the
+    integers of one, so that each have one stride."""
+
+    temperature: Tensor  # float64; 0 takes the largest logit
+    top_p: Tensor  # float64; 1 is off
+    min_p: Tensor  # float64; 0 is off
+    top_k: Tensor  # int64; 0 is off
+    key: Tensor  # int64
 
 
 class Sampler(NamedTuple):
@@ -36,26 +50,27 @@ class Sampler(NamedTuple):
     forced: Tensor  # [R, F]
     forced_count: Tensor  # [R] how many of them count
 
-    def noise(self, positions: Tensor, vocabulary: int) -> Tensor:
-        """Gumbel noise at positions [R, Q]: [R, Q, V], float64."""
-        keys = self.key[:, None].expand_as(positions)
-        return gumbel(keys.flatten(), positions.flatten(), vocabulary).view(*positions.shape, vocabulary)
-
-    def pick(self, logits: Tensor, positions: Tensor, noise: Tensor | None, needs: SamplingNeeds) -> Tensor:
+    def pick(self, logits: Tensor, positions: Tensor, needs: SamplingNeeds) -> Tensor:
         """Logits [R, Q, V] at response positions [R, Q] -> tokens [R, Q]."""
         logits = self._banned(logits, positions)
-        tokens = logits.argmax(-1)
-        if noise is not None:
-            sampled = self.temperature > 0  # [R]
-            scaled = logits / self.temperature.where(sampled, 1.0).to(logits.dtype)[:, None, None]
-            if needs.cuts:
-                limits = (self.top_k, self.top_p, self.min_p)
-                scaled = cut(scaled, *(column[:, None].expand_as(positions) for column in limits))
-            tokens = torch.where(sampled[:, None], (scaled.double() + noise).argmax(-1), tokens)
+        tokens = self._drawn(logits, positions, needs) if needs.noise else logits.argmax(-1)
         if self.forced.shape[1]:
             at = positions.clamp(max=self.forced.shape[1] - 1)
             tokens = torch.where(positions < self.forced_count[:, None], self.forced.gather(1, at), tokens)
         return tokens
+
+    def _drawn(self, logits: Tensor, positions: Tensor, needs: SamplingNeeds) -> Tensor:
+        """By the kernel, where it takes such logits and was found to be right."""
+        if runs_triton(logits) and logits.dtype == torch.float32 and logits.numel() and _right(logits, needs):
+            from proxytune.engine.cuda.triton_sampling import draw
+
+            return draw(logits, positions, self.settings, cuts=needs.cuts)
+        return drawn(logits, positions, self.settings, cuts=needs.cuts)
+
+    @property
+    def settings(self) -> DrawSettings:
+        """What a draw depends on."""
+        return DrawSettings(self.temperature, self.top_p, self.min_p, self.top_k, self.key)
 
     def _banned(self, logits: Tensor, positions: Tensor) -> Tensor:
         """Logits with -inf where an id may not be generated."""
@@ -71,6 +86,55 @@ class Sampler(NamedTuple):
     def ends(self, tokens: Tensor) -> Tensor:
         """Which of tokens [R, Q] end a response: [R, Q] bool."""
         return (tokens[..., None] == self.eos[:, None]).any(-1)
+
+
+def drawn(logits: Tensor, positions: Tensor, settings: DrawSettings, *, cuts: bool) -> Tensor:
+    """The kernels of `triton_sampling` written out: tokens [R, Q]."""
+    temperature, top_p, min_p, top_k, key = settings
+    sampled, size = temperature > 0, logits.shape[-1]
+    scaled = logits / temperature.where(sampled, 1.0).to(logits.dtype)[:, None, None]
+    if cuts:
+        limits = (top_k, top_p, min_p)
+        scaled = cut(scaled, *(column[:, None].expand_as(positions) for column in limits))
+    noise = gumbel(key[:, None].expand_as(positions).flatten(), positions.flatten(), size)
+    found = (scaled.double() + noise.view(logits.shape)).argmax(-1)
+    return torch.where(sampled[:, None], found, logits.argmax(-1))
+
+
+def _right(logits: Tensor, needs: SamplingNeeds) -> bool:
+    """Whether the kernel was found to draw the same tokens for such a vocabulary."""
+    size, device = logits.shape[-1], logits.device
+    return trusted("sampling kernel", (size, needs.cuts), device, lambda: _apart(size, device, needs.cuts), 0)
+
+
+def _apart(size: int, device: torch.device, cuts: bool) -> float:
+    """How many tokens differ, for logits that are peaked and flat, and settings of all kinds."""
+    from proxytune.engine.cuda.triton_sampling import draw
+
+    real = torch.tensor(TRIED, dtype=torch.float64, device=device)
+    temperature, top_p, min_p, top_k = real.unbind(1)
+    key = torch.arange(len(TRIED), device=device) * 0x9E3779B97F4A7C1
+    settings = DrawSettings(temperature, top_p, min_p, top_k.long(), key)
+    draw_from = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(len(TRIED), 2, size, generator=draw_from, device=device)
+    logits[:, 0] *= 4
+    positions = torch.arange(2 * len(TRIED), device=device).view(-1, 2)
+    if not cuts:
+        settings = settings._replace(top_p=real.new_ones(len(TRIED)))
+        settings = settings._replace(min_p=real.new_zeros(len(TRIED)), top_k=top_k.long() * 0)
+    got = draw(logits, positions, settings, cuts=cuts)
+    return float((got != drawn(logits, positions, settings, cuts=cuts)).sum())
+
+
+TRIED = (
+    (0.0, 1.0, 0.0, 0),
+    (1.0, 1.0, 0.0, 0),
+    (0.7, 0.9, 0.0, 0),
+    (1.3, 0.5, 0.0, 40),
+    (1.0, 1.0, 0.1, 0),
+    (1.5, 0.95, 0.02, 7),
+)
+"""Temperature, top-p, min-p and top-k of the rows on which the kernel is tried."""
 
 
 def cut(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

@@ -123,12 +123,11 @@ class DeviceStep:
         rows, device = batch.position.shape[0], batch.position.device
         positions = batch.position[:, None] + torch.arange(k + 1, device=device)  # [R, k + 1]
         size = self.runners[self.target].alignment.size
-        noise = batch.sampler.noise(positions, size) if needs.noise else None
         before: list[Logits] = []
         if ahead.lookup:
             drafts = self._look_up(batch, k, size)
         else:
-            drafts, before = self._draft(batch, positions, noise, k, needs)
+            drafts, before = self._draft(batch, positions, k, needs)
         fed, since = drafts.clamp(min=0), len(before)  # what the draft models have read of the drafts already
         work: list[Callable[[], Logits]] = [
             lambda names=names: self._forward(names, batch, fed, 0)  # type: ignore[misc]
@@ -144,7 +143,7 @@ class DeviceStep:
         flat = {name: logits.flatten(0, 1) for name, logits in views.items()}
         alpha = batch.alpha(positions).flatten()
         combined = self.combine(flat, alpha)  # [R * (k + 1), V]
-        tokens = batch.sampler.pick(combined.view(rows, k + 1, size), positions, noise, needs)
+        tokens = batch.sampler.pick(combined.view(rows, k + 1, size), positions, needs)
         logprobs = found_probability(combined, tokens.flatten()).double().view(rows, k + 1)
         seen = tokens.new_empty(rows, k + 1, 0)
         if self.tracing is not None:
@@ -153,14 +152,14 @@ class DeviceStep:
         return StepOutput(self.accept(batch, tokens, drafts), tokens, drafts, logprobs, seen)
 
     def _draft(
-        self, batch: DeviceBatch, positions: Tensor, noise: Tensor | None, k: int, needs: SamplingNeeds
+        self, batch: DeviceBatch, positions: Tensor, k: int, needs: SamplingNeeds
     ) -> tuple[Tensor, list[Logits]]:
         """The drafts [R, k] of the next k positions, and the logits of the draft models at each."""
         drafts, before = positions.new_zeros(positions.shape[0], 0), list[Logits]()
         for j in range(k):
             before.append(self._forward(self.draft_models, batch, drafts[:, -1:], j))
-            here, position = noise[:, j : j + 1] if noise is not None else None, positions[:, j : j + 1]
-            chosen = batch.sampler.pick(before[-1][self.draft_models[0]], position, here, needs)
+            position = positions[:, j : j + 1]
+            chosen = batch.sampler.pick(before[-1][self.draft_models[0]], position, needs)
             if self.propose is not None:
                 chosen = self.propose(batch.sampler.key, position)
             drafts = torch.cat([drafts, chosen], 1)

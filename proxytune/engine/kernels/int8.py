@@ -100,7 +100,7 @@ def _right(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> boo
     from proxytune.engine.kernels.triton_linear import blocks
 
     rows, dtype = x.numel() // weight.shape[1], x.dtype
-    shape = blocks(rows, len(weight), dtype), *weight.shape, bias is not None, dtype
+    shape = blocks(rows, len(weight), weight.shape[1], dtype), *weight.shape, bias is not None, dtype
 
     def apart() -> float:
         return _apart(rows, dtype, weight, scale, bias)

@@ -35,9 +35,7 @@ def trusted(what: str, shape: object, device: torch.device, apart: Callable[[], 
                 found = f"does not run ({next(iter(str(error).splitlines()), type(error).__name__)})"
         _found[key] = not found
         if found:
-            warnings.warn(
-                f"the {what} {found} on {_name(device)}: torch does it, which is slower", stacklevel=4
-            )
+            warnings.warn(f"the {what} {found} on {_name(device)}: something slower does it", stacklevel=4)
     return _found[key]
 
 

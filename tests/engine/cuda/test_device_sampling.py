@@ -103,8 +103,7 @@ def test_a_filled_state_picks_what_the_host_picks(made: list[tuple[Request, int]
     batch, draw = state.views(6), sampling_needs(rows)
     positions = batch.position[:, None] + torch.arange(3)
     logits = random_logits(seed, 6, 3, VOCABULARY)
-    noise = batch.sampler.noise(positions, VOCABULARY) if draw.noise else None
-    found = batch.sampler.pick(logits, positions, noise, draw)
+    found = batch.sampler.pick(logits, positions, draw)
     alphas = batch.alpha(positions).tolist()
     ends = batch.sampler.ends(found).tolist()
     for index, row in enumerate(rows):

@@ -112,10 +112,11 @@ def both(
     monkeypatch: pytest.MonkeyPatch, system: System, examples: Any, s: Sampling, k: Ways, **options: Any
 ) -> None:
     """Steps on the device give the tokens of the engine's own steps."""
-    role = options.pop("role", "proxy")
+    role, batch = options.pop("role", "proxy"), options.pop("batch", None)
     steps = list[bool]()
     on_launch(monkeypatch, lambda *_: steps.append(True))
-    ours = everything(list(decoder(system, role, speculation=drafting(k)).stream(examples, s, **options)))
+    d = decoder(system, role, batch=batch, speculation=drafting(k))
+    ours = everything(list(d.stream(examples, s, **options)))
     assert steps
     monkeypatch.setattr(device_loop, "DEVICES", set())
     count = len(steps)
@@ -160,9 +161,9 @@ def test_prompt_lookup_is_accepted(trio: System, steps: Steps, role: str) -> Non
 def test_the_device_knows_what_was_generated(
     trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps, k: Ways
 ) -> None:
-    """Whenever a step is collected, for every row that goes on, while rows come, end, give way and change
+    """Before a step is followed, for every row that goes on, while rows come, end, give way and change
     places, and where drafts do not fit."""
-    checked, collect = list[int](), DeviceLoop.collect
+    checked, follow = list[int](), DeviceLoop.follow
 
     def watched(loop: DeviceLoop) -> Any:
         state, step = loop.graphs.state, loop.in_flight[0]
@@ -175,9 +176,9 @@ def test_the_device_knows_what_was_generated(
                 assert history[: len(row.ids["base"])] == row.ids["base"]
                 assert history[-1] == batch.last["base"][index]
                 checked.append(known)
-        return collect(loop)
+        return follow(loop)
 
-    monkeypatch.setattr(DeviceLoop, "collect", watched)
+    monkeypatch.setattr(DeviceLoop, "follow", watched)
     s = Sampling(max_new_tokens=40, temperature=0.6, n=2, stop=("3",))
     d = decoder(trio, kv_memory=kv_bytes(decoder(trio), 160), speculation=drafting(k))
     list(d.stream(ragged(9, 6, longest=12), s))

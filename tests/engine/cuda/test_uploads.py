@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from proxytune.config import Sampling, System
-from proxytune.engine.attention import FusedForward
+from proxytune.engine.attention import FusedForward, varlen
 from proxytune.engine.attention.attention import LayerCall
 from proxytune.engine.cuda.state import DeviceState
 from proxytune.engine.kv.cache import CacheSpec, LayerShape
@@ -62,13 +62,16 @@ def model_on_meta(fused: bool) -> ModelRunner:
     return ModelRunner(forward, cache, VocabMap(tiny.VOCABULARY), 256, META)
 
 
-@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("way", ["groups", "pages", "varlen"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_prefill_does_not_wait(fused: bool, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ragged rows, some of which go on, through torch's attention and over pages."""
-    if kernels:
-        paged = "proxytune.engine.attention.attention.supported"
-        monkeypatch.setattr(paged, lambda *_: True)
+def test_a_prefill_does_not_wait(fused: bool, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ragged rows, some of which go on, by groups and over pages."""
+    if way != "groups":
+        monkeypatch.setattr("proxytune.engine.attention.attention.supported", lambda *_: True)
+        monkeypatch.setattr("proxytune.engine.attention.over_pages._right", lambda *_: False)
+    if way == "varlen":
+        monkeypatch.setattr(varlen, "takes", lambda *_: True)
+        monkeypatch.setattr(varlen, "function", lambda: lambda query, *rest, **named: torch.empty_like(query))
     runner = model_on_meta(fused)
     for _ in range(3):
         runner.rows.admit()

@@ -19,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from proxytune.engine.cuda import triton_sampling
 from proxytune.engine.fused import triton_rows
 from proxytune.engine.kernels import triton_attention, triton_linear
 
@@ -38,13 +39,13 @@ class Case:
 
 
 def attend(dtype: str, new: int, group: int, key: int, value: int, **constants: int | bool) -> Case:
-    """`_attend` as its `launch` would have it."""
+    """`attend_kernel` as its `launch` would have it."""
     key_pad, value_pad = (max(16, triton.next_power_of_2(n)) for n in (key, value))
     m, n, warps, stages = triton_attention.blocks(new, group, max(key_pad, value_pad), KINDS[dtype])
     sizes = {"GROUP": group, "QUERY": new, "PAGE": 16, "DK": key, "DK_PAD": key_pad, "DV": value}
-    flags = dict.fromkeys(("WINDOWED", "CAPPED", "SINKS", "DIRECT", "WIDEN"), False)
+    flags = dict.fromkeys(("WINDOWED", "CAPPED", "SINKS", "DIRECT", "RAGGED", "WIDEN"), False)
     pointers = dict.fromkeys(("query", "keys", "values", "out", "sinks"), dtype)
-    pointers |= dict.fromkeys(("table", "lengths"), "i64")
+    pointers |= dict.fromkeys(("table", "rows"), "i64")
     pointers |= dict.fromkeys(("partial", "maxima", "sums"), "fp32")
     return Case(
         triton_attention.attend_kernel,
@@ -55,23 +56,32 @@ def attend(dtype: str, new: int, group: int, key: int, value: int, **constants: 
     )
 
 
-def linear(dtype: str, rows: int, outputs: int, *, even: bool = True, biased: bool = False) -> Case:
-    """`_linear` likewise."""
-    cut = triton_linear.blocks(rows, outputs, KINDS[dtype])
+def linear(
+    dtype: str, rows: int, outputs: int, *, even: bool = True, biased: bool = False, inputs: int = 512
+) -> Case:
+    """`linear_kernel` likewise; with many inputs, of a layer whose inputs are shared out."""
+    cut = triton_linear.blocks(rows, outputs, inputs, KINDS[dtype])
     constants = {"BLOCK_M": cut.rows, "BLOCK_N": cut.outputs, "BLOCK_K": cut.inputs}
     return Case(
         triton_linear.linear_kernel,
-        {"x": dtype, "out": dtype, "bias": dtype, "weight": "i8", "scale": "fp32"},
-        constants | {"EVEN": even, "BIASED": biased, "WIDEN": False},
+        {"x": dtype, "out": "fp32" if cut.splits > 1 else dtype, "bias": dtype}
+        | {"weight": "i8", "scale": "fp32"},
+        constants | {"EVEN": even, "BIASED": biased, "SPLIT": cut.splits > 1, "WIDEN": False},
         cut.warps,
         cut.stages,
     )
 
 
+def added(dtype: str) -> Case:
+    """`add_kernel` likewise."""
+    pointers = {"parts": "fp32", "scale": "fp32", "bias": dtype, "out": dtype}
+    return Case(triton_linear.add_kernel, pointers, {"BLOCK": triton_linear.ADDED, "BIASED": True}, 2, 3)
+
+
 def combine(dtype: str, splits: int) -> Case:
-    """`_combine` likewise."""
+    """`combine_kernel` likewise."""
     pointers = {**dict.fromkeys(("partial", "maxima", "sums"), "fp32"), "out": dtype}
-    constants = {"QUERY": 5, "DV": 128, "DV_PAD": 128, "SPLITS_PAD": splits}
+    constants = {"DV": 128, "DV_PAD": 128, "SPLITS_PAD": splits}
     return Case(triton_attention.combine_kernel, pointers, constants, 4, 3)
 
 
@@ -100,6 +110,29 @@ def gate(dtype: str, activation: int) -> Case:
     return Case(triton_rows.gate_kernel, dict.fromkeys(("gate", "up", "out"), dtype), constants, 4, 3)
 
 
+def cutting() -> Case:
+    """`cut_kernel` likewise."""
+    types = {"logits": "fp32", "near": "fp32", "floors": "fp32", "lasts": "i32", "top_ks": "i64"}
+    types |= dict.fromkeys(("temperatures", "top_ps", "min_ps"), "fp64")
+    cut = triton_sampling.BLOCKS
+    constants = {"BLOCK": cut.scanned, "FEW": cut.few, "NEAR": triton_sampling.NEAR}
+    return Case(triton_sampling.cut_kernel, types, constants, cut.warps, 3)
+
+
+def drawing(*, cuts: bool) -> Case:
+    """`draw_kernel` likewise."""
+    types = {"logits": "fp32", "temperatures": "fp64", "keys": "i64", "positions": "i64", "floors": "fp32"}
+    types |= {"lasts": "i32", "bests": "fp64", "tokens": "i32"}
+    constants: dict[str, Any] = {"BLOCK": triton_sampling.BLOCKS.drawn, "CUT": cuts}
+    return Case(triton_sampling.draw_kernel, types, constants, 4, 3)
+
+
+def settling() -> Case:
+    """`settle_kernel` likewise."""
+    types = {"bests": "fp64", "tokens": "i32", "out": "i64"}
+    return Case(triton_sampling.settle_kernel, types, {"PARTS": 128}, 1, 3)
+
+
 CASES = {
     "decode bf16 128": attend("bf16", 1, 8, 128, 128),
     "verify bf16 128, everything on": attend("bf16", 5, 4, 128, 128, WINDOWED=True, CAPPED=True, SINKS=True),
@@ -110,10 +143,15 @@ CASES = {
     "decode fp32 128": attend("fp32", 1, 1, 128, 128),
     "verify fp32 256": attend("fp32", 16, 8, 256, 256),
     "scalars of 1, bf16": attend("bf16", 1, 1, 64, 64, heads=1, pages=1, splits=1, window=1, WINDOWED=True),
+    "prefill bf16 128, tiles": attend("bf16", 64, 1, 128, 128, RAGGED=True, DIRECT=True),
+    "prefill bf16 128, tiles of groups": attend("bf16", 8, 8, 128, 128, RAGGED=True),
+    "prefill fp32 64, tiles": attend("fp32", 4, 4, 64, 64, RAGGED=True, WINDOWED=True),
     "combine bf16": combine("bf16", 128),
     "linear bf16 1 x 8192": linear("bf16", 1, 8192),
     "linear bf16 1 x 28672": linear("bf16", 1, 28672),
     "linear bf16 8 x 1024": linear("bf16", 8, 1024),
+    "linear bf16 8 x 1024, inputs shared out": linear("bf16", 8, 1024, inputs=8192),
+    "rows: parts of a linear layer, bf16": added("bf16"),
     "linear fp16 64 x 28672": linear("fp16", 64, 28672, biased=True),
     "linear bf16 64 x 1000, ragged": linear("bf16", 64, 1000, even=False),
     "linear fp32 64 x 28672": linear("fp32", 64, 28672),
@@ -125,6 +163,10 @@ CASES = {
     "rows: store bf16 192/128": placed("bf16", 192, 128, 0),
     "rows: silu bf16": gate("bf16", triton_rows.SILU),
     "rows: gelu fp64": gate("fp64", triton_rows.GELU_TANH),
+    "rows: cut of a vocabulary": cutting(),
+    "rows: draw after a cut": drawing(cuts=True),
+    "rows: draw from all": drawing(cuts=False),
+    "rows: settle a draw": settling(),
 }
 
 
@@ -147,8 +189,14 @@ def build(name: str, capability: int) -> dict[str, Any]:
     signature = {a: f"*{case.pointers[a]}" if a in case.pointers else SCALARS.get(a, "i32") for a in names}
     signature |= dict.fromkeys(case.constants, "constexpr")
     # what the launcher finds out by itself: pointers, strides and most sizes are multiples of 16
-    even = {*case.pointers, *(a for a in names if a[:2] in {"q_", "k_", "v_", "x_"}), "inputs", "outputs"}
-    even -= set() if case.constants.get("EVEN", True) else {"inputs", "outputs", "x_row"}
+    even = {
+        *case.pointers,
+        *(a for a in names if a[:2] in {"q_", "k_", "v_", "x_"}),
+        "inputs",
+        "outputs",
+        "span",
+    }
+    even -= set() if case.constants.get("EVEN", True) else {"inputs", "outputs", "x_row", "span"}
     hints = {
         (i,): [["tt.divisibility", 16]] for i, a in enumerate(names) if a in even - case.constants.keys()
     }

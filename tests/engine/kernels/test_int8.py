@@ -106,9 +106,30 @@ def test_kernel_takes_any_cut(kernels: torch.device) -> None:
     layer = Int8Linear.of(nn.Linear(96, 80, bias=False)).to(kernels)
     x = torch.randn(40, 192, device=kernels)[:, ::2]  # not in one piece either
     want = x @ dequantize(layer.weight, layer.weight_scale, torch.float32).T
-    for cut in (Blocks(16, 16, 32, 4, 2), Blocks(32, 64, 128, 4, 2), Blocks(64, 16, 96 // 3, 4, 3)):
+    cuts = (Blocks(16, 16, 32, 4, 2), Blocks(32, 64, 128, 4, 2), Blocks(64, 16, 96 // 3, 4, 3))
+    for cut in (*cuts, cuts[0]._replace(splits=3), cuts[0]._replace(splits=2), cuts[2]._replace(splits=9)):
         got = launch(x, layer.weight, layer.weight_scale, None, cut)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_of_narrow_layers_are_shared_out(dtype: torch.dtype, kernels: torch.device) -> None:
+    """Parts are added up in their order, before scale and bias; where inputs end within a block too."""
+    from proxytune.engine.kernels.triton_linear import blocks
+
+    assert blocks(1, 1024, 8192, torch.bfloat16).splits == 4
+    assert blocks(1, 256, 2048, torch.bfloat16).splits == 2
+    assert {blocks(1, n, 8192, torch.bfloat16).splits for n in (4096, 8192, 28672)} == {1}
+    assert blocks(64, 1024, 1024, torch.bfloat16).splits == 1
+    layer = Int8Linear.of(nn.Linear(2100, 20)).to(kernels)
+    assert layer.bias is not None
+    layer.bias.data = layer.bias.data.to(dtype)
+    x = torch.randn(3, 2100).to(kernels, dtype)
+    with torch.inference_mode():
+        got = layer(x)
+        assert torch.equal(layer(x), got)
+    want = x.double() @ (layer.weight.double() * layer.weight_scale[:, None].double()).T + layer.bias.double()
+    torch.testing.assert_close(got.double(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 def test_layer_takes_any_leading_shape_and_picks_by_rows(
