@@ -12,15 +12,16 @@ from types import FrameType
 import uvicorn
 
 from proxytune.config import Role, System
-from proxytune.decoding import Decoder, OpenBatch
+from proxytune.decoding import Decoder
+from proxytune.decoding.open_batch import OpenBatch
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.options import DecodeOptions, ServeOptions
+from proxytune.server.answers.protocol import RANKED
 from proxytune.server.app import build_app
 from proxytune.server.guards import LOCAL
-from proxytune.server.meters import Meters
-from proxytune.server.protocol import RANKED
-from proxytune.server.service import Service
+from proxytune.server.work.meters import Meters
+from proxytune.server.work.service import Service
 
 KEY_NAME = "PROXYTUNE_API_KEY"
 SHORTEST_KEY = 8

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from proxytune.config import MIN_TEMPERATURE, AlphaSchedule, Role, Sampling, parse_alpha
-from proxytune.decoding import Asked, Conversation, OpenBatch
+from proxytune.decoding import Conversation
+from proxytune.decoding.open_batch import Asked, OpenBatch
 from proxytune.errors import UserError
 from proxytune.options import ServeOptions
 from proxytune.records import named_by_content
+from proxytune.server.answers.protocol import ChatBody, CompletionBody, MessageBody, ResponseBody
 from proxytune.server.faults import RequestFault
-from proxytune.server.jobs import Job, TextToScore
-from proxytune.server.protocol import ChatBody, CompletionBody, MessageBody, ResponseBody
+from proxytune.server.work.jobs import Job, TextToScore
 
 UNLIMITED = 1 << 30
 """More tokens than any window has."""
