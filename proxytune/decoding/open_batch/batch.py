@@ -20,7 +20,7 @@ from proxytune.decoding.stop_strings import StopStrings
 from proxytune.decoding.streaming import stop_predicate
 from proxytune.engine import Chosen, Continuation, Request, Result, likelihoods
 from proxytune.errors import UserError
-from proxytune.records import FinishReason
+from proxytune.records import FinishReason, Prompt
 
 Ids = tuple[int, ...]
 Contexts = Mapping[str, Ids]
@@ -79,6 +79,11 @@ class OpenBatch:
             model.require_rows(ids)
             contexts[name] = (*model.virtual_ids, *ids)
         return contexts
+
+    def of_prompt(self, text: str) -> Contexts:
+        """A text in every model's own format, as `Decoder.stream` has it. TemplateFault where one has none for
+        it."""
+        return self.decoder.contexts(Prompt(plain=text, user=text))
 
     def of_ids(self, ids: Sequence[int]) -> Contexts:
         """Ids of the model that decodes, as every model spells them. UserError for one that it has not."""
