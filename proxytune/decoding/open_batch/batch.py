@@ -81,8 +81,8 @@ class OpenBatch:
         return contexts
 
     def of_prompt(self, text: str) -> Contexts:
-        """A text in every model's own format, as `Decoder.stream` has it. TemplateFault where one has none for
-        it."""
+        """A text in every model's own format, as `Decoder.stream` has it. TemplateFault where one has none
+        for it."""
         return self.decoder.contexts(Prompt(plain=text, user=text))
 
     def of_ids(self, ids: Sequence[int]) -> Contexts:
