@@ -48,7 +48,7 @@ def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def test_lm_eval_gets_what_it_gets_in_process(
     here: Served, trio: System, tmp_path: Path, tokens: bool
 ) -> None:
-    """Every log-probability, every choice and every response, in float64; with token and with text prompts."""
+    """Every log-probability, choice and response, in float64; with token and with text prompts."""
     tasks = [
         lm_eval_tasks.write(tmp_path / "choose", "choose", lm_eval_tasks.CHOOSE, lm_eval_tasks.choices(4)),
         lm_eval_tasks.write(tmp_path / "sums", "sums", lm_eval_tasks.GENERATE, lm_eval_tasks.sums(3)),
@@ -77,13 +77,13 @@ def test_lm_eval_gets_what_it_gets_in_process(
 
 @pytest.mark.slow
 def test_schemathesis_finds_nothing(here: Served, tmp_path: Path) -> None:
-    """Requests made of our OpenAPI page, right and wrong ones: every answer is one that the page describes."""
+    """Requests made of our OpenAPI page, right and wrong ones: the page describes every answer."""
     program = Path(sys.executable).with_name("schemathesis")
     if not program.exists():
         require_or_skip("schemathesis", "schemathesis is not installed")
     done = subprocess.run(
         [program, "run", f"{here.url}/openapi.json", "--max-examples", "40", "--seed", "1",
-         "--checks", "all", "--exclude-checks", "unsupported_method,positive_data_acceptance",
+         "--checks", "all", "--exclude-checks", "unsupported_method,positive_data_acceptance,max_response_time",
          "--generation-database", "none", "--no-color", "--request-timeout", "120"],
         capture_output=True, text=True, cwd=tmp_path, check=False,
     )  # fmt: skip
