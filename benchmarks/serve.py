@@ -239,9 +239,17 @@ class Clients:
 
     def _body(self, **given: object) -> dict[str, Any]:
         tokens = self.dice.randint(8, 200)
-        return {"model": self.server.system, "prompt": self.dice.choice(self.asked),
-                "max_tokens": tokens, "min_tokens": tokens, "temperature": 0.8, "stream": True, "proxytune_trace": self.dice.random() < 0.2,
-                "n": self.dice.choice((1, 1, 1, 3)), **given}  # fmt: skip
+        return {
+            "model": self.server.system,
+            "prompt": self.dice.choice(self.asked),
+            "max_tokens": tokens,
+            "min_tokens": tokens,
+            "temperature": 0.8,
+            "stream": True,
+            "proxytune_trace": self.dice.random() < 0.2,
+            "n": self.dice.choice((1, 1, 1, 3)),
+            **given,
+        }
 
     async def _open(self, body: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await post(self.server.port, json.dumps(body).encode())

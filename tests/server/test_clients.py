@@ -10,14 +10,11 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("fastapi")
-
 from proxytune.config import System
 from proxytune.models.roles import Models
 from proxytune.options import ServeOptions
 from tests.support import lm_eval_tasks
 from tests.support.require import require_or_skip
-from tests.support.servers import Served, served
 
 try:
     import datasets
@@ -27,6 +24,10 @@ try:
     from tests.support import lm_eval_oracle as oracle
 except ImportError:
     require_or_skip("lm-eval", "lm-eval is not installed")
+try:
+    from tests.support.servers import Served, served
+except ImportError:
+    require_or_skip("serve", "the packages of the server are not installed: pip install 'proxytune[serve]'")
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,20 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi")
-import httpx2
-from openai import APIStatusError, BadRequestError, NotFoundError, OpenAI
-
 from proxytune.config import Sampling, load_system
 from proxytune.decoding.decoder import Decoder
 from proxytune.models.roles import Models
 from proxytune.records import Example, Prompt
 from proxytune.runs.steered import SteeredModel
-from tests.support.require import require_demo
-from tests.support.servers import Served, served
+from tests.support.require import require_demo, require_or_skip
+
+try:
+    import httpx2
+    from openai import APIStatusError, BadRequestError, NotFoundError, OpenAI
+
+    from tests.support.servers import Served, served
+except ImportError:
+    require_or_skip("serve", "the packages of the server are not installed: pip install 'proxytune[serve]'")
 
 PROMPT = "Question: Tugil has 24 nuts. Then the pile grows 4 times. How many nuts does Tugil have now?"
 OTHER = "Question: Where do the Fusas live?"

@@ -16,17 +16,20 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi")
-import httpx2
-
 from proxytune.config import load_system
 from proxytune.errors import UserError
 from proxytune.models.roles import Models
 from proxytune.options import DecodeOptions, ServeOptions
-from proxytune.server.run import listening, read_key, served_roles
 from tests.support.checkout import environment
-from tests.support.require import require_demo
-from tests.support.servers import Served, served
+from tests.support.require import require_demo, require_or_skip
+
+try:
+    import httpx2
+
+    from proxytune.server.run import listening, read_key, served_roles
+    from tests.support.servers import Served, served
+except ImportError:
+    require_or_skip("serve", "the packages of the server are not installed: pip install 'proxytune[serve]'")
 
 LONG: dict[str, Any] = {
     "model": "demo", "prompt": "Question: Where do the Fusas live?", "max_tokens": 1500, "min_tokens": 1500,
