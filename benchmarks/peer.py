@@ -27,6 +27,7 @@ from benchmarks.serve import ServerProcess
 
 Json = dict[str, Any]
 PROMPT = "The capital of France is"
+JSON_TYPE = {"content-type": "application/json"}
 CHAT = [{"role": "user", "content": "Say hello in one word."}]
 ENDED = [*CHAT, {"role": "assistant", "content": "He"}]
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
@@ -142,7 +143,7 @@ PROBES: dict[str, Callable[[Asker], str]] = {
     "unknown model": lambda a: a.completion(model="no-such-model")[:28],
     "temperature as text": lambda a: a.completion(temperature="hot")[:28],
     "not JSON": lambda a: said(
-        httpx2.post(f"{a.url}/v1/completions", content=b"{", headers={"content-type": "application/json"}), str
+        httpx2.post(f"{a.url}/v1/completions", content=b"{", headers=JSON_TYPE), str
     ),
     "token out of range": lambda a: a.completion(prompt=[10**7])[:28],
     "too long": lambda a: a.completion(prompt="word " * 9000)[:40],
@@ -150,14 +151,13 @@ PROBES: dict[str, Callable[[Asker], str]] = {
         httpx2.post(
             f"{a.url}/v1/completions",
             content=json.dumps({"model": a.model, "prompt": "\ud800", "max_tokens": 1}).encode(),
-            headers={"content-type": "application/json"},
+            headers=JSON_TYPE,
         ),
         lambda whole: "an answer",
     ),
     "models": lambda a: said(httpx2.get(f"{a.url}/v1/models"), lambda whole: sorted(whole["data"][0])[:4]),
     "health": lambda a: said(httpx2.get(f"{a.url}/health"), str),
-    "tokenize": lambda a: said(a.post("/tokenize", prompt="Hello")if a.model != "gguf" else
-                               httpx2.post(f"{a.url}/tokenize", json={"content": "Hello"}), lambda w: w["tokens"]),
+    "tokenize": lambda a: said(httpx2.post(f"{a.url}/tokenize", json={"prompt": "Hello"}), str),
     "no such route": lambda a: said(httpx2.get(f"{a.url}/v1/nothing"), str),
 }  # fmt: skip
 

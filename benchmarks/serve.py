@@ -234,7 +234,7 @@ class Clients:
                 await asyncio.wait_for(getattr(self, f"_{kind}")(), 120)
                 self.done[kind] += 1
             except (OSError, EOFError):
-                self.done[f"{kind}: no connection"] += 1  # the server is being started
+                self.done[f"{kind}: no connection"] += 1  # the server was killed, or is being started
                 await asyncio.sleep(0.5)
 
     def _body(self, **given: object) -> dict[str, Any]:
@@ -310,7 +310,7 @@ def load(given: argparse.Namespace) -> dict[str, Any]:
     options = ["--max-waiting", str(2 * given.clients), "--kv-memory", "256MB"]  # what is full stays full
     server = ServerProcess(given.system, options)
     server.start()
-    done, facts = Counter[str](), list[dict[str, float]]()
+    restart, done, facts = Counter[str](), Counter[str](), list[dict[str, float]]()
     dice = random.Random(given.seed)
 
     def half(seconds: float) -> None:
@@ -329,7 +329,7 @@ def load(given: argparse.Namespace) -> dict[str, Any]:
         return clients.done
 
     try:
-        done.update(asyncio.run(killed()))
+        restart.update(asyncio.run(killed()))
         half(given.seconds / 2)
         half(given.seconds / 2)
         same = _same_as_offline(server, given.system)
@@ -338,8 +338,10 @@ def load(given: argparse.Namespace) -> dict[str, Any]:
     first, second = facts
     left = {name: second[name] for name in ("running", "waiting", "kv_tokens") if second[name]}
     grown = second["memory_mb"] / first["memory_mb"]
-    sound = not left and second["threads"] <= first["threads"] and grown <= KEPT_MEMORY and same
-    return {"sound": sound, "requests": dict(sorted(done.items())), "after": facts, "same_as_offline": same,
+    failed = any("no connection" in kind for kind in done)
+    sound = not left and second["threads"] <= first["threads"] and grown <= KEPT_MEMORY
+    return {"sound": sound and same and not failed, "around_the_kill": dict(sorted(restart.items())),
+            "requests": dict(sorted(done.items())), "after": facts, "same_as_offline": same,
             "exit": server.process.returncode if server.process else None}  # fmt: skip
 
 
