@@ -38,7 +38,7 @@ import proxytune
 from proxytune import Sampling
 from proxytune.demo.world import gsm_rows
 
-READY_SECONDS = 180
+READY_SECONDS = 600
 ROLES = {"proxytune_format": "roles"}
 """Prompts as `generate` shows them to every model."""
 KEPT_MEMORY = 1.15
@@ -74,11 +74,12 @@ class ServerProcess:
         )  # fmt: skip
         assert self.process.stderr is not None
         until = time.monotonic() + READY_SECONDS
-        line = ""
-        while "http://" not in line:
+        line, said = "", ""
+        while "serving" not in line:
             line = self.process.stderr.readline()
+            said += line
             if not line or time.monotonic() > until:
-                raise SystemExit("the server did not start")
+                raise SystemExit(f"the server did not start: {said}")
         self.port = int(line.rsplit(":", 1)[1])
         self.started += 1
         while True:
