@@ -46,7 +46,7 @@ class Asker:
 
     def post(self, path: str, **body: object) -> httpx2.Response:
         """A request with a body; greedy and short unless it says otherwise."""
-        usual: Json = {"model": self.model, "temperature": 0, "max_tokens": 8}
+        usual: Json = {"model": self.model, "temperature": 0, "max_tokens": 4}
         return httpx2.post(f"{self.url}{path}", json=usual | body, timeout=120)
 
     def completion(self, **body: object) -> str:
@@ -170,6 +170,7 @@ def probe(url: str, model: str) -> dict[str, str]:
             found[name] = ask(asker)
         except (httpx2.HTTPError, KeyError, TypeError, IndexError, ValueError) as error:
             found[name] = f"{type(error).__name__}: {error}"[:60]
+        print(f"{model}, {name}: {found[name]}", file=sys.stderr, flush=True)
     return found
 
 
