@@ -4,7 +4,7 @@
     python benchmarks/peer.py --url http://127.0.0.1:8000 --model demo       any server alone
 
 Every probe is a request that clients send, and what is kept of its answer is what a client would act on: the
-status, which fields are there, how a stream ends. Where the two differ is the table of docs/server.md."""
+status, which fields are there, how a stream ends. Where the two differ belongs in docs/server.md."""
 
 from __future__ import annotations
 
