@@ -204,7 +204,7 @@ class Deferral:
 
     @property
     def _eos(self) -> frozenset[int]:
-        return self.decoder.eos()
+        return self.decoder.eos
 
     def _completion(self, row: Nudged) -> Completion:
         assert row.reason is not None

@@ -29,6 +29,7 @@ from proxytune.cli.commands.sweep_alpha import sweep_alpha
 from proxytune.cli.commands.systems import systems
 from proxytune.cli.commands.tasks import tasks
 from proxytune.cli.init import init
+from proxytune.cli.serving import serve
 from proxytune.errors import UserError
 from proxytune.terminal import say, show
 
@@ -122,6 +123,7 @@ app.command()(score)
 app.command()(judge)
 app.command()(export)
 app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lm_eval)
+app.command()(serve)
 app.command()(runs)
 app.command()(report)
 app.command()(reproduce)

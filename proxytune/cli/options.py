@@ -30,6 +30,7 @@ from proxytune.options import (
     JudgeOptions,
     RayOptions,
     RunOptions,
+    ServeOptions,
 )
 from proxytune.schema import explain
 
@@ -177,6 +178,7 @@ PRICES = frozenset({"yes", "max_cost", "price"})
 API = OptionGroup(ApiOptions, "A base behind an API")
 API_ASKING = OptionGroup(ApiOptions, "A base behind an API", leave_out=PRICES)
 """Beside a judge's options, which have the same price and limit."""
+SERVING = OptionGroup(ServeOptions, "Who may ask, and how much")
 CODE = OptionGroup(CodeOptions, "Running model-written code")
 
 MODELS = "Models"

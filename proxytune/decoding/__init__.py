@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from proxytune.decoding.remarks import notes_on, stored_response
     from proxytune.decoding.sample import sample_context
 
-__all__ = ["Conversation", "Decoder", "notes_on", "opened", "sample_context", "stored_response"]
+__all__ = [
+    "Conversation",
+    "Decoder",
+    "notes_on",
+    "opened",
+    "sample_context",
+    "stored_response",
+]
 
 __getattr__ = door(
     __name__,

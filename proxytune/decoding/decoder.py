@@ -9,16 +9,17 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cached_property
 from itertools import product
 from typing import TypeVar
 
 import torch
 
-from proxytune import cpu_load
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.decoding.call import DecodeStats, RunningStream, Scored, ScoringTexts, Tag
 from proxytune.decoding.completions import ResultReader, failed, scored
 from proxytune.decoding.kv_pools import pool_tokens
+from proxytune.decoding.model_notes import notes_on_models
 from proxytune.decoding.prompts import context, form_of, noise_key
 from proxytune.decoding.remote import RemoteBase
 from proxytune.decoding.response_text import ResponseText
@@ -26,10 +27,18 @@ from proxytune.decoding.sample import sample_context
 from proxytune.decoding.stop_strings import StopStrings, single_tokens
 from proxytune.decoding.streaming import TextStream, stop_predicate
 from proxytune.decoding.templates import TemplateFault
-from proxytune.engine import Continuation, Engine, Ensemble, Request, Speculation, Term, likelihoods
-from proxytune.engine.kernels import why_not
+from proxytune.engine import (
+    Chosen,
+    Continuation,
+    Engine,
+    Ensemble,
+    Request,
+    Term,
+    likelihoods,
+)
 from proxytune.engine.kv import CacheSpec, KVCache, PagedCache, SlotCache
 from proxytune.engine.runners import ModelRunner, ReferenceRunner, Runner
+from proxytune.engine.speculative import Speculation
 from proxytune.models import Loaded, Models, process_peak
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion, Example, JsonRow, Prompt, RoleMemory, Took, WorkerFacts
@@ -40,6 +49,8 @@ MAX_ROWS = 128
 measured."""
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 512}
 """Prompt tokens per model and step: on a GPU few, so that a step stays about as long as a decode step."""
+SMALL_POOL = 8192
+"""Tokens of a second KV pool on a GPU."""
 
 Found = TypeVar("Found")
 OnText = Callable[[str, int, str], None]
@@ -90,8 +101,8 @@ class Decoder:
         self._running: RunningStream | None = None
         self._scoring: ScoringTexts | None = None
         self._size = head.size
-        pool = pool_tokens(self.loaded, self.max_batch, how.kv_memory)
-        runners = {name: self._runner(model, pool) for name, model in self.loaded.items()}
+        self._pool = pool_tokens(self.loaded, self.max_batch, how.kv_memory)
+        runners = {name: self._runner(model, self._pool) for name, model in self.loaded.items()}
         if remote is not None:
             runners = {"base": remote.runner(head), **runners}
         self.ensemble = self._ensemble(runners)
@@ -161,21 +172,7 @@ class Decoder:
 
     def notes(self) -> list[str]:
         """What a user should know about how the models are run."""
-        notes = [
-            f"the {name} takes the slow exact path (one row at a time): {model.family.reason}"
-            for name, model in self.loaded.items()
-            if model.family.path == "reference"
-        ]
-        notes += [note for model in self.loaded.values() for note in model.notes]
-        on_cpu = any(
-            model.family.path == "packed" and model.module.device.type == "cpu"
-            for model in self.loaded.values()
-        )
-        if on_cpu and (reason := why_not()) is not None:
-            notes.append(f"attention on the CPU goes through torch, which is slower: {reason}")
-        if all(model.device.type == "cpu" for model in self.loaded.values()):
-            notes += filter(None, [cpu_load.advice(torch.get_num_threads(), cpu_load.read())])
-        return notes
+        return notes_on_models(self.loaded)
 
     def contexts(self, prompt: Prompt, of: str = "") -> dict[str, tuple[int, ...]]:
         """Ids that every model sees before the response; experts that only watch see what they see in the
@@ -270,15 +267,15 @@ class Decoder:
         streams: dict[tuple[AlphaSchedule, str, int], TextStream] = {}
         unasked: list[tuple[AlphaSchedule, Completion]] = []
 
-        def hear(request: Request, token: int) -> None:
+        def hear(request: Request, chosen: Chosen) -> None:
             assert isinstance(request.tag, Tag) and on_text is not None
-            if token in request.eos:
+            if chosen.token in request.eos:
                 return
             stream = streams.setdefault((request.tag.alpha, *request.tag.where), TextStream(stops))
-            on_text(*request.tag.where, stream.push(token))
+            on_text(*request.tag.where, stream.push(chosen.token))
 
-        self._running = running = RunningStream(self._engine(trace, hear if on_text is not None else None))
-        engine = running.engine
+        engine = self.engine(hear if on_text is not None else None, trace=trace != "off")
+        self._running = running = RunningStream(engine)
         before = self.stats
         try:
             for request in self._requests(asked, sampling, stops, task, forced, unasked):
@@ -298,15 +295,29 @@ class Decoder:
         finally:
             engine.close()
 
-    def _engine(self, trace: TraceKind, on_token: Callable[[Request, int], None] | None) -> Engine:
+    def engine(
+        self,
+        on_token: Callable[[Request, Chosen], None] | None = None,
+        *,
+        trace: bool = False,
+        ranked: int = 0,
+    ) -> Engine:
+        """An engine on the models, which takes the caches with its first request. Arguments as in Engine."""
         return Engine(
             self.ensemble,
             max_rows=self.max_batch,
             prefill_tokens=PREFILL_TOKENS.get(self.head.device.type, 512),
-            trace=trace != "off",
+            trace=trace,
+            ranked=ranked,
             on_token=on_token,
             speculation=self.speculation,
         )
+
+    def beside(self) -> Ensemble:
+        """The same models with caches of their own: what is computed there disturbs no batch. On a GPU, where
+        pools are taken at once, they are small."""
+        tokens = self._pool if self.head.device.type == "cpu" else min(self._pool, SMALL_POOL)
+        return self._ensemble({name: self._runner(model, tokens) for name, model in self.loaded.items()})
 
     def cancel(self, example_id: str, sample: int | None = None) -> bool:
         """End a response of the stream that is going on, or all responses to an example: between two of its
@@ -396,7 +407,7 @@ class Decoder:
     ) -> Iterator[Request]:
         """What is to be decoded. `unasked` gets the responses to examples for which a chat template has no
         text."""
-        eos = self.eos()
+        eos = self.eos
         banned = single_tokens(self.tokenizer, sampling.ban, self._size)
         first = single_tokens(self.tokenizer, sampling.ban_first, self._size)
         opener = tuple(self.tokenizer.encode(forced, add_special_tokens=False)) if forced else ()
@@ -420,6 +431,7 @@ class Decoder:
                     tag=Tag(example, sample, alpha),
                 )
 
+    @cached_property
     def eos(self) -> frozenset[int]:
         """The end-of-sequence ids, as the base's: those of the target model, and those of the experts, which
         may end in a way of their own (a chat model's end of turn)."""

@@ -24,7 +24,7 @@ FLOORS = (
     "decoding analysis paper",
     "judges report checks black_box",
     "runs",
-    "tuning integrations exports scale",
+    "tuning integrations exports scale server",
     "cli",
 )
 """From the ground up. The package's own `__init__` and `__main__` stand above all."""
