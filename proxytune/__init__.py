@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from proxytune.config import Sampling, System, load_system
     from proxytune.errors import UserError
     from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RunOptions
-    from proxytune.runs import evaluate, generate, load
+    from proxytune.runs import Chat, evaluate, load
+    from proxytune.runs.steered import generate
 
 __version__ = "0.2.0"
 __all__ = [
+    "Chat",
     "CodeOptions",
     "DecodeOptions",
     "JudgeOptions",
@@ -34,6 +36,7 @@ __all__ = [
 __getattr__ = door(
     __name__,
     {
+        "Chat": "runs",
         "CodeOptions": "options",
         "DecodeOptions": "options",
         "JudgeOptions": "options",
@@ -42,7 +45,7 @@ __getattr__ = door(
         "System": "config",
         "UserError": "errors",
         "evaluate": "runs",
-        "generate": "runs",
+        "generate": "runs.steered",
         "load": "runs",
         "load_system": "config",
     },

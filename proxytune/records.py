@@ -47,6 +47,9 @@ class Prompt:
     """Text put after the chat template, where the response begins ("Answer:")."""
     ids: Mapping[str, tuple[int, ...]] | None = None
     """What every model sees, in its own ids, where the caller knows it; the texts are not read then."""
+    messages: tuple[tuple[str, str], ...] = ()
+    """A conversation: who speaks (`system`, `user`, `assistant`), and what. Every model gets it in its own
+    format, with the response prefix after it; the other texts are not read then."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from proxytune import cpu_load
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.decoding.call import DecodeStats, RunningStream, Scored, ScoringTexts, Tag
 from proxytune.decoding.completions import ResultReader, failed, scored
+from proxytune.decoding.conversations import Conversation
 from proxytune.decoding.kv_pools import pool_tokens
-from proxytune.decoding.prompts import context, form_of, noise_key
+from proxytune.decoding.prompts import context, form_of, ids_of, noise_key
 from proxytune.decoding.response_text import ResponseText
 from proxytune.decoding.sample import sample_context
 from proxytune.decoding.stop_strings import StopStrings, single_tokens
@@ -166,11 +167,16 @@ class Decoder:
 
     def _context(self, model: Loaded, prompt: Prompt, of: str) -> tuple[int, ...]:
         role: Role = "proxy" if self.agreement else self.role
+        if prompt.messages:
+            spoken = Conversation(prompt.messages, prompt.response_prefix)
+            text = spoken.text_for(model.name, role, model.spec, model.tokenizer, self._remark)
+            ids = ids_of(model.spec, model.tokenizer, text)
+            model.require_rows(ids)
+            return ids
         template = f"the chat template of the {model.name}"
 
         def say(what: str) -> None:
-            if f"{template} {what}" not in self.remarks:
-                self.remarks.append(f"{template} {what}")
+            self._remark(f"{template} {what}")
 
         try:
             ids = context(model.spec, model.tokenizer, form_of(model.name, role), prompt, say)
@@ -179,6 +185,10 @@ class Decoder:
             raise TemplateFault(message, of_these_texts=fault.of_these_texts) from None
         model.require_rows(ids)
         return ids
+
+    def _remark(self, what: str) -> None:
+        if what not in self.remarks:
+            self.remarks.append(what)
 
     def _contexts_or_why(self, example: Example, task: str) -> dict[str, tuple[int, ...]] | str:
         """The contexts of an example, or why it alone has none."""

@@ -97,6 +97,11 @@ class SteeredModel:
             self._decoder, self._closed = None, True
             self.models.release(keep=[])
 
+    def prepare(self, as_: str = "proxy") -> None:
+        """Load what a role needs now, and not with its first response."""
+        with self._answering(self.system.require(as_)):
+            pass
+
     def generate(
         self,
         prompts: Sequence[str | Prompt],
@@ -282,6 +287,7 @@ class ResponseStream(Iterator[str]):
         self._pieces: list[str] = []
         schedule = model.system.alpha if alpha is None else alpha
         kind: TraceKind = "tokens" if trace else "off"
+        self._stopped = False
         self._steps = decoder.steps([(example, [schedule])], sampling, trace=kind, on_text=self._hear)
 
     def _hear(self, example_id: str, sample: int, piece: str) -> None:
@@ -290,6 +296,8 @@ class ResponseStream(Iterator[str]):
     def __next__(self) -> str:
         try:
             while not any(self._pieces):
+                if self._stopped:
+                    raise StopIteration
                 finished = next(self._steps)
                 if finished:
                     self.completion = finished[0][1]
@@ -300,6 +308,11 @@ class ResponseStream(Iterator[str]):
         text = "".join(self._pieces)
         self._pieces.clear()
         return text
+
+    def stop(self) -> None:
+        """Have the response end after the step that is under way: for a signal handler, or another thread.
+        What is there of it comes yet."""
+        self._stopped = True
 
     def close(self) -> None:
         """End the response where it is; nothing is decoded any more. A second time does nothing."""
@@ -355,7 +368,9 @@ def named_by_content(prompts: Sequence[str | Prompt]) -> list[Example]:
     for one in prompts:
         prompt = Prompt(plain=one, user=one) if isinstance(one, str) else one
         seen[prompt] = seen.get(prompt, 0) + 1
-        content = repr(dataclasses.astuple(prompt)).encode("utf-8", "backslashreplace")
+        # a conversation goes by its messages: in `plain`, who speaks is not to be told
+        parts = prompt.messages or dataclasses.astuple(prompt)[:-1]
+        content = repr(parts).encode("utf-8", "backslashreplace")
         digest = hashlib.sha256(content).hexdigest()[:16]
         examples.append(Example(id=f"{digest}-{seen[prompt]}", prompt=prompt))
     return examples
