@@ -111,8 +111,9 @@ class Chat:
             )
         except PromptTooLong as error:
             raise _too_long(error) from None
-        for role, completion in found.items():
-            _require_text(role, completion)
+        for completion in found.values():
+            if completion.finish_reason == "template":
+                raise UserError(str(completion.remark))
         if text is not None:
             self._add(text, found[self.as_].text)
         return found
@@ -146,6 +147,9 @@ class Answer(Iterator[str]):
             except PromptTooLong as error:
                 self._ended = True
                 raise _too_long(error) from None
+            except UserError:
+                self._ended = True
+                raise
             piece = piece if self.text else piece.lstrip()
             if piece:
                 self.text += piece
@@ -157,8 +161,8 @@ class Answer(Iterator[str]):
         self._stream.stop()
 
     def close(self) -> None:
-        """End it at once. What is there of it stays in the conversation; without any, so does not the
-        question."""
+        """End it at once. What is there of it stays in the conversation, with the question; without any,
+        neither does."""
         self._stream.close()
         self._end()
 
@@ -167,8 +171,6 @@ class Answer(Iterator[str]):
             return
         self._ended = True
         self.completion = self._stream.completion
-        if self.completion is not None:
-            _require_text(self._chat.as_, self.completion)
         if self.text or self.completion is not None:
             self._chat._add(self._question, self.text)
 
@@ -179,12 +181,6 @@ class Answer(Iterator[str]):
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _require_text(role: Role, completion: Completion) -> None:
-    """UserError where a role was not asked: a chat template has no text for the conversation."""
-    if completion.finish_reason == "template":
-        raise UserError(f"the {role} was not asked: {completion.remark}")
 
 
 def _too_long(error: PromptTooLong) -> UserError:

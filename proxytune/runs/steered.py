@@ -134,7 +134,7 @@ class SteeredModel:
         trace: bool = False,
     ) -> ResponseStream:
         """The response to one prompt in pieces of text, as they are decoded. The whole of it is the stream's
-        `completion` at the end."""
+        `completion` at the end. It raises a UserError where a chat template has no text for the prompt."""
         chosen = sampling or Sampling()
         if chosen.n > 1:
             raise UserError(f"a stream is of one response: leave n = {chosen.n} out, or use generate")
@@ -301,6 +301,8 @@ class ResponseStream(Iterator[str]):
                 finished = next(self._steps)
                 if finished:
                     self.completion = finished[0][1]
+                    if self.completion.finish_reason == "template":
+                        raise UserError(str(self.completion.remark))
                     _warn(self._decoder, [self.completion])
         except BaseException:  # at its end, too
             self.close()
