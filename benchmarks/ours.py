@@ -19,7 +19,7 @@ from benchmarks.workloads import Item, Workload
 from proxytune.config import Role
 from proxytune.decoding.decoder import PREFILL_TOKENS, Decoder
 from proxytune.engine.cuda.graphs import Graphs
-from proxytune.engine.engine import Engine
+from proxytune.engine.engine import Chosen, Engine
 from proxytune.engine.ensemble import Ensemble, Term
 from proxytune.engine.request import Request
 from proxytune.engine.sampling import RowPosition
@@ -143,14 +143,14 @@ class Ours:
         first: dict[int, float] = {}
         in_step: list[int] = []
 
-        def hear(request: Request, token: int) -> None:
+        def hear(request: Request, chosen: Chosen) -> None:
             tag = request.tag
             assert isinstance(tag, int)
             in_step.append(tag)
             if tag not in responses:
                 responses[tag] = []
                 first[tag] = time.perf_counter() - submitted[tag]
-            responses[tag].append(token)
+            responses[tag].append(chosen.token)
 
         engine = Engine(
             self._ensemble,

@@ -171,3 +171,28 @@ class JudgeOptions(Options):
         if value is not None and not value.strip():
             raise ValueError("name a model, or none")
         return value
+
+
+class ServeOptions(Options):
+    """Where a server listens, who may ask, and how much at a time."""
+
+    host: str = "127.0.0.1"
+    """The address to listen on: only this machine can reach 127.0.0.1."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """The port; 0 takes a free one."""
+    roles: str | None = Field(default=None, json_schema_extra={"metavar": "ROLE,..."})
+    """The roles that can be asked, each as a model of its own. Default: all of the system."""
+    api_key_file: str | None = Field(default=None, json_schema_extra={"metavar": "FILE"})
+    """A file with the key that requests must bring. Default: PROXYTUNE_API_KEY, or no key."""
+    max_waiting: int = Field(default=256, ge=0)
+    """Responses that may wait for room in the batch; further requests get 429."""
+    max_choices: int = Field(default=128, ge=1)
+    """Responses that one request may ask for: prompts times n."""
+    max_body: Annotated[int, BeforeValidator(parse_size)] = Field(default=4_000_000, ge=1)
+    """Largest body of a request, e.g. 4MB."""
+    max_stops: int = Field(default=16, ge=1)
+    """Stop strings of a request."""
+    stalled_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    """A client that takes nothing for so long is cut off."""
+    shutdown_seconds: float = Field(default=30.0, ge=0, allow_inf_nan=False)
+    """On SIGTERM, responses under way may go on for so long."""

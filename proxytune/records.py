@@ -5,14 +5,16 @@ report"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from textwrap import shorten
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field, field_serializer, model_validator
 
 from proxytune.config import RunSpec
+from proxytune.errors import UserError
 
 FinishReason = Literal["eos", "stop", "length", "nan", "template"]
 """`nan`: the logits after the last token were no numbers, or infinite, so the response could not go on.
@@ -61,6 +63,24 @@ class Example:
     prompt: Prompt
     target: dict[str, Any] = field(default_factory=dict)
     """What the scorer needs; stored with the prediction."""
+
+
+def named_by_content(prompts: Sequence[str | Prompt]) -> list[Example]:
+    """Examples whose ids, and so whose sampling noise, depend on the prompt and on how often it came before:
+    not on what else is asked, or in which order."""
+    if isinstance(prompts, str) or not all(isinstance(prompt, str | Prompt) for prompt in prompts):
+        raise UserError('prompts must be a list of texts: write generate(["..."])')
+    seen: dict[Prompt, int] = {}
+    examples = []
+    for one in prompts:
+        prompt = Prompt(plain=one, user=one) if isinstance(one, str) else one
+        seen[prompt] = seen.get(prompt, 0) + 1
+        # a conversation goes by its plain text, whichever formats the models get it in
+        named = Prompt(prompt.plain, prompt.plain) if prompt.messages else prompt
+        content = repr(astuple(named)[:-1]).encode("utf-8", "backslashreplace")
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        examples.append(Example(id=f"{digest}-{seen[prompt]}", prompt=prompt))
+    return examples
 
 
 @dataclass(frozen=True)

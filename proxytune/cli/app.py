@@ -25,6 +25,7 @@ from proxytune.cli.commands.lm_eval import lm_eval
 from proxytune.cli.commands.report import report
 from proxytune.cli.commands.reproduce import reproduce
 from proxytune.cli.commands.score import score
+from proxytune.cli.commands.serve import serve
 from proxytune.cli.commands.stored import export, runs
 from proxytune.cli.commands.sweep_alpha import sweep_alpha
 from proxytune.cli.commands.systems import systems
@@ -124,6 +125,7 @@ app.command()(score)
 app.command()(judge)
 app.command()(export)
 app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lm_eval)
+app.command()(serve)
 app.command()(runs)
 app.command()(report)
 app.command()(reproduce)

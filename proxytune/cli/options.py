@@ -23,7 +23,7 @@ from rich.markup import escape
 
 from proxytune.config import Sampling, system_names
 from proxytune.errors import UserError
-from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RunOptions
+from proxytune.options import CodeOptions, DecodeOptions, JudgeOptions, RunOptions, ServeOptions
 from proxytune.schema import explain
 
 R = TypeVar("R", bound=BaseModel)
@@ -168,6 +168,7 @@ DECODING = OptionGroup(DecodeOptions, "How it is computed", leave_out=frozenset(
 JUDGING = OptionGroup(JudgeOptions, "Who judges", leave_out=frozenset({"seed", "batch", "code"}))
 JUDGING_ALONE = OptionGroup(JudgeOptions, "Who judges", leave_out=frozenset({"code"}))
 CONSENT = OptionGroup(JudgeOptions, "Who judges", leave_out=frozenset({"judge", "seed", "batch", "code"}))
+SERVING = OptionGroup(ServeOptions, "Who may ask, and how much")
 CODE = OptionGroup(CodeOptions, "Running model-written code")
 
 MODELS = "Models"

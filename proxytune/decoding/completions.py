@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from proxytune.decoding.call import Scored
+from proxytune.decoding.response_text import ResponseText
 from proxytune.decoding.stop_strings import StopStrings
 from proxytune.decoding.streaming import final_text
 from proxytune.engine import Result
@@ -62,24 +63,26 @@ class ResultReader:
         def told(name: str) -> bool:
             return not (self.alone and name == "proxy")
 
+        text_of = self.stops.text_of
         return tuple(
             TracedToken(
-                text=self._shown(item.token),
+                text=token_text(text_of, item.token),
                 id=item.token,
                 probability={name: p for name, p in item.probability.items() if told(name)},
-                top={name: self._shown(token) for name, token in item.top.items() if told(name)},
+                top={name: token_text(text_of, token) for name, token in item.top.items() if told(name)},
                 alpha=item.alpha,
                 divergence=dict(item.divergence),
             )
             for item in result.trace
         )
 
-    def _shown(self, token: int) -> str:
-        """The text of one token, or its name where it has none or only a part of a letter."""
-        text = self.stops.text_of([token])
-        if text and "\ufffd" not in text:
-            return text
-        return str(self.stops.text_of.tokenizer.convert_ids_to_tokens(token))
+
+def token_text(text_of: ResponseText, token: int) -> str:
+    """The text of one token, or its name where it has none or only a part of a letter."""
+    text = text_of([token])
+    if text and "\ufffd" not in text:
+        return text
+    return str(text_of.tokenizer.convert_ids_to_tokens(token))
 
 
 def scored(tag: Scored, ids: tuple[int, ...], logprob: float, took: Took) -> Completion:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cached_property
 from itertools import product
 from typing import TypeVar
 
@@ -26,10 +27,19 @@ from proxytune.decoding.sample import sample_context
 from proxytune.decoding.stop_strings import StopStrings, single_tokens
 from proxytune.decoding.streaming import TextStream, stop_predicate
 from proxytune.decoding.templates import TemplateFault
-from proxytune.engine import Continuation, Engine, Ensemble, Request, Speculation, Term, likelihoods
+from proxytune.engine import (
+    Chosen,
+    Continuation,
+    Engine,
+    Ensemble,
+    Request,
+    Term,
+    likelihoods,
+)
 from proxytune.engine.kernels import why_not
 from proxytune.engine.kv import CacheSpec, KVCache, PagedCache, SlotCache
 from proxytune.engine.runners import ModelRunner, ReferenceRunner, Runner
+from proxytune.engine.speculative import Speculation
 from proxytune.models import Loaded, Models
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion, Example, Prompt, RoleMemory, Took
@@ -40,6 +50,8 @@ MAX_ROWS = 128
 measured."""
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 512}
 """Prompt tokens per model and step: on a GPU few, so that a step stays about as long as a decode step."""
+SMALL_POOL = 8192
+"""Tokens of a second KV pool on a GPU."""
 
 Found = TypeVar("Found")
 OnText = Callable[[str, int, str], None]
@@ -86,8 +98,8 @@ class Decoder:
         self._running: RunningStream | None = None
         self._scoring: ScoringTexts | None = None
         self._size = head.size
-        pool = pool_tokens(self.loaded, self.max_batch, how.kv_memory)
-        runners = {name: self._runner(model, pool) for name, model in self.loaded.items()}
+        self._pool = pool_tokens(self.loaded, self.max_batch, how.kv_memory)
+        runners = {name: self._runner(model, self._pool) for name, model in self.loaded.items()}
         self.ensemble = self._ensemble(runners)
 
     def _ensemble(self, runners: dict[str, Runner]) -> Ensemble:
@@ -259,15 +271,15 @@ class Decoder:
         streams: dict[tuple[AlphaSchedule, str, int], TextStream] = {}
         unasked: list[tuple[AlphaSchedule, Completion]] = []
 
-        def hear(request: Request, token: int) -> None:
+        def hear(request: Request, chosen: Chosen) -> None:
             assert isinstance(request.tag, Tag) and on_text is not None
-            if token in request.eos:
+            if chosen.token in request.eos:
                 return
             stream = streams.setdefault((request.tag.alpha, *request.tag.where), TextStream(stops))
-            on_text(*request.tag.where, stream.push(token))
+            on_text(*request.tag.where, stream.push(chosen.token))
 
-        self._running = running = RunningStream(self._engine(trace, hear if on_text is not None else None))
-        engine = running.engine
+        engine = self.engine(hear if on_text is not None else None, trace=trace != "off")
+        self._running = running = RunningStream(engine)
         before = self.stats
         try:
             for request in self._requests(asked, sampling, stops, task, forced, unasked):
@@ -287,15 +299,29 @@ class Decoder:
         finally:
             engine.close()
 
-    def _engine(self, trace: TraceKind, on_token: Callable[[Request, int], None] | None) -> Engine:
+    def engine(
+        self,
+        on_token: Callable[[Request, Chosen], None] | None = None,
+        *,
+        trace: bool = False,
+        ranked: int = 0,
+    ) -> Engine:
+        """An engine on the models, which takes the caches with its first request. Arguments as in Engine."""
         return Engine(
             self.ensemble,
             max_rows=self.max_batch,
             prefill_tokens=PREFILL_TOKENS.get(self.loaded[self.target].device.type, 512),
-            trace=trace != "off",
+            trace=trace,
+            ranked=ranked,
             on_token=on_token,
             speculation=self.speculation,
         )
+
+    def beside(self) -> Ensemble:
+        """The same models with caches of their own: what is computed there disturbs no batch. On a GPU, where
+        pools are taken at once, they are small."""
+        tokens = self._pool if self.loaded[self.target].device.type == "cpu" else min(self._pool, SMALL_POOL)
+        return self._ensemble({name: self._runner(model, tokens) for name, model in self.loaded.items()})
 
     def cancel(self, example_id: str, sample: int | None = None) -> bool:
         """End a response of the stream that is going on, or all responses to an example: between two of its
@@ -385,7 +411,7 @@ class Decoder:
     ) -> Iterator[Request]:
         """What is to be decoded. `unasked` gets the responses to examples for which a chat template has no
         text."""
-        eos = self._eos()
+        eos = self.eos
         banned = single_tokens(self.tokenizer, sampling.ban, self._size)
         first = single_tokens(self.tokenizer, sampling.ban_first, self._size)
         opener = tuple(self.tokenizer.encode(forced, add_special_tokens=False)) if forced else ()
@@ -409,7 +435,8 @@ class Decoder:
                     tag=Tag(example, sample, alpha),
                 )
 
-    def _eos(self) -> frozenset[int]:
+    @cached_property
+    def eos(self) -> frozenset[int]:
         """The end-of-sequence ids, as the base's: those of the target model, and those of the experts, which
         may end in a way of their own (a chat model's end of turn)."""
         ids = own_eos(self.loaded[self.target])

@@ -19,6 +19,11 @@ class TextStream:
         self._stops, self._text = stops, GrowingText(stops.text_of, stops.marks)
         self._held = ""  # what may become a stop string
 
+    @property
+    def held(self) -> int:
+        """Characters that are known and not shown yet: they may be the beginning of a stop string."""
+        return 0 if self.ended else len(self._stops.plain(self._held))
+
     def push(self, token: int) -> str:
         """The new text that is safe to show."""
         if self.ended:

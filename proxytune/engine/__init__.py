@@ -10,23 +10,22 @@ from typing import TYPE_CHECKING
 from proxytune.lazy import door
 
 if TYPE_CHECKING:
-    from proxytune.engine.engine import Engine
+    from proxytune.engine.engine import Chosen, Engine
     from proxytune.engine.ensemble import Ensemble, Term
     from proxytune.engine.likelihood import Continuation, likelihoods
     from proxytune.engine.request import Request, Result
-    from proxytune.engine.speculative.drafter import Speculation
 
-__all__ = ["Continuation", "Engine", "Ensemble", "Request", "Result", "Speculation", "Term", "likelihoods"]
+__all__ = ["Chosen", "Continuation", "Engine", "Ensemble", "Request", "Result", "Term", "likelihoods"]
 
 __getattr__ = door(
     __name__,
     {
+        "Chosen": "engine",
         "Engine": "engine",
         "Ensemble": "ensemble",
         "Term": "ensemble",
         "Request": "request",
         "Result": "request",
-        "Speculation": "speculative.drafter",
         "Continuation": "likelihood",
         "likelihoods": "likelihood",
     },

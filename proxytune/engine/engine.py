@@ -45,6 +45,10 @@ class Chosen(NamedTuple):
     trace: TokenTrace | None
 
 
+OnToken = Callable[[Request, Chosen], None]
+"""Hears of a token of a response."""
+
+
 @dataclass
 class Counts:
     """What an engine has done so far."""
@@ -76,14 +80,17 @@ class Engine:
         max_rows: int,
         prefill_tokens: int = 512,
         trace: bool = False,
-        on_token: Callable[[Request, int], None] | None = None,
+        ranked: int = 0,
+        on_token: OnToken | None = None,
         speculation: Speculation | None = None,
         draft_length: DraftLength | None = None,
     ) -> None:
-        """`on_token` hears of every token as it is chosen; `trace` records every model's view of it;
-        without `speculation` decoding is plain. `draft_length`: what was measured before (the ensemble's
-        own)."""
+        """`on_token` hears of every token as it is chosen; `trace` records every model's view of it, with
+        its `ranked` most probable tokens; without `speculation` decoding is plain. `draft_length`: what was
+        measured before (the ensemble's own)."""
+        size = ensemble.runners[ensemble.target].alignment.size
         self.ensemble, self.trace, self.on_token = ensemble, trace, on_token
+        self.ranked = min(ranked, size) if trace else 0
         runners, settings = ensemble.runners, speculation or Speculation(k=0)
         caches = {name: runner.rows for name, runner in runners.items()}
         longest = {name: runner.alignment.longest for name, runner in runners.items()}
@@ -108,7 +115,7 @@ class Engine:
         """Tickets of rows that were cancelled within this step."""
         self.device: DeviceLoop | None = None
         if steps_on_device(runners, settings):
-            graphs = ensemble.graphs(draft_models, settings.propose, trace=trace)
+            graphs = ensemble.graphs(draft_models, settings.propose, trace=trace, ranked=self.ranked)
             self.device = DeviceLoop(self.scheduler, self.drafter, graphs)
 
     @property
@@ -336,18 +343,24 @@ class Engine:
         tokens = pick(combined, positions)
         logprobs = found_probability(combined, tokens).tolist()
         ids: list[int] = tokens.tolist()
-        traces: Sequence[TokenTrace | None] = [None] * len(ids)
-        if self.trace:
-            views = self.ensemble.views(combined, logits, strength, tokens)
-            traces = self._named(views, ids, alphas)
+        traces: list[TokenTrace | None] = [None] * len(ids)
+        wanted = [at for at, place in enumerate(positions) if self.trace and place.row.request.trace]
+        if wanted:
+            mine = torch.tensor(wanted, device=device)
+            seen, whole = some(logits, wanted), some({"": combined}, wanted)[""]
+            views = self.ensemble.views(whole, seen, strength[mine], tokens[mine], ranked=self.ranked)
+            named = self._named(views, [ids[at] for at in wanted], [alphas[at] for at in wanted])
+            for at, trace in zip(wanted, named, strict=True):
+                traces[at] = trace
         return [Chosen(*item) for item in zip(ids, logprobs, traces, strict=True)]
 
     def _recorded(self, row: Row, tokens: Sequence[int], seen: Tensor) -> Sequence[TokenTrace | None]:
         """The traces of a row's next tokens, as a step on the device packed them."""
-        if not self.trace:
+        if not (self.trace and row.request.trace):
             return [None] * len(tokens)
         alphas = [row.request.alpha.at(len(row.tokens) + offset) for offset in range(len(tokens))]
-        return self._named(TokenViews.unpacked(seen, len(self.ensemble.watchers)), tokens, alphas)
+        views = TokenViews.unpacked(seen, len(self.ensemble.watchers), self.ranked)
+        return self._named(views, tokens, alphas)
 
     def _named(self, views: TokenViews, tokens: Sequence[int], alphas: Sequence[float]) -> list[TokenTrace]:
         return views.traces(self.ensemble.watchers, self.ensemble.measured, tokens, alphas)
@@ -390,7 +403,7 @@ class Engine:
             ids.extend(self._spell[name](item.token))
         self.counts.generated_tokens += 1
         if self.on_token is not None:
-            self.on_token(row.request, item.token)
+            self.on_token(row.request, item)
         if row.ticket in self._cancelled:
             return "cancelled"
         return finish_reason(row) or self._full(row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -55,7 +56,7 @@ class Ensemble:
     """The model whose divergence from the proxy and from its target model is traced; it only watches."""
     draft_length: DraftLength = field(default_factory=DraftLength)
     """What its engines have measured so far."""
-    _graphs: dict[tuple[tuple[str, ...], Propose | None, bool], Graphs] = field(default_factory=dict)
+    _graphs: dict[tuple[tuple[str, ...], Propose | None, bool, int], Graphs] = field(default_factory=dict)
     """By draft models, what drafts, and whether they trace: they outlive the engine that made them."""
     _holders: list[weakref.ref[Holder]] = field(default_factory=list)
     """Who has rows in the caches: nobody, or one."""
@@ -118,8 +119,10 @@ class Ensemble:
         alpha: Tensor,
         tokens: Tensor,
         first: Callable[[Tensor], Tensor] = largest,
+        ranked: int = 0,
     ) -> TokenViews:
-        """How tokens [B] were seen, for the trace: by every model, logits [B, V], and by the proxy."""
+        """How tokens [B] were seen, for the trace: by every model, logits [B, V], and by the proxy; with so
+        many of the most probable tokens of each."""
         views = {name: logits[name].to(combined.device) for name in self.runners}
         proxy = combined if self.observed is None else self.observed.combine(views, alpha)
         views["proxy"] = proxy
@@ -127,18 +130,24 @@ class Ensemble:
         if self.reference is not None:
             known = self.runners[self.reference].alignment.shared
             apart = from_reference(views, self.reference, self.measured, known)
-        return TokenViews.of(views, apart, tokens, first)
+        return TokenViews.of(views, apart, tokens, first, ranked)
 
     def graphs(
-        self, draft_models: tuple[str, ...], propose: Propose | None = None, *, trace: bool = False
+        self,
+        draft_models: tuple[str, ...],
+        propose: Propose | None = None,
+        *,
+        trace: bool = False,
+        ranked: int = 0,
     ) -> Graphs:
         """The steps of this ensemble on its device, where all its models are; with `trace` they tell how
-        every token was seen."""
-        key = draft_models, propose, trace
+        every token was seen, with so many ranked tokens."""
+        key = draft_models, propose, trace, ranked
         if key not in self._graphs:
             runner = self.runners[self.target]
             assert isinstance(runner, ModelRunner)
-            tracing = Tracing(self.views, 2 * len(self.watchers) + len(self.measured)) if trace else None
+            width = (2 + 2 * ranked) * len(self.watchers) + len(self.measured)
+            tracing = Tracing(partial(self.views, ranked=ranked), width) if trace else None
             step = DeviceStep(self.runners, draft_models, self.target, self.combine, propose, tracing)
             self._graphs[key] = Graphs(step, runner.device)
         return self._graphs[key]

@@ -19,6 +19,7 @@ from proxytune.engine.ensemble import Ensemble
 from proxytune.engine.logits import found_probability, largest
 from proxytune.engine.request import Segment, Work
 from proxytune.engine.runners.runner import Runner
+from proxytune.engine.token_views import ranked_tokens
 from proxytune.errors import UserError
 
 POSITIONS = 1024
@@ -45,6 +46,8 @@ class Likelihood:
     continuation: Continuation
     logprobs: Tensor  # [alphas, tokens], natural logarithm, before bans and warping; NaN for broken logits
     greedy: Tensor  # [alphas] bool: whether greedy decoding would give exactly this
+    ranked: Tensor  # [alphas, tokens, K] the K most probable tokens in each place, the first of them first
+    ranked_logprobs: Tensor  # [alphas, tokens, K] float64
 
 
 def likelihoods(
@@ -54,9 +57,10 @@ def likelihoods(
     *,
     positions: int = POSITIONS,
     tokens: int = TOKENS,
+    ranked: int = 0,
 ) -> Iterator[Likelihood]:
     """Score every continuation under every alpha, in the order given; equal contexts among neighbours, and
-    what all of them begin with, are computed once.
+    what all of them begin with, are computed once. `ranked` is K, cut to the vocabulary.
 
     Raises UserError if a context window or KV pool cannot hold an item.
     """
@@ -69,7 +73,7 @@ def likelihoods(
         batch = _batch(ensemble, measured, start, positions, tokens)
         start += len(batch)
         try:
-            found = list(_score(ensemble, batch, alphas, positions, tokens))
+            found = list(_score(ensemble, batch, Scoring(alphas, positions, tokens, ranked)))
         finally:
             ensemble.clear_caches()
         yield from found
@@ -170,19 +174,25 @@ def same_start(sequences: Sequence[tuple[int, ...]]) -> int:
     )
 
 
-def _score(
-    ensemble: Ensemble,
-    batch: Sequence[Measured],
-    alphas: Sequence[AlphaSchedule],
-    positions: int,
-    tokens: int,
-) -> Iterator[Likelihood]:
+@dataclass(frozen=True)
+class Scoring:
+    """How continuations are scored."""
+
+    alphas: Sequence[AlphaSchedule]
+    positions: int
+    """Positions whose logits exist at the same time."""
+    tokens: int
+    """Of a forward."""
+    ranked: int
+
+
+def _score(ensemble: Ensemble, batch: Sequence[Measured], how: Scoring) -> Iterator[Likelihood]:
     """One batch in empty caches: prefill every context once, feed the continuations, combine per alpha."""
-    rows = {name: _prefill(runner, name, batch, tokens) for name, runner in ensemble.runners.items()}
-    if len(batch) > 1 or len(batch[0].item.ids) <= positions:
-        yield from _whole(ensemble, batch, rows, alphas)
+    rows = {name: _prefill(runner, name, batch, how.tokens) for name, runner in ensemble.runners.items()}
+    if len(batch) > 1 or len(batch[0].item.ids) <= how.positions:
+        yield from _whole(ensemble, batch, rows, how)
     else:
-        yield _in_pieces(ensemble, batch[0].item, alphas, positions)
+        yield _in_pieces(ensemble, batch[0].item, how)
 
 
 def _prefill(runner: Runner, name: str, batch: Sequence[Measured], tokens: int) -> list[int]:
@@ -242,16 +252,17 @@ def _whole(
     ensemble: Ensemble,
     batch: Sequence[Measured],
     rows: Mapping[str, Sequence[int]],
-    alphas: Sequence[AlphaSchedule],
+    how: Scoring,
 ) -> Iterator[Likelihood]:
     logits = {name: _continued(runner, name, batch, rows[name]) for name, runner in ensemble.runners.items()}
     targets = [token for measured in batch for token in measured.item.ids]
     offsets = [position for measured in batch for position in range(len(measured.item.ids))]
-    logprobs, greedy = _under_alphas(ensemble, logits, targets, offsets, alphas)
+    logprobs, greedy, *ranked = _under_alphas(ensemble, logits, targets, offsets, how)
     start = 0
     for measured in batch:
         mine = slice(start, start + len(measured.item.ids))
-        yield Likelihood(measured.item, logprobs[:, mine], greedy[:, mine].all(1))
+        best = (found[:, mine] for found in ranked)
+        yield Likelihood(measured.item, logprobs[:, mine], greedy[:, mine].all(1), *best)
         start = mine.stop
 
 
@@ -277,13 +288,11 @@ def _continued(runner: Runner, name: str, batch: Sequence[Measured], rows: Seque
     return logits[torch.tensor(by_item, device=logits.device)]
 
 
-def _in_pieces(
-    ensemble: Ensemble, item: Continuation, alphas: Sequence[AlphaSchedule], positions: int
-) -> Likelihood:
+def _in_pieces(ensemble: Ensemble, item: Continuation, how: Scoring) -> Likelihood:
     """One continuation whose logits would be too many at once."""
     parts = []
-    for start in range(0, len(item.ids), positions):
-        piece = item.ids[start : start + positions]
+    for start in range(0, len(item.ids), how.positions):
+        piece = item.ids[start : start + how.positions]
         logits = {}
         for name, runner in ensemble.runners.items():
             before = item.contexts[name][-1:] if start == 0 else runner.alignment.spell(item.ids[start - 1])
@@ -291,9 +300,9 @@ def _in_pieces(
             keep = [len(before) - 1 + end for end in ends]
             logits[name] = runner.forward(Work([Segment(0, (*before, *ids))], keep))
         offsets = list(range(start, start + len(piece)))
-        parts.append(_under_alphas(ensemble, logits, list(piece), offsets, alphas))
-    logprobs, greedy = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
-    return Likelihood(item, logprobs, greedy.all(1))
+        parts.append(_under_alphas(ensemble, logits, list(piece), offsets, how))
+    logprobs, greedy, *ranked = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
+    return Likelihood(item, logprobs, greedy.all(1), *ranked)
 
 
 def _under_alphas(
@@ -301,16 +310,19 @@ def _under_alphas(
     logits: Mapping[str, Tensor],
     targets: Sequence[int],
     offsets: Sequence[int],
-    alphas: Sequence[AlphaSchedule],
-) -> tuple[Tensor, Tensor]:
+    how: Scoring,
+) -> tuple[Tensor, ...]:
     """Log-probability of every target, NaN where the logits are no distribution, and whether it is the first
-    choice: two [alphas, tokens]."""
+    choice: two [alphas, tokens]. Then the most probable tokens, and their log-probabilities: two [alphas,
+    tokens, K]."""
     device = logits[ensemble.target].device
     tokens = torch.tensor(targets, device=device)
-    logprobs, greedy = [], []
-    for schedule in alphas:
+    logprobs, greedy, ranked = [], [], []
+    for schedule in how.alphas:
         strength = torch.tensor([schedule.at(at) for at in offsets], dtype=torch.float64, device=device)
         combined = ensemble.combine(logits, strength)
         logprobs.append(found_probability(combined, tokens))
         greedy.append(largest(combined) == tokens)
-    return torch.stack(logprobs), torch.stack(greedy)
+        ranked.append(ranked_tokens(combined, how.ranked))
+    best = (torch.stack(found) for found in zip(*ranked, strict=True))
+    return torch.stack(logprobs), torch.stack(greedy), *best

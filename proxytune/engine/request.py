@@ -36,6 +36,8 @@ class Request:
     """Tokens with which the response begins, whatever the logits are."""
     stop: Callable[[Sequence[int]], bool] | None = None
     """Whether the response, as ids so far, is to end here."""
+    trace: bool = True
+    """Whether its tokens are traced where the engine traces."""
     tag: object = None
     """The caller's own; handed back with the result."""
 
@@ -48,6 +50,8 @@ class TokenTrace(NamedTuple):
     probability: dict[str, float]  # model -> probability of the token; "proxy" is the combination
     top: dict[str, int]  # model -> its most probable token
     divergence: Mapping[str, float] = MappingProxyType({})  # model -> KL(reference || model) in nats
+    ranked: Mapping[str, Sequence[tuple[int, float]]] = MappingProxyType({})
+    # model -> its most probable tokens with their natural log-probabilities, where that was asked for
 
 
 @dataclass

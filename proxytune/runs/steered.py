@@ -3,8 +3,6 @@ form."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +16,7 @@ from proxytune.decoding import Decoder, notes_on, stored_response
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
-from proxytune.records import Completion, Example, Prompt, Run
+from proxytune.records import Completion, Example, Prompt, Run, named_by_content
 from proxytune.runs.alpha_sweep import parse_alphas, sweep
 from proxytune.runs.evaluation import Evaluation, alpha_for, asked_for, show_in_notebooks
 
@@ -358,24 +356,6 @@ def generate(
     return model.generate(
         prompts, as_=as_, sampling=sampling, alpha=alpha, allow_negative_alpha=allow_negative_alpha
     )
-
-
-def named_by_content(prompts: Sequence[str | Prompt]) -> list[Example]:
-    """Examples whose ids, and so whose sampling noise, depend on the prompt and on how often it came before:
-    not on what else is asked, or in which order."""
-    if isinstance(prompts, str) or not all(isinstance(prompt, str | Prompt) for prompt in prompts):
-        raise UserError('prompts must be a list of texts: write generate(["..."])')
-    seen: dict[Prompt, int] = {}
-    examples = []
-    for one in prompts:
-        prompt = Prompt(plain=one, user=one) if isinstance(one, str) else one
-        seen[prompt] = seen.get(prompt, 0) + 1
-        # a conversation goes by its messages: in `plain`, who speaks is not to be told
-        parts = prompt.messages or dataclasses.astuple(prompt)[:-1]
-        content = repr(parts).encode("utf-8", "backslashreplace")
-        digest = hashlib.sha256(content).hexdigest()[:16]
-        examples.append(Example(id=f"{digest}-{seen[prompt]}", prompt=prompt))
-    return examples
 
 
 def _alpha_text(alpha: AlphaSchedule | float | str) -> str:

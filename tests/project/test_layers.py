@@ -24,7 +24,7 @@ FLOORS = (
     "decoding analysis paper",
     "judges report checks",
     "runs",
-    "tuning integrations exports",
+    "tuning integrations exports server",
     "cli",
 )
 """From the ground up. The package's own `__init__` and `__main__` stand above all."""

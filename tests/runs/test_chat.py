@@ -8,9 +8,11 @@ import pytest
 
 import proxytune
 from proxytune import Chat, DecodeOptions, Sampling, System, UserError
+from proxytune.decoding import Conversation
 from proxytune.decoding.decoder import Decoder
 from proxytune.models.roles import Models
-from proxytune.runs.steered import SteeredModel, named_by_content
+from proxytune.records import Prompt, named_by_content
+from proxytune.runs.steered import SteeredModel
 from tests.support import tiny
 
 SHORT = Sampling(max_new_tokens=6)
@@ -170,6 +172,10 @@ def test_prompts_without_messages_keep_the_names_of_their_noise() -> None:
     """Their samples are those of versions before conversations were known."""
     [example] = named_by_content(["ab"])
     assert example.id == "ecc6e83cb898bd80-1"
+    prompts = [Prompt("ab", "ab"), Conversation((("user", "ab"),)).prompt]
+    assert [one.id for one in named_by_content(prompts)] == ["ecc6e83cb898bd80-1"] * 2, (
+        "as text, and as a message"
+    )
 
 
 def test_a_model_can_be_loaded_before_it_is_asked(trio: System) -> None:

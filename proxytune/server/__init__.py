@@ -1,0 +1,21 @@
+"""A server in the OpenAI style over one running engine: a system and each of its roles as models that
+anything can talk to.
+
+    HTTP -> protocol (what may be asked) -> service (asyncio) -> engine thread -> open batch of a role
+
+The engine thread alone touches models. Handlers hand it jobs, and it hands pieces back after every step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from proxytune.lazy import door
+
+if TYPE_CHECKING:
+    from proxytune.server.app import build_app
+    from proxytune.server.run import ServeCall, serve
+    from proxytune.server.service import Service
+
+__all__ = ["ServeCall", "Service", "build_app", "serve"]
+
+__getattr__ = door(__name__, {"ServeCall": "run", "Service": "service", "build_app": "app", "serve": "run"})

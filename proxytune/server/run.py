@@ -1,0 +1,146 @@
+"""`serve`: bind, load, answer, and end well."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from proxytune.config import Role, System
+from proxytune.decoding import Decoder, OpenBatch
+from proxytune.errors import UserError
+from proxytune.models import Models
+from proxytune.options import DecodeOptions, ServeOptions
+from proxytune.server.app import build_app
+from proxytune.server.guards import LOCAL
+from proxytune.server.meters import Meters
+from proxytune.server.protocol import RANKED
+from proxytune.server.service import Service
+
+KEY_NAME = "PROXYTUNE_API_KEY"
+SHORTEST_KEY = 8
+MOST_CONNECTIONS = 4096
+"""Beyond them uvicorn answers 503 by itself."""
+
+
+@dataclass(frozen=True)
+class ServeCall:
+    """What is served, and how."""
+
+    models: Models
+    options: ServeOptions
+    decode: DecodeOptions
+    allow_negative_alpha: bool = False
+    note: Callable[[str], None] = print
+    """Hears what the person who starts the server should know."""
+
+    @property
+    def system(self) -> System:
+        """The system whose models answer."""
+        return self.models.system
+
+
+def serve(call: ServeCall) -> None:
+    """Answer until SIGINT or SIGTERM. UserError, before anything is loaded, for a port in use, a key that
+    cannot be read, or a role that the system has not."""
+    roles, key = served_roles(call.system, call.options.roles), read_key(call.options)
+    with listening(call.options) as listener:
+        host, port = call.options.host, listener.getsockname()[1]
+        batches = {role: open_batch(call, role) for role in roles}
+        service = Service(call.system, batches, call.options, Meters())
+        app = build_app(service, allow_negative_alpha=call.allow_negative_alpha, key=key)
+        if host not in LOCAL and key is None:
+            call.note(f"warning: whoever reaches {host}:{port} can use it: set {KEY_NAME} or --api-key-file")
+        shown = f"[{host}]" if ":" in host else host
+        call.note(f"serving {', '.join(service.models)} at http://{shown}:{port}")
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_graceful_shutdown=int(call.options.shutdown_seconds) + 5,
+            server_header=False,
+        )
+        GracefulServer(config, service).run(sockets=[listener])
+
+
+class GracefulServer(uvicorn.Server):
+    """uvicorn's server, which lets the service know when it is told to end."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """SIGINT or SIGTERM: no more requests, and those under way have a while. A second SIGINT ends
+        them."""
+        self._service.drain()
+        super().handle_exit(sig, frame)
+
+
+def served_roles(system: System, named: str | None) -> tuple[Role, ...]:
+    """The roles that are served: the proxy first, as its models load the others'. UserError for one that the
+    system has not."""
+    if named is None:
+        found: tuple[Role, ...] = system.roles
+    else:
+        found = tuple(dict.fromkeys(system.require(role.strip()) for role in named.split(",")))
+    return tuple(sorted(found, key=lambda role: role != "proxy"))
+
+
+def open_batch(call: ServeCall, role: Role) -> OpenBatch:
+    """The batch of a role. Its notes are passed on."""
+    decoder = Decoder(call.models, role, call.decode)
+    for note in decoder.notes():
+        call.note(f"note: {note}")
+    return OpenBatch(decoder, RANKED)
+
+
+def read_key(options: ServeOptions) -> str | None:
+    """The key that requests must bring; None where there is none. UserError for one that is too short or
+    cannot be read."""
+    if options.api_key_file is None:
+        found = os.environ.get(KEY_NAME)
+        where = KEY_NAME
+    else:
+        path = Path(options.api_key_file).expanduser()
+        where = f"--api-key-file '{path}'"
+        try:
+            found = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise UserError(f"{where}: {reason}") from None
+    if found is None:
+        return None
+    key = found.strip()
+    if len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+        raise UserError(f"{where} holds no key: at least {SHORTEST_KEY} letters, without spaces")
+    return key
+
+
+def listening(options: ServeOptions) -> socket.socket:
+    """A socket that listens. UserError for an address that is in use or is none."""
+    where = f"--host {options.host} --port {options.port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise UserError(f"{where}: no such address: {error}") from None
+    found = socket.socket(family, kind, protocol)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # who takes nothing for so long is cut off by the kernel
+            stalled = int(1000 * options.stalled_seconds)
+            found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stalled)
+        found.bind(address)
+        found.listen(512)
+    except OSError as error:
+        found.close()
+        raise UserError(f"{where}: {error.strerror}: choose another one, or 0 for any free port") from None
+    return found
