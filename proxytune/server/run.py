@@ -19,6 +19,7 @@ from proxytune.options import DecodeOptions, ServeOptions
 from proxytune.server.app import build_app
 from proxytune.server.guards import LOCAL
 from proxytune.server.meters import Meters
+from proxytune.server.playground import playground
 from proxytune.server.protocol import RANKED
 from proxytune.server.service import Service
 
@@ -53,7 +54,13 @@ def serve(call: ServeCall) -> None:
         host, port = call.options.host, listener.getsockname()[1]
         batches = {role: open_batch(call, role) for role in roles}
         service = Service(call.system, batches, call.options, Meters())
-        app = build_app(service, allow_negative_alpha=call.allow_negative_alpha, key=key)
+        app = build_app(
+            service,
+            allow_negative_alpha=call.allow_negative_alpha,
+            key=key,
+            home=playground(call.system, service.models),
+            open_paths=frozenset({"/"}),
+        )
         if host not in LOCAL and key is None:
             call.note(f"warning: whoever reaches {host}:{port} can use it: set {KEY_NAME} or --api-key-file")
         shown = f"[{host}]" if ":" in host else host

@@ -13,6 +13,10 @@ const make = (tag, attributes = {}, ...inside) => {
 };
 const byId = (id) => document.getElementById(id);
 
+// what controls, reorders or hides the text around it, written out as `visible` of proxytune.terminal does
+const visible = (text) => text.replace(/[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu, (char) =>
+  "\n\t\u200c\u200d".includes(char) ? char : `‹U+${char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}›`);
+
 // how far a probability moved, from -1 to 1, as a colour
 const shade = (shift, most = 0.8) => {
   const strength = Math.min(1, Math.abs(shift)) ** 0.7 * most;
