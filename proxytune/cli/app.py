@@ -25,12 +25,12 @@ from proxytune.cli.commands.lm_eval import lm_eval
 from proxytune.cli.commands.report import report
 from proxytune.cli.commands.reproduce import reproduce
 from proxytune.cli.commands.score import score
-from proxytune.cli.commands.serve import serve
 from proxytune.cli.commands.stored import export, runs
 from proxytune.cli.commands.sweep_alpha import sweep_alpha
 from proxytune.cli.commands.systems import systems
 from proxytune.cli.commands.tasks import tasks
 from proxytune.cli.init import init
+from proxytune.cli.serving import serve
 from proxytune.errors import UserError
 from proxytune.terminal import say, show
 

@@ -9,16 +9,13 @@ from proxytune.lazy import door
 if TYPE_CHECKING:
     from proxytune.decoding.conversations import Conversation
     from proxytune.decoding.decoder import Decoder
-    from proxytune.decoding.open_batch import Asked, OpenBatch
     from proxytune.decoding.prompts import opened
     from proxytune.decoding.remarks import notes_on, stored_response
     from proxytune.decoding.sample import sample_context
 
 __all__ = [
-    "Asked",
     "Conversation",
     "Decoder",
-    "OpenBatch",
     "notes_on",
     "opened",
     "sample_context",
@@ -28,10 +25,8 @@ __all__ = [
 __getattr__ = door(
     __name__,
     {
-        "Asked": "open_batch",
         "Conversation": "conversations",
         "Decoder": "decoder",
-        "OpenBatch": "open_batch",
         "notes_on": "remarks",
         "opened": "prompts",
         "sample_context": "sample",

@@ -14,8 +14,10 @@ from proxytune.lazy import door
 if TYPE_CHECKING:
     from proxytune.server.app import build_app
     from proxytune.server.run import ServeCall, serve
-    from proxytune.server.service import Service
+    from proxytune.server.work.service import Service
 
 __all__ = ["ServeCall", "Service", "build_app", "serve"]
 
-__getattr__ = door(__name__, {"ServeCall": "run", "Service": "service", "build_app": "app", "serve": "run"})
+__getattr__ = door(
+    __name__, {"ServeCall": "run", "Service": "work.service", "build_app": "app", "serve": "run"}
+)

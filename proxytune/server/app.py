@@ -15,15 +15,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from proxytune import __version__
-from proxytune.server.answering import respond
-from proxytune.server.calls import CallReader
+from proxytune.server.answers.answering import respond
+from proxytune.server.answers.calls import CallReader
+from proxytune.server.answers.protocol import ChatBody, CompletionBody
+from proxytune.server.answers.streams import ClientGone
 from proxytune.server.faults import FaultResponse, Kind, RequestFault, broken
 from proxytune.server.guards import ApiKey, Guard
 from proxytune.server.pages import docs_page
-from proxytune.server.protocol import ChatBody, CompletionBody
-from proxytune.server.service import Service
-from proxytune.server.streams import ClientGone
 from proxytune.server.tokens import tokens_router
+from proxytune.server.work.service import Service
 
 FAULTS: dict[int | str, dict[str, Any]] = {
     status: {"model": FaultResponse, "description": what}

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxytune.options import ServeOptions
 from proxytune.server.faults import RequestFault
-from proxytune.server.meters import Meters
+from proxytune.server.work.meters import Meters
 
 OPEN = frozenset({"/", "/health", "/docs", "/openapi.json"})
 """Routes without a key: they show nothing but that there is a server, and how it is asked."""

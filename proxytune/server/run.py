@@ -12,16 +12,17 @@ from types import FrameType
 import uvicorn
 
 from proxytune.config import Role, System
-from proxytune.decoding import Decoder, OpenBatch
+from proxytune.decoding import Decoder
+from proxytune.decoding.open_batch import OpenBatch
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.options import DecodeOptions, ServeOptions
+from proxytune.server.answers.protocol import RANKED
 from proxytune.server.app import build_app
 from proxytune.server.guards import LOCAL
-from proxytune.server.meters import Meters
 from proxytune.server.playground import playground
-from proxytune.server.protocol import RANKED
-from proxytune.server.service import Service
+from proxytune.server.work.meters import Meters
+from proxytune.server.work.service import Service
 
 KEY_NAME = "PROXYTUNE_API_KEY"
 SHORTEST_KEY = 8
@@ -49,44 +50,48 @@ class ServeCall:
 def serve(call: ServeCall) -> None:
     """Answer until SIGINT or SIGTERM. UserError, before anything is loaded, for a port in use, a key that
     cannot be read, or a role that the system has not."""
-    roles, key = served_roles(call.system, call.options.roles), read_key(call.options)
+    key = read_key(call.options)
+    served_roles(call.system, call.options.roles)
     with listening(call.options) as listener:
+        server = server_of(call, key)
         host, port = call.options.host, listener.getsockname()[1]
-        batches = {role: open_batch(call, role) for role in roles}
-        service = Service(call.system, batches, call.options, Meters())
-        app = build_app(
-            service,
-            allow_negative_alpha=call.allow_negative_alpha,
-            key=key,
-            home=playground(call.system, service.models),
-            open_paths=frozenset({"/"}),
-        )
         if host not in LOCAL and key is None:
             call.note(f"warning: whoever reaches {host}:{port} can use it: set {KEY_NAME} or --api-key-file")
         shown = f"[{host}]" if ":" in host else host
-        call.note(f"serving {', '.join(service.models)} at http://{shown}:{port}")
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            limit_concurrency=MOST_CONNECTIONS,
-            timeout_graceful_shutdown=int(call.options.shutdown_seconds) + 5,
-            server_header=False,
-        )
-        GracefulServer(config, service).run(sockets=[listener])
+        call.note(f"serving {', '.join(server.service.models)} at http://{shown}:{port}")
+        server.run(sockets=[listener])
+
+
+def server_of(call: ServeCall, key: str | None) -> GracefulServer:
+    """Load what is served -> a server that is ready to run, with the playground at `/`."""
+    roles = served_roles(call.system, call.options.roles)
+    batches = {role: open_batch(call, role) for role in roles}
+    service = Service(call.system, batches, call.options, Meters())
+    home = playground(call.system, service.models)
+    app = build_app(service, allow_negative_alpha=call.allow_negative_alpha, key=key, home=home)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=int(call.options.shutdown_seconds) + 5,
+        server_header=False,
+    )
+    return GracefulServer(config, service)
 
 
 class GracefulServer(uvicorn.Server):
     """uvicorn's server, which lets the service know when it is told to end."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        """`service` is what the configured application answers with."""
         super().__init__(config)
-        self._service = service
+        self.service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGINT or SIGTERM: no more requests, and those under way have a while. A second SIGINT ends
         them."""
-        self._service.drain()
+        self.service.drain()
         super().handle_exit(sig, frame)
 
 

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body
 from pydantic import BaseModel
 
-from proxytune.decoding import OpenBatch
-from proxytune.server.calls import conversation_of_messages
+from proxytune.decoding.open_batch import OpenBatch
+from proxytune.server.answers.calls import conversation_of_messages
+from proxytune.server.answers.protocol import DetokenizeBody, TokenizeBody
 from proxytune.server.faults import RequestFault
-from proxytune.server.protocol import DetokenizeBody, TokenizeBody
-from proxytune.server.service import Service
+from proxytune.server.work.service import Service
 
 
 class TokenizedText(BaseModel):

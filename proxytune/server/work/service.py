@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from proxytune.config import Role, System
-from proxytune.decoding import OpenBatch
+from proxytune.decoding.open_batch import OpenBatch
 from proxytune.errors import UserError
 from proxytune.options import ServeOptions
-from proxytune.server.engine_thread import WHOLE, EngineThread, Event
 from proxytune.server.faults import RequestFault, broken, leaving
-from proxytune.server.jobs import Job, JobFault
-from proxytune.server.meters import Meters
+from proxytune.server.work.engine_thread import WHOLE, EngineThread, Event
+from proxytune.server.work.jobs import Job, JobFault
+from proxytune.server.work.meters import Meters
 
 Made = TypeVar("Made")
 MOST_RETRY = 30

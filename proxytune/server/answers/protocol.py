@@ -105,9 +105,12 @@ class CompletionBody(ResponseBody):
     """POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    """A text or its token ids, or a list of either. Every model sees it as it is, without a chat template."""
+    """A text or its token ids, or a list of either."""
     max_tokens: int | None = Field(default=16, ge=0, le=LONGEST_NUMBER)
     """0 only with `echo`. None: as many as the context window holds."""
+    proxytune_format: Literal["plain", "roles"] = "plain"
+    """plain: every model sees the prompt as it is. roles: a text is shown to every model in its own format, as
+    `proxytune generate` does."""
     echo: bool | None = False
     """Give the prompt back before the response, with `logprobs` scored."""
     logprobs: int | None = Field(default=None, ge=0, le=RANKED)

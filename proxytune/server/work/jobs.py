@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from proxytune.config import AlphaSchedule, Role
-from proxytune.decoding import Asked
+from proxytune.decoding.open_batch import Asked
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from proxytune.config import Role
-from proxytune.decoding import OpenBatch
+from proxytune.decoding.open_batch import OpenBatch
 
 COUNTED = {
     "generated_tokens": "Tokens generated.",

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from proxytune.decoding import OpenBatch
-from proxytune.decoding.completions import NOT_NUMBERS, token_text
-from proxytune.decoding.open_batch import Piece, ScoredText, SeenToken
-from proxytune.server.calls import Call, PromptHead
+from proxytune.decoding.open_batch import OpenBatch, Piece, ScoredText, SeenToken
+from proxytune.server.answers.calls import Call, PromptHead
+from proxytune.server.answers.protocol import ChatBody, CompletionBody, ResponseBody
 from proxytune.server.faults import RequestFault
-from proxytune.server.protocol import ChatBody, CompletionBody, ResponseBody
 
 Json = dict[str, Any]
 TRACE_TOP = 5
@@ -54,7 +52,7 @@ class TokenNames:
     def __call__(self, token: int) -> str:
         """The text of one token, or its name where it has none."""
         if token not in self.known:
-            self.known[token] = token_text(self.batch.decoder.text_of, token)
+            self.known[token] = self.batch.token_text(token)
         return self.known[token]
 
 
@@ -197,8 +195,8 @@ class Writer:
         """The prompt, and its scored tokens. RequestFault where its logits are no numbers."""
         if scored is None:
             return head.text, None
-        if any(map(math.isnan, scored.logprobs)):
-            raise RequestFault(500, NOT_NUMBERS, kind="server_error", code="model_error")
+        if scored.fault is not None:
+            raise RequestFault(500, scored.fault, kind="server_error", code="model_error")
         found, offset = TokenLogprobs(), 0
         for place, token in enumerate(head.ids):
             if place == 0:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from proxytune.config import MIN_TEMPERATURE, AlphaSchedule, Role, Sampling, parse_alpha
-from proxytune.decoding import Asked, Conversation, OpenBatch
+from proxytune.decoding import Conversation
+from proxytune.decoding.open_batch import Asked, OpenBatch
 from proxytune.errors import UserError
 from proxytune.options import ServeOptions
 from proxytune.records import named_by_content
+from proxytune.server.answers.protocol import ChatBody, CompletionBody, MessageBody, ResponseBody
 from proxytune.server.faults import RequestFault
-from proxytune.server.jobs import Job, TextToScore
-from proxytune.server.protocol import ChatBody, CompletionBody, MessageBody, ResponseBody
+from proxytune.server.work.jobs import Job, TextToScore
 
 UNLIMITED = 1 << 30
 """More tokens than any window has."""
@@ -78,7 +79,10 @@ class CallReader:
         trace = body.proxytune_trace or (body.logprobs is not None)
         scored = bool(body.echo) and body.logprobs is not None
         by_score = scored and not body.proxytune_trace and _one_greedy_token(body, sampling)
-        contexts = [self._context(prompt) for prompt in prompts]
+        in_roles = body.proxytune_format == "roles"
+        if in_roles and (scored or not all(isinstance(prompt, str) for prompt in prompts)):
+            raise UserError("proxytune_format 'roles' is of texts, and without echo of logprobs: use 'plain'")
+        contexts = [self._context(prompt, in_roles) for prompt in prompts]
         target, virtual = self.batch.decoder.target, self._virtual
         ids = [context[target][virtual:] for context in contexts]
         texts = [
@@ -121,9 +125,10 @@ class CallReader:
         """Ids of a soft prompt, which nobody sent."""
         return len(self.batch.decoder.loaded[self.batch.decoder.target].virtual_ids)
 
-    def _context(self, prompt: str | list[int]) -> Contexts:
-        of = self.batch.of_text(prompt) if isinstance(prompt, str) else self.batch.of_ids(prompt)
-        return dict(of)
+    def _context(self, prompt: str | list[int], in_roles: bool) -> Contexts:
+        if not isinstance(prompt, str):
+            return dict(self.batch.of_ids(prompt))
+        return dict(self.batch.of_prompt(prompt) if in_roles else self.batch.of_text(prompt))
 
     def _asked(
         self,

@@ -5,21 +5,22 @@ strings and trace; what goes wrong with one of them ends that one."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 from proxytune.config import AlphaSchedule, Sampling
 from proxytune.decoding.completions import NOT_NUMBERS, token_text
 from proxytune.decoding.conversations import Conversation
 from proxytune.decoding.decoder import Decoder
+from proxytune.decoding.open_batch.responses import GrowingResponse, Piece
 from proxytune.decoding.prompts import ids_of, noise_key, opened
 from proxytune.decoding.response_text import decode
 from proxytune.decoding.stop_strings import StopStrings
-from proxytune.decoding.streaming import TextStream, stop_predicate
+from proxytune.decoding.streaming import stop_predicate
 from proxytune.engine import Chosen, Continuation, Request, Result, likelihoods
 from proxytune.errors import UserError
-from proxytune.records import FinishReason
+from proxytune.records import FinishReason, Prompt
 
 Ids = tuple[int, ...]
 Contexts = Mapping[str, Ids]
@@ -41,42 +42,6 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class SeenToken:
-    """A token of a response with its text, its log-probability and, where asked for, its trace."""
-
-    id: int
-    text: str
-    """Its name where it has no text, or a part of a letter."""
-    offset: int
-    """Where its text begins in the response."""
-    logprob: float
-    end: bool = False
-    """Whether it is the end of sequence, which is in no text."""
-    alpha: float | None = None
-    probability: Mapping[str, float] = field(default_factory=dict)
-    """Model -> probability of the token; `proxy` is the combination."""
-    ranked: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
-    """Model -> its most probable tokens with their natural log-probabilities."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What became of a response in a step."""
-
-    ticket: int
-    text: str
-    """New text, which is never taken back. All pieces together are the response."""
-    tokens: tuple[SeenToken, ...]
-    """Tokens whose text is shown with this piece or before. Those of a stop string are left out."""
-    generated: int
-    """Tokens so far, all counted."""
-    finish_reason: FinishReason | Literal["fault"] | None = None
-    """Set in the last piece; `fault`: its text could not be read."""
-    remark: str | None = None
-    """Why a response ended that is none."""
-
-
-@dataclass(frozen=True)
 class ScoredText:
     """The log-probabilities of given ids, and what would come next."""
 
@@ -85,58 +50,10 @@ class ScoredText:
     ranked: tuple[tuple[tuple[int, float], ...], ...]
     """In the place of every id but the first, and after the last: the most probable tokens."""
 
-
-class GrowingResponse:
-    """A response under way: its text, and the tokens whose text is not shown yet."""
-
-    def __init__(self, stops: StopStrings, eos: frozenset[int]) -> None:
-        self.generated = 0
-        self.fault: str | None = None
-        """What broke while its text was read."""
-        self._stream, self._eos = TextStream(stops), eos
-        self._text_of = stops.text_of
-        self._shown = 0
-        self._text = list[str]()
-        self._pending = list[tuple[int, SeenToken]]()  # where the token's text ends, and the token
-
-    def hear(self, chosen: Chosen) -> None:
-        """One token more."""
-        self.generated += 1
-        start, end = self._shown + self._stream.held, chosen.token in self._eos
-        if not end:
-            self._show(self._stream.push(chosen.token))
-        trace = chosen.trace
-        token = SeenToken(
-            id=chosen.token,
-            text=token_text(self._text_of, chosen.token),
-            offset=start,
-            logprob=chosen.logprob,
-            end=end,
-            alpha=None if trace is None else trace.alpha,
-            probability={} if trace is None else trace.probability,
-            ranked={} if trace is None else trace.ranked,
-        )
-        self._pending.append((self._shown + self._stream.held, token))
-
-    def _show(self, text: str) -> None:
-        self._shown += len(text)
-        self._text.append(text)
-
-    def finish(self) -> None:
-        """No token comes any more."""
-        self._show(self._stream.finish())
-
-    def taken(self) -> tuple[str, tuple[SeenToken, ...]]:
-        """The text and the tokens since the last call."""
-        text, ready = "".join(self._text), list[SeenToken]()
-        self._text.clear()
-        while self._pending:
-            end, token = self._pending[0]
-            if not (token.offset < self._shown or (end <= self._shown and not self._stream.ended)):
-                break
-            ready.append(token)
-            del self._pending[0]
-        return text, tuple(ready)
+    @property
+    def fault(self) -> str | None:
+        """Why it is no score; None where it is one."""
+        return NOT_NUMBERS if any(map(math.isnan, self.logprobs)) else None
 
 
 class OpenBatch:
@@ -162,6 +79,11 @@ class OpenBatch:
             model.require_rows(ids)
             contexts[name] = (*model.virtual_ids, *ids)
         return contexts
+
+    def of_prompt(self, text: str) -> Contexts:
+        """A text in every model's own format, as `Decoder.stream` has it. TemplateFault where one has none for
+        it."""
+        return self.decoder.contexts(Prompt(plain=text, user=text))
 
     def of_ids(self, ids: Sequence[int]) -> Contexts:
         """Ids of the model that decodes, as every model spells them. UserError for one that it has not."""
@@ -193,6 +115,10 @@ class OpenBatch:
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of ids of the model that decodes, without its special tokens."""
         return decode(self.decoder.tokenizer, ids)
+
+    def token_text(self, token: int) -> str:
+        """The text of one token of the model that decodes, or its name where it has none."""
+        return token_text(self.decoder.text_of, token)
 
     def room(self, contexts: Contexts) -> int:
         """Tokens that a response may have at most, by windows and KV memory; less than 1 where there is no

@@ -10,12 +10,12 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from proxytune.decoding.open_batch import Piece, ScoredText, SeenToken
-from proxytune.server.calls import Call, CallReader
+from proxytune.server.answers.calls import Call, CallReader
+from proxytune.server.answers.protocol import ChatBody, CompletionBody, ResponseBody
+from proxytune.server.answers.streams import DONE, EventStream, JsonAnswer, attended, event
+from proxytune.server.answers.writing import Json, Writer
 from proxytune.server.faults import RequestFault, broken
-from proxytune.server.protocol import ChatBody, CompletionBody, ResponseBody
-from proxytune.server.service import Answer, Service
-from proxytune.server.streams import DONE, EventStream, JsonAnswer, attended, event
-from proxytune.server.writing import Json, Writer
+from proxytune.server.work.service import Answer, Service
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from proxytune.config import Role
-from proxytune.decoding import OpenBatch
+from proxytune.decoding.open_batch import OpenBatch
 from proxytune.errors import UserError
-from proxytune.server.jobs import Job, JobFault
+from proxytune.server.work.jobs import Job, JobFault
 
 LOG = logging.getLogger(__name__)
 Event = tuple[int, object]

@@ -1,0 +1,7 @@
+"""`proxytune serve`."""
+
+from __future__ import annotations
+
+from proxytune.cli.serving.command import serve
+
+__all__ = ["serve"]
