@@ -210,9 +210,13 @@ const sum = () => {
   if (!own.length) return "";
   return `${changed} of ${own.length} tokens of the proxy are not what the base would have chosen there.`;
 };
-const buttons = () => { byId("stop").disabled = !panels.some((panel) => panel.busy); };
+const busy = () => panels.some((panel) => panel.busy);
+const buttons = () => {
+  byId("stop").disabled = !busy();
+  byId("answers").setAttribute("aria-busy", String(busy()));
+};
 
-let hasRun = false;
+let hasRun = false, finished = 0;
 async function run(who) {
   const now = settings();
   if (!now.prompt.trim()) return showStatus("Write a prompt first.", true);
@@ -224,7 +228,8 @@ async function run(who) {
   buttons();
   const ended = await Promise.all(going);
   buttons();
-  if (panels.some((panel) => panel.busy)) return;
+  if (busy()) return;
+  byId("answers").dataset.finished = String((finished += 1));
   if (proxy && ended[who.indexOf(proxy)]) showStatus(sum());
 }
 const stop = () => {
