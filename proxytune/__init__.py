@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from proxytune.config import Sampling, System, load_system
     from proxytune.errors import UserError
     from proxytune.options import ApiOptions, CodeOptions, DecodeOptions, JudgeOptions, RunOptions
-    from proxytune.runs import evaluate, generate, load
+    from proxytune.runs import Chat, evaluate, load
+    from proxytune.runs.steered import generate
 
 __version__ = "0.2.0"
 __all__ = [
     "ApiOptions",
+    "Chat",
     "CodeOptions",
     "DecodeOptions",
     "JudgeOptions",
@@ -36,6 +38,7 @@ __getattr__ = door(
     __name__,
     {
         "ApiOptions": "options",
+        "Chat": "runs",
         "CodeOptions": "options",
         "DecodeOptions": "options",
         "JudgeOptions": "options",
@@ -44,7 +47,7 @@ __getattr__ = door(
         "System": "config",
         "UserError": "errors",
         "evaluate": "runs",
-        "generate": "runs",
+        "generate": "runs.steered",
         "load": "runs",
         "load_system": "config",
     },

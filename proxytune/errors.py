@@ -12,6 +12,18 @@ class UserError(Exception):
     """Bad input. The message names the value, what is allowed and, where there is one, the next command."""
 
 
+class PromptTooLong(UserError):
+    """A prompt that leaves no room for a response in the context window of a model."""
+
+    def __init__(self, prompt: str, model: str, tokens: int, window: int) -> None:
+        """`prompt` names it; `model` has a window of so many tokens."""
+        super().__init__(
+            f"{prompt} has {tokens} tokens for the {model}, whose context window is {window}: "
+            "shorten the prompt"
+        )
+        self.model, self.tokens, self.window = model, tokens, window
+
+
 def did_you_mean(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for an unknown `name`: the nearest known names first, then all of them."""
     names = sorted(known)

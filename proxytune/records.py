@@ -50,6 +50,9 @@ class Prompt:
     """Text put after the chat template, where the response begins ("Answer:")."""
     ids: Mapping[str, tuple[int, ...]] | None = None
     """What every model sees, in its own ids, where the caller knows it; the texts are not read then."""
+    messages: tuple[tuple[str, str], ...] = ()
+    """A conversation: who speaks (`system`, `user`, `assistant`), and what. Every model gets it in its own
+    format, with the response prefix after it; the other texts are not read then."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,9 @@ def named_by_content(prompts: Sequence[str | Prompt]) -> list[Example]:
     for one in prompts:
         prompt = Prompt(plain=one, user=one) if isinstance(one, str) else one
         seen[prompt] = seen.get(prompt, 0) + 1
-        content = repr(astuple(prompt)).encode("utf-8", "backslashreplace")
+        # a conversation goes by its plain text, whichever formats the models get it in
+        named = Prompt(prompt.plain, prompt.plain) if prompt.messages else prompt
+        content = repr(astuple(named)[:-1]).encode("utf-8", "backslashreplace")
         digest = hashlib.sha256(content).hexdigest()[:16]
         examples.append(Example(id=f"{digest}-{seen[prompt]}", prompt=prompt))
     return examples

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from proxytune import __version__
+from proxytune.cli.chat import chat
 from proxytune.cli.commands.analyze import analyze
 from proxytune.cli.commands.check import check
 from proxytune.cli.commands.demo import demo
@@ -117,6 +118,7 @@ def _proxytune(
 app.command()(demo)
 app.command()(check)
 app.command()(generate)
+app.command()(chat)
 app.command("eval", cls=EvalCommand)(evaluate)
 app.command("sweep-alpha", cls=EvalCommand)(sweep_alpha)
 app.command()(score)

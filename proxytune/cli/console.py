@@ -45,6 +45,14 @@ def console() -> Console:
     return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
+def write_label(text: str) -> None:
+    """A few words before what is written next on stdout, in bold where there are styles."""
+    screen = console()
+    with screen.capture() as drawn:
+        screen.print(Text(visible(text), "bold"), end="")
+    put(cast(TextIO, screen.file), drawn.get())
+
+
 def show_table(table: Table, screen: Console | None = None) -> None:
     """Print a table, whatever its cells, its headings and its title hold; as records where the terminal is
     too narrow for the words in its columns."""

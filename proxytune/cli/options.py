@@ -169,6 +169,9 @@ SAMPLING = OptionGroup(
 RESPONSE = OptionGroup(
     Sampling, "How tokens are chosen", flags={"n": ("-n",)}, defaults={"max_new_tokens": 256}
 )
+CONVERSATION = OptionGroup(
+    Sampling, "How tokens are chosen", leave_out=frozenset({"n"}), defaults={"max_new_tokens": 512}
+)
 DECODING = OptionGroup(DecodeOptions, "How it is computed", leave_out=frozenset({"progress", "api"}))
 RAY = OptionGroup(RayOptions, "Decoding on workers")
 JUDGING = OptionGroup(JudgeOptions, "Who judges", leave_out=frozenset({"seed", "batch", "code"}))

@@ -9,6 +9,7 @@ from proxytune.config import ModelSpec, Role
 from proxytune.decoding.prompts import NO_SYSTEM, Form, Say, conversed, form_of, llama2_turn
 from proxytune.decoding.templates import Message, TemplateFault
 from proxytune.models import Tokenizer
+from proxytune.records import Prompt
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Conversation:
         the answer."""
         pairs = [(message["role"], message["content"]) for message in messages]
         return cls(tuple(pairs[:-1]), pairs[-1][1]) if begun else cls(tuple(pairs))
+
+    @property
+    def prompt(self) -> Prompt:
+        """It as a prompt: every model of a decoder gets it in its own format."""
+        return Prompt(self.plain, self.messages[-1][1], response_prefix=self.begun, messages=self.messages)
 
     def text_for(
         self, name: str, role: Role, spec: ModelSpec, tokenizer: Tokenizer, say: Say | None = None

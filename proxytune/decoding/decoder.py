@@ -18,13 +18,14 @@ import torch
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.decoding.call import DecodeStats, RunningStream, Scored, ScoringTexts, Tag
 from proxytune.decoding.completions import ResultReader, failed, scored
+from proxytune.decoding.conversations import Conversation
 from proxytune.decoding.kv_pools import pool_tokens
-from proxytune.decoding.model_notes import notes_on_models
-from proxytune.decoding.prompts import context, form_of, noise_key
+from proxytune.decoding.prompts import Form, context, form_of, ids_of, noise_key
+from proxytune.decoding.remarks import notes_on_models
 from proxytune.decoding.remote import RemoteBase
 from proxytune.decoding.response_text import ResponseText
 from proxytune.decoding.sample import sample_context
-from proxytune.decoding.stop_strings import StopStrings, single_tokens
+from proxytune.decoding.stop_strings import StopStrings, own_eos, single_tokens
 from proxytune.decoding.streaming import TextStream, stop_predicate
 from proxytune.decoding.templates import TemplateFault
 from proxytune.engine import (
@@ -184,19 +185,28 @@ class Decoder:
 
     def _context(self, model: Loaded, prompt: Prompt, of: str) -> tuple[int, ...]:
         role: Role = "proxy" if self.agreement else self.role
+        if prompt.messages:
+            spoken = Conversation(prompt.messages, prompt.response_prefix)
+            text = spoken.text_for(model.name, role, model.spec, model.tokenizer, self._remark)
+            ids = ids_of(model.spec, model.tokenizer, text)
+        else:
+            ids = self._in_template(model, form_of(model.name, role), prompt, of)
+        model.require_rows(ids)
+        return ids
+
+    def _in_template(self, model: Loaded, form: Form, prompt: Prompt, of: str) -> tuple[int, ...]:
         template = f"the chat template of the {model.name}"
-
-        def say(what: str) -> None:
-            if f"{template} {what}" not in self.remarks:
-                self.remarks.append(f"{template} {what}")
-
         try:
-            ids = context(model.spec, model.tokenizer, form_of(model.name, role), prompt, say)
+            return context(
+                model.spec, model.tokenizer, form, prompt, lambda what: self._remark(f"{template} {what}")
+            )
         except TemplateFault as fault:
             message = f"{template} fails{of and f' on {of}'}: {fault}"
             raise TemplateFault(message, of_these_texts=fault.of_these_texts) from None
-        model.require_rows(ids)
-        return ids
+
+    def _remark(self, what: str) -> None:
+        if what not in self.remarks:
+            self.remarks.append(what)
 
     def contexts_or_why(self, example: Example, task: str) -> dict[str, tuple[int, ...]] | str:
         """The contexts of an example, or why it alone has none."""
@@ -440,11 +450,3 @@ class Decoder:
             alignment = self.ensemble.runners[term.expert].alignment
             ids |= {mine for eos in own_eos(self.loaded[term.expert]) for mine in alignment.spelt_by(eos)}
         return frozenset(token for token in ids if token < self._size)  # padding is never generated
-
-
-def own_eos(model: Loaded) -> set[int]:
-    """A model's end-of-sequence ids: its tokenizer's, and those of its generation settings."""
-    ids = getattr(model.module.generation_config, "eos_token_id", None)
-    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    own = model.tokenizer.eos_token_id
-    return {*listed, *([] if own is None else [own])}

@@ -1,10 +1,16 @@
-"""What is said about responses beside their figures: which were not asked, were cut, or are empty."""
+"""What is said beside figures: which responses were not asked, were cut, or are empty, and how models are
+run."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
+
+from proxytune import cpu_load
+from proxytune.engine.kernels import why_not
+from proxytune.models import Loaded
 from proxytune.records import FAULTS, Completion, JsonRow
 
 MANY = 0.5
@@ -44,4 +50,22 @@ def notes_on(responses: Sequence[JsonRow]) -> list[str]:
             f"{empty} of {n} responses are empty: a model that was tuned on a chat template may end at once "
             "without it (`chat: tokenizer` in the system's YAML), and a stop string may come first"
         )
+    return notes
+
+
+def notes_on_models(loaded: Mapping[str, Loaded]) -> list[str]:
+    """What a user should know about how the models are run."""
+    notes = [
+        f"the {name} takes the slow exact path (one row at a time): {model.family.reason}"
+        for name, model in loaded.items()
+        if model.family.path == "reference"
+    ]
+    notes += [note for model in loaded.values() for note in model.notes]
+    on_cpu = any(
+        model.family.path == "packed" and model.module.device.type == "cpu" for model in loaded.values()
+    )
+    if on_cpu and (reason := why_not()) is not None:
+        notes.append(f"attention on the CPU goes through torch, which is slower: {reason}")
+    if all(model.device.type == "cpu" for model in loaded.values()):
+        notes += filter(None, [cpu_load.advice(torch.get_num_threads(), cpu_load.read())])
     return notes

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from proxytune.decoding.response_text import ResponseText, decode
 from proxytune.errors import UserError
-from proxytune.models import Tokenizer
+from proxytune.models import Loaded, Tokenizer
 
 FIRST_MARK = 0xD800
 """Special tokens are looked for as lone surrogates: no decoded text has any."""
@@ -91,3 +91,11 @@ def single_tokens(tokenizer: Tokenizer, texts: Sequence[str], size: int) -> froz
     if missing:
         raise UserError(f"cannot ban {missing[0]!r}: it is no single token of this vocabulary")
     return frozenset(found)
+
+
+def own_eos(model: Loaded) -> set[int]:
+    """A model's end-of-sequence ids: its tokenizer's, and those of its generation settings."""
+    ids = getattr(model.module.generation_config, "eos_token_id", None)
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    own = model.tokenizer.eos_token_id
+    return {*listed, *([] if own is None else [own])}

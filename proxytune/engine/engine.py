@@ -33,7 +33,7 @@ from proxytune.engine.speculative.drafter import (
 )
 from proxytune.engine.timing import PrefillShare, work_clock
 from proxytune.engine.token_views import TokenViews
-from proxytune.errors import UserError
+from proxytune.errors import PromptTooLong, UserError
 
 
 class Chosen(NamedTuple):
@@ -132,10 +132,8 @@ class Engine:
             if prompt == 0:
                 raise UserError(f"the prompt of request {request.tag!r} is empty for the {name}")
             if room < 1:
-                raise UserError(
-                    f"the prompt of request {request.tag!r} has {prompt} tokens for the {name}, "
-                    f"whose context window is {runner.window}: shorten the prompt"
-                )
+                what = f"the prompt of request {request.tag!r}"
+                raise PromptTooLong(what, name, prompt, runner.window)
             request = replace(request, max_new_tokens=min(request.max_new_tokens, room))
         for name, runner in self.ensemble.runners.items():
             response = request.max_new_tokens * runner.alignment.longest

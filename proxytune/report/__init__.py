@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-__all__ = ["escape", "examples", "notebook", "page", "paper_tables", "tables"]
+__all__ = ["design", "escape", "examples", "notebook", "page", "paper_tables", "tables"]

@@ -23,7 +23,7 @@ COLORS = {
     "base": "#5f6871", "antiexpert": "#9a5084", "expert": "#9a5c00", "proxy": "#0068a8", "tuned": "#007a58",
     "published": "#59636d", "ink": "#1b2126", "muted": "#59636c", "rule": "#e3e5e4", "card": "#ffffff",
 }  # fmt: skip
-"""One colour per name and no two the same: the light values of report.css."""
+"""One colour per name and no two the same: the light values of design.css."""
 FONT = "Arial, 'Liberation Sans', Helvetica, sans-serif"
 """Of one width on all systems, so that what was measured here fits there."""
 WIDTH = 336

@@ -14,8 +14,8 @@ from jinja2 import Environment, StrictUndefined
 
 from proxytune.config import Role
 from proxytune.records import Completion, Run
+from proxytune.report.design import THEME, TOKENS, asset, source_hash, styles
 from proxytune.report.escape import embedded, visible
-from proxytune.report.page import asset, script_hash
 from proxytune.report.tables import role_rows
 from proxytune.report.token_view import response_data
 
@@ -35,13 +35,13 @@ def response_html(completion: Completion) -> str | None:
 
 def comparison_html(asked: str, responses: Mapping[Role, Completion]) -> str:
     """One prompt, the proxy's response to it token by token, and what the other roles answered."""
-    early, js = asset("theme.js"), asset("report.js")
+    early, js = asset(THEME), asset(TOKENS) + asset("report.js")
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(asset("notebook.html.j2"))
     page = template.render(
-        css=asset("report.css"),
+        css=styles(asset("report.css")),
         early=early,
         js=js,
-        hashes=f"{script_hash(early)} {script_hash(js)}",
+        hashes=f"{source_hash(early)} {source_hash(js)}",
         data=embedded(response_data(asked, responses)),
     )
     lines = len(responses["proxy"].trace) // PER_LINE_TOKENS + 4 * len(responses)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +15,7 @@ from markupsafe import Markup
 from proxytune import __version__
 from proxytune.errors import needs_extra
 from proxytune.report.charts import Figure, ReportTable, svg, themed_svg
+from proxytune.report.design import THEME, TOKENS, asset, source_hash, styles
 from proxytune.report.escape import embedded, visible
 from proxytune.report.figures import in_percent
 from proxytune.report.sections import Inputs, Part, Section, read_inputs, sections
@@ -86,7 +85,7 @@ class Report:
 
     def html(self) -> str:
         """The page."""
-        early, js = asset("theme.js"), asset("report.js")
+        early, js = asset(THEME), asset(TOKENS) + asset("report.js")
         found = tiles(self.inputs.rows)
         environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_harmless)
         return environment.from_string(asset("report.html.j2")).render(
@@ -99,10 +98,10 @@ class Report:
                 {**_fields(section), "parts": [_drawn_part(part) for part in section.parts]}
                 for section in self.sections
             ],
-            css=asset("report.css"),
+            css=styles(asset("report.css")),
             early=early,
             js=js,
-            hashes=f"{script_hash(early)} {script_hash(js)}",
+            hashes=f"{source_hash(early)} {source_hash(js)}",
             data=embedded(token_data(self.inputs.sets)),
         )
 
@@ -128,17 +127,6 @@ def distinct(found: Sequence[Section]) -> list[Section]:
         return replace(part, figures=tuple(map(named, part.figures)), further=tuple(map(named, part.further)))
 
     return [replace(one, parts=tuple(map(renamed, one.parts))) for one in found]
-
-
-def asset(name: str) -> str:
-    """A file of proxytune/report/assets."""
-    return (Path(__file__).parent / "assets" / name).read_text(encoding="utf-8")
-
-
-def script_hash(script: str) -> str:
-    """The source expression that lets exactly this script run."""
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return f"'sha256-{digest}'"
 
 
 def _harmless(found: Any) -> Any:

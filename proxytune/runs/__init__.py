@@ -1,4 +1,4 @@
-"""Runs: evaluate, continue, sweep, judge."""
+"""Runs: evaluate, continue, sweep, judge. A system that is loaded, and a conversation with it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING
 from proxytune.lazy import door
 
 if TYPE_CHECKING:
+    from proxytune.runs.chat import Chat
     from proxytune.runs.evaluation import evaluate
-    from proxytune.runs.steered import generate, load
+    from proxytune.runs.steered import load
 
 __all__ = [
+    "Chat",
     "alpha_sweep",
     "evaluate",
     "evaluation",
-    "generate",
     "judging",
     "load",
     "session",
     "verdicts",
 ]
 
-__getattr__ = door(__name__, {"evaluate": "evaluation", "generate": "steered", "load": "steered"})
+__getattr__ = door(__name__, {"Chat": "chat", "evaluate": "evaluation", "load": "steered"})

@@ -97,6 +97,11 @@ class SteeredModel:
             self._decoder, self._closed = None, True
             self.models.release(keep=[])
 
+    def prepare(self, as_: str = "proxy") -> None:
+        """Load what a role needs now, and not with its first response."""
+        with self._answering(self.system.require(as_)):
+            pass
+
     def generate(
         self,
         prompts: Sequence[str | Prompt],
@@ -129,7 +134,7 @@ class SteeredModel:
         trace: bool = False,
     ) -> ResponseStream:
         """The response to one prompt in pieces of text, as they are decoded. The whole of it is the stream's
-        `completion` at the end."""
+        `completion` at the end. It raises a UserError where a chat template has no text for the prompt."""
         chosen = sampling or Sampling()
         if chosen.n > 1:
             raise UserError(f"a stream is of one response: leave n = {chosen.n} out, or use generate")
@@ -284,6 +289,7 @@ class ResponseStream(Iterator[str]):
         self._pieces: list[str] = []
         schedule = model.system.alpha if alpha is None else alpha
         kind: TraceKind = "tokens" if trace else "off"
+        self._stopped = False
         self._steps = decoder.steps([(example, [schedule])], sampling, trace=kind, on_text=self._hear)
 
     def _hear(self, example_id: str, sample: int, piece: str) -> None:
@@ -292,9 +298,13 @@ class ResponseStream(Iterator[str]):
     def __next__(self) -> str:
         try:
             while not any(self._pieces):
+                if self._stopped:
+                    raise StopIteration
                 finished = next(self._steps)
                 if finished:
                     self.completion = finished[0][1]
+                    if self.completion.finish_reason == "template":
+                        raise UserError(str(self.completion.remark))
                     _warn(self._decoder, [self.completion])
         except BaseException:  # at its end, too
             self.close()
@@ -302,6 +312,11 @@ class ResponseStream(Iterator[str]):
         text = "".join(self._pieces)
         self._pieces.clear()
         return text
+
+    def stop(self) -> None:
+        """Have the response end after the step that is under way: for a signal handler, or another thread.
+        What is there of it comes yet."""
+        self._stopped = True
 
     def close(self) -> None:
         """End the response where it is; nothing is decoded any more. A second time does nothing."""

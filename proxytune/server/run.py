@@ -10,7 +10,6 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
-from fastapi import APIRouter
 
 from proxytune.config import Role, System
 from proxytune.decoding import Decoder
@@ -21,6 +20,7 @@ from proxytune.options import DecodeOptions, ServeOptions
 from proxytune.server.answers.protocol import RANKED
 from proxytune.server.app import build_app
 from proxytune.server.guards import LOCAL
+from proxytune.server.playground import playground
 from proxytune.server.work.meters import Meters
 from proxytune.server.work.service import Service
 
@@ -62,11 +62,12 @@ def serve(call: ServeCall) -> None:
         server.run(sockets=[listener])
 
 
-def server_of(call: ServeCall, key: str | None, home: APIRouter | None = None) -> GracefulServer:
-    """Load what is served -> a server that is ready to run. `home` serves `/`."""
+def server_of(call: ServeCall, key: str | None) -> GracefulServer:
+    """Load what is served -> a server that is ready to run, with the playground at `/`."""
     roles = served_roles(call.system, call.options.roles)
     batches = {role: open_batch(call, role) for role in roles}
     service = Service(call.system, batches, call.options, Meters())
+    home = playground(call.system, service.models)
     app = build_app(service, allow_negative_alpha=call.allow_negative_alpha, key=key, home=home)
     config = uvicorn.Config(
         app,

@@ -97,7 +97,7 @@ def test_long_prompts_attend_through_torch_and_decode_through_the_kernel(
 
 def test_without_a_compiler_a_note_says_so(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
     assert decoder(trio).notes() == []
-    monkeypatch.setattr("proxytune.decoding.model_notes.why_not", lambda: "no C++ compiler found")
+    monkeypatch.setattr("proxytune.decoding.remarks.why_not", lambda: "no C++ compiler found")
     [note] = decoder(trio).notes()
     assert "slower" in note and "no C++ compiler found" in note
 

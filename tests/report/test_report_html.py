@@ -23,6 +23,7 @@ from proxytune.report import findings
 from proxytune.report import page as report_html
 from proxytune.report import token_view as report_tokens
 from proxytune.report.charts import COLORS, svg, themed_svg
+from proxytune.report.design import asset
 from proxytune.report.escape import clipped, embedded, in_markdown, visible
 from proxytune.report.page import Report
 from proxytune.report.runs import notes_table
@@ -290,7 +291,7 @@ def test_every_figure_is_an_svg_of_its_own(made: Report, tmp_path: Path) -> None
 
 def test_the_page_draws_in_the_colours_of_its_scheme(made: Report) -> None:
     assert len(set(COLORS.values())) == len(COLORS)
-    css = report_html.asset("report.css")
+    css = asset("design.css")
     for figure in made.figures:
         drawn = themed_svg(figure)
         assert not [color for color in COLORS.values() if f'"{color}"' in drawn]
@@ -570,7 +571,7 @@ def test_text_has_enough_contrast_in_both_schemes() -> None:
         linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    schemes = re.findall(r":root[^{]*\{([^}]*)\}", report_html.asset("report.css"))[:2]
+    schemes = re.findall(r":root[^{]*\{([^}]*)\}", asset("design.css"))[:2]
     for scheme in schemes:
         colors = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", scheme))
         for name in (

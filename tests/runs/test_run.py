@@ -22,10 +22,10 @@ from proxytune.options import DecodeOptions, RunOptions
 from proxytune.records import Completion, Example, Prompt
 from proxytune.results import RunFolder
 from proxytune.runs import evaluation as run
-from proxytune.runs import generate
 from proxytune.runs import session as run_session
 from proxytune.runs.decoders import decoder_here
 from proxytune.runs.session import run_job
+from proxytune.runs.steered import generate
 from tests.support.checkout import environment
 from tests.support.runs import QUIET, evaluated, unfinish
 from tests.support.tiers import slow

@@ -12,8 +12,8 @@ import proxytune
 from proxytune import DecodeOptions, RunOptions, Sampling, System, UserError, load_system
 from proxytune.decoding import Decoder
 from proxytune.records import Example, Prompt
-from proxytune.runs import evaluation, generate
-from proxytune.runs.steered import SteeredModel, named_by_content
+from proxytune.runs import evaluation
+from proxytune.runs.steered import SteeredModel, generate, named_by_content
 from tests.support import tiny_system
 
 SHORT = Sampling(max_new_tokens=8)

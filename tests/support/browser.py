@@ -47,10 +47,10 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def show(browser: Any) -> Iterator[Callable[..., Watched]]:
-    """Opens a file; what it asks for and what goes wrong is written down."""
+    """Opens a file, or an address; what it asks for and what goes wrong is written down."""
     contexts = []
 
-    def opened(path: Path, *, scheme: str = "light", width: int = 1280) -> Watched:
+    def opened(place: Path | str, *, scheme: str = "light", width: int = 1280) -> Watched:
         context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
         contexts.append(context)
         watched = Watched(context.new_page())
@@ -62,7 +62,7 @@ def show(browser: Any) -> Iterator[Callable[..., Watched]]:
             "console",
             lambda message: message.type in ("error", "warning") and watched.problems.append(message.text),
         )
-        page.goto(path.as_uri())
+        page.goto(place if isinstance(place, str) else place.as_uri())
         return watched
 
     yield opened

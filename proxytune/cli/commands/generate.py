@@ -9,8 +9,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from proxytune.cli import console
 from proxytune.cli.options import (
@@ -26,18 +24,17 @@ from proxytune.cli.options import (
     Vocab,
     grouped,
 )
+from proxytune.cli.side_by_side import changed_places, response_tokens, show_side_by_side
 from proxytune.config import AlphaSchedule, Role, Sampling, System, TraceKind
 from proxytune.errors import UserError
 from proxytune.options import ApiOptions, DecodeOptions
-from proxytune.records import Completion, Example, Prompt, TracedToken
-from proxytune.terminal import visible
+from proxytune.records import Completion, Example, Prompt
 
 if TYPE_CHECKING:
     from proxytune.black_box import ApiClient
     from proxytune.models import Models
     from proxytune.runs.decoders import AnyDecoder
 
-CHANGED = "bold reverse"
 Defer = Annotated[
     float | None,
     typer.Option(
@@ -223,39 +220,10 @@ def _compare(speaker: Speaker, *, json_only: bool) -> None:
         stream = decoder.stream([speaker.example], speaker.sampling, alpha=alpha, trace=trace)
         [found[role]] = asked(list(stream))
         _say_notes(decoder, [found[role]])
-    tokens = response_tokens(found["proxy"])
-    changed = [place for place, token in enumerate(tokens) if is_changed(token)]
     if json_only:
         roles = {role: _as_json(completion) for role, completion in found.items()}
+        tokens = response_tokens(found["proxy"])
         texts = [token.text for token in tokens]
-        console.print_json({"roles": roles, "proxy_tokens": texts, "changed": changed})
+        console.print_json({"roles": roles, "proxy_tokens": texts, "changed": changed_places(tokens)})
         return
-    plain = not console.console().is_terminal
-    table = Table(show_lines=True)
-    for role in found:
-        table.add_column(role, overflow="fold", ratio=1)
-    table.add_row(*(_marked(tokens, plain) if role == "proxy" else c.text for role, c in found.items()))
-    console.show_table(table)
-    mark = "in [brackets]" if plain else "highlighted"
-    console.show(
-        f"{len(changed)} of {len(tokens)} tokens of the proxy are not the base's first choice ({mark})"
-    )
-
-
-def response_tokens(completion: Completion) -> tuple[TracedToken, ...]:
-    """The traced tokens of a response without its end-of-sequence token."""
-    return completion.trace[:-1] if completion.finish_reason == "eos" else completion.trace
-
-
-def is_changed(token: TracedToken) -> bool:
-    """Whether the proxy chose another token than the base would have here."""
-    return token.text != token.top["base"]
-
-
-def _marked(trace: Sequence[TracedToken], plain: bool) -> Text:
-    """The proxy's response with the changed tokens marked: in brackets where there are no colours."""
-    text = Text()
-    for token in trace:
-        changed, shown = is_changed(token), visible(token.text)
-        text.append(f"[{shown}]" if changed and plain else shown, CHANGED if changed else None)
-    return text
+    show_side_by_side(found)

@@ -1,17 +1,5 @@
-// What moves in the page: tooltips of the drawings, the veil over hateful text, and the token-level view.
-// Text of models enters the page through textContent only.
-"use strict";
-
-const make = (tag, attributes = {}, ...inside) => {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value === null || value === undefined || value === false) continue;
-    node.setAttribute(name, value === true ? "" : value);
-  }
-  node.append(...inside.filter((part) => part !== null && part !== undefined));
-  return node;
-};
-const byId = (id) => document.getElementById(id);
+// What moves in the report: tooltips of the drawings, the veil over hateful text, and the responses to choose
+// from. Stands behind tokens.js. Text of models enters the page through textContent only.
 
 // ---- tooltips: every mark of a drawing carries its text as aria-label; the arrow keys walk through them
 
@@ -187,10 +175,6 @@ function tokensView(data, root) {
   root.append(tools, unveil, status, view);
 
   // -- the list: one page of it is in the document
-  const shade = (shift, most = 0.8) => {
-    const strength = Math.min(1, Math.abs(shift)) ** 0.7 * most;
-    return strength < 0.02 ? "" : `rgba(var(--${shift > 0 ? "more" : "less"}), ${strength.toFixed(3)})`;
-  };
   const strip = (item) => {
     const { shift } = figures(item), cells = Math.min(shift.length, 90);
     const bar = make("div", { class: "strip", "aria-hidden": "true" });
@@ -250,81 +234,37 @@ function tokensView(data, root) {
     const item = state.item;
     state.token = -1;
     if (!item) return chosen.replaceChildren(make("p", { class: "muted" }, "No response fits. Choose another outcome, or other words."));
-    const { moved, mean } = figures(item);
+    const { mean } = figures(item);
     const inspector = make("div", { class: "inspector", id: "tokens-inspector", "aria-live": "polite" });
     const response = make("div", { class: "response", role: "group", dir: "auto", id: "tokens-response", "aria-label": "Tokens of the proxy's response. The arrow keys go from token to token." });
-    item.tokens.forEach((text, i) => response.append(token(item, texts[text], i)));
+    item.tokens.forEach((text, i) => response.append(tokenSpan(texts[text], i, item.shift[i], item.changed[i])));
     response.firstElementChild?.setAttribute("tabindex", "0");
-    const look = (event) => {
-      const span = event.target.closest("span[data-i]");
-      if (span) inspect(item, span, response, inspector);
-    };
-    response.addEventListener("pointerover", look);
-    response.addEventListener("focusin", look);
-    response.addEventListener("click", look);
-    response.addEventListener("keydown", (event) => {
-      const to = { ArrowRight: state.token + 1, ArrowLeft: state.token - 1, Home: 0, End: item.tokens.length - 1 }[event.key];
-      if (to === undefined || !response.children[to]) return;
-      event.preventDefault();
-      response.children[to].focus();
-    });
+    walkTokens(response, (i, span) => inspect(item, i, span, response, inspector));
     const cut = item.length ? `; shown and counted are the first ${COUNT.format(item.tokens.length)} of ${COUNT.format(item.length)} tokens` : "";
-    const summary = `${moved} of ${item.tokens.length} tokens are not what the base would have chosen here; mean shift ${(100 * mean).toFixed(1)} points${cut}`;
+    const summary = `${item.moved} of ${item.tokens.length} tokens are not what the base would have chosen here; mean shift ${(100 * mean).toFixed(1)} points${cut}`;
     chosen.replaceChildren(
       make("p", { class: "asked", dir: "auto" }, item.asked),
       item.expected ? make("p", { class: "small muted" }, "Reference: ", make("bdi", {}, item.expected)) : "",
       make("h3", {}, "The proxy's response, token by token"),
       make("p", { class: "small muted" }, summary),
-      response, key(), inspector,
+      response, tokenKey(), inspector,
       make("h3", {}, "The same example, answered by each role"),
       make("div", { class: "answers" }, ...answers.filter((role) => item.answers[role]).map((role) => answer(role, item.answers[role]))),
     );
     const widest = item.shift.reduce((best, one, i) => (Math.abs(one) > Math.abs(item.shift[best]) ? i : best), 0);
-    if (response.children[widest]) inspect(item, response.children[widest], response, inspector);
+    if (response.children[widest]) inspect(item, widest, response.children[widest], response, inspector);
   };
-  const printed = (text) => text.replaceAll("\n", "↵\n").replaceAll("\t", "⇥\t");
-  const token = (item, text, i) => {
-    const span = make("span", { "data-i": i, tabindex: "-1", class: item.changed[i] ? "changed" : null });
-    span.textContent = printed(text) || "∅";
-    span.style.background = shade(item.shift[i]);
-    return span;
-  };
-  const key = () => make("div", { class: "key" },
-    make("span", {}, "less likely than under the base", make("span", { class: "ramp", "aria-hidden": "true" }), "more likely"),
-    make("span", {}, make("span", { class: "line", "aria-hidden": "true" }), "the base's first choice was another token"));
-
-  const percent = (parts) => {
-    if (parts === null || parts === undefined) return "–";
-    const value = (100 * parts) / scale;
-    return parts === 0 ? "< 0.01%" : value >= 99.995 ? "100%" : `${value.toFixed(value < 1 ? 2 : 1)}%`;
-  };
-  const piece = (text) => make("span", { class: "piece", dir: "auto" }, printed(text).replaceAll(" ", "␣") || "∅");
-  const inspect = (item, span, response, inspector) => {
-    const i = Number(span.dataset.i);
+  const inspect = (item, i, span, response, inspector) => {
     if (i === state.token) return;
-    response.children[state.token]?.classList.remove("on");
-    for (const other of response.querySelectorAll("[tabindex='0']")) other.tabIndex = -1;
-    span.tabIndex = 0;
-    span.classList.add("on");
     state.token = i;
+    lightToken(response, span);
     const line = (role, r) => {
-      const p = item.p[r][i], top = item.top[r][i];
-      const fill = make("i");
-      fill.style.width = `${(100 * (p || 0)) / scale}%`;
-      return make("tr", {},
-        make("th", { scope: "row", class: role }, role),
-        make("td", { class: "number" }, percent(p)),
-        make("td", {}, make("span", { class: `meter ${role}`, "aria-hidden": "true" }, fill)),
-        make("td", {}, top === null ? "–" : top === -1 ? "the same" : piece(texts[top])));
+      const top = item.top[r][i], p = item.p[r][i];
+      const first = top === null ? "–" : top === -1 ? "the same" : piece(texts[top]);
+      return { role, p: p === null || p === undefined ? null : p / scale, top: first };
     };
-    const shift = 100 * item.shift[i];
-    inspector.replaceChildren(
-      make("p", {}, make("b", {}, `Token ${i + 1} of ${item.tokens.length} `), piece(texts[item.tokens[i]]),
-        ` · moved by ${shift > 0 ? "+" : ""}${shift.toFixed(1)} points`),
-      make("table", {},
-        make("thead", {}, make("tr", {}, ...["role", "probability of this token", "", "its first choice"].map((name, at) => make("th", { scope: "col", class: at === 1 ? "number" : null }, name)))),
-        make("tbody", {}, ...roles.map(line))),
-    );
+    const heading = [make("b", {}, `Token ${i + 1} of ${item.tokens.length} `), piece(texts[item.tokens[i]]), moved(item.shift[i])];
+    inspector.replaceChildren(...inspection(heading, roles.map(line), "its first choice"));
   };
   const answer = (role, one) => make("div", { class: `answer ${role}` },
     make("span", { class: `verdict ${one.right ? "good" : "bad"}` }, one.right === null ? "" : one.right ? "✓ right" : "✗ wrong"),
