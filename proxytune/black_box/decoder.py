@@ -19,8 +19,8 @@ from proxytune.black_box.runner import ApiRunner
 from proxytune.black_box.token_bytes import TokenBytes
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.decoding import Decoder, opened
-from proxytune.engine import Speculation
 from proxytune.engine.runners import Runner
+from proxytune.engine.speculative import Speculation
 from proxytune.errors import UserError
 from proxytune.models import Loaded, Models, process_peak
 from proxytune.options import DecodeOptions

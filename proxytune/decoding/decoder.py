@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import TypeVar
 
@@ -103,10 +103,9 @@ class Decoder:
         self._scoring: ScoringTexts | None = None
         self._size = head.size
         self._pool = pool_tokens(self.loaded, self.max_batch, how.kv_memory)
+        beside = {} if remote is None else {"base": remote.runner(head)}
         runners = {name: self._runner(model, self._pool) for name, model in self.loaded.items()}
-        if remote is not None:
-            runners = {"base": remote.runner(head), **runners}
-        self.ensemble = self._ensemble(runners)
+        self.ensemble = self._ensemble(beside | runners)
 
     def _ensemble(self, runners: dict[str, Runner]) -> Ensemble:
         """What decodes, and what only watches."""
@@ -197,15 +196,14 @@ class Decoder:
     def _in_template(self, model: Loaded, form: Form, prompt: Prompt, of: str) -> tuple[int, ...]:
         template = f"the chat template of the {model.name}"
         try:
-            return context(
-                model.spec, model.tokenizer, form, prompt, lambda what: self._remark(f"{template} {what}")
-            )
+            say = partial(self._remark, template)
+            return context(model.spec, model.tokenizer, form, prompt, say)
         except TemplateFault as fault:
             message = f"{template} fails{of and f' on {of}'}: {fault}"
             raise TemplateFault(message, of_these_texts=fault.of_these_texts) from None
 
-    def _remark(self, what: str) -> None:
-        if what not in self.remarks:
+    def _remark(self, *words: str) -> None:
+        if (what := " ".join(words)) not in self.remarks:
             self.remarks.append(what)
 
     def contexts_or_why(self, example: Example, task: str) -> dict[str, tuple[int, ...]] | str:

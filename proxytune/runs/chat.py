@@ -76,7 +76,7 @@ class Chat:
         """Forget what was said. The system message, the role and alpha stay."""
         self.turns.clear()
 
-    def ask(self, text: str) -> Answer:
+    def ask(self, text: str) -> ChatAnswer:
         """The answer to a message in pieces of text, as they are decoded. At its end, both are part of the
         conversation.
 
@@ -91,7 +91,7 @@ class Chat:
             alpha=alpha,
             allow_negative_alpha=self.allow_negative_alpha,
         )
-        return Answer(self, stream, text)
+        return ChatAnswer(self, stream, text)
 
     def compare(self, text: str | None = None) -> Comparison:
         """The answers of all roles: to the last message, or to a new one, which joins the conversation with
@@ -125,7 +125,7 @@ class Chat:
         self.turns += [("user", question), ("assistant", answer.strip())]
 
 
-class Answer(Iterator[str]):
+class ChatAnswer(Iterator[str]):
     """One answer as it is decoded, without white space before it."""
 
     completion: Completion | None = None
@@ -174,7 +174,7 @@ class Answer(Iterator[str]):
         if self.text or self.completion is not None:
             self._chat._add(self._question, self.text)
 
-    def __enter__(self) -> Answer:
+    def __enter__(self) -> ChatAnswer:
         return self
 
     def __exit__(

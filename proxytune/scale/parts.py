@@ -18,7 +18,7 @@ SMALLEST = 4
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedExample:
     """One example under its alphas."""
 
     example: Example
@@ -74,16 +74,16 @@ class WorkerState:
 class Queue:
     """The examples that nobody has finished, in the order in which they are given out."""
 
-    waiting: deque[Asked]
+    waiting: deque[AskedExample]
     most: int
     """Examples that a worker decodes together at most: a part of more would only wait there."""
     workers: int
-    out: dict[int, dict[str, Asked]] = field(default_factory=dict)
+    out: dict[int, dict[str, AskedExample]] = field(default_factory=dict)
     """Part -> example id -> what of it has not come back."""
     parts: int = 0
 
     @classmethod
-    def of(cls, asked: Iterable[Asked], most: int, workers: int) -> Queue:
+    def of(cls, asked: Iterable[AskedExample], most: int, workers: int) -> Queue:
         """All of it waiting."""
         return cls(deque(asked), most, workers)
 
@@ -92,7 +92,7 @@ class Queue:
         """Examples of which something is missing."""
         return len(self.waiting) + sum(len(part) for part in self.out.values())
 
-    def take(self) -> tuple[int, list[Asked]] | None:
+    def take(self) -> tuple[int, list[AskedExample]] | None:
         """A number and the examples of the next part; None where nothing waits."""
         if not self.waiting:
             return None
@@ -110,7 +110,7 @@ class Queue:
             return False
         left = tuple(alpha for alpha in one.alphas if alpha != key[1])
         if left:
-            self.out[part][key[0]] = Asked(one.example, left, one.texts)
+            self.out[part][key[0]] = AskedExample(one.example, left, one.texts)
         else:
             del self.out[part][key[0]]
         return True
@@ -142,9 +142,9 @@ def whole(
             yield key, tuple(sorted(waiting.pop(key), key=lambda c: c.sample))
 
 
-def by_alphas(part: Sequence[Asked]) -> dict[tuple[AlphaSchedule, ...], list[Asked]]:
+def by_alphas(part: Sequence[AskedExample]) -> dict[tuple[AlphaSchedule, ...], list[AskedExample]]:
     """What has the same alphas together."""
-    groups: dict[tuple[AlphaSchedule, ...], list[Asked]] = {}
+    groups: dict[tuple[AlphaSchedule, ...], list[AskedExample]] = {}
     for one in part:
         groups.setdefault(one.alphas, []).append(one)
     return groups

@@ -16,7 +16,7 @@ from proxytune.config import AlphaSchedule, RunSpec, Sampling, TraceKind
 from proxytune.errors import UserError, needs_extra
 from proxytune.options import DecodeOptions, RayOptions
 from proxytune.records import Completion, Example, JsonRow, RoleMemory, WorkerFacts
-from proxytune.scale.parts import Asked, Found, Queue, Settings, WorkerState
+from proxytune.scale.parts import AskedExample, Found, Queue, Settings, WorkerState
 from proxytune.scale.worker import Worker, WorkerSetup
 from proxytune.terminal import WorkSoFar
 
@@ -165,7 +165,7 @@ class RayPool:
         forced: str | None = None,
     ) -> Iterator[tuple[AlphaSchedule, Completion]]:
         """As Decoder.sweep; the completions of an example under one alpha come together."""
-        given = [Asked(example, tuple(alphas)) for example, alphas in asked]
+        given = [AskedExample(example, tuple(alphas)) for example, alphas in asked]
         return self._decode(given, Settings(task, sampling, trace, forced))
 
     def likelihood_sweep(
@@ -176,13 +176,13 @@ class RayPool:
         task: str = "",
     ) -> Iterator[tuple[AlphaSchedule, Completion]]:
         """As Decoder.likelihood_sweep."""
-        given = [Asked(example, tuple(alphas), tuple(texts(example))) for example in examples]
+        given = [AskedExample(example, tuple(alphas), tuple(texts(example))) for example in examples]
         return self._decode(given, Settings(task, Sampling()))
 
     # The loop
 
     def _decode(
-        self, asked: Sequence[Asked], settings: Settings
+        self, asked: Sequence[AskedExample], settings: Settings
     ) -> Iterator[tuple[AlphaSchedule, Completion]]:
         most = self.setup.decode.batch or TOGETHER
         queue, began = Queue.of(asked, most, self.options.workers), time.monotonic()

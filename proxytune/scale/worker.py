@@ -13,7 +13,7 @@ from proxytune.config import AlphaSchedule, Role, System
 from proxytune.errors import UserError
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion, Example, WorkerFacts
-from proxytune.scale.parts import Asked, Found, Settings, WorkerState, by_alphas, whole
+from proxytune.scale.parts import AskedExample, Found, Settings, WorkerState, by_alphas, whole
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Worker:
         facts = WorkerFacts(host=where, pid=os.getpid(), device=device, log=_log())
         return WorkerState(facts, tuple(self.decoder.notes()), self.decoder.memory, __version__)
 
-    def decode(self, part: Sequence[Asked], settings: Settings) -> Iterator[Found]:
+    def decode(self, part: Sequence[AskedExample], settings: Settings) -> Iterator[Found]:
         """Every example under every alpha, as soon as it is whole."""
         from proxytune.models import process_peak
 
@@ -64,7 +64,7 @@ class Worker:
             )
 
     def _stream(
-        self, part: Sequence[Asked], settings: Settings
+        self, part: Sequence[AskedExample], settings: Settings
     ) -> Iterator[tuple[AlphaSchedule, Completion]]:
         generated = [(one.example, one.alphas) for one in part if one.texts is None]
         if generated:

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 
 from proxytune.config import parse_alpha
 from proxytune.records import Completion, Example, Prompt
-from proxytune.scale.parts import SMALLEST, Asked, Queue, by_alphas, whole
+from proxytune.scale.parts import SMALLEST, AskedExample, Queue, by_alphas, whole
 
 ONE, TWO = parse_alpha(1), parse_alpha(2)
 
 
-def asked(count: int) -> list[Asked]:
+def asked(count: int) -> list[AskedExample]:
     return [
-        Asked(Example(id=str(i), prompt=Prompt(str(i), str(i)), target=""), (ONE, TWO)) for i in range(count)
+        AskedExample(Example(id=str(i), prompt=Prompt(str(i), str(i)), target=""), (ONE, TWO))
+        for i in range(count)
     ]
 
 
@@ -76,5 +77,5 @@ def test_an_example_is_whole_with_its_last_completion() -> None:
 
 def test_the_same_alphas_go_together() -> None:
     one, two = asked(2)
-    alone = Asked(two.example, (ONE,))
+    alone = AskedExample(two.example, (ONE,))
     assert by_alphas([one, alone]) == {(ONE, TWO): [one], (ONE,): [alone]}

@@ -69,7 +69,7 @@ def test_texts_are_those_of_generate(client: OpenAI, offline: SteeredModel, as_:
         expected = [c.text for c in offline.generate([PROMPT, OTHER], as_=as_, sampling=sampling)]
         found = client.completions.create(
             model=model, prompt=[PROMPT, OTHER], max_tokens=24, temperature=temperature, top_p=0.9, n=n,
-            seed=5, stop="\n\n",
+            seed=5, stop="\n\n", extra_body=ROLES,
         )  # fmt: skip
         assert [choice.text for choice in found.choices] == expected
         assert [choice.index for choice in found.choices] == list(range(2 * n))

@@ -50,7 +50,7 @@ def chat(
     Example: proxytune chat --system demo
     """
     from proxytune.cli.chat.lines import lines
-    from proxytune.cli.chat.session import COMMANDS, Session
+    from proxytune.cli.chat.session import COMMANDS, ChatSession
     from proxytune.runs import Chat, load
 
     made = console.read_system(system, vocab)
@@ -65,7 +65,7 @@ def chat(
             allow_negative_alpha=allow_negative_alpha,
         )
         model.prepare(talk.as_)
-        session = Session(talk, lines(list(COMMANDS)))
+        session = ChatSession(talk, lines(list(COMMANDS)))
         strength = f", alpha {talk.alpha.text}" if talk.as_ == "proxy" else ""
         session.say(f"{made.name} as {talk.as_}{strength}. /help shows the commands, Ctrl-D ends")
         session.run()

@@ -17,10 +17,10 @@ from proxytune.cli.side_by_side import show_side_by_side
 from proxytune.errors import UserError, did_you_mean
 from proxytune.runs import Chat
 
-Action = Callable[["Session", str], None]
+Action = Callable[["ChatSession", str], None]
 
 
-class Session:
+class ChatSession:
     """Messages in, answers out."""
 
     def __init__(self, chat: Chat, lines: Lines) -> None:
@@ -158,16 +158,22 @@ COMMANDS: Mapping[str, Command] = {
     "/alpha": Command(
         "/alpha [A]",
         "the strength of the proxy: 0 to 10, or first:N, warmup:N, linear:FROM:TO:N",
-        Session.set_alpha,
+        ChatSession.set_alpha,
     ),
-    "/as": Command("/as [ROLE]", "who answers: proxy, base, expert, antiexpert or tuned", Session.set_role),
+    "/as": Command(
+        "/as [ROLE]", "who answers: proxy, base, expert, antiexpert or tuned", ChatSession.set_role
+    ),
     "/compare": Command(
-        "/compare [QUESTION]", "all roles side by side, on the last question or a new one", Session.compare
+        "/compare [QUESTION]",
+        "all roles side by side, on the last question or a new one",
+        ChatSession.compare,
     ),
     "/system": Command(
-        "/system [TEXT]", "the system message of the conversation; /system - takes it out", Session.set_system
+        "/system [TEXT]",
+        "the system message of the conversation; /system - takes it out",
+        ChatSession.set_system,
     ),
-    "/reset": Command("/reset", "a new conversation; role, alpha and system message stay", Session.reset),
-    "/help": Command("/help", "this", Session.help),
-    "/quit": Command("/quit", "the end", Session.quit),
+    "/reset": Command("/reset", "a new conversation; role, alpha and system message stay", ChatSession.reset),
+    "/help": Command("/help", "this", ChatSession.help),
+    "/quit": Command("/quit", "the end", ChatSession.quit),
 }

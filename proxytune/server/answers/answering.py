@@ -10,12 +10,12 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from proxytune.decoding.open_batch import Piece, ScoredText, SeenToken
-from proxytune.server.answers.calls import Call, CallReader
+from proxytune.server.answers.calls import CallReader, ServedCall
 from proxytune.server.answers.protocol import ChatBody, CompletionBody, ResponseBody
 from proxytune.server.answers.streams import DONE, EventStream, JsonAnswer, attended, event
 from proxytune.server.answers.writing import Json, Writer
 from proxytune.server.faults import RequestFault, broken
-from proxytune.server.work.service import Answer, Service
+from proxytune.server.work.service import ServedAnswer, Service
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class WholeChoice:
     echo: ScoredText | None = None
 
 
-class Reply:
+class ServedReply:
     """The answer to one call: its events in the order of an answer, and how they are written."""
 
-    def __init__(self, body: ResponseBody, call: Call, answer: Answer, writer: Writer) -> None:
+    def __init__(self, body: ResponseBody, call: ServedCall, answer: ServedAnswer, writer: Writer) -> None:
         self.body, self.call, self.answer, self.writer = body, call, answer, writer
         self.echo = isinstance(body, CompletionBody) and bool(body.echo)
         self._n = call.sampling.n
@@ -185,18 +185,18 @@ async def respond(
 ) -> Response:
     """Answer a request. RequestFault where there is no answer; ClientGone where nobody waits for it."""
     began = time.monotonic()
-    calls = list[Call]()
+    calls = list[ServedCall]()
 
-    def make() -> Call:
+    def make() -> ServedCall:
         return reader.chat(body) if isinstance(body, ChatBody) else reader.completion(body)
 
-    async def ask() -> Answer:
+    async def ask() -> ServedAnswer:
         count = reader.count(body)
         answer = await service.ask(count, lambda: _kept(calls, make()).job)
         return answer
 
     answer = await attended(receive, ask())
-    reply = Reply(body, calls[0], answer, Writer(body, calls[0], reader.batch))
+    reply = ServedReply(body, calls[0], answer, Writer(body, calls[0], reader.batch))
 
     def close(complete: bool) -> None:
         answer.close()
@@ -224,7 +224,7 @@ async def respond(
     return EventStream(_after(first, events), close)
 
 
-def _kept(calls: list[Call], call: Call) -> Call:
+def _kept(calls: list[ServedCall], call: ServedCall) -> ServedCall:
     calls.append(call)
     return call
 

@@ -14,7 +14,7 @@ from proxytune.options import ServeOptions
 from proxytune.records import named_by_content
 from proxytune.server.answers.protocol import ChatBody, CompletionBody, MessageBody, ResponseBody
 from proxytune.server.faults import RequestFault
-from proxytune.server.work.jobs import Job, TextToScore
+from proxytune.server.work.jobs import ServedJob, TextToScore
 
 UNLIMITED = 1 << 30
 """More tokens than any window has."""
@@ -36,10 +36,10 @@ class PromptHead:
 
 
 @dataclass(frozen=True)
-class Call:
+class ServedCall:
     """A request that was read: what its answer is written by."""
 
-    job: Job
+    job: ServedJob
     heads: tuple[PromptHead, ...]
     sampling: Sampling
     next_from_score: bool = False
@@ -70,7 +70,7 @@ class CallReader:
         scored = isinstance(body, CompletionBody) and body.echo and body.logprobs is not None
         return asked + (prompts if scored else 0)
 
-    def completion(self, body: CompletionBody) -> Call:
+    def completion(self, body: CompletionBody) -> ServedCall:
         """A request of /v1/completions. UserError for bad input; it reads texts and takes a while."""
         prompts = _prompts(body)
         if body.max_tokens == 0 and not body.echo:
@@ -100,9 +100,9 @@ class CallReader:
             for sample in range(0 if silent else sampling.n)
         ]
         to_score = [TextToScore(own, alpha, body.logprobs or 0) for own in ids] if scored else []
-        return Call(Job(self.role, responses, to_score), heads, sampling, by_score)
+        return ServedCall(ServedJob(self.role, responses, to_score), heads, sampling, by_score)
 
-    def chat(self, body: ChatBody) -> Call:
+    def chat(self, body: ChatBody) -> ServedCall:
         """A request of /v1/chat/completions."""
         if body.top_logprobs is not None and not body.logprobs:
             raise UserError("top_logprobs needs logprobs: true")
@@ -118,7 +118,7 @@ class CallReader:
             for sample in range(sampling.n)
         ]
         head = PromptHead("", ids, len(ids) - self._virtual)
-        return Call(Job(self.role, responses), (head,), sampling)
+        return ServedCall(ServedJob(self.role, responses), (head,), sampling)
 
     @property
     def _virtual(self) -> int:

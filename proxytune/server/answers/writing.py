@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxytune.decoding.open_batch import OpenBatch, Piece, ScoredText, SeenToken
-from proxytune.server.answers.calls import Call, PromptHead
+from proxytune.server.answers.calls import PromptHead, ServedCall
 from proxytune.server.answers.protocol import ChatBody, CompletionBody, ResponseBody
 from proxytune.server.faults import RequestFault
 
@@ -76,7 +76,7 @@ class TokenLogprobs:
 class Writer:
     """Writes the answer of one call, piece by piece."""
 
-    def __init__(self, body: ResponseBody, call: Call, batch: OpenBatch) -> None:
+    def __init__(self, body: ResponseBody, call: ServedCall, batch: OpenBatch) -> None:
         self.body, self.call, self.name = body, call, TokenNames(batch)
         self.chat = isinstance(body, ChatBody)
         kind = "chatcmpl" if self.chat else "cmpl"

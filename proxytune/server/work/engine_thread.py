@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from proxytune.config import Role
 from proxytune.decoding.open_batch import OpenBatch
 from proxytune.errors import UserError
-from proxytune.server.work.jobs import Job, JobFault
+from proxytune.server.work.jobs import JobFault, ServedJob
 
 LOG = logging.getLogger(__name__)
 Event = tuple[int, object]
 """The place of a response or text in its job, and a Piece, a ScoredText or a JobFault; place -1 is the
 job."""
-Post = Callable[[Sequence[tuple[Job, Sequence[Event]]]], None]
+Post = Callable[[Sequence[tuple[ServedJob, Sequence[Event]]]], None]
 """Hears what a step has brought, in the engine thread."""
 WHOLE = -1
 
@@ -41,9 +41,9 @@ class EngineThread:
     def __init__(self, batches: Mapping[Role, OpenBatch], post: Post) -> None:
         """`batches` belong to the thread from now on."""
         self.batches, self._post = batches, post
-        self._inbox: queue.SimpleQueue[Job | Deadline | None] = queue.SimpleQueue()
-        self._jobs: dict[Role, list[Job]] = {role: [] for role in batches}
-        self._to_score: deque[tuple[Job, int]] = deque()
+        self._inbox: queue.SimpleQueue[ServedJob | Deadline | None] = queue.SimpleQueue()
+        self._jobs: dict[Role, list[ServedJob]] = {role: [] for role in batches}
+        self._to_score: deque[tuple[ServedJob, int]] = deque()
         self._deadline: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -51,7 +51,7 @@ class EngineThread:
         """Begin to take jobs."""
         self._thread.start()
 
-    def put(self, job: Job) -> None:
+    def put(self, job: ServedJob) -> None:
         """A job, to be started as soon as the step that goes on is over. A job that is put again is looked at
         again: it may have been cancelled."""
         self._inbox.put(job)
@@ -105,7 +105,7 @@ class EngineThread:
             else:
                 self._start(found)
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: ServedJob) -> None:
         batch = self.batches[job.role]
         self._to_score.extend((job, place) for place in range(len(job.texts)))
         try:
@@ -120,7 +120,7 @@ class EngineThread:
         if job.tickets:
             self._jobs[job.role].append(job)
 
-    def _drop(self, job: Job) -> None:
+    def _drop(self, job: ServedJob) -> None:
         """Nothing more is computed for a job."""
         job.cancelled = True
         for ticket in job.tickets:
@@ -138,7 +138,7 @@ class EngineThread:
             self._end(role, JobFault(f"decoding failed: {type(error).__name__}"))
             return
         by_ticket = {piece.ticket: piece for piece in pieces}
-        news = list[tuple[Job, list[Event]]]()
+        news = list[tuple[ServedJob, list[Event]]]()
         for job in list(self._jobs[role]):
             mine = job.tickets.keys() & by_ticket.keys()
             if not mine:
@@ -152,7 +152,7 @@ class EngineThread:
         if news:
             self._post(news)
 
-    def _score(self, job: Job, place: int) -> None:
+    def _score(self, job: ServedJob, place: int) -> None:
         text = job.texts[place]
         try:
             found: object = self.batches[job.role].score(text.ids, text.alpha, text.ranked)

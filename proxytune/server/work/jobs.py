@@ -32,7 +32,7 @@ class JobFault:
 
 
 @dataclass(eq=False)
-class Job:
+class ServedJob:
     """What one request asks of the engine. Its events carry the place of a response, or of a text, in it."""
 
     role: Role

@@ -16,7 +16,7 @@ from proxytune.errors import UserError
 from proxytune.options import ServeOptions
 from proxytune.server.faults import RequestFault, broken, leaving
 from proxytune.server.work.engine_thread import WHOLE, EngineThread, Event
-from proxytune.server.work.jobs import Job, JobFault
+from proxytune.server.work.jobs import JobFault, ServedJob
 from proxytune.server.work.meters import Meters
 
 Made = TypeVar("Made")
@@ -24,11 +24,11 @@ MOST_RETRY = 30
 """Seconds after which a client may come again, at most."""
 
 
-class Answer:
+class ServedAnswer:
     """The events of one job, as they come. Whoever stops reading it calls `close`: then nothing more is
     computed."""
 
-    def __init__(self, job: Job, service: Service) -> None:
+    def __init__(self, job: ServedJob, service: Service) -> None:
         self.job, self._service = job, service
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._left = len(job.responses) + len(job.texts)
@@ -82,7 +82,7 @@ class Service:
         """Whether no request is taken any more."""
         self._engine = EngineThread(batches, self._post)
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="prompts")
-        self._answers = dict[Job, Answer]()
+        self._answers = dict[ServedJob, ServedAnswer]()
         self._open = 0
         self._rows = max(batch.decoder.max_batch for batch in batches.values())
         self._seconds = 1.0  # of a response, lately
@@ -152,7 +152,7 @@ class Service:
         except UserError as error:
             raise RequestFault(400, str(error)) from None
 
-    async def ask(self, count: int, make: Callable[[], Job]) -> Answer:
+    async def ask(self, count: int, make: Callable[[], ServedJob]) -> ServedAnswer:
         """Start a job of `count` responses and texts. RequestFault where there is no room for it, or its
         input is bad."""
         self._reserve(count)
@@ -161,7 +161,7 @@ class Service:
         except BaseException:
             self._open -= count
             raise
-        answer = Answer(job, self)
+        answer = ServedAnswer(job, self)
         self._open += answer.size - count
         if answer.size:
             self._answers[job] = answer
@@ -191,7 +191,7 @@ class Service:
         """Seconds until about one response has ended."""
         return max(1, min(MOST_RETRY, math.ceil(self._seconds / max(1, self._rows))))
 
-    def release(self, answer: Answer) -> None:
+    def release(self, answer: ServedAnswer) -> None:
         """Nobody waits for an answer any more."""
         if self._answers.pop(answer.job, None) is not None and answer.size:
             self._open -= answer.size
@@ -200,13 +200,13 @@ class Service:
 
     # Events
 
-    def _post(self, news: Sequence[tuple[Job, Sequence[Event]]]) -> None:
+    def _post(self, news: Sequence[tuple[ServedJob, Sequence[Event]]]) -> None:
         """Called in the engine thread."""
         assert self._loop is not None
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._hear, news)
 
-    def _hear(self, news: Sequence[tuple[Job, Sequence[Event]]]) -> None:
+    def _hear(self, news: Sequence[tuple[ServedJob, Sequence[Event]]]) -> None:
         for job, events in news:
             answer = self._answers.get(job)
             if answer is not None:

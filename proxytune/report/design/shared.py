@@ -15,7 +15,7 @@ TOKENS = "tokens.js"
 
 def asset(name: str) -> str:
     """A file of proxytune/report/assets."""
-    return (Path(__file__).parent / "assets" / name).read_text(encoding="utf-8")
+    return (Path(__file__).parent.parent / "assets" / name).read_text(encoding="utf-8")
 
 
 def styles(own: str) -> str:
