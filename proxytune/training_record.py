@@ -51,11 +51,11 @@ class TuningRequest(BaseModel):
 
     def difference(self, other: TuningRequest) -> str | None:
         """Which of their settings differ, in words; None where none does."""
-        mine, theirs = (
-            {**one.model_dump(exclude={"settings"}), **one.settings} for one in (self, other)
-        )
+        mine, theirs = ({**one.model_dump(exclude={"settings"}), **one.settings} for one in (self, other))
         found = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
-        return None if not found else ", ".join(f"{n} {theirs.get(n)!r} -> {mine.get(n)!r}" for n in found[:3])
+        return (
+            None if not found else ", ".join(f"{n} {theirs.get(n)!r} -> {mine.get(n)!r}" for n in found[:3])
+        )
 
 
 class TrainingRecord(BaseModel):
@@ -116,6 +116,7 @@ def thinned(points: Sequence[CurvePoint]) -> tuple[CurvePoint, ...]:
     """At most about MOST_POINTS of a curve: all with a held-out loss, every n-th of the others, the last."""
     every = -(-len(points) // MOST_POINTS)
     return tuple(
-        p for place, p in enumerate(points) if p.held_out is not None or place % max(every, 1) == 0
-        or place == len(points) - 1
+        p
+        for place, p in enumerate(points)
+        if p.held_out is not None or place % max(every, 1) == 0 or place == len(points) - 1
     )

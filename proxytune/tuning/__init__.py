@@ -8,17 +8,19 @@ from proxytune.lazy import door
 
 if TYPE_CHECKING:
     from proxytune.tuning.methods import METHODS
-    from proxytune.tuning.options import TuneOptions, read_settings
+    from proxytune.tuning.options import METHOD_HELP, TuneOptions, left_out, read_settings
     from proxytune.tuning.session import TuneJob, plan, tune
 
-__all__ = ["METHODS", "TuneJob", "TuneOptions", "plan", "read_settings", "tune"]
+__all__ = ["METHODS", "METHOD_HELP", "TuneJob", "TuneOptions", "left_out", "plan", "read_settings", "tune"]
 
 __getattr__ = door(
     __name__,
     {
         "METHODS": "methods",
+        "METHOD_HELP": "options",
         "TuneJob": "session",
         "TuneOptions": "options",
+        "left_out": "options",
         "plan": "session",
         "read_settings": "options",
         "tune": "session",

@@ -39,7 +39,9 @@ class Estimate:
         """UserError with the numbers where it will not fit into what is free."""
         free = free_memory()
         if self.bytes > free:
-            largest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.parts.items() if size > 0.05 * GIB)
+            largest = ", ".join(
+                f"{name} {size / GIB:.1f}" for name, size in self.parts.items() if size > 0.05 * GIB
+            )
             raise UserError(
                 f"this training needs about {self.bytes / GIB:.1f} GiB ({largest}), and {free / GIB:.1f} GiB are "
                 "free: use a smaller --batch, --checkpoint-activations, a shorter --max-length, or lora, qlora or "
@@ -106,7 +108,9 @@ def activations(config: Any, job: Shape) -> float:
     hidden, layers, words = text.hidden_size, text.num_hidden_layers, text.vocab_size
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
     heads = text.num_attention_heads
-    kv = (getattr(text, "num_key_value_heads", None) or heads) * (getattr(text, "head_dim", None) or hidden // heads)
+    kv = (getattr(text, "num_key_value_heads", None) or heads) * (
+        getattr(text, "head_dim", None) or hidden // heads
+    )
     # norms keep their input in float32 and their output; q, k, v and what comes out of the attention; the MLP its
     # gate, its up, the activation of the gate and the product
     layer = 8 * hidden + 2 * kv + 4 * inner
@@ -114,5 +118,7 @@ def activations(config: Any, job: Shape) -> float:
         layer += 4 * hidden + inner  # what comes out of dropout goes into A
     tokens = job.batch * job.longest
     kept = layers * hidden + layer if job.recomputed else layers * layer
-    head = 3 * words * (3 if job.through else 1)  # logits, their softmax and their gradient, for every token at most
+    head = (
+        3 * words * (3 if job.through else 1)
+    )  # logits, their softmax and their gradient, for every token at most
     return float(tokens * (kept * job.computed + head * FLOAT32))

@@ -64,7 +64,9 @@ def read_data(source: str, validation: str | None, limit: int | None, seed: int)
         else:
             count = max(1, round(share * len(examples)))
             if count >= len(examples):
-                raise UserError(f"--validation {validation} leaves none of the {len(examples)} examples to learn")
+                raise UserError(
+                    f"--validation {validation} leaves none of the {len(examples)} examples to learn"
+                )
             drawn = set(random.Random(f"validation/{seed}").sample(range(len(examples)), count))
             held = [example for place, example in enumerate(examples) if place in drawn]
             examples = [example for place, example in enumerate(examples) if place not in drawn]
@@ -218,5 +220,3 @@ FORMS: dict[str, Callable[[JsonRow], list[Pair]]] = {
     "triviaqa": triviaqa,
 }
 """Original files, by the name before the colon."""
-
-

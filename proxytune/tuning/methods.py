@@ -158,11 +158,27 @@ METHODS: Mapping[str, Method] = {
         Method("full", "weights", 2e-5, _everything, _adamw, 2, _no_half_weights),
         Method("lora", "adapter", 1e-4, _lora, _adamw, 2, _nothing),
         Method(
-            "qlora", "adapter", 1e-4, _lora, _adamw, 2, _nothing, quantization="4bit", packages=("bitsandbytes",)
+            "qlora",
+            "adapter",
+            1e-4,
+            _lora,
+            _adamw,
+            2,
+            _nothing,
+            quantization="4bit",
+            packages=("bitsandbytes",),
         ),
         Method("p-tuning", "adapter", 1e-3, _soft_prompt, _adamw, 2, _nothing, virtual_tokens=_length),
         Method(
-            "lomo", "weights", 3e-2, _everything, _fused, 0, _no_accumulation, packages=("lomo_optim",), fused=True
+            "lomo",
+            "weights",
+            3e-2,
+            _everything,
+            _fused,
+            0,
+            _no_accumulation,
+            packages=("lomo_optim",),
+            fused=True,
         ),
     )
 }

@@ -52,7 +52,7 @@ class TuneOptions(Options):
     batch: int = Field(default=8, ge=1)
     """Sequences that go through the model together, on each device."""
     accumulate: int = Field(default=1, ge=1)
-    """Batches whose gradients are added up before a step."""
+    """Batches whose gradients are added up before a step. lomo has none to add up."""
     learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Largest learning rate. Default: the method's."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -62,7 +62,7 @@ class TuneOptions(Options):
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """AdamW's weight decay."""
     clip: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """Largest gradient norm; 0 is off. LOMO has none: it never holds all gradients."""
+    """Largest gradient norm; 0 is off. """
     bf16: bool = False
     """Compute in bfloat16; what is trained stays as it is."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -70,21 +70,21 @@ class TuneOptions(Options):
     checkpoint_activations: bool = False
     """Compute activations again in the backward pass in place of keeping them (gradient checkpointing)."""
     rank: int = Field(default=64, ge=1)
-    """lora, qlora: the rank of the update."""
+    """The rank of the update."""
     lora_alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False)
-    """lora, qlora: the update is scaled by lora_alpha / rank."""
+    """The update is scaled by lora_alpha / rank."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """lora, qlora: dropout before the update."""
+    """Dropout before the update."""
     targets: Names = Field(default=(), json_schema_extra={"metavar": "NAME,..."})
-    """lora, qlora: which layers get an update (q_proj,v_proj). Default: all linear layers but the head."""
+    """Which layers get an update (q_proj,v_proj). Default: all linear layers but the head."""
     virtual_tokens: int = Field(default=20, ge=1)
-    """p-tuning: tokens of the soft prompt."""
+    """Tokens of the soft prompt."""
     encoder: Literal["lstm", "mlp"] = "lstm"
-    """p-tuning: what makes the soft prompt in training: a bidirectional LSTM and an MLP, or an MLP alone."""
+    """What makes the soft prompt in training: a bidirectional LSTM and an MLP, or an MLP alone."""
     encoder_hidden: int | None = Field(default=None, ge=1)
-    """p-tuning: hidden size of the encoder. Default: that of the model."""
+    """Hidden size of the encoder. Default: that of the model."""
     adaptive: bool = False
-    """lomo: AdaLomo, with a learning rate for each row and column; needs a GPU."""
+    """AdaLomo, with a learning rate for each row and column; needs a GPU."""
     base: str | None = Field(default=None, json_schema_extra={"metavar": "MODEL"})
     """The large model that the expert is to steer, for the system that is written. Default: the model
     itself."""
@@ -98,6 +98,30 @@ class TuneOptions(Options):
     """Of the order of the examples, dropout and new weights."""
     report_to: Names = Field(default=(), json_schema_extra={"metavar": "NAME,..."})
     """Also send curves to these (tensorboard, wandb, trackio, ...: whatever transformers knows)."""
+
+
+METHOD_HELP: Mapping[str, str] = {
+    "full": "All weights, by AdamW (the paper's Table 11).",
+    "lora": "Low-rank updates beside the linear layers (the paper's Table 13): an adapter.",
+    "qlora": "LoRA on weights in 4 bits: an adapter. The antiexpert is the same 4-bit model.",
+    "p-tuning": "A soft prompt, made by a small network that training throws away: an adapter.",
+    "lomo": "All weights, without memory for all gradients or for an optimiser's state.",
+}
+"""The methods in a line each; METHODS has what they do."""
+_LORA, _PROMPT, _LOMO = frozenset({"lora", "qlora"}), frozenset({"p-tuning"}), frozenset({"lomo"})
+ONLY: Mapping[str, frozenset[str]] = {
+    **dict.fromkeys(("rank", "lora_alpha", "dropout", "targets"), _LORA),
+    **dict.fromkeys(("virtual_tokens", "encoder", "encoder_hidden"), _PROMPT),
+    "adaptive": _LOMO,
+    "weight_decay": frozenset(METHOD_HELP) - _LOMO,
+    "clip": frozenset(METHOD_HELP) - _LOMO,
+}
+"""Settings that only these methods have."""
+
+
+def left_out(method: str) -> frozenset[str]:
+    """The settings that a method does not have."""
+    return frozenset(name for name, methods in ONLY.items() if method not in methods)
 
 
 def tune_names() -> list[str]:
@@ -119,6 +143,10 @@ def read_settings(name_or_path: str, method: str) -> dict[str, Any]:
     own = content.pop("method", method)
     if own != method:
         raise UserError(f"'{path}' is for the method {own}, not {method}")
+    if foreign := sorted(left_out(method) & content.keys()):
+        raise UserError(
+            f"'{path}': {foreign[0]} is of {', '.join(sorted(ONLY[foreign[0]]))}, not of {method}"
+        )
     _validated(content, str(path))
     return content
 

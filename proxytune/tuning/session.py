@@ -15,13 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
 from transformers import logging as transformers_logging
-from trl import SFTConfig
 
 from proxytune import __version__
 from proxytune.config import ModelSpec
@@ -37,8 +36,12 @@ from proxytune.tuning.methods import Method, get_method
 from proxytune.tuning.options import TuneOptions
 from proxytune.tuning.system_file import write_system
 from proxytune.tuning.tokens import TokenRows, encode
-from proxytune.tuning.trainer import ExpertTrainer, Steering
 from proxytune.tuning.watch import Watch, curve_of, peak_bytes
+
+if TYPE_CHECKING:  # trl is an extra: what is missing is said before anything imports it
+    from trl import SFTConfig
+
+    from proxytune.tuning.trainer import ExpertTrainer, Steering
 
 KEPT = 2
 """Checkpoints that are kept: a kill may spoil the last one."""
@@ -76,7 +79,10 @@ class TuneJob:
     def request(self) -> TuningRequest:
         """What decides the weights."""
         leave_out = NOT_DECISIVE - ({"base"} if self.options.through else set())
-        settings = {**self.options.model_dump(mode="json", exclude=leave_out), "learning_rate": self.learning_rate}
+        settings = {
+            **self.options.model_dump(mode="json", exclude=leave_out),
+            "learning_rate": self.learning_rate,
+        }
         return TuningRequest(
             method=self.method.name,
             model=str(self.spec.model),
@@ -226,6 +232,8 @@ def _begun(job: TuneJob) -> TrainingRecord:
 
 def _trainer(job: TuneJob, out: Path, resumed: Path | None, show: bool) -> tuple[ExpertTrainer, Watch]:
     """trl's loop over this job."""
+    from proxytune.tuning.trainer import ExpertTrainer
+
     torch.manual_seed(job.options.seed)  # of new weights beside the model's
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -254,6 +262,8 @@ def _trainer(job: TuneJob, out: Path, resumed: Path | None, show: bool) -> tuple
 
 def _steering(job: TuneJob, device: torch.device) -> Steering:
     """The base and, unless the expert can take its adapter off, the antiexpert, frozen."""
+    from proxytune.tuning.trainer import Steering
+
     own = None if job.method.result == "adapter" else plain.load(job.spec).to(device)
     base = plain.load(job.base).to(device)
     return Steering(base, own, job.options.alpha, plain.require_one_vocabulary(job.base, job.spec))
@@ -265,6 +275,8 @@ def _dataset(rows: TokenRows) -> Dataset:
 
 def arguments(job: TuneJob, out: Path) -> SFTConfig:
     """The options as trl has them."""
+    from trl import SFTConfig
+
     asked, steps = job.options, job.options.save_every
     when: dict[str, Any] = {"strategy": "epoch"} if steps is None else {"strategy": "steps", "steps": steps}
     held_out = bool(job.held_out.ids)
@@ -309,7 +321,9 @@ def _write_result(job: TuneJob, trainer: ExpertTrainer, out: Path) -> int | None
     adapter = job.method.result == "adapter"
     if best is not None and trainer.state.best_global_step != trainer.state.global_step:
         kinds = ("adapter_*",) if adapter else ("*.safetensors", "*.safetensors.index.json", "*config.json")
-        for path in (path for kind in kinds for path in Path(best).glob(kind) if path.name != "proxytune.safetensors"):
+        for path in (
+            path for kind in kinds for path in Path(best).glob(kind) if path.name != "proxytune.safetensors"
+        ):
             shutil.copyfile(path, out / path.name)
     else:
         model: Any = trainer.accelerator.unwrap_model(trainer.model)

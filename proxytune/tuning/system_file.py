@@ -19,12 +19,18 @@ HEAD = """# The expert of this folder, on the model that it was tuned from. trai
 
 
 def write_system(
-    antiexpert: ModelSpec, base: ModelSpec, result: Literal["weights", "adapter"], options: TuneOptions, out: Path
+    antiexpert: ModelSpec,
+    base: ModelSpec,
+    result: Literal["weights", "adapter"],
+    options: TuneOptions,
+    out: Path,
 ) -> None:
     """Write system.yaml: the base, the model that was tuned as the antiexpert, the expert of this folder. An
     adapter sits on the antiexpert's weights, which are loaded once for both."""
     small = _spec(antiexpert)
-    own: dict[str, Any] = {"adapter": "./"} if result == "adapter" else {"model": "./", "dtype": small["dtype"]}
+    own: dict[str, Any] = (
+        {"adapter": "./"} if result == "adapter" else {"model": "./", "dtype": small["dtype"]}
+    )
     if options.chat != "none":
         own["chat"] = options.chat
     content = {
@@ -34,7 +40,9 @@ def write_system(
         "expert": own,
         "alpha": options.alpha,
     }
-    text = HEAD.format(folder=out) + yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=1000)
+    text = HEAD.format(folder=out) + yaml.safe_dump(
+        content, sort_keys=False, default_flow_style=None, width=1000
+    )
     write_atomically(out / SYSTEM, text.encode())
     load_system(out / SYSTEM)  # what is written is what can be read
 
@@ -43,5 +51,8 @@ def _spec(spec: ModelSpec) -> dict[str, Any]:
     """A model as YAML: a folder by its whole path, what is as by default left out."""
     model = str(spec.model)
     local = not model.startswith(DEMO_SCHEME) and Path(model).expanduser().exists()
-    found: dict[str, Any] = {"model": str(Path(model).expanduser().resolve()) if local else model, "dtype": spec.dtype}
+    found: dict[str, Any] = {
+        "model": str(Path(model).expanduser().resolve()) if local else model,
+        "dtype": spec.dtype,
+    }
     return found | ({"quantization": spec.quantization} if spec.quantization != "none" else {})

@@ -48,7 +48,9 @@ def encode(
     a prompt that leaves no room for its completion, and for a tokenizer without an end of sequence."""
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise UserError(f"the tokenizer of '{spec.model}' has no end-of-sequence token, which is to be learned")
+        raise UserError(
+            f"the tokenizer of '{spec.model}' has no end-of-sequence token, which is to be learned"
+        )
     ids, labels, cut, joined = list[tuple[int, ...]](), list[tuple[int, ...]](), 0, 0
     for example in examples:
         text = Conversation(example.messages).text_for("expert", "proxy", spec, tokenizer)

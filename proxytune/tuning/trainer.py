@@ -48,16 +48,26 @@ class ExpertTrainer(SFTTrainer):  # type: ignore[misc]
         """trl would write a README.md of its own into every checkpoint."""
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """The sum of the learned tokens' cross-entropy over their number, as SFTTrainer has it."""
         if self.steering is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"][:, 1:]
         learned = labels != NOT_LEARNED  # [B, T - 1]
-        seen = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+        seen = {
+            "input_ids": inputs["input_ids"],
+            "attention_mask": inputs["attention_mask"],
+            "use_cache": False,
+        }
         width = labels.shape[1] + 1
-        expert = _before(model(**seen).logits[:, -width:], learned)  # virtual tokens come first and predict nothing
+        expert = _before(
+            model(**seen).logits[:, -width:], learned
+        )  # virtual tokens come first and predict nothing
         with torch.no_grad():
             base = _before(self.steering.base(**seen).logits, learned)
             antiexpert = _before(self._antiexpert(model, seen), learned)

@@ -47,7 +47,9 @@ class TrainingLine:
             TextColumn("{task.completed}/{task.total} {task.fields[text]}"),
             TimeRemainingColumn(),
         )
-        self._live = Progress(*columns, disable=not (self.shown and sys.stderr.isatty()), console=Console(stderr=True))
+        self._live = Progress(
+            *columns, disable=not (self.shown and sys.stderr.isatty()), console=Console(stderr=True)
+        )
         self._task = self._live.add_task(self.title, total=self.total, text="")
         self._live.start()
         self._began = self._last = time.monotonic()
@@ -89,7 +91,9 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The number of steps is known."""
-        self._line = TrainingLine(self.title, state.max_steps, self.shown and state.is_world_process_zero).__enter__()
+        self._line = TrainingLine(
+            self.title, state.max_steps, self.shown and state.is_world_process_zero
+        ).__enter__()
         self._began = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
