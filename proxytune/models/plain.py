@@ -1,5 +1,5 @@
-"""Models as transformers has them, without what makes decoding fast: to be trained, or merged with their adapter
-and written out as a checkpoint."""
+"""Models as transformers has them, without what makes decoding fast: to be trained, or merged with their
+adapter and written out as a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from proxytune.models.adapters import attach_for_good
 from proxytune.models.checkpoint import check_checkpoint, load_config, locate
 from proxytune.models.loading import load_module, load_tokenizer
 from proxytune.models.memory import skeleton_of, weights_of
-from proxytune.models.vocabulary import Tokenizer, align, size_of
+from proxytune.models.vocabulary import align, size_of
 
 __all__ = ["check", "load", "load_tokenizer", "merge", "name_of", "quiet", "require_one_vocabulary"]
 
@@ -64,14 +64,15 @@ def merge(spec: ModelSpec, out: Path, *, trust_remote_code: bool = False) -> Non
     files = read_adapter(spec.adapter)
     if files.soft_prompt:
         raise UserError(
-            f"adapter '{spec.adapter}' is a soft prompt: it changes no weights, so there is nothing to merge. "
-            "Use it as `expert: {adapter: DIR}`"
+            f"adapter '{spec.adapter}' is a soft prompt: it changes no weights, so there is nothing to "
+            "merge. Use it as `expert: {adapter: DIR}`"
         )
     check_adapter(spec.adapter, load_config(spec, trust_remote_code=remote), shared=False, remote=remote)
     module, _ = attach_for_good(load_module(spec, trust_remote_code=remote), files, merge=True)
     if left := _adapter_layers(module):
         raise UserError(
-            f"adapter '{spec.adapter}' cannot be merged: '{left[0]}' uses a tensor that another layer uses too"
+            f"adapter '{spec.adapter}' cannot be merged: '{left[0]}' uses a tensor that another "
+            "layer uses too"
         )
     out.mkdir(parents=True, exist_ok=True)
     module.save_pretrained(out)

@@ -1,9 +1,9 @@
 """Checkpoints that a kill cannot spoil, and what the libraries leave out of them.
 
-transformers writes a checkpoint file by file, and would go on from a torn one. Here a checkpoint counts once it
-has its mark, which is written last; others are deleted. PEFT saves of P-tuning the table of embeddings alone, and
-lomo-optim's AdaLomo keeps its state outside of what transformers saves: both are added, and put back where
-training goes on, so that it goes on exactly."""
+transformers writes a checkpoint file by file, and would go on from a torn one. Here a checkpoint counts once
+it has its mark, which is written last; others are deleted. PEFT saves of P-tuning the table of embeddings
+alone, and lomo-optim's AdaLomo keeps its state outside of what transformers saves: both are added, and put
+back where training goes on, so that it goes on exactly."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def newest(out: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-class WholeCheckpoints(TrainerCallback):
+class WholeCheckpoints(TrainerCallback):  # type: ignore[misc]
     """Adds what is missing to each checkpoint and marks it; puts it back where training goes on from one."""
 
     def __init__(self, out: Path, resumed: Path | None) -> None:

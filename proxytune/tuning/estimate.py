@@ -1,7 +1,8 @@
 """What a training will take, before any weights are read: trainable parameters and memory by parts.
 
-Weights, gradients and the optimiser's state are counted. Activations are estimated by the tensors that a layer of
-the Llama family keeps for its backward pass; docs/tuning.md has the estimate beside what was measured."""
+Weights, gradients and the optimiser's state are counted. Activations are estimated by the tensors that a
+layer of the Llama family keeps for its backward pass; docs/tuning.md has the estimate beside what was
+measured."""
 
 from __future__ import annotations
 
@@ -43,9 +44,9 @@ class Estimate:
                 f"{name} {size / GIB:.1f}" for name, size in self.parts.items() if size > 0.05 * GIB
             )
             raise UserError(
-                f"this training needs about {self.bytes / GIB:.1f} GiB ({largest}), and {free / GIB:.1f} GiB are "
-                "free: use a smaller --batch, --checkpoint-activations, a shorter --max-length, or lora, qlora or "
-                "lomo in place of full"
+                f"this training needs about {self.bytes / GIB:.1f} GiB ({largest}), and {free / GIB:.1f} GiB "
+                "are free: use a smaller --batch, --checkpoint-activations, a shorter --max-length, or lora, "
+                "qlora or lomo in place of full"
             )
 
 
@@ -111,8 +112,8 @@ def activations(config: Any, job: Shape) -> float:
     kv = (getattr(text, "num_key_value_heads", None) or heads) * (
         getattr(text, "head_dim", None) or hidden // heads
     )
-    # norms keep their input in float32 and their output; q, k, v and what comes out of the attention; the MLP its
-    # gate, its up, the activation of the gate and the product
+    # norms keep their input in float32 and their output; q, k, v and what comes out of the attention; the MLP
+    # its gate, its up, the activation of the gate and the product
     layer = 8 * hidden + 2 * kv + 4 * inner
     if job.adapter:
         layer += 4 * hidden + inner  # what comes out of dropout goes into A

@@ -1,7 +1,7 @@
 """Training examples: from files of any usual form to conversations with the completion that is learned.
 
-The flow is `rows of a file -> TuneExample`. A form is one function in FORMS. What cannot be read is a UserError
-that names the file and the line."""
+The flow is `rows of a file -> TuneExample`. A form is one function in FORMS. What cannot be read is a
+UserError that names the file and the line."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ GENERATED = "generated"
 ROLES = ("system", "user", "assistant")
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 ALPACA = {
-    True: "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
-    "### Input:\n{input}\n\n### Response:\n",
+    True: "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    "{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
     False: "Below is an instruction that describes a task. Write a response that appropriately completes the "
     "request.\n\n### Instruction:\n{instruction}\n\n### Response:\n",
 }

@@ -3,10 +3,10 @@
 - full: all weights, AdamW (the paper's Table 11).
 - lora: low-rank updates beside the linear layers (Hu et al. 2021; the paper's Table 13).
 - qlora: the same beside weights in 4 bits (Dettmers et al. 2023).
-- p-tuning: embeddings before the prompt, made by a small network that is thrown away after training (Liu et al.
-  2021, "GPT understands, too").
-- lomo: all weights by stochastic gradient descent that takes each gradient as soon as it is there and forgets it
-  (Lv et al. 2023), so that there is never memory for all gradients, nor for an optimiser's state.
+- p-tuning: embeddings before the prompt, made by a small network that is thrown away after training (Liu et
+  al. 2021, "GPT understands, too").
+- lomo: all weights by stochastic gradient descent that takes each gradient as soon as it is there and forgets
+  it (Lv et al. 2023), so that there is never memory for all gradients, nor for an optimiser's state.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Method:
 def _everything(model: PreTrainedModel, options: TuneOptions) -> nn.Module:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    return model
+    module: nn.Module = model
+    return module
 
 
 def _lora(model: PreTrainedModel, options: TuneOptions) -> nn.Module:
@@ -131,8 +132,8 @@ def _no_half_weights(options: TuneOptions) -> None:
 def _no_accumulation(options: TuneOptions) -> None:
     if options.accumulate > 1:
         raise UserError(
-            f"--accumulate {options.accumulate}: lomo uses each gradient up within the backward pass, so there "
-            "is nothing to add up. Raise --batch in its place"
+            f"--accumulate {options.accumulate}: lomo uses each gradient up within the backward pass, so "
+            "there is nothing to add up. Raise --batch in its place"
         )
     if options.adaptive and not torch.cuda.is_available():
         raise UserError("--adaptive: AdaLomo (lomo-optim) runs on a GPU only: leave it out")

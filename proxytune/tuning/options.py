@@ -1,5 +1,5 @@
-"""What a user can set about tuning, declared once: a field is the option, the key in configs/tune/*.yaml and the
-entry in training.json. Nothing here imports torch."""
+"""What a user can set about tuning, declared once: a field is the option, the key in configs/tune/*.yaml and
+the entry in training.json. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ def tune_names() -> list[str]:
 
 
 def read_settings(name_or_path: str, method: str) -> dict[str, Any]:
-    """The settings of that name in configs/tune, or of that YAML file: what is given in place of the defaults.
-    UserError if they are of another method."""
+    """The settings of that name in configs/tune, or of that YAML file: what is given in place of the
+    defaults. UserError if they are of another method."""
     path = Path(name_or_path)
     if path.suffix not in {".yaml", ".yml"}:
         if name_or_path not in tune_names():

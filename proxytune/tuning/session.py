@@ -1,5 +1,5 @@
-"""One training from its request to the expert's folder: checked, resumed where it stopped, recorded, and written
-out with the system that uses it.
+"""One training from its request to the expert's folder: checked, resumed where it stopped, recorded, and
+written out with the system that uses it.
 
     OUT/training.json                     the record: settings, data, curves, time, memory
     OUT/adapter_model.safetensors, ...    the result: an adapter, or a checkpoint (model.safetensors)
@@ -9,6 +9,7 @@ out with the system that uses it.
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -93,8 +94,8 @@ class TuneJob:
 
 
 def plan(method_name: str, model: str, options: TuneOptions) -> TuneJob:
-    """Check a training: its method, data, model, window and memory by estimate. Reads no weights. UserError in
-    one line for what cannot be."""
+    """Check a training: its method, data, model, window and memory by estimate. Reads no weights. UserError
+    in one line for what cannot be."""
     method = get_method(method_name)
     method.check(options)
     if options.data is None:
@@ -141,18 +142,21 @@ def _notes(train: TokenRows, held: TokenRows, options: TuneOptions) -> tuple[str
         notes.append(f"{cut} completions were cut at {options.max_length} tokens: their ends are not learned")
     if joined := train.joined + held.joined:
         notes.append(
-            f"{joined} prompts are tokenised otherwise where their completion follows: end prompts at the end of "
-            "a word, and begin completions with a space"
+            f"{joined} prompts are tokenised otherwise where their completion follows: end prompts at the "
+            "end of a word, and begin completions with a space"
         )
     return tuple(notes)
 
 
 def tune(job: TuneJob, out: Path, *, show: bool = True) -> TrainingRecord:
-    """Train, or go on where the folder's training stopped, and write the result into `out`. A finished training
-    is read and never made again. UserError where the folder is another training's, or another process writes
-    to it."""
+    """Train, or go on where the folder's training stopped, and write the result into `out`. A finished
+    training is read and never made again. UserError where the folder is another training's, or another
+    process writes to it."""
     with disk_errors_in_one_line(out):
         out.mkdir(parents=True, exist_ok=True)
+    if not _is_first():
+        there = _read_own(job, out)
+        return there if there is not None and there.status == "finished" else _train(job, out, there, False)
     owner = FolderOwner(out)
     try:
         there = _read_own(job, out)
@@ -164,6 +168,11 @@ def tune(job: TuneJob, out: Path, *, show: bool = True) -> TrainingRecord:
         return _train(job, out, there, show)
     finally:
         owner.release()
+
+
+def _is_first() -> bool:
+    """Whether this process writes: of several that `accelerate launch` or torchrun started, the first one."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _read_own(job: TuneJob, out: Path) -> TrainingRecord | None:
@@ -185,11 +194,12 @@ def _train(job: TuneJob, out: Path, there: TrainingRecord | None, show: bool) ->
     record = there or _begun(job)
     if resumed is not None:
         record = record.model_copy(update={"resumed": record.resumed + 1})
-    record.write(out)
+    if _is_first():
+        record.write(out)
     with _quiet_libraries():
         trainer, watch = _trainer(job, out, resumed, show)
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        best = _write_result(job, trainer, out)
+        best = _write_result(job, trainer, out) if _is_first() else None
     state = trainer.state
     points = curve_of(state.log_history)
     made = record.model_copy(
@@ -205,6 +215,8 @@ def _train(job: TuneJob, out: Path, there: TrainingRecord | None, show: bool) ->
             "curve": thinned(points),
         }
     )
+    if not _is_first():
+        return made
     write_system(job.spec, job.base, job.method.result, job.options, out)
     made.write(out)
     shutil.rmtree(out / FOLDER, ignore_errors=True)

@@ -12,7 +12,7 @@ from proxytune.run_files import write_atomically
 from proxytune.training_record import SYSTEM
 from proxytune.tuning.options import TuneOptions
 
-HEAD = """# The expert of this folder, on the model that it was tuned from. training.json says how it was made.
+HEAD = """# The expert of this folder on the model that it was tuned from; training.json says how it was made.
 #   proxytune generate "..." --system {folder}/system.yaml
 #   proxytune eval TASK --system {folder}/system.yaml --as all
 """

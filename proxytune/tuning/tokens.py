@@ -1,7 +1,8 @@
 """From examples to ids: what the model sees, and which of its tokens are learned.
 
-A context is made exactly as decoding makes it (decoding/conversations.py), so that the expert meets in the proxy
-what it was tuned on. Loss is taken on the completion and the end of the sequence only, as in the paper."""
+A context is made exactly as decoding makes it (decoding/conversations.py), so that the expert meets in the
+proxy what it was tuned on. Loss is taken on the completion and the end of the sequence only, as in the
+paper."""
 
 from __future__ import annotations
 
@@ -44,8 +45,8 @@ class TokenRows:
 def encode(
     examples: Sequence[TuneExample], spec: ModelSpec, tokenizer: Tokenizer, max_length: int
 ) -> TokenRows:
-    """The examples in the chat format of `spec`, at most `max_length` tokens each. UserError, with the line, for
-    a prompt that leaves no room for its completion, and for a tokenizer without an end of sequence."""
+    """The examples in the chat format of `spec`, at most `max_length` tokens each. UserError, with the line,
+    for a prompt that leaves no room for its completion, and for a tokenizer without an end of sequence."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise UserError(
@@ -57,8 +58,9 @@ def encode(
         prompt = ids_of(spec, tokenizer, text)
         if len(prompt) >= max_length:
             raise UserError(
-                f"{example.where}: the prompt has {len(prompt)} tokens, which leaves no room for its completion "
-                f"in {max_length}: shorten it, or raise --max-length as far as the model's window allows"
+                f"{example.where}: the prompt has {len(prompt)} tokens, which leaves no room for its "
+                f"completion in {max_length}: shorten it, or raise --max-length as far as the "
+                "model's window allows"
             )
         whole = ids_of(spec, tokenizer, completed(text, example.completion, spec))
         if whole[-1:] != (eos,):

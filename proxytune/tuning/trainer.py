@@ -1,8 +1,8 @@
 """trl's SFTTrainer with the one thing that it cannot do: the loss of the whole proxy.
 
-`--through base` trains the expert on the loss of base + alpha * (expert - antiexpert), the logits that decoding
-combines (consistent proxy tuning, Peng et al. 2024), in place of the expert's own. Base and antiexpert are run
-once for each batch, without gradient."""
+`--through base` trains the expert on the loss of base + alpha * (expert - antiexpert), the logits that
+decoding combines (consistent proxy tuning, Peng et al. 2024), in place of the expert's own. Base and
+antiexpert are run once for each batch, without gradient."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Steering:
 
 
 class ExpertTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer, whose loss is the proxy's where there is a `steering`. It sends nothing anywhere, and writes no
-    model card."""
+    """SFTTrainer, whose loss is the proxy's where there is a `steering`. It sends nothing anywhere, and
+    writes no model card."""
 
     steering: Steering | None = None
 

@@ -1,5 +1,5 @@
-"""What a person sees as training goes on: step, loss, learning rate, tokens per second, time left, peak memory.
-A live line in a terminal, a line now and then in a log; always on stderr."""
+"""What a person sees as training goes on: step, loss, learning rate, tokens per second, time left, peak
+memory. A live line in a terminal, a line now and then in a log; always on stderr."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class TrainingLine:
             say(f"{self.title} {step}/{self.total}: {text}, {left:,.0f} s left")
 
 
-class Watch(TrainerCallback):
+class Watch(TrainerCallback):  # type: ignore[misc]
     """Shows a training of transformers' loop, and keeps its time."""
 
     def __init__(self, title: str, shown: bool) -> None:

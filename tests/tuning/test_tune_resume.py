@@ -1,4 +1,4 @@
-"""A training that is killed goes on exactly: the same weights, to the last bit, as one that was left alone."""
+"""A training that is killed goes on exactly: the weights are those of one that was left alone, bit by bit."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_killed_training_ends_with_the_same_weights(case: str, tmp_path: Path)
         pytest.importorskip("bitsandbytes")
     if case == "lomo" and __import__("importlib.util").util.find_spec("lomo_optim") is None:
         require_or_skip("tune", "lomo-optim is not installed")
-    import trl  # noqa: F401  # before the forks, which then share it
+    import trl  # before the forks, which then share it
     import trl.trainer.sft_trainer  # noqa: F401
 
     alone, killed = tmp_path / "alone", tmp_path / "killed"
@@ -87,7 +87,11 @@ def test_a_killed_training_ends_with_the_same_weights(case: str, tmp_path: Path)
     assert first is not None and second is not None
     assert (first.status, second.status, second.resumed) == ("finished", "finished", 1)
     assert [p.loss for p in first.curve] == [p.loss for p in second.curve]
-    assert (first.steps, first.tokens_seen, first.best_step) == (second.steps, second.tokens_seen, second.best_step)
+    assert (first.steps, first.tokens_seen, first.best_step) == (
+        second.steps,
+        second.tokens_seen,
+        second.best_step,
+    )
     weights = [load_file(next(folder.glob("*model*.safetensors"))) for folder in (alone, killed)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

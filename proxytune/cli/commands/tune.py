@@ -49,7 +49,9 @@ DryRun = Annotated[
 
 def _command(method: str) -> Callable[..., None]:
     """The command of one method, with the settings that it has."""
-    group = OptionGroup(TuneOptions, "How it is tuned", leave_out=left_out(method), changes=True)
+    group = OptionGroup(
+        TuneOptions, "How it is tuned", leave_out=left_out(method), changes=True, shows_defaults=True
+    )
 
     @grouped(settings=group)
     def run(
@@ -77,9 +79,12 @@ def _command(method: str) -> Callable[..., None]:
 
         _print_record(train(job, out), out, json)
 
-    run.__doc__ = (
-        f"{METHOD_HELP[method]}\n\n    The same command goes on after a kill, with the same weights at the end.\n\n"
-        f"    Example: proxytune tune {method} --model demo://antiexpert --data gsm8k:generated --out my-expert\n    "
+    run.__doc__ = "\n\n".join(
+        (
+            METHOD_HELP[method],
+            "The same command goes on after a kill, with the same weights at the end.",
+            f"Example: proxytune tune {method} --model demo://antiexpert --data gsm8k:generated --out mine",
+        )
     )
     return run
 
