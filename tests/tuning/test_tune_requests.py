@@ -1,4 +1,4 @@
-"""What `proxytune tune` is asked: data of every form, settings, and what is refused before weights are read."""
+"""What `proxytune tune` is asked: data of every form, settings, and what is refused before loading."""
 
 from __future__ import annotations
 
