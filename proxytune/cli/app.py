@@ -28,8 +28,8 @@ from proxytune.cli.commands.stored import export, runs
 from proxytune.cli.commands.sweep_alpha import sweep_alpha
 from proxytune.cli.commands.systems import systems
 from proxytune.cli.commands.tasks import tasks
-from proxytune.cli.commands.tune import tune
 from proxytune.cli.init import init
+from proxytune.cli.tune import tune
 from proxytune.errors import UserError
 from proxytune.terminal import say, show
 
