@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from proxytune.config import ModelSpec
 from proxytune.errors import UserError
@@ -73,6 +73,8 @@ class TrainingRecord(BaseModel):
     held_out: int = 0
     tokens: int
     """Of all examples, once."""
+    learned: dict[str, int] = Field(default_factory=dict)
+    """How often each token is learned, in one pass over the examples."""
     cut: int = 0
     """Examples whose completion was cut at max_length."""
     parameters: int

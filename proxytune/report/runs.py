@@ -154,7 +154,7 @@ def trainings_table(root: Path, found: Trained) -> ReportTable:
             str(folder.relative_to(root)), record.request.method, record.request.model,
             f"{record.trainable:,}", f"{record.trainable / record.parameters:.1%}", str(record.steps),
             f"{record.tokens_seen:,}", f"{record.seconds:.1f}", size(record.peak_bytes),
-            size(record.estimated_bytes), "" if record.best_step is None else str(record.best_step),
+            size(int(record.estimated_bytes)), "" if record.best_step is None else str(record.best_step),
         )
         for folder, record in found
     ]  # fmt: skip

@@ -36,7 +36,7 @@ from proxytune.tuning.examples import TuneData, read_data
 from proxytune.tuning.methods import Method, get_method
 from proxytune.tuning.options import TuneOptions
 from proxytune.tuning.system_file import write_system
-from proxytune.tuning.tokens import TokenRows, encode
+from proxytune.tuning.tokens import TokenRows, encode, learned_tokens
 from proxytune.tuning.watch import Watch, curve_of, peak_bytes
 
 if TYPE_CHECKING:  # trl is an extra: what is missing is said before anything imports it
@@ -233,6 +233,7 @@ def _begun(job: TuneJob) -> TrainingRecord:
         examples=len(job.train.ids),
         held_out=len(job.held_out.ids),
         tokens=job.train.tokens,
+        learned=learned_tokens(job.train, job.tokenizer),
         cut=job.train.cut,
         parameters=job.estimate.parameters,
         trainable=job.estimate.trainable,

@@ -6,6 +6,7 @@ paper."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,6 +72,14 @@ def encode(
         ids.append(whole)
         labels.append((*[NOT_LEARNED] * len(prompt), *whole[len(prompt) :])[: len(whole)])
     return TokenRows(tuple(ids), tuple(labels), cut, joined)
+
+
+def learned_tokens(rows: TokenRows, tokenizer: Tokenizer) -> dict[str, int]:
+    """How often each token is learned, the most frequent first."""
+    counts = Counter(label for labels in rows.labels for label in labels if label != NOT_LEARNED)
+    names = tokenizer.convert_ids_to_tokens(list(counts))
+    named = Counter(dict(zip(names, counts.values(), strict=True)))
+    return dict(named.most_common())
 
 
 def completed(text: str, completion: str, spec: ModelSpec) -> str:

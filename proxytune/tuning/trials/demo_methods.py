@@ -113,24 +113,31 @@ def _halves(document: corpus.Document) -> tuple[str, str]:
 
 def system_of(trial: Trial, case: str, seed: int, small: TrainingRecord, *, tuned: bool) -> System:
     """The demo system with this expert, and the large model tuned by the same method."""
-    expert = ModelSpec(**_result(trial.folder(case, seed, SMALL), small), chat="llama2")
-    large = small.antiexpert.model_copy(update={"model": LARGE})
-    own = _result(trial.folder(case, seed, LARGE), small)
-    whole = {**large.model_dump(exclude={"adapter"}), **own, "chat": "llama2"}
+    expert, large = trial.folder(case, seed, SMALL), trial.folder(case, seed, LARGE)
+    base = ModelSpec(model=LARGE, dtype="float32")
+    host = small.antiexpert.model_copy(
+        update={"model": LARGE, "chat": "llama2"}
+    )  # in the 4 bits that it was tuned in
     return System(
         name=f"{case.replace(' ', '-')}-{seed}",
-        base=ModelSpec(model=LARGE, dtype="float32"),
+        base=base,
         antiexpert=small.antiexpert,
-        expert=expert,
-        tuned=ModelSpec(**whole) if tuned else None,
+        expert=_expert(expert, small),
+        tuned=_tuned(large, small, host) if tuned else None,
         judges={"truthfulqa": "none"},
     )
 
 
-def _result(folder: Path, record: TrainingRecord) -> dict[str, str]:
+def _expert(folder: Path, record: TrainingRecord) -> ModelSpec:
     if record.result == "adapter":
-        return {"adapter": str(folder)}
-    return {"model": str(folder), "dtype": "float32"}
+        return ModelSpec(adapter=str(folder), chat="llama2")
+    return ModelSpec(model=str(folder), dtype="float32", chat="llama2")
+
+
+def _tuned(folder: Path, record: TrainingRecord, host: ModelSpec) -> ModelSpec:
+    if record.result == "adapter":
+        return host.model_copy(update={"adapter": str(folder)})
+    return ModelSpec(model=str(folder), dtype="float32", chat="llama2")
 
 
 def measure(trial: Trial, case: str, seed: int) -> Iterator[TrialScores]:
@@ -159,8 +166,8 @@ def measure(trial: Trial, case: str, seed: int) -> Iterator[TrialScores]:
 def table(trial: Trial, scores: Sequence[TrialScores]) -> str:
     """Everything in Markdown: means over the seeds, with the lowest and the highest."""
     lines = [
-        "| method | task | trained (of small) | memory small, large | seconds small, large | antiexpert | expert | "
-        "base | proxy | tuned | gap closed |",
+        "| method | task | trained (of small) | memory small, large | seconds small, large | antiexpert | "
+        "expert | base | proxy | tuned | gap closed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for case in trial.cases:
@@ -207,8 +214,8 @@ def compare(trial: Trial) -> list[TrialScores]:
             found = [one.model_dump(mode="json") for one in scores]
             write_atomically(trial.out / RESULT, (json.dumps(found, indent=1) + "\n").encode())
     head = (
-        f"# Methods of tuning on the demo world\n\n{trial.n} test items of each task, {len(trial.seeds)} seeds, "
-        f"share {trial.share:g} of the demo's tuning examples; means over the seeds (lowest to highest).\n\n"
+        f"# Methods of tuning on the demo world\n\n{trial.n} test items of each task, {len(trial.seeds)} "
+        f"seeds, share {trial.share:g} of the demo's tuning examples; means (lowest to highest).\n\n"
     )
     write_atomically(trial.out / "README.md", (head + table(trial, scores)).encode())
     return scores
