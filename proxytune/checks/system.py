@@ -121,8 +121,8 @@ def _judge_tuned_text(models: Models, name: str, findings: Findings) -> None:
     first = ", ".join(repr(token) for token in list(lost)[:5])
     findings.note(
         "vocabulary",
-        f"{share:.1%} of the tokens that the {name} was tuned to say are not in the base's vocabulary, so that "
-        f"it cannot steer towards them{f': {first} most' if lost else ''}",
+        f"{share:.1%} of the tokens that the {name} was tuned to say are not in the base's vocabulary, so "
+        f"that it cannot steer towards them{f': {first} most' if lost else ''}",
     )
 
 

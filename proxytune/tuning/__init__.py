@@ -9,7 +9,8 @@ from proxytune.lazy import door
 if TYPE_CHECKING:
     from proxytune.tuning.methods import METHODS
     from proxytune.tuning.options import METHOD_HELP, TuneOptions, left_out, read_settings
-    from proxytune.tuning.session import TuneJob, plan, tune
+    from proxytune.tuning.session import plan, tune
+    from proxytune.tuning.shrink import without_layers
 
 __all__ = ["METHODS", "METHOD_HELP", "TuneJob", "TuneOptions", "left_out", "plan", "read_settings", "tune"]
 
@@ -18,11 +19,11 @@ __getattr__ = door(
     {
         "METHODS": "methods",
         "METHOD_HELP": "options",
-        "TuneJob": "session",
         "TuneOptions": "options",
         "left_out": "options",
         "plan": "session",
         "read_settings": "options",
         "tune": "session",
+        "without_layers": "shrink",
     },
 )

@@ -64,7 +64,7 @@ def estimate(prepared: nn.Module, config: Any, weights: float, method: Method, j
         "gradients": float(gradients),
         "optimiser": float(method.state_numbers * FLOAT32 * numbers),
         "activations": activations(config, job),
-        "base and antiexpert": job.others,
+        "other models": job.others,
         "libraries": 0.0 if torch.cuda.is_available() else LIBRARIES,
     }
     return Estimate(sum(p.numel() for p in parameters), numbers, {name: v for name, v in parts.items() if v})
@@ -85,7 +85,7 @@ class Shape:
     adapter: bool
     through: bool
     others: float = 0.0
-    """Bytes of other models: the base and the antiexpert of --through."""
+    """Bytes of other models: the base and the antiexpert of --through, the teacher."""
 
     @classmethod
     def of(cls, options: TuneOptions, method: Method, longest: int, others: float) -> Shape:
@@ -98,7 +98,7 @@ class Shape:
             2 if options.bf16 or options.dtype == "bfloat16" else FLOAT32,
             options.checkpoint_activations,
             method.result == "adapter" and method.virtual_tokens(options) == 0,
-            options.through is not None,
+            options.through is not None or options.teacher is not None,
             others,
         )
 

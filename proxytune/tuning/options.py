@@ -90,6 +90,8 @@ class TuneOptions(Options):
     itself."""
     through: Literal["base"] | None = None
     """base: train on the loss of base + alpha * (expert - antiexpert) in place of the expert's own."""
+    teacher: str | None = Field(default=None, json_schema_extra={"metavar": "MODEL"})
+    """Learn the distribution of this model on the completions in place of their tokens (distillation)."""
     alpha: float = Field(default=1.0, gt=0, le=10)
     """--through: alpha of that sum, and of the system that is written."""
     save_every: int | None = Field(default=None, ge=1)

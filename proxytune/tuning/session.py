@@ -102,6 +102,8 @@ def plan(method_name: str, model: str, options: TuneOptions) -> TuneJob:
         raise UserError("give the training examples: --data FILE")
     if options.through is not None and options.base is None:
         raise UserError("--through base needs the large model: --base MODEL")
+    if options.through is not None and options.teacher is not None:
+        raise UserError("--through and --teacher are two losses: give one of them")
     if options.patience and options.validation is None:
         raise UserError(f"--patience {options.patience} needs held-out examples: --validation SHARE")
     data = read_data(options.data, options.validation, options.limit, options.seed)
@@ -127,13 +129,14 @@ def _window(skeleton: PreTrainedModel, spec: ModelSpec, most: int, virtual: int,
 
 
 def _others(spec: ModelSpec, options: TuneOptions, method: Method, weights: float) -> float:
-    """Bytes of the base and the antiexpert that --through runs beside the expert."""
-    if options.through is None:
+    """Bytes of the models that run beside the expert: base and antiexpert of --through, the teacher."""
+    named = options.base if options.through is not None else options.teacher
+    if named is None:
         return 0.0
-    base = ModelSpec(model=options.base, dtype=spec.dtype)
-    _, large = plain.check(base)
-    plain.require_one_vocabulary(base, spec)
-    return large + (weights if method.result == "weights" else 0.0)
+    other = ModelSpec(model=named, dtype=spec.dtype)
+    _, large = plain.check(other)
+    plain.require_one_vocabulary(other, spec)
+    return large + (weights if options.through is not None and method.result == "weights" else 0.0)
 
 
 def _notes(train: TokenRows, held: TokenRows, options: TuneOptions) -> tuple[str, ...]:
@@ -270,6 +273,9 @@ def _trainer(job: TuneJob, out: Path, resumed: Path | None, show: bool) -> tuple
             parameter.data = parameter.data.float()  # trl makes adapters on 4-bit weights bfloat16
     if job.options.through is not None:
         trainer.steering = _steering(job, trainer.args.device)
+    if job.options.teacher is not None:
+        teacher = plain.load(ModelSpec(model=job.options.teacher, dtype=job.options.dtype))
+        trainer.teacher = teacher.to(trainer.args.device)
     return trainer, watch
 
 

@@ -1,4 +1,4 @@
-"""trl's SFTTrainer with the one thing that it cannot do: the loss of the whole proxy.
+"""trl's SFTTrainer with what it cannot do: the loss of the whole proxy, and that of a teacher's distribution.
 
 `--through base` trains the expert on the loss of base + alpha * (expert - antiexpert), the logits that
 decoding combines (consistent proxy tuning, Peng et al. 2024), in place of the expert's own. Base and
@@ -40,6 +40,8 @@ class ExpertTrainer(SFTTrainer):  # type: ignore[misc]
     writes no model card."""
 
     steering: Steering | None = None
+    teacher: nn.Module | None = None
+    """The frozen model of --teacher."""
 
     def _send_telemetry(self) -> None:
         """trl would report that it is used."""
@@ -55,7 +57,7 @@ class ExpertTrainer(SFTTrainer):  # type: ignore[misc]
         num_items_in_batch: Any = None,
     ) -> Any:
         """The sum of the learned tokens' cross-entropy over their number, as SFTTrainer has it."""
-        if self.steering is None:
+        if self.steering is None and self.teacher is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"][:, 1:]
         learned = labels != NOT_LEARNED  # [B, T - 1]
@@ -65,14 +67,10 @@ class ExpertTrainer(SFTTrainer):  # type: ignore[misc]
             "use_cache": False,
         }
         width = labels.shape[1] + 1
-        expert = _before(
-            model(**seen).logits[:, -width:], learned
-        )  # virtual tokens come first and predict nothing
-        with torch.no_grad():
-            base = _before(self.steering.base(**seen).logits, learned)
-            antiexpert = _before(self._antiexpert(model, seen), learned)
-        logits, targets = self.steering.logits(expert, base, antiexpert), labels[learned]
-        total = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        # virtual tokens come first, and predict nothing
+        own = _before(model(**seen).logits[:, -width:], learned)  # [N, V]
+        targets = labels[learned]
+        total, logits = self._total(model, own, targets, seen, learned)
         count = learned.sum() if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -81,6 +79,23 @@ class ExpertTrainer(SFTTrainer):  # type: ignore[misc]
         right = (logits.argmax(-1) == targets).float().mean().item() if len(targets) else 0.0
         self._metrics[mode]["mean_token_accuracy"].append(right)
         return loss
+
+    def _total(
+        self, model: nn.Module, own: Tensor, targets: Tensor, seen: dict[str, Any], learned: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of the losses of the learned tokens, and the logits [N, V] that it is of."""
+        if self.teacher is not None:
+            with torch.no_grad():
+                wanted = _before(self.teacher(**seen).logits, learned)
+            size = min(own.shape[-1], wanted.shape[-1])
+            p, q = (logits[:, :size].float().log_softmax(-1) for logits in (wanted, own))
+            return nn.functional.kl_div(q, p, reduction="sum", log_target=True), own
+        assert self.steering is not None
+        with torch.no_grad():
+            base = _before(self.steering.base(**seen).logits, learned)
+            antiexpert = _before(self._antiexpert(model, seen), learned)
+        logits = self.steering.logits(own, base, antiexpert)
+        return nn.functional.cross_entropy(logits, targets, reduction="sum"), logits
 
     def _antiexpert(self, model: nn.Module, seen: dict[str, Any]) -> Tensor:
         """The antiexpert's logits [B, T, V]."""

@@ -127,6 +127,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "adaptive lomo": ("lomo", {"adaptive": True}, "AdaLomo (lomo-optim) runs on a GPU only"),
     "half weights": ("full", {"dtype": "bfloat16"}, "would round AdamW's small steps away"),
     "through nothing": ("lora", {"through": "base"}, "--through base needs the large model: --base MODEL"),
+    "two losses": ("lora", {"through": "base", "base": "demo://base", "teacher": MODEL}, "are two losses"),
     "patience alone": ("lora", {"patience": 2}, "--patience 2 needs held-out examples"),
     "whole window": ("p-tuning", {"virtual_tokens": 2048}, "takes 2048 tokens in all"),
     "no room": ("p-tuning", {"virtual_tokens": 2030}, "which leaves no room for its completion in 18"),

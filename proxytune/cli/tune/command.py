@@ -134,6 +134,23 @@ def merge(
     console.show(f"merged into {out}")
 
 
+@tune.command()
+def shrink(
+    model: Annotated[str, typer.Option(metavar="MODEL", help="The large model.")],
+    *,
+    layers: Annotated[int, typer.Option(help="How many of its layers are kept, evenly spread.", min=1)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the small model goes.")],
+) -> None:
+    """Make a small model of a family that has none: a large one with layers left out. Heal it with
+    `proxytune tune full --teacher MODEL`.
+
+    Example: proxytune tune shrink --model demo://base --layers 2 --out small
+    """
+    from proxytune.tuning import without_layers
+
+    console.show(f"{without_layers(model, layers, out):,} parameters in {out}")
+
+
 def _print_estimate(job: Any, json: bool) -> None:
     """What --dry-run finds."""
     need, data = job.estimate, job.train
