@@ -12,7 +12,16 @@ if TYPE_CHECKING:
     from proxytune.tuning.session import plan, tune
     from proxytune.tuning.shrink import without_layers
 
-__all__ = ["METHODS", "METHOD_HELP", "TuneJob", "TuneOptions", "left_out", "plan", "read_settings", "tune"]
+__all__ = [
+    "METHODS",
+    "METHOD_HELP",
+    "TuneOptions",
+    "left_out",
+    "plan",
+    "read_settings",
+    "tune",
+    "without_layers",
+]
 
 __getattr__ = door(
     __name__,

@@ -1,7 +1,7 @@
 """Real models, an hour on 2 cores: does a tuned expert steer, and does the gap close?
 
-`make reproduce-real ARGS="--smollm2 DIR --gsm8k DIR --triviaqa DIR"` runs it. Every step is a `proxytune` command that
-is printed before it runs; what is finished is not made again.
+`make reproduce-real ARGS="--smollm2 DIR --gsm8k DIR --triviaqa DIR"` runs it. Every step is a `proxytune`
+command that is printed before it runs; what is finished is not made again.
 
 (a) SmolLM2-135M-Instruct as base and antiexpert, and a LoRA of it as the expert: one tuned on GSM8K, one on
 TriviaQA. (b) A trio of one vocabulary in which base and antiexpert differ: the small model is SmolLM2 with
@@ -44,7 +44,7 @@ class RealTrial:
     gemma: str | None
     gsm8k: Path
     """The folder of train.jsonl and test.jsonl."""
-    triviaqa: Path
+    triviaqa: Path | None
     """The same of TriviaQA, in any published form."""
     steps: int
     n: int
@@ -59,7 +59,7 @@ class RealTrial:
 
     def source(self, task: str, split: str) -> str:
         """A file of a task, in the form that `tune --data` takes for its training split."""
-        folder = self.gsm8k if task == GSM else self.triviaqa
+        folder = self.gsm8k if task == GSM or self.triviaqa is None else self.triviaqa
         found = sorted(folder.glob(f"*{split}*.json*"))
         if not found:
             raise UserError(f"no file *{split}*.json* in '{folder}'")
@@ -85,7 +85,7 @@ class RealTrial:
 
 def same_base(trial: RealTrial) -> None:
     """(a): base and antiexpert are one model."""
-    for task in (GSM, TRIVIA):
+    for task in (GSM,) if trial.triviaqa is None else (GSM, TRIVIA):
         expert = trial.lora(trial.smollm2, task, f"a-{task}", trial.smollm2)
         trial.evaluate(expert / SYSTEM, task, ("base", "antiexpert", "expert", "proxy"))
 
@@ -126,7 +126,9 @@ def main() -> None:
     parser.add_argument("--smollm2", required=True, help="the folder of SmolLM2-135M-Instruct")
     parser.add_argument("--gemma", help="the folder of Gemma 3 270M, for (c)")
     parser.add_argument("--gsm8k", type=Path, required=True, help="the folder of GSM8K's files")
-    parser.add_argument("--triviaqa", type=Path, required=True, help="the folder of TriviaQA's files")
+    parser.add_argument(
+        "--triviaqa", type=Path, help="the folder of TriviaQA's files, for the second half of (a)"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/tuning-real"))
     parser.add_argument("--steps", type=int, default=60, help="optimiser steps of each LoRA")
     parser.add_argument("--items", type=int, default=200, help="test items of each task")
