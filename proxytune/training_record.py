@@ -87,7 +87,7 @@ class TrainingRecord(BaseModel):
     """The step whose weights were kept, where held-out examples decided it."""
     stopped_early: bool = False
     seconds: float = 0.0
-    """Of the loop, over all of its parts where it was resumed."""
+    """Of the loop; of its last part where it was resumed."""
     tokens_seen: int = 0
     """Tokens that went through the expert, padding left out."""
     peak_bytes: int = 0

@@ -212,7 +212,7 @@ def _train(job: TuneJob, out: Path, there: TrainingRecord | None, show: bool) ->
             "epochs": round(float(state.epoch or 0.0), 4),
             "best_step": best,
             "stopped_early": state.global_step < state.max_steps,
-            "seconds": round(record.seconds + watch.seconds, 3),
+            "seconds": round(watch.seconds, 3),
             "tokens_seen": int(state.num_input_tokens_seen),
             "peak_bytes": peak_bytes(),
             "curve": thinned(points),
