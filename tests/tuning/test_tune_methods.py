@@ -24,6 +24,7 @@ from proxytune.tuning import session
 from proxytune.tuning.checkpoints import put_back, rest_of
 from proxytune.tuning.options import TuneOptions
 from proxytune.tuning.session import TuneJob, plan, tune
+from proxytune.tuning.shrink import kept_layers, without_layers
 from tests.support.decoders import by_id, ragged
 
 for package in ("trl", "bitsandbytes", "lomo_optim"):
@@ -262,3 +263,31 @@ def test_weights_are_safetensors_only(tuned: dict[str, Path]) -> None:
         names = {path.suffix for path in folder.iterdir()}
         assert ".safetensors" in names and not names & {".bin", ".pt", ".pth"}
         assert load_file(next(folder.glob("*model.safetensors")))
+
+
+def test_a_model_without_layers_learns_the_whole_one_s_distribution(tmp_path: Path) -> None:
+    """Which layers are kept, and the loss of --teacher by its definition."""
+    assert kept_layers(30, 15)[:2] == [0, 2] and kept_layers(30, 15)[-1] == 29 and kept_layers(5, 1) == [0]
+    without_layers("demo://base", 2, tmp_path / "bare")
+    whole, bare = (
+        plain.load(ModelSpec(model=model, dtype="float32"))
+        for model in ("demo://base", str(tmp_path / "bare"))
+    )
+    assert bare.config.num_hidden_layers == 2 == len(bare.model.layers)
+    last = dict(whole.model.layers[3].named_parameters())
+    assert all(torch.equal(p, last[name]) for name, p in bare.model.layers[1].named_parameters())
+    settings = {**SETTINGS, "teacher": "demo://base", "batch": 2, "learning_rate": 1e-3}
+    job = plan("full", str(tmp_path / "bare"), TuneOptions(**settings))
+    with session._quiet_libraries():
+        trainer, _ = session._trainer(job, tmp_path / "out", None, False)
+        batch = trainer.data_collator([trainer.train_dataset[0]])
+        with torch.no_grad():
+            loss = trainer.compute_loss(trainer.model.eval(), dict(batch))
+            p, q = (m(input_ids=batch["input_ids"]).logits[0, :-1].log_softmax(-1) for m in (whole, bare))
+        learned = batch["labels"][0, 1:] >= 0
+        assert torch.isclose(loss, (p.exp() * (p - q)).sum(-1)[learned].mean(), atol=1e-5)
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    with pytest.raises(UserError, match="has 4, of which 1 to 3 can be kept"):
+        without_layers("demo://base", 4, tmp_path / "other")
