@@ -276,7 +276,7 @@ def test_a_model_without_layers_learns_the_whole_one_s_distribution(tmp_path: Pa
     assert bare.config.num_hidden_layers == 2 == len(bare.model.layers)
     last = dict(whole.model.layers[3].named_parameters())
     assert all(torch.equal(p, last[name]) for name, p in bare.model.layers[1].named_parameters())
-    settings = {**SETTINGS, "teacher": "demo://base", "batch": 2, "learning_rate": 1e-3}
+    settings = {**SETTINGS, "teacher": "demo://base", "limit": 4, "learning_rate": 1e-3}
     job = plan("full", str(tmp_path / "bare"), TuneOptions(**settings))
     with session._quiet_libraries():
         trainer, _ = session._trainer(job, tmp_path / "out", None, False)
@@ -286,7 +286,7 @@ def test_a_model_without_layers_learns_the_whole_one_s_distribution(tmp_path: Pa
             p, q = (m(input_ids=batch["input_ids"]).logits[0, :-1].log_softmax(-1) for m in (whole, bare))
         learned = batch["labels"][0, 1:] >= 0
         assert torch.isclose(loss, (p.exp() * (p - q)).sum(-1)[learned].mean(), atol=1e-5)
-        trainer.train()
+        trainer.train()  # all examples in every batch
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     with pytest.raises(UserError, match="has 4, of which 1 to 3 can be kept"):
