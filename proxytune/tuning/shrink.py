@@ -53,7 +53,7 @@ def _list_of_layers(module: nn.Module, layers: int, model: str) -> str:
     found = [path for path, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     if len(found) != 1:
         raise UserError(f"'{model}' does not keep its {layers} layers in one list: they cannot be left out")
-    return found[0]
+    return str(found[0])
 
 
 def _tell(config: Any, layers: int, chosen: list[int]) -> None:
