@@ -30,7 +30,7 @@ export TOKENIZERS_PARALLELISM = false
 .DEFAULT_GOAL := help
 RECIPES := reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5
 ANALYSES := reproduce-table6 reproduce-table7 reproduce-fig2 reproduce-positions reproduce-equations
-.PHONY: help setup demo demo-report test check unit check-all fix docs report bench gpu-day reproduce-table12 demo-models clean \
+.PHONY: help setup demo demo-report test check unit check-all fix docs report bench gpu-day reproduce-table12 reproduce-tuning-demo reproduce-real demo-models clean \
 	$(RECIPES) $(ANALYSES)
 
 help:  ## list the targets
@@ -144,6 +144,12 @@ reproduce-positions: setup
 reproduce-equations: setup
 	$(BIN)/proxytune eval gsm --system $(PAPER) --trace --out $(RUNS)/gsm $(ARGS)
 	$(BIN)/proxytune analyze equations $(RUNS)/gsm
+
+reproduce-tuning-demo: setup  ## every method of tuning on the demo world: cost, scores, gap closed; about an hour on 2 cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m proxytune.tuning.trials.demo_methods $(ARGS)
+
+reproduce-real: setup  ## real models: a tuned expert, a trio of one vocabulary, two vocabularies (ARGS names their folders)
+	$(BIN)/python -m proxytune.tuning.trials.real_models $(ARGS)
 
 demo-models: setup  ## train the demo models anew (minutes to tens of minutes on 2 cores)
 	$(BIN)/python -m proxytune.tuning.demo_models

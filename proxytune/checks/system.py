@@ -12,6 +12,7 @@ from proxytune.checks.machine import check_machine
 from proxytune.checks.roles import Findings, check_role
 from proxytune.config import System
 from proxytune.models import Models, free_memory
+from proxytune.training_record import read_training
 
 SEQUENCES, LENGTH = 32, 1024
 """A typical batch."""
@@ -117,7 +118,27 @@ def _vocabularies(models: Models, roles: Sequence[RoleCheck], findings: Findings
                 f"the base has no {eos[0]!r}, with which the {role.name} ends its responses: only the base "
                 "can end one",
             )
+        _judge_tuned_text(models, role.name, findings)
     return found
+
+
+def _judge_tuned_text(models: Models, name: str, findings: Findings) -> None:
+    """How much of what an expert was tuned to say it cannot say: tokens that the base does not have have no
+    logit there. Known of experts that `proxytune tune` made."""
+    spec = models.spec(name)
+    folder = Path(spec.adapter or spec.model or "").expanduser()
+    record = findings.attempt("vocabulary", partial(read_training, folder))
+    if record is None or not record.learned:
+        return
+    known = models.tokenizer("base").get_vocab()
+    lost = {token: count for token, count in record.learned.items() if token not in known}
+    share = sum(lost.values()) / sum(record.learned.values())
+    first = ", ".join(repr(token) for token in list(lost)[:5])
+    findings.note(
+        "vocabulary",
+        f"{share:.1%} of the tokens that the {name} was tuned to say are not in the base's vocabulary, so "
+        f"that it cannot steer towards them{f': {first} most' if lost else ''}",
+    )
 
 
 def _memory(models: Models, roles: Sequence[RoleCheck]) -> MemoryCheck:

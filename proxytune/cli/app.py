@@ -31,6 +31,7 @@ from proxytune.cli.commands.systems import systems
 from proxytune.cli.commands.tasks import tasks
 from proxytune.cli.init import init
 from proxytune.cli.serving import serve
+from proxytune.cli.tune import tune
 from proxytune.errors import UserError
 from proxytune.terminal import say, show
 
@@ -133,8 +134,9 @@ app.command()(tasks)
 app.command()(systems)
 app.add_typer(analyze, name="analyze")
 app.add_typer(init, name="init")
+app.add_typer(tune, name="tune")
 
-for group in (app, analyze, init):
+for group in (app, analyze, init, tune):
     for command in group.registered_commands:
         assert command.callback is not None
         command.help = paragraphs(command.callback.__doc__ or "")

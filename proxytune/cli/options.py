@@ -53,6 +53,8 @@ class OptionGroup:
     """What this command has in place of the record's defaults."""
     changes: bool = False
     """Whether the command gets a mapping of what was given, and not a record: the rest has other defaults."""
+    shows_defaults: bool = False
+    """With `changes`: show the record's defaults, which hold unless something else was asked for."""
 
     @property
     def fields(self) -> dict[str, FieldInfo]:
@@ -88,6 +90,11 @@ class OptionGroup:
         )
         return read if read is bool and not self.changes else read | None
 
+    def _shown_default(self, info: FieldInfo) -> bool | str:
+        """What the help says of a field that is not given."""
+        shown = info.default not in (None, False, ()) and (self.shows_defaults or not self.changes)
+        return str(info.default) if shown and self.changes else shown
+
     def _option(self, name: str, info: FieldInfo) -> Any:
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
         metavar = str(extra["metavar"]) if "metavar" in extra else None
@@ -96,7 +103,7 @@ class OptionGroup:
             help=escape(" ".join((info.description or "").split())),
             metavar="TEXT" if self._type(info) == list[str] | None else metavar,
             rich_help_panel=self.title,
-            show_default=info.default not in (None, False, ()) and not self.changes,
+            show_default=self._shown_default(info),
         )
 
 

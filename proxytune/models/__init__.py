@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from proxytune.lazy import door
 
 if TYPE_CHECKING:
-    from proxytune.models.checkpoint import bytes_needed, resolve
     from proxytune.models.loading import Classifier
     from proxytune.models.memory import free_memory, process_peak
     from proxytune.models.roles import Loaded, Models
@@ -18,10 +17,10 @@ __all__ = [
     "Loaded",
     "Models",
     "Tokenizer",
-    "bytes_needed",
+    "checkpoint",
     "free_memory",
+    "plain",
     "process_peak",
-    "resolve",
 ]
 
 __getattr__ = door(
@@ -31,9 +30,7 @@ __getattr__ = door(
         "Loaded": "roles",
         "Models": "roles",
         "Tokenizer": "vocabulary",
-        "bytes_needed": "checkpoint",
         "free_memory": "memory",
         "process_peak": "memory",
-        "resolve": "checkpoint",
     },
 )

@@ -320,6 +320,7 @@ def check_fit(files: AdapterFiles, skeleton: PreTrainedModel, name: str = "defau
             f"adapter '{files.location}' trains token {ids[-1]}, and the model has {rows_in(skeleton)}: save "
             "the adapter with the embeddings that it was trained on (save_embedding_layers=True)"
         )
+    _require_width(files, skeleton)
     tables = embeddings_of(skeleton)
     shapes = {key: torch.empty(shape, device="meta") for key, shape in files.shapes.items()}
     try:
@@ -342,6 +343,18 @@ def check_fit(files: AdapterFiles, skeleton: PreTrainedModel, name: str = "defau
     if missing and (files.soft_prompt or any(f".{name}" in key for key in report.missing_keys)):
         raise _lacking(files, missing[0])
     return peft
+
+
+def _require_width(files: AdapterFiles, model: PreTrainedModel) -> None:
+    """UserError for a soft prompt of another width than the model's embeddings: PEFT takes the width from the
+    adapter's configuration and never looks at the model's."""
+    if files.soft_prompt and SOFT_PROMPT in files.shapes:
+        own, width = model.get_input_embeddings().weight.shape[1], files.shapes[SOFT_PROMPT][-1]
+        if width != own:
+            raise UserError(
+                f"adapter '{files.location}' does not fit the model: its soft prompt has embeddings of "
+                f"{width}, and the model's are of {own}. Give the model that it was made for"
+            )
 
 
 def _twins(files: AdapterFiles, tables: Sequence[str]) -> set[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from proxytune import hub
 from proxytune.config import DEMO_SCHEME, ROLES, ModelSpec, Role, System, load_system
 from proxytune.errors import UserError
-from proxytune.models import Models, bytes_needed, resolve
+from proxytune.models import Models, checkpoint
 from proxytune.paper.published import read_paper
 from proxytune.paper.recipes import Line, Recipe, own_lines, published_lines
 from proxytune.tasks import TASKS
@@ -153,7 +153,7 @@ def absent(spec: ModelSpec) -> str | None:
         if place is None or (not local and place != spec.adapter):
             continue
         try:
-            found = Path(resolve(place)).is_dir() if place == spec.model else Path(place).is_dir()
+            found = Path(checkpoint.resolve(place)).is_dir() if place == spec.model else Path(place).is_dir()
         except UserError:
             found = False
         if not found:
@@ -171,7 +171,7 @@ def need_of(spec: ModelSpec) -> Need:
     per_number = QUANTISED.get(spec.quantization, BYTES[spec.dtype])
     local = spec.model.startswith(("/", "./", "../", "~", DEMO_SCHEME)) or Path(spec.model).is_dir()
     if local:
-        return Need(spec.model, True, bytes_needed(spec), 0.0)
+        return Need(spec.model, True, checkpoint.bytes_needed(spec), 0.0)
     here = hub.stored(spec.model)
     if spec.model not in PUBLISHED:
         return Need(spec.model, here, None, 0.0 if here else None)

@@ -1,4 +1,4 @@
-"""Tables of what every run took, and of where it comes from."""
+"""What every run and every training took, and where it comes from."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from pathlib import Path
 from proxytune.api_spec import ApiSpec
 from proxytune.config import ModelSpec, System
 from proxytune.records import Run
-from proxytune.report.charts import ReportTable, rows_of
+from proxytune.report import charts
+from proxytune.report.charts import Figure, ReportTable, rows_of
 from proxytune.report.escape import visible
 from proxytune.report.tables import role_rows, size
+from proxytune.training_record import TRAINING, TrainingRecord, read_training
 
 Found = Sequence[tuple[Path, Run]]
+Trained = Sequence[tuple[Path, TrainingRecord]]
 LISTED = 10
 """Runs up to which their table is open."""
 
@@ -108,3 +111,61 @@ def made_table(found: Found) -> tuple[ReportTable, ...]:
         ReportTable("Provenance", columns, lines, words=len(columns), folded=True),
         ReportTable("Commands", named, commands, words=len(named), folded=True),
     )
+
+
+# Trainings
+
+
+def find_trainings(root: Path) -> list[tuple[Path, TrainingRecord]]:
+    """Every finished training under `root` with its folder. UserError where one is damaged."""
+    found = ((path.parent, read_training(path.parent)) for path in sorted(root.rglob(TRAINING)))
+    return [(folder, one) for folder, one in found if one is not None and one.status == "finished"]
+
+
+def loss_figure(folder: Path, record: TrainingRecord) -> Figure:
+    """The loss against the step, and that of held-out examples."""
+    x, y = charts.axis("step", "step"), charts.axis("loss", "loss, nats per learned token", zero=False)
+    learned = [{"step": p.step, "loss": p.loss} for p in record.curve if p.loss is not None]
+    held: list[charts.Datum] = [
+        {"step": p.step, "loss": p.held_out, "label": f"held out, step {p.step}: {p.held_out:.4f}"}
+        for p in record.curve
+        if p.held_out is not None
+    ]
+    layers = [charts.line(learned, x, y, "expert")]
+    if held:
+        layers += [charts.line(held, x, y, "proxy", dashed=True), charts.points(held, x, y, "proxy")]
+    cells = [
+        (
+            str(p.step),
+            *("" if v is None else f"{v:.4f}" for v in (p.loss, p.held_out)),
+            f"{p.learning_rate or 0:.2e}",
+        )
+        for p in record.curve
+    ]
+    columns = ("step", "loss", "held out", "learning rate")
+    name = visible(folder.name)
+    return Figure(
+        name=f"loss-{name}", title=f"{name}: loss of {record.request.method}",
+        caption=f"{record.examples:,} examples, {record.tokens_seen:,} tokens"
+        + (f"; dashed: {record.held_out:,} held-out examples" if held else ""),
+        table=ReportTable("Loss by step", columns, rows_of(cells), folded=True),
+        layers=tuple(layers),
+    )  # fmt: skip
+
+
+def trainings_table(root: Path, found: Trained) -> ReportTable:
+    """One line per training."""
+    cells = [
+        (
+            str(folder.relative_to(root)), record.request.method, record.request.model,
+            f"{record.trainable:,}", f"{record.trainable / record.parameters:.1%}", str(record.steps),
+            f"{record.tokens_seen:,}", f"{record.seconds:.1f}", size(record.peak_bytes),
+            size(int(record.estimated_bytes)), "" if record.best_step is None else str(record.best_step),
+        )
+        for folder, record in found
+    ]  # fmt: skip
+    columns = (
+        "folder", "method", "model", "trained", "of all", "steps", "tokens", "seconds", "memory",
+        "by estimate", "best step",
+    )  # fmt: skip
+    return ReportTable("Trainings", columns, rows_of(cells), words=3)

@@ -27,7 +27,15 @@ from proxytune.report.analyses import (
 )
 from proxytune.report.charts import Figure, ReportTable
 from proxytune.report.figures import beside_table, gap_figure, price_figure, published_scores, score_figure
-from proxytune.report.runs import cost_table, made_table, notes_table, systems_table
+from proxytune.report.runs import (
+    cost_table,
+    find_trainings,
+    loss_figure,
+    made_table,
+    notes_table,
+    systems_table,
+    trainings_table,
+)
 from proxytune.report.sweeps import failure_counts, failure_tables, skip_figures, sweep_figures
 from proxytune.report.tables import RoleRow, alike, role_rows
 from proxytune.report.token_view import TraceSet, plainness, trace_sets
@@ -149,6 +157,7 @@ def sections(inputs: Inputs) -> list[Section]:
         skip_section(inputs),
         agreement_section(inputs),
         failures_section(inputs),
+        *training_sections(inputs.root),
         runs_section(inputs),
     ]
 
@@ -239,6 +248,14 @@ def runs_section(inputs: Inputs) -> Section:
         ("Every finished run under the folder of results that this page was made from.",),
         (Part((), tables),), finding=findings.on_runs([run for _, run in found]),
     )  # fmt: skip
+
+
+def training_sections(root: Path) -> list[Section]:
+    """How the loss of every expert went that was tuned into this folder; none where none was."""
+    found = find_trainings(root)
+    drawn = [loss_figure(folder, record) for folder, record in found]
+    parts = parts_of(drawn, trainings_table(root, found), shown=4)
+    return [Section("tuning", "Tuning", "How the experts were tuned", (), tuple(parts))] if found else []
 
 
 # Traces

@@ -13,6 +13,8 @@ import pytest
 
 from proxytune.checks import SystemCheck, check_system
 from proxytune.config import ModelSpec, System, load_system
+from proxytune.provenance import provenance
+from proxytune.training_record import TrainingRecord, TuningRequest
 from tests.support import adapters, tiny
 from tests.support.command_line import proxytune
 from tests.support.memory import leave_free
@@ -206,6 +208,31 @@ def test_an_eos_that_the_base_lacks_is_said_where_vocabularies_intersect(tmp_pat
     system = tiny.trio_of(tmp_path, (259, 260, 259), expert=other).model_copy(update={"vocab": "intersect"})
     notes = " ".join(finding.text for finding in check_system(system, weights=False).findings)
     assert "the base has no '<end>', with which the expert ends its responses" in notes
+
+
+def test_what_an_expert_was_tuned_to_say_and_the_base_has_not_is_counted(tmp_path: Path) -> None:
+    """`proxytune tune` stores how often each token is learned."""
+    other = tiny.tokenizer(swapped=("</s>", "b"))
+    other.eos_token = "<end>"
+    system = tiny.trio_of(tmp_path, (259, 260, 259), expert=other).model_copy(update={"vocab": "intersect"})
+    assert system.expert is not None
+    record = TrainingRecord(
+        status="finished",
+        request=TuningRequest(method="full", model="m", settings={}, data_sha256=""),
+        result="weights",
+        antiexpert=ModelSpec(model="m"),
+        examples=1,
+        tokens=10,
+        learned={"a": 6, "<end>": 2},
+        parameters=1,
+        trainable=1,
+        estimated_bytes=0,
+        provenance=provenance("0", "cpu", 1),
+    )
+    record.write(Path(str(system.expert.model)))
+    notes = " ".join(finding.text for finding in check_system(system, weights=False).findings)
+    assert "25.0% of the tokens that the expert was tuned to say are not in the base's vocabulary" in notes
+    assert "'<end>' most" in notes
 
 
 # The command

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "proxytune"
 
 FLOORS = (
     "errors lazy schema terminal api_spec yaml_files config options records intervals run_files results "
-    "comparison hub provenance cpu_load",
+    "comparison hub provenance cpu_load training_record",
     "demo sandbox engine endpoints",
     "models tasks",
     "decoding analysis paper",
@@ -32,7 +32,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.s
 MOST_FILES, MOST_PUBLIC = 15, 8
 OUTSIDE_THE_ENGINE = {"transformers", "pathlib", "json", "httpx", "yaml", "os", "tokenizers"}
 """What the engine does not know. Its kernels are compiled, for which they need files."""
-HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate"}
+HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "trl"}
 
 
 def modules() -> dict[str, Path]:
