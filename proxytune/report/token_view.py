@@ -4,7 +4,6 @@ packed small. Reads runs, predictions and traces; loads no model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
