@@ -35,6 +35,7 @@ from proxytune.run_files import (
     damaged,
     digest,
     disk_errors_in_one_line,
+    each_line,
     encode,
     files_of,
     problem_of,
@@ -181,22 +182,19 @@ def _require_rows(folder: Path) -> None:
 
 def read_rows(folder: Path) -> list[JsonRow]:
     """The predictions of a run, in the order of the file; UserError where a finished run is damaged."""
-    return _read(folder, PREDICTIONS)
-
-
-def read_traces(folder: Path) -> list[JsonRow]:
-    """The traces of a run, one per response: `id`, `sample` and `tokens`."""
-    return _read(folder, TRACE)
-
-
-def _read(folder: Path, name: str) -> list[JsonRow]:
-    """The rows of a run's file."""
-    if (folder / RUN).exists():
-        read_run(folder)
-    rows = [row for row, _ in complete_lines(folder / name)]
-    if name == PREDICTIONS and len({row["id"] for row in rows}) < len(rows):
-        raise damaged(folder / name, "a row is there twice")
+    require_intact(folder / PREDICTIONS)
+    rows = [row for row, _ in complete_lines(folder / PREDICTIONS)]
+    if len({row["id"] for row in rows}) < len(rows):
+        raise damaged(folder / PREDICTIONS, "a row is there twice")
     return rows
+
+
+def read_traces(folder: Path) -> Iterator[JsonRow]:
+    """The traces of a run, one per response: `id`, `sample` and `tokens`. One at a time: those of a large run
+    do not fit in memory."""
+    require_intact(folder / TRACE)
+    for row, _ in each_line(folder / TRACE):
+        yield row
 
 
 def _records(folder: Path) -> dict[str, JsonRow]:

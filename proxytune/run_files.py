@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,15 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def not_a_file(path: Path) -> UserError:
+    """The line about a folder, or something else, where a file should be."""
+    return UserError(f"'{path}' is no file: it is damaged")
+
+
 def content_of(path: Path) -> bytes:
     """What is in a file; UserError where it is no file, or cannot be read."""
     if path.exists() and not path.is_file():
-        raise UserError(f"'{path}' is no file: it is damaged")
+        raise not_a_file(path)
     try:
         return path.read_bytes()
     except OSError as error:
@@ -54,21 +60,33 @@ def content_of(path: Path) -> bytes:
 def complete_lines(path: Path) -> list[tuple[JsonRow, bytes]]:
     """The whole rows of a JSONL file with their bytes; none where there is no file. Only the last line can be
     torn by a kill: it is left out."""
+    return list(each_line(path))
+
+
+def each_line(path: Path) -> Iterator[tuple[JsonRow, bytes]]:
+    """As `complete_lines`, one row at a time: a trace of a million tokens is larger than memory should be."""
     if not path.exists():
-        return []
-    rows: list[tuple[JsonRow, bytes]] = []
-    lines = content_of(path).split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("id"), str):
-                raise ValueError("no object with an `id`")
-        except (ValueError, RecursionError) as error:
-            if number == len(lines) - 1:
-                break
-            raise UserError(f"'{path}' line {number} is not a stored row: {error}") from None
-        rows.append((row, line + b"\n"))
-    return rows
+        return
+    if not path.is_file():
+        raise not_a_file(path)
+    try:
+        with path.open("rb") as file:
+            following = file.readline()
+            for number in count(1):
+                line, following = following, file.readline()
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    row = json.loads(line)
+                    if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+                        raise ValueError("no object with an `id`")
+                except (ValueError, RecursionError) as error:
+                    if not following.endswith(b"\n"):
+                        return
+                    raise UserError(f"'{path}' line {number} is not a stored row: {error}") from None
+                yield row, line
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror}") from None
 
 
 def by_id(lines: Iterable[tuple[JsonRow, bytes]]) -> dict[str, bytes]:

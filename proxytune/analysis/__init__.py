@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from proxytune.lazy import door
 
 if TYPE_CHECKING:
-    from proxytune.analysis.analysis import Analysis, published
-    from proxytune.analysis.listing import ListedRun
+    from proxytune.analysis.analysis import Analysis, published, read_once
 
-__all__ = ["Analysis", "ListedRun", "failures", "listing", "positions", "published", "sweeps", "tokens"]
+__all__ = ["Analysis", "failures", "listing", "positions", "published", "read_once", "sweeps", "tokens"]
 
-__getattr__ = door(__name__, {"Analysis": "analysis", "ListedRun": "listing", "published": "analysis"})
+__getattr__ = door(__name__, {"Analysis": "analysis", "published": "analysis", "read_once": "analysis"})

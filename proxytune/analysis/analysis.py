@@ -10,7 +10,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -141,42 +144,88 @@ def tokens_of(folder: Path, run: Run, needs: str = "tokens") -> pd.DataFrame:
         spec, kind = run.spec, " agreement" if needs == "agreement" else ""
         command = f"proxytune eval {spec.task} --system {spec.system.name} --as {spec.role} --trace{kind}"
         raise UserError(f"the run in '{folder}' has no such trace: `{command}` makes one")
+    kept = _KEPT.get()
+    if kept is None:
+        return _table(folder)
+    if folder not in kept:
+        kept[folder] = _table(folder)
+    return kept[folder].copy()
+
+
+_KEPT: ContextVar[dict[Path, pd.DataFrame] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Within it a trace is read once, however many analyses are of it: reading takes longer than they do."""
+    before = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(before)
+
+
+def _table(folder: Path) -> pd.DataFrame:
+    """The tokens of a traced run, as `tokens_of`."""
     ends = {
         (row["id"], sample): response["finish_reason"] == "eos"
         for row in read_rows(folder)
         for sample, response in enumerate(row["responses"])
     }
-    traces = read_traces(folder)
-    if sorted(ends) != sorted((trace["id"], trace["sample"]) for trace in traces):
+    columns, traced = _Columns(), list[tuple[str, int]]()
+    for number, trace in enumerate(read_traces(folder)):
+        traced.append((trace["id"], trace["sample"]))
+        columns.add(number, trace["tokens"])
+    if sorted(ends) != sorted(traced):
         raise UserError(
             f"'{folder / TRACE}' does not hold every response: delete the folder and run it again"
         )
-    tokens = pd.DataFrame([entry for number, trace in enumerate(traces) for entry in _entries(number, trace)])
+    tokens = pd.DataFrame(columns.values)
     if tokens.empty:
         raise UserError(f"the responses of the run in '{folder}' have no tokens")
     last = tokens["position"] == tokens.groupby("response")["position"].transform("max")
-    ended = pd.Series([ends[trace["id"], trace["sample"]] for trace in traces])
+    ended = pd.Series([ends[one] for one in traced])
     tokens["end"] = last & ended[tokens["response"]].to_numpy()
     return tokens
 
 
-def _entries(number: int, trace: JsonRow) -> Iterator[dict[str, Any]]:
-    """The lines of one response."""
-    for position, token in enumerate(trace["tokens"]):
-        entry = {
-            "response": number,
-            "position": position,
-            "text": _whole(token["text"]),
-            "alpha": token["alpha"],
-        }
-        entry |= {f"p_{role}": p for role, p in token["probability"].items()}
-        entry |= {f"top_{role}": _whole(top) for role, top in token["top"].items()}
-        yield entry | {f"kl_{role}": kl for role, kl in token.get("divergence", {}).items()}
+class _Columns:
+    """The columns of a table of tokens, filled response by response. What a token lacks is NaN."""
 
+    def __init__(self) -> None:
+        self.values: dict[str, list[Any]] = {}
+        self._length = 0
+        self._texts: dict[str, str] = {}
 
-def _whole(text: str) -> str:
-    """A text that a frame's column can hold: half a surrogate pair is written out."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    def add(self, number: int, tokens: Sequence[JsonRow]) -> None:
+        """The tokens of one response."""
+        for position, token in enumerate(tokens):
+            self._put("response", number)
+            self._put("position", position)
+            self._put("text", self._whole(token["text"]))
+            self._put("alpha", token["alpha"])
+            for role, p in token["probability"].items():
+                self._put(f"p_{role}", p)
+            for role, top in token["top"].items():
+                self._put(f"top_{role}", self._whole(top))
+            for role, kl in token.get("divergence", {}).items():
+                self._put(f"kl_{role}", kl)
+            self._length += 1
+        for column in self.values.values():
+            column += [math.nan] * (self._length - len(column))
+
+    def _put(self, name: str, value: Any) -> None:
+        column = self.values.setdefault(name, [])
+        if len(column) < self._length:
+            column += [math.nan] * (self._length - len(column))
+        column.append(value)
+
+    def _whole(self, text: str) -> str:
+        """A text that a frame's column can hold: half a surrogate pair is written out. Each is kept once."""
+        found = self._texts.get(text)
+        if found is None:
+            found = self._texts[text] = text.encode("utf-8", "backslashreplace").decode()
+        return found
 
 
 def steered_tokens(folder: Path, run: Run) -> pd.DataFrame:

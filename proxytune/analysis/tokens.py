@@ -8,6 +8,7 @@ import string
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
@@ -133,14 +134,14 @@ def ngrams(
     run = finished(path)
     tokens = steered_tokens(path, run)
     kinds = tokens.assign(kind=tokens["text"].map(bare)).query("kind != ''").groupby("kind")["shift"]
-    counts = kinds.count()
+    counts, means = kinds.count(), kinds.mean()
     enough = counts[counts >= min_count].index
     if enough.empty:
         raise UserError(
             f"no token occurs {min_count} times in '{path}' (the most frequent: {int(counts.max())}): "
             "lower --min-count"
         )
-    ranked = sorted(((float(kinds.get_group(kind).mean()), kind) for kind in enough), reverse=True)[:top]
+    ranked = sorted(((float(means[kind]), kind) for kind in enough), reverse=True)[:top]
     found = [
         NgramRow(token=kind, n=int(counts[kind]), shift=mean(kinds.get_group(kind).to_numpy(FLOATS)))
         for _, kind in ranked
@@ -172,9 +173,9 @@ def responses(path: Path) -> list[str]:
 def word_tokens(texts: Sequence[str]) -> list[str]:
     """The words and punctuation of all texts in a row, by NLTK's tokenizer, sentence by sentence. Sentences
     end at `.`, `!` or `?` and white space (NLTK's own splitter needs a download)."""
-    tokenizer = NLTKWordTokenizer()
+    tokenize = cache(NLTKWordTokenizer().tokenize)  # responses of one task repeat themselves
     sentences = _SENTENCE.split("\n".join(texts))
-    return [word for sentence in sentences for word in tokenizer.tokenize(sentence)]
+    return [word for sentence in sentences for word in tokenize(sentence)]
 
 
 def gram_at(words: Sequence[str], start: int, n: int = GRAM) -> list[str]:
@@ -222,8 +223,10 @@ def paper_words() -> list[str]:
 
 _SYMBOLS = ",$€+-x*/"
 _NUMBER = r"[-+\u2212]?[$€£]?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)%?"
-_TERM = rf"\(*\s*{_NUMBER}\s*\)*"
-_EXPRESSION = re.compile(rf"(?<![\w.,$€£]){_TERM}(?:\s*[-+*/x\u00d7\u00f7\u2212\u2013]\s*{_TERM})*")
+_GAP = r"\s{0,9}"
+"""Bounded, like brackets: a response that ends in a million spaces would take hours otherwise."""
+_TERM = rf"\({{0,9}}{_GAP}{_NUMBER}{_GAP}\){{0,9}}"
+_EXPRESSION = re.compile(rf"(?<![\w.,$€£]){_TERM}(?:{_GAP}[-+*/x\u00d7\u00f7\u2212\u2013]{_GAP}{_TERM})*")
 _EQUALS = re.compile(r"\s*=\s*")
 
 

@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from proxytune import __version__
+from proxytune.analysis import read_once
 from proxytune.errors import needs_extra
 from proxytune.report.charts import Figure, ReportTable, svg, themed_svg
 from proxytune.report.design import THEME, TOKENS, asset, source_hash, styles
@@ -62,7 +63,8 @@ class Report:
         """The report on the runs under `root`. UserError where there is none, or vl-convert is missing."""
         needs_extra("the report with figures", "vl_convert", "report")
         inputs = read_inputs(root)
-        return cls(inputs, tuple(distinct(sections(inputs))))
+        with read_once():
+            return cls(inputs, tuple(distinct(sections(inputs))))
 
     @property
     def figures(self) -> list[Figure]:

@@ -4,8 +4,7 @@ packed small. Reads runs, predictions and traces; loads no model.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from proxytune.comparison import comparable, conditions, models_of
 from proxytune.config import Role
 from proxytune.records import Completion, JsonRow, Run, TaskFacts
 from proxytune.report.escape import clipped, visible
-from proxytune.results import TRACE, read_rows
+from proxytune.results import TRACE, read_rows, read_traces
 from proxytune.tasks.own import facts_of
 
 TOKEN_BUDGET = 80_000
@@ -157,7 +156,7 @@ def _set(chosen: TraceSet, table: _Texts, budget: int) -> dict[str, Any]:
     }
     items, left = list[dict[str, Any]](), budget
     most = max(1, min(RESPONSE_TOKENS, budget))
-    for trace in _traces(chosen.folder):
+    for trace in read_traces(chosen.folder):
         row = rows.get(trace["id"])
         if row is None or trace.get("sample", 0) != 0:
             continue
@@ -176,14 +175,6 @@ def _set(chosen: TraceSet, table: _Texts, budget: int) -> dict[str, Any]:
         "total": chosen.run.n,
         "items": items,
     }
-
-
-def _traces(folder: Path) -> Iterator[JsonRow]:
-    """The traced responses of a run, one at a time: a trace of a large run does not fit in memory."""
-    with (folder / TRACE).open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
 
 
 def _item(

@@ -234,6 +234,10 @@ def _table(task: Task, source: str, limit: int | None) -> DataTable:
     if source == SMOKE:
         return read_smoke_data(task.name, limit)
     if source == "hub":
+        if task.hub is None and task.file is not None:
+            raise UserError(
+                f"the task in '{task.file}' names no data of its own: give its items with --data FILE"
+            )
         if task.hub is None:
             where = f": {task.data}" if task.data else ""
             raise UserError(f"the hub has no '{task.name}'{where}. Give a file: --data FILE")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ import pytest
 
 from proxytune.analysis import analysis
 from proxytune.analysis.positions import agreement, positions
+from proxytune.analysis.tokens import ngrams
 from proxytune.errors import UserError
+from proxytune.records import JsonRow
+from proxytune.results import read_traces
 from tests.support.made_runs import response, token, write
 
 ENDS = {"responses": response("x")}
@@ -56,6 +60,38 @@ def test_of_long_responses_the_first_positions_have_rows(tmp_path: Path) -> None
     folder = traced(tmp_path / "run")
     whole, few = positions(folder), positions(folder, singles=1)
     assert len(whole.rows) > 1 and few == whole.model_copy(update={"rows": whole.rows[:1]})
+
+
+def test_a_page_reads_a_trace_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, other, read = traced(tmp_path / "run"), traced(tmp_path / "other"), []
+
+    def counted(path: Path) -> Iterator[JsonRow]:
+        read.append(path)
+        return read_traces(path)
+
+    monkeypatch.setattr(analysis, "read_traces", counted)
+    alone = positions(folder)
+    with analysis.read_once():
+        assert [positions(folder), positions(folder)] == [alone, alone], "no analysis changes what is kept"
+        assert len(ngrams(folder, min_count=1).rows) == 2 and positions(other).tokens == 3
+    assert read == [folder, folder, other]
+    positions(folder)
+    assert read == [folder, folder, other, folder], "and nothing is kept afterwards"
+
+
+def test_what_a_token_lacks_is_no_number(tmp_path: Path) -> None:
+    """A schedule that stops steering leaves the experts out; half a surrogate pair is written out."""
+    first = token("A", 0.1, 0.6) | {"probability": {"base": 0.1, "expert": 0.3, "proxy": 0.6}}
+    folder = write(
+        tmp_path / "run",
+        [CUT, CUT],
+        traces=[[token("b", 0.5, 0.5, kl=(1.0, 2.0))], [first, token("\ud800", 0.2, 0.4)]],
+    )
+    tokens = analysis.tokens_of(folder, analysis.finished(folder))
+    assert [*tokens["text"]] == ["b", "A", "\\ud800"] and [*tokens["response"]] == [0, 1, 1]
+    assert tokens["p_expert"].isna().tolist() == [True, False, True]
+    assert tokens["kl_base"].isna().tolist() == [False, True, True]
+    assert [*tokens["position"]] == [0, 0, 1] and [*tokens["end"]] == [False] * 3
 
 
 def test_positions_are_grouped_for_people() -> None:

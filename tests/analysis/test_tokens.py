@@ -81,6 +81,14 @@ def test_sides_of_equations(pieces: str, left: str, right: str, fair_left: str, 
         assert tuple("".join(texts[i] for i in side) for side in found) == wanted, rule.__name__
 
 
+@pytest.mark.parametrize("text", ["1 ", "(", "1 ) ", "1,", "\n", "="])
+def test_a_response_that_says_one_thing_for_ever_takes_no_time(text: str) -> None:
+    """With unbounded blanks this would take hours."""
+    pieces = [text] * 2000 + [" "] * 30_000 + ["2", "+", "3", "=", "5"]
+    left, right = corrected_sides(pieces)
+    assert {len(pieces) - 5, len(pieces) - 4, len(pieces) - 3} <= {*left} and len(pieces) - 1 in right
+
+
 def test_equations_of_a_traced_run(tmp_path: Path) -> None:
     pieces = [
         ("1", 0.1, 0.3),

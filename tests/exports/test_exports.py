@@ -66,6 +66,32 @@ def test_csv_has_a_line_per_example_with_its_scores(tmp_path: Path) -> None:
     assert first["response.text"] == " 3 nuts, I think"
 
 
+@pytest.mark.parametrize(
+    ("role", "models"),
+    [
+        ("base", {"base": "b"}),
+        ("expert", {"expert": "e"}),
+        ("antiexpert", {"antiexpert": "a"}),
+        ("tuned", {"tuned": "t"}),
+        ("proxy", {"base": "b", "expert": "e", "antiexpert": "a"}),
+    ],
+)
+def test_a_run_names_the_models_that_its_role_decodes_with(
+    tmp_path: Path, role: str, models: dict[str, str]
+) -> None:
+    record, _ = exported("every_eval_ever", run_of(tmp_path / "run", role=role), tmp_path)
+    details = json.loads(record.read_text())["model_info"]["additional_details"]
+    named = {name: details[name] for name in ("base", "expert", "antiexpert", "tuned") if name in details}
+    assert named == models and ("alpha" in details) == (role == "proxy")
+
+
+def test_csv_has_the_first_of_several_samples(tmp_path: Path) -> None:
+    several = [*made_runs.response("first"), *made_runs.response("second")]
+    [path] = exported("csv", run_of(tmp_path / "run", [{"responses": several}]), tmp_path)
+    [line] = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
+    assert line["response.text"] == "first"
+
+
 def test_csv_has_lists_as_json(tmp_path: Path) -> None:
     [path] = exported("csv", run_of(tmp_path / "run", [{"answers": ["a", "b"]}]), tmp_path)
     [line] = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))

@@ -13,7 +13,7 @@ from rich.console import Console
 from proxytune.errors import UserError
 from proxytune.paper import published as figures
 from proxytune.paper import recipes as paper
-from proxytune.records import Run
+from proxytune.records import Cost, Metric, RoleMemory, Run
 from proxytune.report import examples as report_text
 from proxytune.report import paper_tables as report_paper
 from proxytune.report import tables as report
@@ -22,6 +22,29 @@ from tests.support.reports import run
 
 SCORES = {"tuned": 0.9, "proxy": 0.82, "expert": 0.5, "base": 0.1, "antiexpert": 0.0}
 TRIO = [run(role, score) for role, score in SCORES.items()]
+
+
+@pytest.mark.parametrize(
+    ("metric", "shown"),
+    [
+        (Metric(value=0.5, low=0.25, high=0.75), "50.0 [25.0, 75.0]"),
+        (Metric(value=50, low=25, high=75, unit="percent"), "50.0 [25.0, 75.0]"),
+        (Metric(value=50, unit="percent"), "50.0"),
+        (Metric(value=0.5), "50.0"),
+        (Metric(value=1.5, low=1, high=2, unit="number"), "1.5"),
+    ],
+)
+def test_a_figure_is_shown_in_its_unit(metric: Metric, shown: str) -> None:
+    assert report.percent(metric) == shown
+
+
+def test_a_role_takes_the_memory_of_all_of_its_models() -> None:
+    one = RoleMemory(weights=3, kv_peak=2)
+    names = ("base", "expert", "expert2", "antiexpert", "antiexpert2", "tuned")
+    cost = Cost(memory=dict.fromkeys(names, one))
+    for role, models in (("base", 1), ("expert", 2), ("antiexpert", 2), ("proxy", 5), ("tuned", 1)):
+        done = run(role, 0.5).model_copy(update={"cost": cost})
+        assert report.role_rows([done])[0].memory == 5 * models, role
 
 
 def test_rows_come_in_order_with_gap_memory_and_speed() -> None:

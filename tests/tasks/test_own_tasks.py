@@ -187,6 +187,18 @@ def test_stored_runs_never_run_a_task(tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists(), "the file would have left its mark"
 
 
+def test_a_file_that_is_named_without_its_ending_is_found(tmp_path: Path) -> None:
+    path = task_file(tmp_path)
+    with pytest.raises(UserError, match=rf"There is a file of that name: '{path}'"):
+        read_task(path.removesuffix(".py"))
+
+
+def test_a_task_without_data_of_its_own_asks_for_a_file(tmp_path: Path) -> None:
+    path = task_file(tmp_path)
+    with pytest.raises(UserError, match=rf"the task in '{path}' names no data .* --data FILE"):
+        read_source(read_task(path), "hub")
+
+
 def test_a_run_of_another_version_of_the_file_is_refused(tmp_path: Path) -> None:
     old, row = read_task(task_file(tmp_path)), {"ask": "Where?", "gold": "Rome", "output": "x"}
     run = made_runs.write(tmp_path / "run", [row], task=old.name, facts=old.facts.model_dump())

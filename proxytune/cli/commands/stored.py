@@ -11,7 +11,7 @@ from proxytune.cli import console
 from proxytune.cli.options import Json
 
 if TYPE_CHECKING:
-    from proxytune.analysis import ListedRun
+    from proxytune.analysis import listing
 
 
 def export(
@@ -63,7 +63,7 @@ def runs(
             console.show(f"not read: {one.problem}")
 
 
-def _line(one: ListedRun) -> tuple[str, ...]:
+def _line(one: listing.ListedRun) -> tuple[str, ...]:
     """A run as a line of the table."""
     from proxytune.report import tables
 
@@ -74,7 +74,7 @@ def _line(one: ListedRun) -> tuple[str, ...]:
     return str(one.folder), one.status, "" if one.run is None else examples, f"{metric}{shown}"
 
 
-def _as_json(one: ListedRun) -> dict[str, object]:
+def _as_json(one: listing.ListedRun) -> dict[str, object]:
     """A run as JSON."""
     spec = None if one.run is None else one.run.spec
     return {

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from proxytune.config import Mode
 from proxytune.errors import UserError
 from proxytune.records import Completion, Example, JsonRow, Prompt
-from proxytune.tasks import OWN, Task, get_task
+from proxytune.tasks import OWN, TASKS, Task, get_task
 from proxytune.tasks.data import DataTable
 
 ENDING = ".py"
@@ -37,6 +37,8 @@ _read: dict[tuple[Path, str], Task] = {}
 def read_task(named: str, mode: Mode = "generate") -> Task:
     """What a user names as a task: one of TASKS, or a Python file (what ends in .py), whose code is run."""
     if not named.endswith(ENDING):
+        if named not in TASKS and Path(f"{named}{ENDING}").is_file():
+            raise UserError(f"Unknown task '{named}'. There is a file of that name: '{named}{ENDING}'")
         return get_task(named, mode)
     file = TaskFile.read(Path(named))
     place = (file.path.resolve(), file.task_name)
