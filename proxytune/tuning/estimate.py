@@ -24,7 +24,7 @@ LIBRARIES = 0.7 * GIB
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Numbers of parameters, and bytes by parts."""
 
     parameters: int
@@ -50,7 +50,7 @@ class Estimate:
             )
 
 
-def estimate(prepared: nn.Module, config: Any, weights: float, method: Method, job: Shape) -> Estimate:
+def estimate(prepared: nn.Module, config: Any, weights: float, method: Method, job: Shape) -> MemoryEstimate:
     """Of a model that was prepared by `method`, whose own weights take `weights` bytes."""
     parameters = list(prepared.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -67,7 +67,9 @@ def estimate(prepared: nn.Module, config: Any, weights: float, method: Method, j
         "other models": job.others,
         "libraries": 0.0 if torch.cuda.is_available() else LIBRARIES,
     }
-    return Estimate(sum(p.numel() for p in parameters), numbers, {name: v for name, v in parts.items() if v})
+    return MemoryEstimate(
+        sum(p.numel() for p in parameters), numbers, {name: v for name, v in parts.items() if v}
+    )
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
-from proxytune.config import Chat, read_yaml, shipped
+from proxytune.config import Chat, shipped
 from proxytune.errors import UserError, did_you_mean
 from proxytune.options import Options
 from proxytune.schema import explain
+from proxytune.yaml_files import read_yaml
 
 
 def read_names(value: object) -> object:

@@ -31,7 +31,7 @@ from proxytune.provenance import provenance
 from proxytune.run_files import FolderOwner, disk_errors_in_one_line
 from proxytune.training_record import TrainingRecord, TuningRequest, read_training, thinned
 from proxytune.tuning.checkpoints import FOLDER, WholeCheckpoints, newest
-from proxytune.tuning.estimate import Estimate, Shape, estimate
+from proxytune.tuning.estimate import MemoryEstimate, Shape, estimate
 from proxytune.tuning.examples import TuneData, read_data
 from proxytune.tuning.methods import Method, get_method
 from proxytune.tuning.options import TuneOptions
@@ -62,7 +62,7 @@ class TuneJob:
     train: TokenRows
     held_out: TokenRows
     tokenizer: Tokenizer
-    estimate: Estimate
+    estimate: MemoryEstimate
     notes: tuple[str, ...] = field(default=())
 
     @property

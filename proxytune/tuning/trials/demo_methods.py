@@ -64,7 +64,7 @@ class TrialScores(BaseModel):
 
 
 @dataclass(frozen=True)
-class Trial:
+class MethodTrial:
     """What is compared, on how much."""
 
     out: Path
@@ -111,7 +111,7 @@ def _halves(document: corpus.Document) -> tuple[str, str]:
     return "".join(s.text for s in document[:first]), "".join(s.text for s in document[first:])
 
 
-def system_of(trial: Trial, case: str, seed: int, small: TrainingRecord, *, tuned: bool) -> System:
+def system_of(trial: MethodTrial, case: str, seed: int, small: TrainingRecord, *, tuned: bool) -> System:
     """The demo system with this expert, and the large model tuned by the same method."""
     expert, large = trial.folder(case, seed, SMALL), trial.folder(case, seed, LARGE)
     base = ModelSpec(model=LARGE, dtype="float32")
@@ -140,7 +140,7 @@ def _tuned(folder: Path, record: TrainingRecord, host: ModelSpec) -> ModelSpec:
     return ModelSpec(model=str(folder), dtype="float32", chat="llama2")
 
 
-def measure(trial: Trial, case: str, seed: int) -> Iterator[TrialScores]:
+def measure(trial: MethodTrial, case: str, seed: int) -> Iterator[TrialScores]:
     """Train what a case needs, and evaluate every role on every task."""
     small = trial.trained(case, seed, SMALL)
     tuned = "--through" not in CASES[case]
@@ -163,7 +163,7 @@ def measure(trial: Trial, case: str, seed: int) -> Iterator[TrialScores]:
         yield TrialScores(case=case, seed=seed, task=task, **found, gap_closed=gap)
 
 
-def table(trial: Trial, scores: Sequence[TrialScores]) -> str:
+def table(trial: MethodTrial, scores: Sequence[TrialScores]) -> str:
     """Everything in Markdown: means over the seeds, with the lowest and the highest."""
     lines = [
         "| method | task | trained (of small) | memory small, large | seconds small, large | antiexpert | "
@@ -181,7 +181,7 @@ def table(trial: Trial, scores: Sequence[TrialScores]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _costs(trial: Trial, case: str) -> list[str]:
+def _costs(trial: MethodTrial, case: str) -> list[str]:
     """Trainable parameters, memory and seconds, of the first seed and as means."""
     found = {m: [read_training(trial.folder(case, s, m)) for s in trial.seeds] for m in (SMALL, LARGE)}
     small, large = ([r for r in found[m] if r is not None] for m in (SMALL, LARGE))
@@ -203,7 +203,7 @@ def _spread(values: Sequence[float], form: str = "{:.3f}") -> str:
     )
 
 
-def compare(trial: Trial) -> list[TrialScores]:
+def compare(trial: MethodTrial) -> list[TrialScores]:
     """Run everything, and write the figures and the table into the folder after each training."""
     trial.out.mkdir(parents=True, exist_ok=True)
     scores: list[TrialScores] = []
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES), help="of: " + ", ".join(CASES))
     given = parser.parse_args()
     cases = tuple(name.strip() for name in given.cases.split(","))
-    trial = Trial(given.out, given.share, given.items, range(given.seeds), cases)
+    trial = MethodTrial(given.out, given.share, given.items, range(given.seeds), cases)
     compare(trial)
     show((given.out / "README.md").read_text())
 
