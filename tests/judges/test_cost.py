@@ -24,6 +24,17 @@ def spent(judge: PairwiseJudge) -> float:
     return judge.estimate(ROWS).spent
 
 
+def test_what_is_reserved_for_calls_is_free_once_they_have_ended() -> None:
+    """After a call that was dearer than its estimate more is reserved, and as much is given back."""
+    budget = Budget(limit=100)
+    for usd in (3.0, 1.0, 0.5):
+        reserved = budget.need(1.0)
+        budget.in_flight += reserved
+        budget.settle(reserved, 1.0, usd)
+        assert budget.in_flight == 0
+    assert (budget.spent, budget.excess, budget.settled) == (4.5, 3.0, 3)
+
+
 @pytest.mark.parametrize("tokens", [10, 300])
 @pytest.mark.parametrize("workers", [1, 8])
 @pytest.mark.parametrize("limit", [0, 500, 1200, 3000, 5100])
