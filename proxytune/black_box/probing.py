@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from proxytune.black_box.client import ApiClient, Question
 from proxytune.black_box.visible import Continued
@@ -22,14 +24,20 @@ class ProbedEndpoint:
 
 
 def probe(client: ApiClient) -> list[ProbedEndpoint]:
-    """Ask both routes for one token and what is visible of it. Nothing is raised: what fails is said."""
+    """Ask both routes for one token and what is visible of it, whatever replies are stored. Nothing is raised:
+    what fails is said."""
+    with TemporaryDirectory() as folder:
+        return _probe(client, Path(folder) / "replies.sqlite")
+
+
+def _probe(client: ApiClient, store: Path) -> list[ProbedEndpoint]:
     found = []
     for route, use in (("completions", "every way"), ("chat", "multiple choice and --as base")):
         fields = {"route": route, "prompt_as": "text"} if route == "chat" else {"route": route}
         other = ApiClient(
             client.spec.model_copy(update=fields),
             client.options.model_copy(update={"api_retries": 0}),
-            client.cache,
+            store,
         )
         try:
             [reply] = other.ask([Question(other.item(SAMPLE), SAMPLE)])

@@ -71,4 +71,4 @@ def test_a_row_costs_no_kernel_and_a_gap_costs_time(capsys: pytest.CaptureFixtur
         assert found["floor_ms"] == pytest.approx(found["gigabytes"])
         assert found["share"] == pytest.approx(found["floor_ms"] / found["expected_ms"])
     floor.main(["--shape", "smoke"])
-    assert "| smoke | 1 | 512 | yes |" in capsys.readouterr().out
+    assert "| smoke | greedy | 1 | 512 | yes |" in capsys.readouterr().out

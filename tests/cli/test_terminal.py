@@ -22,7 +22,7 @@ from proxytune.cli import app as cli
 from proxytune.cli import console
 from proxytune.cli.commands.generate import Speaker
 from proxytune.records import Completion, TracedToken
-from proxytune.terminal import json_text, say, show, visible, write_data
+from proxytune.terminal import WorkSoFar, json_text, say, show, visible, write_data
 from proxytune.terminal.text import is_suspect
 from tests.support import hostile
 from tests.support.checkout import ROOT
@@ -149,6 +149,10 @@ class HostileDecoder:
 
     remarks = ()
 
+    def work(self) -> WorkSoFar:
+        """Nothing that costs money."""
+        return WorkSoFar()
+
     def stream(self, examples: Any, sampling: Any, **options: Any) -> Iterator[Completion]:
         """The same response, whoever asks."""
         pieces = ("safe \x1b", "[31m red \x9b", "2J [/nope]")
@@ -251,7 +255,7 @@ def test_progress_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 DOORS = {"terminal/text.py", "cli/console.py"}
-LIVE = {"terminal/progress.py", "tuning/training.py"}
+LIVE = {"terminal/progress.py", "tuning/training.py", "tuning/watch.py"}
 """Bars, which are drawn again and again: their texts go through `visible`."""
 OWN_PROCESS = {"sandbox/worker.py", "decoding/template_worker.py"}
 """What runs in a process of its own, whose stdout is a channel."""
