@@ -24,7 +24,7 @@ class ProbedEndpoint:
 
 
 def probe(client: ApiClient) -> list[ProbedEndpoint]:
-    """Ask both routes for one token and what is visible of it, whatever replies are stored. Nothing is raised:
+    """Ask both routes for one token and what is visible of it, whatever is stored. Nothing is raised:
     what fails is said."""
     with TemporaryDirectory() as folder:
         return _probe(client, Path(folder) / "replies.sqlite")

@@ -225,7 +225,7 @@ def test_what_needs_weights_says_so(tmp_path: Path, server: LogprobEndpoint) -> 
     told = proxytune("eval", "gsm", "-s", box, "--limit", 1, "--out", tmp_path / "b")
     assert told.exit_code == 2 and "cannot go on with a response" in told.stderr.splitlines()[-1]
     refused(proxytune("eval", "gsm", "--defer", 0.3, "--limit", 1), "--defer is for a base behind an API")
-    refused(proxytune("eval", "gsm", "-s", box, "--defer", 3), "--defer '3'")
+    refused(proxytune("eval", "gsm", "-s", box, "--defer", 3), "--defer 3")
     sweep = ("sweep-alpha", "gsm", "--alphas", "0,1", "-s", box, "--limit", 1)
     told = proxytune(*sweep, "--out", tmp_path / "c")
     assert told.exit_code == 2 and "chat endpoint" in told.stderr.splitlines()[-1]
