@@ -81,7 +81,7 @@ GOOD: dict[str, list[str]] = {
     "out": ["out", "results/o"],
     "html": ["page.html"],
     "figures": ["drawn"],
-    "mode": ["generate", "likelihood"],
+    "mode": ["generate", "likelihood", "choices"],
     "trace": ["tokens", "agreement", "off"],
     "vocab": ["strict", "intersect"],
     "judge": ["none", "default", "gsm=none"],

@@ -475,7 +475,7 @@ def test_judging_is_refused_where_it_makes_no_sense(system: System, tmp_path: Pa
         run_judge.judge_run(tmp_path / "gsm", ToxicityClassifier("./none"))
     for option, message in [
         (("--price", "1"), "must be two numbers"),
-        (("--mode", "best"), "--mode 'best': Input should be 'generate' or 'likelihood'"),
+        (("--mode", "best"), "--mode 'best': Input should be 'generate', 'likelihood' or 'choices'"),
     ]:
         refused = proxytune("eval", "alpaca_farm", "--judge", "m", *option)
         assert refused.exit_code == 2 and message in refused.stderr
@@ -487,9 +487,9 @@ def test_the_list_of_tasks_says_who_judges(monkeypatch: pytest.MonkeyPatch, tmp_
     tasks = json.loads(proxytune("tasks", "--json").stdout)["tasks"]
     assert tasks["gsm"]["judge"] is None and tasks["toxigen"]["judge"] == "tomh/toxigen_roberta"
     assert tasks["alpaca_farm"]["missing_judge"] and tasks["gsm"]["missing_judge"] is None
-    assert tasks["truthfulqa_mc"]["modes"] == ["generate", "likelihood"] and tasks["gsm"]["modes"] == [
-        "generate"
-    ]
+    assert tasks["truthfulqa_mc"]["modes"] == ["generate", "likelihood", "choices"] and tasks["gsm"][
+        "modes"
+    ] == ["generate"]
     assert "win_rate" in proxytune("tasks").stdout
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     shown = json.loads(proxytune("tasks", "--json").stdout)["tasks"]["alpaca_farm"]["missing_judge"]
