@@ -16,6 +16,8 @@ from tests.support.checkout import ROOT, environment
 from tests.support.command_line import refused
 from tests.support.real import checkpoint
 
+pytestmark = pytest.mark.xdist_group("chat")  # its tests share a terminal, in their order
+
 QUESTION = (
     "Answer the following question.\\\n\\\nQuestion: Jinin has 52 beads. Jinin sells 12. Then the pile grows "
     "2 times. How many beads does Jinin have now?"
@@ -141,6 +143,7 @@ def test_a_person_talks_with_every_role(terminal: Terminal) -> None:
 
 
 def test_what_is_wrong_at_a_terminal_is_one_line_and_it_goes_on(terminal: Terminal) -> None:
+    before = terminal.ask("/alpha")
     for line, want in (
         ("/alpha 11", "error: alpha = 11 is out of range"),
         ("/nope", "error: Unknown command '/nope'"),
@@ -148,14 +151,15 @@ def test_what_is_wrong_at_a_terminal_is_one_line_and_it_goes_on(terminal: Termin
     ):
         answer = terminal.ask(line)
         assert answer.startswith(want) and "Traceback" not in answer
-    assert terminal.ask("/alpha") == "alpha 0.5, of the proxy"
+    assert terminal.ask("/alpha") == before
 
 
 def test_the_arrow_keys_bring_earlier_lines_back_and_tab_completes(terminal: Terminal) -> None:
+    terminal.ask("/as proxy")
     terminal.ask("/alpha 0.25")
     terminal.ask("/alpha 0.75")
-    assert terminal.ask("\x1b[A\x1b[A") == "alpha 0.25, of the proxy", "two lines up"
-    assert terminal.ask("/alp\t\x1b[D\x1b[C0.5") == "alpha 0.5, of the proxy"
+    assert terminal.ask("\x1b[A\x1b[A") == "alpha 0.25", "two lines up"
+    assert terminal.ask("/alp\t\x1b[D\x1b[C0.5") == "alpha 0.5"
 
 
 def test_what_is_typed_and_answered_is_shown_and_not_obeyed(terminal: Terminal) -> None:
