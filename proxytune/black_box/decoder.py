@@ -18,21 +18,19 @@ from proxytune.black_box.options_seen import SeenOptions, Shifts, option_forms, 
 from proxytune.black_box.runner import ApiRunner
 from proxytune.black_box.token_bytes import TokenBytes
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
-from proxytune.decoding import Decoder, opened
+from proxytune.decoding import Decoder, SteppedDecoder, opened
 from proxytune.engine.runners import Runner
 from proxytune.engine.speculative import Speculation
 from proxytune.errors import UserError
-from proxytune.models import Loaded, Models, process_peak
+from proxytune.models import Loaded, Models
 from proxytune.options import DecodeOptions
 from proxytune.records import (
     Completion,
     Example,
     FinishReason,
-    JsonRow,
     Prompt,
     RoleMemory,
     Took,
-    WorkerFacts,
 )
 from proxytune.terminal import WorkSoFar
 
@@ -72,7 +70,7 @@ class ApiBase:
 
 
 @dataclass
-class BlackBoxDecoder:
+class BlackBoxDecoder(SteppedDecoder):
     """Decodes as the base behind an API, or as the proxy on it."""
 
     models: Models
@@ -112,19 +110,6 @@ class BlackBoxDecoder:
         """Bytes per model that runs here."""
         return {} if self._inner is None else self._inner.memory
 
-    @property
-    def workers(self) -> dict[str, WorkerFacts]:
-        """None: the experts run in this process."""
-        return {}
-
-    def place(self, example_id: str) -> JsonRow:
-        """What this process takes at its fullest, whichever example it was."""
-        kv_peak = {name: memory.kv_peak for name, memory in self.memory.items()}
-        return {"process_peak": process_peak(), "kv_peak": kv_peak}
-
-    def close(self) -> None:
-        """Nothing to let go of: models and client are their owner's."""
-
     def notes(self) -> list[str]:
         """What a user should know about how the models are run."""
         spec = self.client.spec
@@ -144,41 +129,6 @@ class BlackBoxDecoder:
         self.remarks += [remark for remark in remarks if remark not in self.remarks]
 
     # Free generation
-
-    def stream(
-        self,
-        examples: Sequence[Example],
-        sampling: Sampling,
-        *,
-        alpha: AlphaSchedule | None = None,
-        task: str = "",
-        trace: TraceKind = "off",
-        forced: str | None = None,
-        on_text: OnText | None = None,
-    ) -> Iterator[Completion]:
-        """Completions in the order in which they finish, as `Decoder.stream`."""
-        strength = self.models.system.alpha if alpha is None else alpha
-        asked = [(example, (strength,)) for example in examples]
-        found = self.sweep(asked, sampling, task=task, trace=trace, forced=forced, on_text=on_text)
-        with closing(found):
-            for _, completion in found:
-                yield completion
-
-    def sweep(
-        self,
-        asked: Sequence[tuple[Example, Sequence[AlphaSchedule]]],
-        sampling: Sampling,
-        *,
-        task: str = "",
-        trace: TraceKind = "off",
-        forced: str | None = None,
-        on_text: OnText | None = None,
-    ) -> Generator[tuple[AlphaSchedule, Completion], None, None]:
-        """As `stream`, under several alphas: where their responses agree, the endpoint is asked once."""
-        steps = self.steps(asked, sampling, task=task, trace=trace, forced=forced, on_text=on_text)
-        with closing(steps):
-            for finished in steps:
-                yield from finished
 
     def steps(
         self,
@@ -303,19 +253,6 @@ class BlackBoxDecoder:
 
     # Multiple choice
 
-    def likelihoods(
-        self,
-        examples: Sequence[Example],
-        texts: Callable[[Example], Sequence[str]],
-        *,
-        alpha: AlphaSchedule | None = None,
-        task: str = "",
-    ) -> Iterator[Completion]:
-        """The log-probability of each of an example's options, as numbered completions."""
-        strength = self.models.system.alpha if alpha is None else alpha
-        for _, completion in self.likelihood_sweep(examples, texts, [strength], task):
-            yield completion
-
     def likelihood_sweep(
         self,
         examples: Sequence[Example],
@@ -323,7 +260,7 @@ class BlackBoxDecoder:
         alphas: Sequence[AlphaSchedule],
         task: str = "",
     ) -> Generator[tuple[AlphaSchedule, Completion], None, None]:
-        """As `likelihoods`, under all alphas from one request per example."""
+        """The log-probabilities of each example's options under all alphas, from one request per example."""
         if self.defer is not None:
             raise UserError("--defer is of responses: multiple choice compares the options of one position")
         block, done = BLOCK * self.client.options.parallel, 0

@@ -9,17 +9,28 @@ from proxytune.lazy import door
 if TYPE_CHECKING:
     from proxytune.decoding.conversations import Conversation
     from proxytune.decoding.decoder import Decoder
+    from proxytune.decoding.interface import SteppedDecoder
     from proxytune.decoding.prompts import ids_of, opened
     from proxytune.decoding.remarks import notes_on, stored_response
     from proxytune.decoding.sample import sample_context
 
-__all__ = ["Conversation", "Decoder", "ids_of", "notes_on", "opened", "sample_context", "stored_response"]
+__all__ = [
+    "Conversation",
+    "Decoder",
+    "SteppedDecoder",
+    "ids_of",
+    "notes_on",
+    "opened",
+    "sample_context",
+    "stored_response",
+]
 
 __getattr__ = door(
     __name__,
     {
         "Conversation": "conversations",
         "Decoder": "decoder",
+        "SteppedDecoder": "interface",
         "ids_of": "prompts",
         "notes_on": "remarks",
         "opened": "prompts",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import product
@@ -19,10 +18,10 @@ from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.decoding.call import DecodeStats, RunningStream, Scored, ScoringTexts, Tag
 from proxytune.decoding.completions import ResultReader, failed, scored
 from proxytune.decoding.conversations import Conversation
+from proxytune.decoding.interface import OnText, RemoteBase, SteppedDecoder
 from proxytune.decoding.kv_pools import pool_tokens
 from proxytune.decoding.prompts import Form, context, form_of, ids_of, noise_key
 from proxytune.decoding.remarks import notes_on_models
-from proxytune.decoding.remote import RemoteBase
 from proxytune.decoding.response_text import ResponseText
 from proxytune.decoding.sample import sample_context
 from proxytune.decoding.stop_strings import StopStrings, own_eos, single_tokens
@@ -40,9 +39,9 @@ from proxytune.engine import (
 from proxytune.engine.kv import CacheSpec, KVCache, PagedCache, SlotCache
 from proxytune.engine.runners import ModelRunner, ReferenceRunner, Runner
 from proxytune.engine.speculative import Speculation
-from proxytune.models import Loaded, Models, process_peak
+from proxytune.models import Loaded, Models
 from proxytune.options import DecodeOptions
-from proxytune.records import Completion, Example, JsonRow, Prompt, RoleMemory, Took, WorkerFacts
+from proxytune.records import Completion, Example, Prompt, RoleMemory, Took
 from proxytune.terminal import WorkSoFar
 
 MAX_ROWS = 128
@@ -54,11 +53,9 @@ SMALL_POOL = 8192
 """Tokens of a second KV pool on a GPU."""
 
 Found = TypeVar("Found")
-OnText = Callable[[str, int, str], None]
-"""Hears of (example id, sample, new text)."""
 
 
-class Decoder:
+class Decoder(SteppedDecoder):
     """Decodes as one role of a System."""
 
     def __init__(
@@ -157,19 +154,6 @@ class Decoder:
             )
         return memory
 
-    @property
-    def workers(self) -> dict[str, WorkerFacts]:
-        """None: everything is decoded in this process."""
-        return {}
-
-    def place(self, example_id: str) -> JsonRow:
-        """What this process takes at its fullest, whichever example it was."""
-        kv_peak = {name: memory.kv_peak for name, memory in self.memory.items()}
-        return {"process_peak": process_peak(), "kv_peak": kv_peak}
-
-    def close(self) -> None:
-        """Nothing to let go of: the models are their owner's."""
-
     def notes(self) -> list[str]:
         """What a user should know about how the models are run."""
         return notes_on_models(self.loaded)
@@ -214,47 +198,6 @@ class Decoder:
             if not fault.of_these_texts:
                 raise
             return str(fault)
-
-    def stream(
-        self,
-        examples: Sequence[Example],
-        sampling: Sampling,
-        *,
-        alpha: AlphaSchedule | None = None,
-        task: str = "",
-        trace: TraceKind = "off",
-        forced: str | None = None,
-        on_text: OnText | None = None,
-    ) -> Iterator[Completion]:
-        """Completions in the order in which they finish, sampling.n per example.
-
-        `alpha` overrides the system's. `task` and the example's id are part of the randomness key. `forced`
-        is text with which every response begins. Raises UserError before anything is decoded if a prompt does
-        not fit."""
-        strength = self.models.system.alpha if alpha is None else alpha
-        asked = [(example, (strength,)) for example in examples]
-        found = self.sweep(asked, sampling, task=task, trace=trace, forced=forced, on_text=on_text)
-        with closing(found):
-            for _, completion in found:
-                yield completion
-
-    def sweep(
-        self,
-        asked: Sequence[tuple[Example, Sequence[AlphaSchedule]]],
-        sampling: Sampling,
-        *,
-        task: str = "",
-        trace: TraceKind = "off",
-        forced: str | None = None,
-        on_text: OnText | None = None,
-    ) -> Generator[tuple[AlphaSchedule, Completion], None, None]:
-        """As `stream`, for every example under all of its alphas at once, which share the prompt's KV.
-
-        `on_text` does not say which alpha a text is of."""
-        steps = self.steps(asked, sampling, task=task, trace=trace, forced=forced, on_text=on_text)
-        with closing(steps):
-            for finished in steps:
-                yield from finished
 
     def steps(
         self,
@@ -336,23 +279,6 @@ class Decoder:
         """What is known of the responses, or texts, of the call that is going on."""
         found = self._scoring if self._running is None else self._running
         return WorkSoFar() if found is None else found.work()
-
-    def likelihoods(
-        self,
-        examples: Sequence[Example],
-        texts: Callable[[Example], Sequence[str]],
-        *,
-        alpha: AlphaSchedule | None = None,
-        task: str = "",
-    ) -> Iterator[Completion]:
-        """The log-probability of each of an example's texts after its prompt, as numbered completions.
-
-        A text is tokenised as a continuation; nothing follows it (no end-of-sequence)."""
-        strength = self.models.system.alpha if alpha is None else alpha
-        found = self.likelihood_sweep(examples, texts, [strength], task)
-        with closing(found):
-            for _, completion in found:
-                yield completion
 
     def likelihood_sweep(
         self,

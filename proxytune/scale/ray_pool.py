@@ -61,14 +61,20 @@ class RayPool:
         """Join the cluster, start the workers and wait for the first: what is wrong with the models, or with
         the cluster, is a UserError now."""
         needs_extra("--ray", "ray", "ray")
-        self._join()
-        for _ in range(self.options.workers):
-            self._start()
+        try:
+            self._join()
+            for _ in range(self.options.workers):
+                self._start()
+            self._wait_for_the_first()
+        except BaseException:
+            self.close()  # the next pool of this process joins a cluster of its own
+            raise
+
+    def _wait_for_the_first(self) -> None:
         deadline = time.monotonic() + FIRST_WORKER
         while not any(member.state for member in self._members):
             self._hear(seconds=1.0)
             if time.monotonic() > deadline:
-                self.close()
                 raise UserError(
                     f"no worker was ready within {FIRST_WORKER} seconds: see `ray status`; the cluster "
                     "may have no free processor or GPU"
@@ -95,7 +101,6 @@ class RayPool:
                 ) from None
         have, need = ray.cluster_resources(), self.options.gpus_per_worker
         if need > have.get("GPU", 0):
-            self.close()
             raise UserError(
                 f"--gpus-per-worker {need:g}: the Ray cluster has {have.get('GPU', 0):g} GPUs. Ask for "
                 "fewer, or start Ray on a machine with GPUs"
