@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -249,6 +250,14 @@ def judged(found: Result, given: list[str]) -> str | None:
     return None
 
 
+def is_file_name(text: str) -> bool:
+    """Whether a file may have this name: not too long, and of characters that a disk can hold."""
+    try:
+        return len(os.fsencode(text)) < 255 and "\0" not in text
+    except UnicodeEncodeError:
+        return False
+
+
 def try_lists(seeds: range, place: Path) -> None:
     """Run the lists of these seeds, and tell of all that end badly."""
     bad = []
@@ -258,7 +267,7 @@ def try_lists(seeds: range, place: Path) -> None:
         found = proxytune(*case.given)
         wrong = judged(found, case.given)
         after = tree(root)
-        allowed = [(place / name).resolve() for name in case.may_write if len(name) < 255]
+        allowed = [(place / name).resolve() for name in case.may_write if is_file_name(name)]
         strange = [
             path
             for path in after.keys() | before.keys()

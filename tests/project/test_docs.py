@@ -8,7 +8,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -56,17 +56,24 @@ def demo_blocks(page: Path) -> list[Block]:
     return [block for block in blocks(page) if "demo" in block.marks]
 
 
-def commands(block: Block) -> list[list[str]]:
-    """The `proxytune` commands of a block as lists of arguments, as bash reads them."""
-    script = r"""proxytune() { printf '%s\0' "$@"; printf '\n\0'; }""" + f"\n{block.body}"
-    done = subprocess.run(["bash", "-eu", "-c", script], capture_output=True, text=True, check=True)
-    found: list[list[str]] = [[]]
-    for argument in done.stdout.split("\0")[:-1]:
-        if argument == "\n":
-            found.append([])
-        else:
-            found[-1].append(argument)
-    return found[:-1]
+class Command(NamedTuple):
+    """A `proxytune` command of a block: its arguments, and what a pipe writes to it."""
+
+    arguments: list[str]
+    stdin: str
+
+
+def commands(block: Block) -> list[Command]:
+    """The `proxytune` commands of a block, as bash reads them."""
+    told = r"""printf '%s\0' "$@"; printf '\n\0'; if [ -p /dev/stdin ]; then cat; fi; printf '\0'"""
+    done = subprocess.run(
+        ["bash", "-eu", "-c", f"proxytune() {{ {told}; }}\n{block.body}"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    words = iter(done.stdout.split("\0")[:-1])
+    return [
+        Command([first, *takewhile(lambda word: word != "\n", words)], stdin=next(words)) for first in words
+    ]
 
 
 def typed_lines(page: Path) -> Iterator[str]:
@@ -128,15 +135,17 @@ def test_the_demo_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
             exec(compile(block.body, name_of(page), "exec"), {"__name__": "__main__"})
             continue
         run = commands(block)
-        assert run and len(run) == len(re.findall(r"^proxytune ", block.body, re.MULTILINE))
-        for arguments in run:
-            done = proxytune(*arguments)
+        assert run and len(run) == len(re.findall(r"(?:^|\| )proxytune ", block.body, re.MULTILINE))
+        for arguments, stdin in run:
+            done = proxytune(*arguments, stdin=stdin)
             assert done.exit_code == 0 and done.stdout.strip(), (arguments, done.output, done.exception)
             assert all((tmp_path / name).exists() for name in written(arguments)), arguments
 
 
 def written(arguments: list[str]) -> list[str]:
     """The files and folders that a command writes."""
+    if "--dry-run" in arguments:
+        return []
     return [value for name, value in pairwise(arguments) if name in ("--out", "--html", "--figures")]
 
 
@@ -163,7 +172,7 @@ def test_the_readme_shows_what_it_promises(capsys: pytest.CaptureFixture[str]) -
 def test_the_showcase_command_is_right_where_the_base_is_wrong() -> None:
     require_demo()
     [block] = [block for block in demo_blocks(PAGES[0]) if block.language == "bash"]
-    shown = proxytune(*commands(block)[0], "--json").stdout
+    shown = proxytune(*commands(block)[0].arguments, "--json").stdout
     roles = json.loads(shown)["roles"]
     assert roles["proxy"]["text"].endswith("The answer is 99.")  # 24 * 4 + 3
     assert not roles["base"]["text"].endswith("The answer is 99.")
@@ -179,7 +188,7 @@ def test_every_command_parses(page: Path) -> None:
         check(words)
     for block in demo_blocks(page):
         if block.language == "bash":
-            for arguments in commands(block):
+            for arguments, _ in commands(block):
                 check(arguments)
 
 

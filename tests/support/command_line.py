@@ -11,9 +11,9 @@ from proxytune.cli import app as cli
 from tests.support.checkout import environment
 
 
-def proxytune(*arguments: object) -> Result:
+def proxytune(*arguments: object, stdin: str = "") -> Result:
     """Run a command in this process."""
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
