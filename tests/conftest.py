@@ -21,7 +21,7 @@ from proxytune.sandbox.sandbox import Sandbox
 from tests.support import tiny, tiny_system
 from tests.support.endpoint import KEY, Endpoint, serving
 from tests.support.require import REFERENCE, require_or_skip
-from tests.support.tiers import on_the_diagonal
+from tests.support.tiers import every_nth, on_the_diagonal
 
 if TYPE_CHECKING:
     from proxytune.models.roles import Models
@@ -32,6 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Before tests are chosen by their marks: every way of drafting is tried in every cache and with every
     sampler, but not in all combinations at every commit."""
     on_the_diagonal(items)
+    every_nth(items)
 
 
 @pytest.fixture(autouse=True)

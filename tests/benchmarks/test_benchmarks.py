@@ -182,6 +182,7 @@ MINIATURES = [slow(*one) if one[0] == "trained_batch1" else one for one in BOTH_
 
 
 @pytest.mark.parametrize(("case", "on_device"), MINIATURES)
+@pytest.mark.every(4)
 def test_the_gpu_cases_run_in_miniature_on_the_cpu(
     case: str, on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +217,7 @@ def test_the_papers_loop_says_what_full_forwards_say() -> None:
 
 
 @pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.every(2)
 def test_synthetic_acceptance_leaves_the_tokens(on_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if on_device:
         as_on_a_device(monkeypatch)

@@ -67,6 +67,7 @@ def test_attention_without_pages_is_a_mistake() -> None:
         attend(torch.nn.Identity(), q, q, q, None)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so() -> None:
     script = ROOT / "benchmarks" / "gpu_kernels.py"
     done = subprocess.run([sys.executable, script, "--device", "cpu"], capture_output=True, text=True)

@@ -69,6 +69,7 @@ def ignored(kind: str, **found: object) -> None:
 
 
 @pytest.mark.parametrize("plan", [gpu_stages.SMOKE_TRIO, slow(gpu_stages.SMOKE_INT8)])
+@pytest.mark.slow
 def test_a_trio_in_steps_as_on_a_device(plan: gpu_stages.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     as_on_a_device(monkeypatch)
     seen = list[dict[str, Any]]()
@@ -90,6 +91,7 @@ def test_a_trio_in_steps_as_on_a_device(plan: gpu_stages.Plan, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", ["the paper's loop", "synthetic acceptance, k = 3", "batch"])
+@pytest.mark.every(3)
 def test_no_stage_relies_on_one_that_was_skipped(name: str) -> None:
     gpu_stages.trio_13b(smoke=True)[name](ignored)
 

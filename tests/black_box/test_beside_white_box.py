@@ -70,6 +70,7 @@ def decoder(made: Models, role: str = "proxy", defer: float | None = None) -> An
 @pytest.mark.parametrize(
     ("form", "prompt_as"), [("content", "text"), ("names", "text"), ("llama.cpp", "ids")]
 )
+@pytest.mark.every(3)
 def test_free_generation_is_the_same(
     form: str, prompt_as: str, models: Models, server: LogprobEndpoint, questions: tuple[Example, ...]
 ) -> None:

@@ -128,6 +128,7 @@ CASES = (
 
 @pytest.mark.parametrize("weights", [True, False], ids=["weights", "no weights"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.make.__name__)
+@pytest.mark.every(3)
 def test_systems_good_and_bad(case: Case, weights: bool, tmp_path: Path) -> None:
     system = case.make(tmp_path)
     found = check_system(system, weights=weights)

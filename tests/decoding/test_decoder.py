@@ -38,20 +38,24 @@ def speculation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.thorough
+@pytest.mark.every(3)
 def test_hundred_ragged_prompts_greedy(trio: System) -> None:
     check(decoder(trio), ragged(examples(40, 100)), Sampling(max_new_tokens=12))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+@pytest.mark.every(3)
 def test_sampled(trio: System, sampler: dict[str, Any]) -> None:
     check(decoder(trio), ragged(12, 1), Sampling(max_new_tokens=10, seed=3, **sampler))
 
 
 @pytest.mark.parametrize("alpha", ["0.4", "2", "first:3", "warmup:2", "linear:0:1.5:6"])
+@pytest.mark.every(3)
 def test_alpha_schedules(trio: System, alpha: str) -> None:
     check(decoder(trio), ragged(10, 2), Sampling(max_new_tokens=10), alpha)
 
 
+@pytest.mark.every(3)
 def test_samples_of_one_prompt_share_it_and_differ(trio: System, layout: str) -> None:
     d = decoder(trio, batch=3)
     found = check(d, ragged(4, 5), Sampling(max_new_tokens=8, temperature=1.0, n=5))
@@ -102,6 +106,7 @@ def test_without_a_compiler_a_note_says_so(trio: System, monkeypatch: pytest.Mon
     assert "slower" in note and "no C++ compiler found" in note
 
 
+@pytest.mark.every(3)
 def test_preemption_under_a_tiny_pool_changes_nothing(trio: System, layout: str) -> None:
     examples, s = ragged(10, 6, longest=12), Sampling(max_new_tokens=40, temperature=0.8)
     free = by_id(list(decoder(trio).stream(examples, s)))
@@ -111,6 +116,7 @@ def test_preemption_under_a_tiny_pool_changes_nothing(trio: System, layout: str)
     assert {k: c.token_ids for k, c in tight.items()} == {k: c.token_ids for k, c in free.items()}
 
 
+@pytest.mark.every(3)
 def test_alone_in_any_batch_in_any_order(trio: System, layout: str) -> None:
     examples, s = ragged(9, 7), Sampling(max_new_tokens=9, temperature=1.0, seed=11)
     want = {e.id: next(iter(decoder(trio).stream([e], s))).token_ids for e in examples}
@@ -234,6 +240,7 @@ def test_prompt_that_no_pool_can_hold(trio: System) -> None:
     temperature=st.sampled_from([0.0, 0.9]),
     stop=st.sampled_from([(), ("e",), ("a", "\n")]),
 )
+@pytest.mark.every(3)
 def test_lengths_stops_and_pools(
     trio: System,
     layout: str,

@@ -54,6 +54,7 @@ HOSTILE: list[Any] = [
 
 
 @pytest.mark.parametrize("template, why", HOSTILE)
+@pytest.mark.every(3)
 def test_no_template_takes_all_time_or_memory(
     template: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def expected(d: Decoder, item: Continuation, alpha: object) -> tuple[list[float]
 
 @pytest.mark.parametrize("pages", [False, True])
 @pytest.mark.parametrize("positions", [1024, 20, 3])
+@pytest.mark.every(3)
 def test_all_alphas_from_one_pass(
     trio: System, positions: int, pages: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +122,7 @@ def primed(d: Decoder, shots: int) -> list[Continuation]:
 
 @pytest.mark.parametrize("tokens", [2048, 90, 7])
 @pytest.mark.parametrize("shots", [0, 6])
+@pytest.mark.every(3)
 def test_contexts_that_begin_alike(trio: System, layout: str, shots: int, tokens: int) -> None:
     d = decoder(trio)
     items = primed(d, shots)

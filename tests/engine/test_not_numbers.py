@@ -75,6 +75,7 @@ HOW = [
 
 @pytest.mark.parametrize(("speculation", "sampler"), HOW, ids=["plain", "drafts", "drawn", "lookup"])
 @pytest.mark.parametrize("name", [slow("base"), "expert", slow("antiexpert")])
+@pytest.mark.every(3)
 def test_the_rest_of_the_batch_is_unharmed(
     trio: System, anywhere: str, name: str, speculation: Speculation, sampler: dict[str, Any]
 ) -> None:

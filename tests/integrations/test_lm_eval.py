@@ -91,6 +91,7 @@ def same(ours: dict[str, Any], theirs: dict[str, Any], tasks: dict[str, Path], d
         ("the base alone", "float64"),
     ],
 )
+@pytest.mark.every(3)
 def test_a_shift_of_nothing_is_the_hf_model(
     way: str, dtype: str, trio: System, tasks: dict[str, Path]
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_shift_of_nothing_is_the_hf_model(
 
 
 @pytest.mark.parametrize(("alpha", "dtype"), [(1.0, "float64"), (1.0, "float32"), (0.5, "float64")])
+@pytest.mark.every(3)
 def test_a_shift_is_the_formula_on_whole_sequences(
     alpha: float, dtype: str, trio: System, tasks: dict[str, Path]
 ) -> None:
@@ -120,6 +122,7 @@ def test_a_shift_is_the_formula_on_whole_sequences(
 @pytest.mark.parametrize(
     "decode", [DecodeOptions(speculate=4, kv_memory="2MB"), DecodeOptions(speculate="off", batch=2)]
 )
+@pytest.mark.every(2)
 def test_how_it_is_computed_changes_no_answer(
     decode: DecodeOptions, trio: System, tasks: dict[str, Path], usual: dict[str, Any]
 ) -> None:
@@ -310,6 +313,7 @@ def _with(spec: ModelSpec, chat: str) -> ModelSpec:
 
 
 @pytest.mark.parametrize("multiturn", [True, False])
+@pytest.mark.every(2)
 def test_a_chat_model_is_the_hf_model_with_its_template(
     multiturn: bool, chatty: System, tasks: dict[str, Path]
 ) -> None:

@@ -83,6 +83,7 @@ def test_results_are_lm_evals_files_and_runs(yaml: Path, tasks: dict[str, Path],
     assert shown.exit_code == 0 and "lm-eval:sums" in (tmp_path / "page.html").read_text(), shown.output
 
 
+@pytest.mark.slow
 def test_runs_of_other_settings_get_folders_of_their_own(
     yaml: Path, tasks: dict[str, Path], tmp_path: Path
 ) -> None:

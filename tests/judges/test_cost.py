@@ -38,6 +38,7 @@ def test_what_is_reserved_for_calls_is_free_once_they_have_ended() -> None:
 @pytest.mark.parametrize("tokens", [10, 300])
 @pytest.mark.parametrize("workers", [1, 8])
 @pytest.mark.parametrize("limit", [0, 500, 1200, 3000, 5100])
+@pytest.mark.every(4)
 def test_an_honest_endpoint_never_passes_the_limit(
     tokens: int, workers: int, limit: float, endpoint: Endpoint
 ) -> None:
@@ -85,6 +86,7 @@ def test_later_calls_are_expected_to_cost_what_the_dearest_did() -> None:
         {"prompt_tokens": 0, "completion_tokens": 1e3},
     ],
 )
+@pytest.mark.every(2)
 def test_usage_that_is_no_count_costs_the_estimate(usage: Any, endpoint: Endpoint) -> None:
     endpoint.usage = usage
     judge = PairwiseJudge("m", price=A_DOLLAR_A_TOKEN, workers=1)

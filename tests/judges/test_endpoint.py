@@ -47,6 +47,7 @@ def limits(*, hangs: bool) -> CallLimits:
 
 
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.every(2)
 def test_a_server_that_misbehaves(name: str, server: Misbehaving) -> None:
     kind = server.kind = KINDS[name]
     judge = PairwiseJudge("m", workers=1, limits=limits(hangs=kind.hangs))

@@ -42,6 +42,7 @@ def judged(endpoint: Endpoint, system: System, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("mends", ["reads", "judges"])
+@pytest.mark.every(4)
 def test_a_kill_between_any_two_files(
     mends: str, judged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

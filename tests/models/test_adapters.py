@@ -155,6 +155,7 @@ CASES = [
 @pytest.mark.parametrize(
     "name, make, tied", CASES, ids=[f"{name}{' (tied model)' * tied}" for name, _, tied in CASES]
 )
+@pytest.mark.every(3)
 def test_logits_are_pefts(name: str, make: Callable[[], Any], tied: bool, way: str, world: World) -> None:
     folder, adapter = world.tied if tied else world.plain, world.adapter(make(), tied=tied)
     want, plain = by_peft(folder, adapter), alone(folder)
@@ -474,6 +475,7 @@ GROWN: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("how", GROWN)
+@pytest.mark.every(3)
 def test_added_tokens_are_pefts(how: str, tied: bool, world: World) -> None:
     adapter, tuned = grown(world, tied=tied, **GROWN[how])
     models = world.models(adapter, "own", tied=tied, chat="tokenizer")

@@ -35,6 +35,7 @@ def family_trio(family: str, folder: Path) -> System:
 
 
 @pytest.mark.parametrize("family", tiny.PACKED)
+@pytest.mark.every(4)
 def test_packed(family: str, tmp_path: Path) -> None:
     """Ragged prompts, prefill in chunks mixed with decoding, four rows at a time: greedy and sampled."""
     d = decoder(family_trio(family, tmp_path), batch=4)
@@ -45,6 +46,7 @@ def test_packed(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", tiny.REFERENCE)
+@pytest.mark.every(4)
 def test_reference(family: str, tmp_path: Path) -> None:
     """These ignore our attention, hide a window in the mask or keep other state: exact all the same, and
     announced."""
@@ -56,6 +58,7 @@ def test_reference(family: str, tmp_path: Path) -> None:
     check(d, LONG[:1], Sampling(max_new_tokens=3))
 
 
+@pytest.mark.slow
 def test_prefill_chunks_mix_with_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxytune.decoding.decoder.PREFILL_TOKENS", {"cpu": 5})
     for family in ("llama", "gemma3", "gpt-oss"):

@@ -49,6 +49,7 @@ def merged(folders: dict[str, Path], name: str, target: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["lora", "head"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.every(2)
 def test_adapter_on_the_antiexpert_equals_two_models(
     name: str, temperature: float, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_peft_mixed_batch_is_the_oracle_of_the_shared_forward(folders: dict[str,
 
 @pytest.mark.parametrize("k", [0, 1, 4, None])
 @pytest.mark.parametrize("name", ["lora", "head", "prompt", "mlp"])
+@pytest.mark.every(3)
 def test_shared_weights_speculate_as_they_decode(name: str, k: int | None, folders: dict[str, Path]) -> None:
     pair, s = system(folders, on_anti(folders, name)), Sampling(max_new_tokens=14, temperature=0.7, n=2)
     plain = Decoder(Models(pair), "proxy", DecodeOptions(batch=1, speculate="off"))

@@ -110,6 +110,7 @@ def test_every_divergence_is_a_near_tie(bench: Make) -> None:
     assert all(margin < BOUNDS["float32"] for margin in margins), margins
 
 
+@pytest.mark.slow
 def test_in_bfloat16_few_rows_differ_and_those_in_near_ties(bench: Make) -> None:
     """The head gives float32 logits, so that ties by rounding are rare (none where this was written)."""
     margins = bench("bfloat16", False).divergences()
@@ -118,6 +119,7 @@ def test_in_bfloat16_few_rows_differ_and_those_in_near_ties(bench: Make) -> None
 
 
 @pytest.mark.parametrize("dtype, twins", [("float32", False), ("float32", True), ("bfloat16", False)])
+@pytest.mark.every(3)
 def test_every_token_is_the_exact_best_or_a_near_tie(dtype: DType, twins: bool, bench: Make) -> None:
     """Against float64 itself: the chosen token is within the bound of the best."""
     made = bench(dtype, twins)

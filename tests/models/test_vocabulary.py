@@ -34,6 +34,7 @@ def test_equal_vocabularies_need_no_map() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(272, 259, 259), (259, 272, 264), (272, 264, 288), (288, 259, 272)])
+@pytest.mark.every(2)
 def test_padded_heads_decode_exactly(sizes: tuple[int, int, int], tmp_path: Path) -> None:
     """Heads are padded to different sizes (Qwen): the padding is cut, and the tokens are the cut oracle's."""
     d = decoder(trio_of(tmp_path, sizes))
@@ -250,6 +251,7 @@ def spelt(tmp_path_factory: pytest.TempPathFactory) -> tuple[System, dict[str, l
 
 @pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("drafts", DRAFTED)
+@pytest.mark.every(3)
 def test_spelt_tokens_are_drafted_accepted_and_taken_back(
     drafts: str, spelt: tuple[System, dict[str, list[int]]]
 ) -> None:
@@ -295,6 +297,7 @@ def test_intersect_stops_at_the_window_of_whoever_fills_first(tmp_path: Path) ->
 
 @pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("k", [0, 7])
+@pytest.mark.every(3)
 def test_drafts_of_spelt_tokens_stay_within_the_window(k: int, tmp_path: Path) -> None:
     """GPT-2 has a table of positions: a draft beyond its end would be an index error."""
     base = pieces(["abcdefgh"])

@@ -167,6 +167,7 @@ def test_an_adapter_may_stand_for_an_unpublished_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.every(4)
 def test_a_recipe_runs_to_the_end_and_again(recipe: str, yaml: Path, tmp_path: Path) -> None:
     asked = ("reproduce", recipe, "--system", yaml, "--limit", 2, "--kv-memory", "64MB")
     done = proxytune(*asked)
@@ -185,6 +186,7 @@ def test_a_recipe_runs_to_the_end_and_again(recipe: str, yaml: Path, tmp_path: P
     assert f"{len(found)} runs ({len(found)} done already)" in again.stderr
 
 
+@pytest.mark.every(2)
 def test_consent_to_what_a_judge_costs(
     endpoint: Endpoint,
     yaml: Path,

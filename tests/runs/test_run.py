@@ -302,7 +302,7 @@ def wait_for_rows(path: Path, count: int, process: subprocess.Popen[str]) -> Non
 def test_a_killed_process_is_continued(
     yaml: Path, system: System, models: Models, tmp_path: Path, how: signal.Signals
 ) -> None:
-    options = ["--limit", "60", "--batch", "1", "--max-new-tokens", "40", "--out", str(tmp_path / "killed")]
+    options = ["--limit", "30", "--batch", "1", "--max-new-tokens", "20", "--out", str(tmp_path / "killed")]
     process = subprocess.Popen(
         [sys.executable, "-m", "proxytune", "eval", "gsm", "--system", str(yaml), *options],
         cwd=tmp_path,
@@ -318,15 +318,16 @@ def test_a_killed_process_is_continued(
     _, printed = process.communicate()
     assert process.returncode == (-9 if how == signal.SIGKILL else 130)
     if how == signal.SIGINT:
-        assert "60 examples are kept" in printed.splitlines()[-1] and "Traceback" not in printed
+        assert "30 examples are kept" in printed.splitlines()[-1] and "Traceback" not in printed
     assert results.read_run(tmp_path / "killed").status == "running"
-    same = {"limit": 60, "batch": 30, "sampling": Sampling(max_new_tokens=40)}  # the batch decides nothing
+    same = {"limit": 30, "batch": 15, "sampling": Sampling(max_new_tokens=20)}  # the batch decides nothing
     done = {name: evaluate(system, models, tmp_path / name, **same) for name in ("killed", "whole")}
     assert done["killed"].metrics == done["whole"].metrics and done["killed"].cost.sessions == 2
     assert results.read_rows(tmp_path / "killed") == results.read_rows(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("speculate", ["auto", 0, 1, 5])
+@pytest.mark.every(2)
 def test_speculation_changes_no_token(speculate: str | int, system: System) -> None:
     sampling = Sampling(max_new_tokens=12, temperature=0.8, n=2)
     off, how = DecodeOptions(speculate="off"), DecodeOptions(speculate=speculate)  # type: ignore[arg-type]

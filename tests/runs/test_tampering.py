@@ -112,6 +112,7 @@ def said(reading: Reading, folder: Path) -> tuple[str | None, Any]:
         return str(error), None
 
 
+@pytest.mark.every(3)
 def test_every_reading_of_a_damaged_run(cases: dict[str, Case], endpoint: Endpoint, tmp_path: Path) -> None:
     tried, found, sound = examples(15, 100), Counter[str](), dict[tuple[Path, str], Any]()
     for number in range(tried):

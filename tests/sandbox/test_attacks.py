@@ -20,7 +20,6 @@ from proxytune.sandbox.root import Interpreter, closed_folder
 from tests.support.attacks import ATTACKS
 from tests.support.checkout import ROOT
 from tests.support.require import require_or_skip
-from tests.support.tiers import slow
 
 SYSTEM_PYTHON = "/usr/bin/python3"
 OTHER_USER = 65534
@@ -68,10 +67,9 @@ def report(folder: Path, backend: str, other_user: bool) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "other_user", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["own user", "other user"]
-)
-@pytest.mark.parametrize("backend", ["bubblewrap", slow("namespaces"), slow("weak")])
+@pytest.mark.parametrize("other_user", [False, True], ids=["own user", "other user"])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["bubblewrap", "namespaces", "weak"])
 def test_attacks_are_contained(alone: Path, backend: str, other_user: bool) -> None:
     found = report(alone, backend, other_user)
     expected = {name for name, attack in ATTACKS.items() if backend != "weak" or attack.weak}

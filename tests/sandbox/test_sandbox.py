@@ -148,9 +148,9 @@ def test_no_child_speaks_for_its_parent(box: Sandbox) -> None:
     assert result(box, code) == "failed: it ended itself before its last line"
 
 
-def judged(box: Sandbox, code: str, check: str) -> str:
+def judged(box: Sandbox, code: str, check: str, seconds: float = 10.0) -> str:
     """How a program and its check end."""
-    return box.run(Job((Program(code, 10.0, check=check),))).results[0]
+    return box.run(Job((Program(code, seconds, check=check),))).results[0]
 
 
 def test_a_check_calls_the_program(box: Sandbox) -> None:
@@ -175,7 +175,7 @@ else:
     assert judged(box, code, "call('h')(1)") == "failed: NameError: name 'h' is not defined"
     assert judged(box, code, "call('f')(print)") == NOT_APART
     assert judged(box, "def f(): return object()", "call('f')(call('f')())").startswith("failed: TypeError")
-    assert judged(box, "import time\ndef f(): time.sleep(60)", "call('f')()") == "timed out"
+    assert judged(box, "import time\ndef f(): time.sleep(60)", "call('f')()", seconds=1.0) == "timed out"
 
 
 def test_a_check_without_a_program_judges_files(box: Sandbox) -> None:
@@ -187,6 +187,7 @@ def test_a_check_without_a_program_judges_files(box: Sandbox) -> None:
 # Hostile programs
 
 
+@pytest.mark.every(3)
 def test_an_endless_loop_is_timed_out(box: Sandbox) -> None:
     began = time.monotonic()
     stubborn = "while True:\n  try:\n    while True: pass\n  except BaseException: pass"
@@ -228,6 +229,7 @@ if os.fork() == 0:
 
 
 @pytest.mark.parametrize("ending", ["", "os._exit(0)", "while True: pass"])
+@pytest.mark.every(2)
 def test_a_child_that_hides_is_not_left_behind(box: Sandbox, ending: str) -> None:
     result(box, f"{HIDES}\n{ending}", 1.0)
     assert marked() == []

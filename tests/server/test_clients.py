@@ -50,6 +50,7 @@ def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("tokens", [True, False])
+@pytest.mark.every(2)
 def test_lm_eval_gets_what_it_gets_in_process(
     here: Served, trio: System, tmp_path: Path, tokens: bool
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,19 @@ def on_the_diagonal(items: Sequence[pytest.Item]) -> None:
         indices = getattr(getattr(item, "callspec", None), "indices", {})
         if CROSSED & set(indices) and len(indices) > 1 and sum(indices.values()) % 3:
             item.add_marker(pytest.mark.slow)
+
+
+def every_nth(items: Sequence[pytest.Item]) -> None:
+    """Of a test that is marked `every(n)`, each n-th set of parameters stays in the quick tier."""
+    seen: Counter[tuple[object, str]] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("every")
+        if mark is None:
+            continue
+        test = (item.parent, getattr(item, "originalname", item.name))
+        if seen[test] % mark.args[0]:
+            item.add_marker(pytest.mark.slow)
+        seen[test] += 1
 
 
 def examples(quick: int, thorough: int) -> int:

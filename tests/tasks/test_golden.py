@@ -54,6 +54,7 @@ def shown(prompt: Prompt, run: str) -> str:
 
 
 @pytest.mark.parametrize("run", GSM)
+@pytest.mark.every(3)
 def test_gsm_scores(reference: Path, tmp_path: Path, run: str) -> None:
     folder = reference / "golden" / "gsm" / run
     packed = folder / "predictions.jsonl.gz"

@@ -78,6 +78,7 @@ def any_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("k", [0, 1, 3, 6, None, "lookup", "any"])
+@pytest.mark.every(2)
 def test_greedy(trio: System, steps: Steps, k: Ways) -> None:
     """17 ragged prompts, so that batches are padded to 24 rows and shrink to one."""
     d = decoder(trio, speculation=drafting(k))
@@ -88,6 +89,7 @@ def test_greedy(trio: System, steps: Steps, k: Ways) -> None:
 
 @pytest.mark.parametrize("k", [0, 1, 3, 6, "lookup", "any"])
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+@pytest.mark.every(2)
 def test_sampled(trio: System, steps: Steps, sampler: dict[str, Any], k: Ways) -> None:
     d = decoder(trio, speculation=drafting(k))
     check(d, ragged(3, 1), Sampling(max_new_tokens=10, seed=3, **sampler))
@@ -158,6 +160,7 @@ def test_prompt_lookup_is_accepted(trio: System, steps: Steps, role: str) -> Non
 
 
 @pytest.mark.parametrize("k", [0, 3, "lookup", "any"])
+@pytest.mark.every(2)
 def test_the_device_knows_what_was_generated(
     trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps, k: Ways
 ) -> None:
@@ -256,6 +259,7 @@ def test_several_experts(trio: System, tmp_path: Path, steps: Steps, k: int) -> 
 
 @pytest.mark.parametrize("k", [0, 1, 4, "lookup", "any"])
 @pytest.mark.parametrize("name", ["lora", "head", "prompt"])
+@pytest.mark.every(2)
 def test_shared_pair(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, steps: Steps, name: str, k: Ways
 ) -> None:
@@ -276,6 +280,7 @@ FAMILIES = ["mistral", "gemma2", "gpt-oss", "deepseek-v3", "gpt2", "opt", "qwen3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.every(3)
 def test_families(family: str, tmp_path: Path, steps: Steps) -> None:
     folders = {
         role: tiny.save(tmp_path / role, tiny.build(family, seed))
@@ -323,6 +328,7 @@ def test_last_position_of_the_window(trio: System, steps: Steps, k: Ways) -> Non
 
 
 @pytest.mark.parametrize("k", [0, 3, "lookup", "any"])
+@pytest.mark.every(2)
 def test_preemption(trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps, k: Ways) -> None:
     examples, s = ragged(10, 6, longest=12), Sampling(max_new_tokens=40, temperature=0.8)
     d = decoder(trio, kv_memory=kv_bytes(decoder(trio), 160), speculation=drafting(k))
@@ -333,6 +339,7 @@ def test_preemption(trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps,
 
 
 @pytest.mark.parametrize("k", [0, 3, "lookup", "any"])
+@pytest.mark.every(2)
 def test_samples_share_their_prompt(trio: System, steps: Steps, k: Ways) -> None:
     d = decoder(trio, batch=3, speculation=drafting(k))
     examples = [example("a prompt that fills a page or more", 0), example("short", 1)]

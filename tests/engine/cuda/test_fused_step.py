@@ -98,6 +98,7 @@ def test_kernels_give_the_oracles_tokens(
     assert calls["placed"] > 0 and calls["gated"] > 0 and calls["norm"] == 0
 
 
+@pytest.mark.slow
 def test_all_kernels_in_float32(trio: System, kernels: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step with every kernel, the paged attention too, says what it says without them."""
     if kernels.type != "cpu":

@@ -118,6 +118,7 @@ def silently(function: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("parallel", [False, True, None])
 @pytest.mark.parametrize("k", [0, 3, "lookup"])
+@pytest.mark.every(2)
 def test_replayed_steps_are_the_oracles(trio: System, k: Ways, parallel: bool | None) -> None:
     d = decoder(trio, speculation=drafting(k))
     d.ensemble.graphs(d.ensemble.draft_models(d.speculation.drafter)).parallel = parallel
@@ -131,6 +132,7 @@ def test_replayed_steps_are_the_oracles(trio: System, k: Ways, parallel: bool | 
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+@pytest.mark.every(3)
 def test_replayed_samples(trio: System, sampler: dict[str, Any]) -> None:
     """Noise, positions and schedules are those of the moment, not those of the recording."""
     d = decoder(trio, speculation=drafting(2))
@@ -145,6 +147,7 @@ def test_adaptive_lengths_have_a_graph_each(trio: System) -> None:
 
 
 @pytest.mark.parametrize("name", ["lora", "prompt"])
+@pytest.mark.every(3)
 def test_replayed_shared_pair(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     pair, s = (
         adapters.system(folders, on_anti(folders, name)),

@@ -16,6 +16,7 @@ from tests.support.tiny import spec
 
 @pytest.mark.parametrize("drafts", [0, 3])
 @pytest.mark.parametrize("others", ["nobody", "base", "antiexpert"])
+@pytest.mark.every(3)
 def test_steps_on_shared_weights(
     others: str, drafts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,7 @@ def of_family(folder: Path, name: str) -> System:
 
 
 @pytest.mark.parametrize("name", tiny.PACKED)
+@pytest.mark.every(4)
 def test_families(name: str, tmp_path: Path, operations: list[int]) -> None:
     step_on_meta(of_family(tmp_path, name))
     assert operations[0] > 100
@@ -137,6 +138,7 @@ def test_a_trace(trio: System, operations: list[int], trace: TraceKind) -> None:
 
 @pytest.mark.parametrize("k", [0, 1, 5, "lookup"])
 @pytest.mark.parametrize("sampler", [{"temperature": 0.0}, *SAMPLERS], ids=str)
+@pytest.mark.every(3)
 def test_samplers(trio: System, operations: list[int], sampler: dict[str, Any], k: Ways) -> None:
     step_on_meta(trio, k=k, **sampler)
     assert operations

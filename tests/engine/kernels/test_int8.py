@@ -212,6 +212,7 @@ def decoded(one: ModelSpec) -> list[Completion]:
     return list(Decoder(Models(System(base=one)), "base").stream(ragged(6, 3), GREEDY))
 
 
+@pytest.mark.slow
 def test_decoding_through_the_kernel(folder: Path, kernels: torch.device) -> None:
     """The same tokens whichever way the int8 layers multiply."""
     d = Decoder(Models(System(base=spec(folder))), "base")

@@ -179,6 +179,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.every(3)
 def test_is_attention(name: str, kernels: torch.device) -> None:
     compare(SHAPES[name], kernels)
 
@@ -234,6 +235,7 @@ def test_what_lies_beyond_a_row_is_never_read(kernels: torch.device) -> None:
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("path", ["kernel", "gathered"])
+@pytest.mark.every(3)
 def test_only_what_is_seen_can_be_no_number(
     path: str, number: float, splits: int, kernels: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

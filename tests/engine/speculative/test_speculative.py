@@ -123,6 +123,7 @@ def test_any_drafts_give_the_plain_tokens(k: int | None, p: float, trio: System)
     stop=st.sampled_from([(), ("e",), ("a", "\n")]),
     trace=st.sampled_from(["off", "tokens"]),
 )
+@pytest.mark.every(3)
 def test_everything_at_once(
     trio: System,
     layout: str,
