@@ -115,7 +115,9 @@ def read_run(folder: Path) -> Run:
     it did not store."""
     path = folder / RUN
     if not path.exists():
-        raise UserError(f"no run in '{folder}': it has no {RUN}")
+        raise UserError(
+            f"no run in '{folder}': it has no {RUN}. `proxytune runs RESULTS` lists the runs of a folder"
+        )
     stored = content_of(path)
     try:
         content = json.loads(stored)

@@ -26,10 +26,11 @@ def export(kind: str, folder: Path, out: Path | None = None) -> list[Path]:
     if kind not in FORMATS:
         raise did_you_mean("format", kind, FORMATS)
     target = out or folder
+    contents = FORMATS[kind].files(folder)
     if not target.is_dir():
-        raise UserError(f"no folder '{target}' to write to")
+        raise UserError(f"no folder '{target}' to write to: make it, or name another with --out")
     written = []
-    for name, content in FORMATS[kind].files(folder).items():
+    for name, content in contents.items():
         path = target / name
         with disk_errors_in_one_line(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ SECONDS = 120
 def url() -> Iterator[str]:
     """A server over the file that the checkpoint was made from."""
     if importlib.util.find_spec("xllamacpp") is None:
-        require_or_skip("llama.cpp", "xllamacpp is not installed: pip install xllamacpp")
+        require_or_skip("llama.cpp", "xllamacpp is not installed: it has wheels for Linux on x86-64")
     file = real.checkpoint("smollm2", "float32").parent / "smollm2.gguf"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
