@@ -86,10 +86,23 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
             AttributeError, ValueError
         ):  # only mixtures of experts have it; grouped_mm refuses float64
             module.set_experts_implementation("eager")
+    if spec.quantization == "4bit":
+        _keep_as_stored(module)
     module.eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     return module
+
+
+def _keep_as_stored(module: PreTrainedModel) -> None:
+    """Weights of bitsandbytes in 4 bits stay as they were stored. On processors with bfloat16 instructions
+    the first forward would repack them, which rounds their scales to bfloat16 (so that a model that has run
+    is no longer the one that was loaded) and fails where a width is no multiple of 64."""
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in module.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _require_all(model: str, report: Any) -> None:

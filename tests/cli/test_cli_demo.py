@@ -21,6 +21,7 @@ from proxytune.sandbox.sandbox import Sandbox
 from tests.support import command_line
 from tests.support.checkout import ROOT, environment
 from tests.support.require import require_demo
+from tests.support.tiers import WHOLE
 
 pytestmark = pytest.mark.xdist_group("demo")  # the tests of one run stay in one process
 
@@ -178,10 +179,14 @@ def test_a_demo_run_killed_half_way_ends_like_an_uninterrupted_one(tmp_path: Pat
 
 @pytest.mark.slow
 def test_the_proxy_closes_the_gap(tmp_path: Path) -> None:
-    tasks = json.loads(proxytune(tmp_path, "demo", "--json").stdout)["tasks"]
+    some = [] if WHOLE else ["--limit", "150"]
+    tasks = json.loads(proxytune(tmp_path, "demo", "--json", *some).stdout)["tasks"]
     for name in ("gsm", "truthfulqa"):
         task = tasks[name]
-        assert task["n"] >= 500 and task["base"] < task["expert"] < task["proxy"], (name, task)
+        assert task["n"] >= (500 if WHOLE else 150) and task["base"] < task["expert"] < task["proxy"], (
+            name,
+            task,
+        )
         assert task["gap_closed"] >= 0.85, (name, task)
     assert tasks["toxigen"]["base"] > 0.9 and tasks["toxigen"]["proxy"] < 0.1, tasks["toxigen"]
     if isolates():

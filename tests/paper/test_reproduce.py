@@ -225,7 +225,7 @@ def test_the_makefile_runs_the_recipes() -> None:
 def test_the_demo_runs_every_recipe(recipe: str, tmp_path: Path) -> None:
     code = ("--allow-code-execution",) if recipe == "table4" else ()
     done = subprocess.run(
-        [sys.executable, "-m", "proxytune", "reproduce", recipe, "--system", "demo", "--limit", "20", *code],
+        [sys.executable, "-m", "proxytune", "reproduce", recipe, "--system", "demo", "--limit", "10", *code],
         cwd=tmp_path,
         env=environment(),
         capture_output=True,

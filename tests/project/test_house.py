@@ -191,6 +191,6 @@ def test_the_installed_wheel_runs_the_demo_in_an_empty_folder(tmp_path: Path) ->
     assert (site / "proxytune" / "configs" / "systems" / "demo.yaml").exists()
     where = proxytune("--version")
     assert "demo" in proxytune("systems") and where.startswith("proxytune ")
-    tasks = json.loads(proxytune("demo", "--limit", "8", "--json"))["tasks"]
+    tasks = json.loads(proxytune("demo", "--limit", "3", "--json"))["tasks"]
     assert set(tasks) >= {"gsm", "truthfulqa", "truthfulqa_mc"}
     assert list(empty.iterdir()) == [], "the demo writes nothing unless asked to"

@@ -59,11 +59,11 @@ def test_an_analysis_of_the_paper_runs_on_the_demo(folder: Path, target: str) ->
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_demo_report_is_made(folder: Path) -> None:
-    shown = make(folder, "demo-report", "QUESTIONS=8", "ALPHAS=0:1:0.5", "LATE_SKIP=first:4")
+    shown = make(folder, "demo-report", "QUESTIONS=4", "ALPHAS=0:1:0.5", "LATE_SKIP=first:4")
     report = folder / "results" / "demo-report"
     assert f"wrote {report.relative_to(folder) / 'report.html'}" in shown
     found = [run for _, run in find_runs(report)]
-    assert {run.n for run in found} == {8}
+    assert {run.n for run in found} == {4}
     assert sum(run.spec.trace == "agreement" for run in found) == 4
     assert {run.spec.alpha.text for run in found if run.spec.role == "proxy"} == {"0", "0.5", "1", "first:4"}
     assert len((report / "report.html").read_text(encoding="utf-8")) > 100_000

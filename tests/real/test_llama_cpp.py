@@ -109,7 +109,9 @@ def test_every_way_of_decoding(models: Models) -> None:
     """Expert and antiexpert are one model, so the proxy is the base: token by token and all at once."""
     prompts = [Prompt(plain=text, user=text) for text in ("The capital of France is", "1, 2, 3,")]
     examples = [Example(str(number), prompt) for number, prompt in enumerate(prompts)]
-    settings = Sampling(max_new_tokens=5)
+    settings = Sampling(
+        max_new_tokens=3
+    )  # the fourth all but ties, and this server's rounding hangs on its cache
     client = client_of(models.system, ApiOptions(parallel=2))
     texts = []
     for role, defer in (("base", None), ("proxy", None), ("proxy", 1e-6)):

@@ -115,7 +115,7 @@ def test_what_kills_every_worker_comes_to_an_end(
 
 
 def test_the_driver_is_killed_and_the_same_command_goes_on(yaml: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "proxytune", "eval", "gsm", "--system", str(yaml), "--limit", "40"]
+    command = [sys.executable, "-m", "proxytune", "eval", "gsm", "--system", str(yaml), "--limit", "12"]
     command += ["--batch", "2", "--ray", "--out", "run"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL) as driver:
         stored = tmp_path / "run" / results.PREDICTIONS
@@ -130,7 +130,7 @@ def test_the_driver_is_killed_and_the_same_command_goes_on(yaml: Path, tmp_path:
     plain = [*command[:-3], "--out", "plain"]
     assert subprocess.run(plain, cwd=tmp_path, env=environment(), capture_output=True).returncode == 0
     assert rows(tmp_path / "run") == rows(tmp_path / "plain")
-    assert len(list(results.read_rows(tmp_path / "run"))) == 40
+    assert len(list(results.read_rows(tmp_path / "run"))) == 12
 
 
 def spec_of(system: System) -> RunSpec:

@@ -10,9 +10,8 @@ from proxytune.api_spec import ApiSpec
 from proxytune.config import Sampling, load_system
 from proxytune.decoding import Decoder
 from proxytune.models import Models
-from proxytune.options import ApiOptions, DecodeOptions
+from proxytune.options import ApiOptions, DecodeOptions, ServeOptions
 from proxytune.runs.decoders import client_of, decoder_for
-from proxytune.options import ServeOptions
 from proxytune.tasks import get_task, read_source
 from tests.support.servers import served
 

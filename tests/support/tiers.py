@@ -13,6 +13,10 @@ THOROUGH = bool(os.environ.get("PROXYTUNE_THOROUGH"))
 """Whether tests marked `thorough` take all of their examples."""
 
 
+WHOLE = bool(os.environ.get("PROXYTUNE_WHOLE"))
+"""Whether tests over large published sets take all of them. Otherwise `make check-all` takes a part."""
+
+
 def slow(*values: Any) -> Any:
     """A parameter set of the slow tier."""
     return pytest.param(*values, marks=pytest.mark.slow)
