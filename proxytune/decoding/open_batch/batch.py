@@ -279,8 +279,9 @@ def _guarded(
     found = stop
 
     def ended(tokens: Sequence[int]) -> bool:
+        at_end = True
         with _faulty(response):
-            return found(tokens)
-        return True
+            at_end = found(tokens)
+        return at_end
 
     return ended
