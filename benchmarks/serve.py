@@ -206,6 +206,7 @@ def throughput(given: argparse.Namespace) -> dict[str, Any]:
                         texts = asyncio.run(_together(server.port, bodies, stream=kind == "streamed"))
                     row[f"{kind}_same"] = sum(a == b.text for a, b in zip(texts, expected, strict=True))
                 rows.append(row)
+                print(row, file=sys.stderr, flush=True)
     finally:
         server.stop()
     ratios = {
@@ -360,9 +361,9 @@ def load(given: argparse.Namespace) -> dict[str, Any]:
         facts.append(_settled(server))
 
     async def killed() -> Counter[str]:
-        clients = Clients(server, time.monotonic() + 6, dice)
+        clients = Clients(server, time.monotonic() + given.kill_seconds, dice)
         running = asyncio.ensure_future(clients.run(given.clients))
-        await asyncio.sleep(3)
+        await asyncio.sleep(given.kill_seconds / 2)
         await asyncio.to_thread(server.stop, signal.SIGKILL)
         await asyncio.to_thread(server.start)
         await running
@@ -423,6 +424,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--kill-seconds", type=float, default=6)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     found = throughput(given) if given.what == "throughput" else load(given)
