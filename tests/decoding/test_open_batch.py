@@ -24,10 +24,9 @@ SAMPLINGS = (
 ALPHAS = ("1", "0", "first:3", "0.5")
 
 
-def asked(batch: OpenBatch, place: int, *, trace: bool = False) -> Asked:
-    return Asked(
-        batch.of_prompt(TEXTS[place]), SAMPLINGS[place], str(place), 0, parse_alpha(ALPHAS[place]), trace
-    )
+def asked(batch: OpenBatch, place: int, *, trace: bool = False, whole: bool = False) -> Asked:
+    context, alpha = batch.of_prompt(TEXTS[place]), parse_alpha(ALPHAS[place])
+    return Asked(context, SAMPLINGS[place], str(place), 0, alpha, trace, whole)
 
 
 def drained(batch: OpenBatch, pieces: Sequence[Piece] = ()) -> dict[int, list[Piece]]:
@@ -46,8 +45,8 @@ def drained(batch: OpenBatch, pieces: Sequence[Piece] = ()) -> dict[int, list[Pi
 def test_responses_that_join_late_are_those_of_a_stream(
     trio: System, monkeypatch: pytest.MonkeyPatch, k: int, on_device: bool
 ) -> None:
-    """Each with its own sampling, alpha, stops and trace, joining while others decode: in float64 the
-    text, the tokens and the traces of a decoder that has it alone."""
+    """Each with its own sampling, alpha, stops and trace, piece by piece and whole, joining while others
+    decode: in float64 the text, the tokens and the traces of a decoder that has it alone."""
     if on_device:
         as_on_a_device(monkeypatch)
     d = decoder(trio, speculation=drafting(k))
@@ -61,20 +60,20 @@ def test_responses_that_join_late_are_those_of_a_stream(
     ]
     batch, early, place_of = OpenBatch(d, ranked=4), list[Piece](), dict[int, int]()
     for place in range(len(TEXTS)):
-        place_of[batch.submit(asked(batch, place, trace=place % 2 == 0))] = place
+        place_of[batch.submit(asked(batch, place, trace=place % 2 == 0, whole=place > 1))] = place
         early += batch.step()
     for ticket, pieces in drained(batch, early).items():
         want, place = expected[place_of[ticket]], place_of[ticket]
         assert "".join(piece.text for piece in pieces) == want.text
         assert pieces[-1].finish_reason == want.finish_reason and pieces[-1].generated == len(want.token_ids)
+        assert (len(pieces) == 1) == (place > 1)
         tokens = [token for piece in pieces for token in piece.tokens]
         assert [token.id for token in tokens] == list(want.token_ids)[: len(tokens)]
-        if want.finish_reason != "stop":
+        if place % 2:
+            assert not tokens
+        elif want.finish_reason != "stop":
             assert len(tokens) == len(want.token_ids)
         for token, seen in zip(tokens, want.trace, strict=False):
-            if place % 2:
-                assert not token.probability and not token.ranked
-                continue
             assert dict(token.probability) == pytest.approx(seen.probability, rel=1e-9)
             assert token.alpha == seen.alpha and token.ranked.keys() == seen.probability.keys()
             assert all(len(ranked) == 4 for ranked in token.ranked.values())

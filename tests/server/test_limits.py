@@ -3,6 +3,7 @@ fault ends."""
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import socket
@@ -27,6 +28,8 @@ try:
     import httpx2
 
     from proxytune.server.run import listening, read_key, served_roles
+    from proxytune.server.work.jobs import ServedJob
+    from proxytune.server.work.service import ServedAnswer
     from tests.support.servers import Served, served
 except ImportError:
     require_or_skip("serve", "the packages of the server are not installed: pip install 'proxytune[serve]'")
@@ -70,6 +73,10 @@ def test_who_goes_away_frees_everything(here: Served) -> None:
             body = {**LONG, "n": n, "stream": False}
             httpx2.post(f"{here.url}/v1/completions", json=body, timeout=0.05)
         here.wait_idle()
+    until = time.monotonic() + 10
+    while left := [thing for thing in gc.get_objects() if type(thing) in (ServedAnswer, ServedJob)]:
+        assert time.monotonic() < until, left  # the last handlers take a moment to return
+        gc.collect()
 
 
 def test_429_under_pressure(here: Served) -> None:

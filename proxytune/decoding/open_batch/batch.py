@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from proxytune.config import AlphaSchedule, Sampling
@@ -38,7 +39,9 @@ class Asked:
     sample: int
     alpha: AlphaSchedule
     trace: bool = False
-    """Whether its tokens come with every model's view of them."""
+    """Whether its tokens come, with every model's view of them; otherwise its text alone."""
+    whole: bool = False
+    """Whether it comes in one piece at its end, which costs less than many."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class OpenBatch:
     def submit(self, asked: Asked) -> int:
         """A response joins the batch. -> its ticket. UserError where it cannot be held even alone."""
         stops = StopStrings(self.decoder.text_of, asked.sampling.stop)
-        response = GrowingResponse(stops, self.decoder.eos)
+        response = GrowingResponse(stops, self.decoder.eos, traced=asked.trace, whole=asked.whole)
         request = Request(
             contexts=asked.contexts,
             key=noise_key(asked.sampling.seed, "", asked.example_id, asked.sample),
@@ -173,7 +176,7 @@ class OpenBatch:
             result = ended.get(id(response))
             if result is not None or response.fault is not None:
                 pieces.append(self._last(ticket, response, result))
-            else:
+            elif not response.whole:
                 text, tokens = response.taken()
                 if text or tokens:
                     pieces.append(Piece(ticket, text, tokens, response.generated))
@@ -182,10 +185,12 @@ class OpenBatch:
     def _last(self, ticket: int, response: GrowingResponse, result: Result | None) -> Piece:
         del self._responses[ticket]
         self._engine.cancel(ticket)
+        if response.fault is None and result is not None:
+            with _faulty(response):
+                response.finish(result.tokens)
         if response.fault is not None or result is None:
             return Piece(ticket, "", (), response.generated, "fault", response.fault)
         reason: FinishReason = result.finish_reason  # type: ignore[assignment]
-        response.finish()
         text, tokens = response.taken()
         remark = NOT_NUMBERS if reason == "nan" else None
         return Piece(ticket, text, tokens, response.generated, reason, remark)
@@ -193,10 +198,8 @@ class OpenBatch:
     def _hear(self, request: Request, chosen: Chosen) -> None:
         response = request.tag
         assert isinstance(response, GrowingResponse)
-        try:
+        with _faulty(response):
             response.hear(chosen)
-        except Exception as error:  # a tokenizer that fails on it: the others go on
-            response.fault = f"its text cannot be read: {error}"
 
     def reset(self) -> None:
         """All responses end, without results."""
@@ -258,6 +261,15 @@ def _require_unicode(text: str) -> None:
         ) from None
 
 
+@contextmanager
+def _faulty(response: GrowingResponse) -> Iterator[None]:
+    """A tokenizer that fails on a response ends that one: the others go on."""
+    try:
+        yield
+    except Exception as error:
+        response.fault = f"its text cannot be read: {error}"
+
+
 def _guarded(
     stop: Callable[[Sequence[int]], bool] | None, response: GrowingResponse
 ) -> Callable[[Sequence[int]], bool] | None:
@@ -267,10 +279,9 @@ def _guarded(
     found = stop
 
     def ended(tokens: Sequence[int]) -> bool:
-        try:
-            return found(tokens)
-        except Exception as error:
-            response.fault = f"its text cannot be read: {error}"
-            return True
+        at_end = True
+        with _faulty(response):
+            at_end = found(tokens)
+        return at_end
 
     return ended

@@ -8,7 +8,7 @@ from typing import Literal
 
 from proxytune.decoding.completions import token_text
 from proxytune.decoding.stop_strings import StopStrings
-from proxytune.decoding.streaming import TextStream
+from proxytune.decoding.streaming import TextStream, final_text
 from proxytune.engine import Chosen
 from proxytune.records import FinishReason
 
@@ -40,7 +40,8 @@ class Piece:
     text: str
     """New text, which is never taken back. All pieces together are the response."""
     tokens: tuple[SeenToken, ...]
-    """Tokens whose text is shown with this piece or before. Those of a stop string are left out."""
+    """Of a traced response, tokens whose text is shown with this piece or before. Those of a stop string are
+    left out."""
     generated: int
     """Tokens so far, all counted."""
     finish_reason: FinishReason | Literal["fault"] | None = None
@@ -50,14 +51,19 @@ class Piece:
 
 
 class GrowingResponse:
-    """A response under way: its text, and the tokens whose text is not shown yet."""
+    """A response under way: its text, and, where it is traced, the tokens whose text is not shown yet.
 
-    def __init__(self, stops: StopStrings, eos: frozenset[int]) -> None:
+    Text token by token costs a decoding of each. A response that is not traced and comes as a whole is
+    decoded once, at its end."""
+
+    def __init__(self, stops: StopStrings, eos: frozenset[int], *, traced: bool, whole: bool) -> None:
         self.generated = 0
+        self.whole = whole
+        """Whether it is taken at its end only."""
         self.fault: str | None = None
         """What broke while its text was read."""
-        self._stream, self._eos = TextStream(stops), eos
-        self._text_of = stops.text_of
+        self._stops, self._eos, self._traced = stops, eos, traced
+        self._stream = TextStream(stops)
         self._shown = 0
         self._text = list[str]()
         self._pending = list[tuple[int, SeenToken]]()  # where the token's text ends, and the token
@@ -65,13 +71,19 @@ class GrowingResponse:
     def hear(self, chosen: Chosen) -> None:
         """One token more."""
         self.generated += 1
+        if self.whole and not self._traced:
+            return
         start, end = self._shown + self._stream.held, chosen.token in self._eos
         if not end:
             self._show(self._stream.push(chosen.token))
+        if self._traced:
+            self._see(chosen, start, end)
+
+    def _see(self, chosen: Chosen, start: int, end: bool) -> None:
         trace = chosen.trace
         token = SeenToken(
             id=chosen.token,
-            text=token_text(self._text_of, chosen.token),
+            text=token_text(self._stops.text_of, chosen.token),
             offset=start,
             logprob=chosen.logprob,
             end=end,
@@ -85,9 +97,13 @@ class GrowingResponse:
         self._shown += len(text)
         self._text.append(text)
 
-    def finish(self) -> None:
-        """No token comes any more."""
-        self._show(self._stream.finish())
+    def finish(self, tokens: Sequence[int]) -> None:
+        """No token comes any more; these were all of them."""
+        if not self.whole or self._traced:
+            self._show(self._stream.finish())
+            return
+        ends = bool(tokens) and tokens[-1] in self._eos
+        self._show(final_text(self._stops, tokens[:-1] if ends else tokens))
 
     def taken(self) -> tuple[str, tuple[SeenToken, ...]]:
         """The text and the tokens since the last call."""

@@ -151,22 +151,26 @@ class ServedReply:
     # Streamed
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """The answer as events. A fault after the first is an event too, and the last one but [DONE]."""
+        """The answer as events; those that are there at the same time go out together. A fault after the
+        first is an event too, and the last one but [DONE]."""
         with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         rest = {"usage": None} if with_usage else {}
-        spoken = set[int]()
+        spoken, there = set[int](), bytearray()
         try:
             async for piece in self.pieces():
                 choice = self._delta(piece, spoken) if self.writer.chat else self._text_choice(piece)
-                yield event({**self.writer.envelope([choice], chunk=True), **rest})
+                there += event({**self.writer.envelope([choice], chunk=True), **rest})
+                if self.answer.waiting():
+                    yield bytes(there)
+                    there.clear()
             if with_usage:
                 last = self.writer.envelope([], chunk=True)
-                yield event({**last, "usage": self.writer.usage.json})
+                there += event({**last, "usage": self.writer.usage.json})
         except RequestFault as fault:
             if not spoken and not self._begun:
                 raise
-            yield event(fault.body)
-        yield DONE
+            there += event(fault.body)
+        yield bytes(there) + DONE
 
     def _delta(self, piece: ChoicePiece, spoken: set[int]) -> Json:
         role = {} if piece.index in spoken else {"role": "assistant"}
@@ -230,7 +234,7 @@ def _kept(calls: list[ServedCall], call: ServedCall) -> ServedCall:
 
 
 async def _after(first: bytes, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Events with the first one that was taken already; those that are there go out together."""
+    """Events, with the first of them that was taken already."""
     yield first
     try:
         async for one in events:

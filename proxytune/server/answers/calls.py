@@ -93,8 +93,14 @@ class CallReader:
         names = [example.id for example in named_by_content(texts)]
         silent = by_score or body.max_tokens == 0
         responses = [
-            self._asked(
-                context, name, sample, sampling, alpha, trace=trace, limited=body.max_tokens is not None
+            Asked(
+                context,
+                self._fitting(sampling, context, body.max_tokens),
+                name,
+                sample,
+                alpha,
+                trace,
+                whole=not body.stream,
             )
             for context, name in zip(contexts, names, strict=True)
             for sample in range(0 if silent else sampling.n)
@@ -114,7 +120,15 @@ class CallReader:
         [example] = named_by_content([conversation.plain])
         trace = body.proxytune_trace or bool(body.logprobs)
         responses = [
-            self._asked(context, example.id, sample, sampling, alpha, trace=trace, limited=limit is not None)
+            Asked(
+                context,
+                self._fitting(sampling, context, limit),
+                example.id,
+                sample,
+                alpha,
+                trace,
+                whole=not body.stream,
+            )
             for sample in range(sampling.n)
         ]
         head = PromptHead("", ids, len(ids) - self._virtual)
@@ -130,21 +144,11 @@ class CallReader:
             return dict(self.batch.of_ids(prompt))
         return dict(self.batch.of_prompt(prompt) if in_roles else self.batch.of_text(prompt))
 
-    def _asked(
-        self,
-        context: Contexts,
-        name: str,
-        sample: int,
-        sampling: Sampling,
-        alpha: AlphaSchedule,
-        *,
-        trace: bool,
-        limited: bool,
-    ) -> Asked:
-        if not limited:  # as much as there is room for
-            room = max(1, self.batch.room(context))
-            sampling = sampling.model_copy(update={"max_new_tokens": room})
-        return Asked(context, sampling, name, sample, alpha, trace)
+    def _fitting(self, sampling: Sampling, context: Contexts, limit: int | None) -> Sampling:
+        """Without a limit, as many tokens as there is room for."""
+        if limit is not None:
+            return sampling
+        return sampling.model_copy(update={"max_new_tokens": max(1, self.batch.room(context))})
 
     def _alpha(self, body: ResponseBody) -> AlphaSchedule:
         if body.alpha is None:
