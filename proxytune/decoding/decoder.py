@@ -20,7 +20,7 @@ from proxytune.decoding.completions import ResultReader, failed, scored
 from proxytune.decoding.conversations import Conversation
 from proxytune.decoding.interface import OnText, RemoteBase, SteppedDecoder
 from proxytune.decoding.kv_pools import pool_tokens
-from proxytune.decoding.prompts import Form, context, form_of, ids_of, noise_key
+from proxytune.decoding.prompts import Form, context, continued, form_of, ids_of, noise_key
 from proxytune.decoding.remarks import notes_on_models
 from proxytune.decoding.response_text import ResponseText
 from proxytune.decoding.sample import sample_context
@@ -323,12 +323,8 @@ class Decoder(SteppedDecoder):
         return result
 
     def continued(self, text: str) -> tuple[int, ...]:
-        """The ids of a text that goes on after other text: SentencePiece would add a space before it."""
-        anchor = self.tokenizer.encode("a", add_special_tokens=False)
-        ids = self.tokenizer.encode("a" + text, add_special_tokens=False)
-        if ids[: len(anchor)] != anchor:  # the text's beginning melts into the anchor
-            return tuple(self.tokenizer.encode(text, add_special_tokens=False))
-        return tuple(ids[len(anchor) :])
+        """The ids of a text that goes on after other text."""
+        return continued(self.tokenizer, text)
 
     def _requests(
         self,

@@ -267,6 +267,11 @@ class Models:
         first, size = self.tokenizer(target), self._head(target)
         return difference(first, size_of(first, size), self.tokenizer(name), self._head(name), name)
 
+    def size(self, name: str) -> int:
+        """Ids that the model of that name can generate: its head without padding rows. It needs no
+        weights."""
+        return size_of(self.tokenizer(name), self._head(name))
+
     def facts(self, name: str) -> ModelFacts:
         """What is known of the model of that name: of the loaded one, or else by its configuration. UserError
         for a checkpoint or an adapter that its small files show to be unfit."""
