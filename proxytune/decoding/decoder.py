@@ -41,6 +41,7 @@ from proxytune.engine.runners import ModelRunner, ReferenceRunner, Runner
 from proxytune.engine.speculative import Speculation
 from proxytune.models import Loaded, Models
 from proxytune.options import DecodeOptions
+from proxytune.processes import TENSOR, least
 from proxytune.records import Completion, Example, Prompt, RoleMemory, Took
 from proxytune.terminal import WorkSoFar
 
@@ -80,7 +81,11 @@ class Decoder(SteppedDecoder):
         self.remote, how = remote, options or DecodeOptions()
         if how.threads is not None:
             torch.set_num_threads(how.threads)
-        self.speculation = speculation or Speculation(k=how.draft_length, drafter=how.drafter)
+        split = any(models.spec(name).device_map == TENSOR for name in models.names(role))
+        length = (
+            0 if split and how.draft_length is None else how.draft_length
+        )  # processes measure differently
+        self.speculation = speculation or Speculation(k=length, drafter=how.drafter)
         names = models.names(role)
         if agreement:
             names = list(dict.fromkeys([*names, *models.names("proxy"), "tuned"]))
@@ -99,7 +104,7 @@ class Decoder(SteppedDecoder):
         self._running: RunningStream | None = None
         self._scoring: ScoringTexts | None = None
         self._size = head.size
-        self._pool = pool_tokens(self.loaded, self.max_batch, how.kv_memory)
+        self._pool = least(pool_tokens(self.loaded, self.max_batch, how.kv_memory))
         beside = {} if remote is None else {"base": remote.runner(head)}
         runners = {name: self._runner(model, self._pool) for name, model in self.loaded.items()}
         self.ensemble = self._ensemble(beside | runners)

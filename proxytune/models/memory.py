@@ -18,6 +18,7 @@ if sys.platform != "win32":
 from proxytune.config import ModelSpec
 from proxytune.errors import UserError
 from proxytune.models.weight_only import bytes_needed
+from proxytune.processes import gpu
 
 GIB = 2**30
 
@@ -74,7 +75,7 @@ def place_of(spec: ModelSpec) -> str:
     """Where a model's weights go, as `free_memory` is asked: one device, or "auto" for several."""
     where = spec.device_map
     if where is None:
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
+        return gpu() if torch.cuda.is_available() else "cpu"
     if where in ("cpu", "cuda"):
         return "cpu" if where == "cpu" else "cuda:0"
     one = isinstance(where, str) and where.startswith("cuda:") and where[5:].isdigit()

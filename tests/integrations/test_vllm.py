@@ -144,7 +144,7 @@ def test_samples_differ_from_each_other_and_not_from_run_to_run(decoder: VllmDec
 
 
 def test_log_probabilities_of_texts(decoder: VllmDecoder, system: System) -> None:
-    task = get_task("truthfulqa_mc", "generate")
+    task = get_task("truthfulqa_mc", "likelihood")
     examples = read_source(task, "generated", 5).examples
     assert task.continuations is not None
     alphas = [parse_alpha(text) for text in ("0", "1", "first:2")]

@@ -53,8 +53,8 @@ def _yaml(folder: Path, description: str) -> Path:
 def widen(source: Path, target: Path) -> None:
     """Copy a Llama with its heads padded to 64, which changes no logit but by rounding.
 
-    A head of d becomes one of D by zeros behind each of the two halves that rotate together. With the base of
-    the rotations raised to the power D / d, the pairs keep their frequencies. The queries grow by sqrt(D / d),
+    A head of d becomes one of D by zeros behind each of the two halves that rotate together. With the base
+    of the rotations raised to the power D / d, pairs keep their frequencies. Queries grow by sqrt(D / d),
     by which vLLM and transformers then divide more."""
     shutil.copytree(source, target, dirs_exist_ok=True)
     config = json.loads((source / "config.json").read_text())

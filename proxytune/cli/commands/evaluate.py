@@ -178,6 +178,8 @@ def on_workers(asked: evaluation.Evaluation, ray: RayOptions) -> evaluation.Eval
         return asked
     if asked.system.endpoint is not None:
         raise UserError("--ray is for models that run here: a base behind an API is asked by one process")
+    asked.system.require_one_process("--ray")
+
     from proxytune.scale import ray_decoder
 
     trusted = asked.models.trust_remote_code

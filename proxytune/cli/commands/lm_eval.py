@@ -72,6 +72,7 @@ def lm_eval(
 
     Example: proxytune lm-eval --system demo --as proxy --tasks gsm8k --limit 20
     """
+    load_system(system).require_one_process("lm-eval")
     if as_ in ("base", "proxy"):
         load_system(system).local_base("lm-eval")
 

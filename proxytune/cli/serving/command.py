@@ -44,6 +44,7 @@ def serve(
         for package in ("fastapi", "uvicorn", "prometheus_client", "openai"):
             needs_extra("proxytune serve", package, "serve")
     made = console.read_system(system, vocab)
+    made.require_one_process("serve")
     if alpha is not None:
         made.require("proxy")
         checked = parse_alpha(alpha).check(allow_negative=allow_negative_alpha)
