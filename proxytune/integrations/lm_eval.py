@@ -424,6 +424,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
 
 
 def say_what_loads(name: str, spec: ModelSpec) -> None:
+    """Log what is loaded."""
     LOG.info("loading %s: %s", name, spec.model or spec.adapter)
 
 

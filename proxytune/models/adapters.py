@@ -33,7 +33,7 @@ from proxytune.models.adapter_files import (
     skeleton_of,
 )
 from proxytune.models.in_force import probe_text, require_effect
-from proxytune.models.split import own_parts
+from proxytune.models.memory import own_parts
 from proxytune.models.support import plain_logits
 
 Pairs = dict[str, tuple[Tensor, Tensor, float]]

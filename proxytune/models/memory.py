@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
@@ -121,3 +123,14 @@ def give_back() -> None:
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def is_split(module: nn.Module) -> bool:
+    """Whether this process holds only parts of the weights."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def own_parts(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights, or what this process has of them, by name."""
+    for name, parameter in module.named_parameters():
+        yield name, parameter.to_local() if isinstance(parameter, DTensor) else parameter

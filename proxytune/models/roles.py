@@ -28,8 +28,7 @@ from proxytune.models.facts import ModelFacts, model_facts
 from proxytune.models.finite import refuse_broken_weights
 from proxytune.models.in_force import logits_by, probe_text, require_effect, require_untouched
 from proxytune.models.loading import load_module, load_tokenizer
-from proxytune.models.memory import GIB, SMALLER, free_memory, give_back, leave_the_file, place_of
-from proxytune.models.split import own_parts
+from proxytune.models.memory import GIB, SMALLER, free_memory, give_back, leave_the_file, own_parts, place_of
 from proxytune.models.support import Family, examine
 from proxytune.models.vocabulary import Difference, Tokenizer, align, difference, size_of
 from proxytune.processes import TENSOR

@@ -29,8 +29,8 @@ from proxytune.engine.attention import (
 from proxytune.engine.kv import CacheSpec, LayerShape, SlotCache
 from proxytune.engine.runners import ModelRunner, ReferenceRunner, VocabMap, feed
 from proxytune.errors import UserError
+from proxytune.models.memory import is_split
 from proxytune.models.small_copy import NoCopy, small_copy
-from proxytune.models.split import is_split
 from proxytune.models.weight_only import WeightOnlyQuantizer
 
 AttentionInterface.register(NAME, attend)

@@ -15,7 +15,7 @@ from typing import Any
 from proxytune.config import AlphaSchedule, ModelSpec, Role
 from proxytune.decoding.one_context import OneContext
 from proxytune.errors import UserError
-from proxytune.integrations.vllm_plugin import ARCHITECTURE, HOME
+from proxytune.integrations.vllm_plugin.registration import ARCHITECTURE, HOME
 from proxytune.models import Models, checkpoint
 from proxytune.options import DecodeOptions, EngineOptions
 

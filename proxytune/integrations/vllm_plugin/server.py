@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from proxytune.errors import UserError
-from proxytune.integrations.vllm_plugin import HOME
 from proxytune.integrations.vllm_plugin.alpha import ALPHA, FROM, asked_of
 from proxytune.integrations.vllm_plugin.launch import VllmLaunch, require_vllm
+from proxytune.integrations.vllm_plugin.registration import HOME
 from proxytune.options import ServeOptions
 
 SERVER = "vllm.entrypoints.openai.api_server"
