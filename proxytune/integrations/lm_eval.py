@@ -40,7 +40,7 @@ from proxytune.schema import explain
 LOG = logging.getLogger(__name__)
 
 
-class ModelArguments(DecodeOptions, EngineOptions):
+class ModelArguments(EngineOptions, DecodeOptions):
     """What lm-eval's --model_args may hold for a system: how it decodes, and this."""
 
     pretrained: str

@@ -24,6 +24,7 @@ from proxytune.errors import UserError
 from proxytune.models.roles import Models
 from proxytune.options import DecodeOptions, EngineOptions
 from proxytune.records import Completion, Example, Prompt
+from proxytune.results import read_rows
 from proxytune.tasks import get_task, read_source
 from tests.support import lm_eval_tasks, vllm_systems
 from tests.support.checkout import ROOT, environment
@@ -168,7 +169,7 @@ def test_a_prompt_that_is_too_long_names_the_window(decoder: VllmDecoder) -> Non
 def test_preemption(system: System) -> None:
     """KV memory for a few of the rows: vLLM drops some and computes them again."""
     examples = questions(10)
-    made = started(system, num_gpu_blocks_override=24, block_size=32, enable_prefix_caching=False)
+    made = started(system, num_gpu_blocks_override=24, block_size=32, max_model_len=512)
     try:
         same(swept(made, examples, ALPHAS[1:3]), swept(ours(system), examples, ALPHAS[1:3]))
     finally:
@@ -222,6 +223,21 @@ def test_eval_gives_the_same_score(yaml: Path, tmp_path: Path) -> None:
     mine, theirs = json.loads(own.stdout), json.loads(found.stdout)
     assert theirs["metrics"] == mine["metrics"] and theirs["n"] == 40
     assert any("decoded by vLLM 0." in note for note in theirs["notes"])
+
+
+def test_two_devices_give_the_same_score(yaml: Path, tmp_path: Path) -> None:
+    """Every layer split over two processes."""
+    words = ["eval", "gsm", "--system", yaml, "--limit", 12, "--json"]
+    own = command(*words, "--out", "own", folder=tmp_path)
+    split = ["--engine", "vllm", "--eager", "--tensor-parallel", 2, "--out", "vllm"]
+    found = command(*words, *split, folder=tmp_path)
+    assert own.returncode == found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["metrics"] == json.loads(own.stdout)["metrics"]
+    texts = [
+        [row["responses"][0]["text"] for row in sorted(read_rows(tmp_path / one), key=lambda row: row["id"])]
+        for one in ("own", "vllm")
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_lm_eval_gives_the_same_figures(yaml: Path, tmp_path: Path) -> None:

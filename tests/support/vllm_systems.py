@@ -37,7 +37,11 @@ def write_random(folder: Path, families: Mapping[str, str], **changes: Any) -> P
     """Random models in float32, one per role, of different weights; -> the system's file."""
     for seed, (role, family) in enumerate(families.items()):
         small = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-        model = tiny.build(family, seed=seed, max_position_embeddings=512, **{**small, **changes})
+        tied = (
+            {"tie_word_embeddings": True} if family.startswith("gemma") else {}
+        )  # vLLM's Gemma has no other
+        settings = {**small, **tied, **changes}
+        model = tiny.build(family, seed=seed, max_position_embeddings=512, **settings)
         model.float()
         model.config.dtype = torch.float32  # type: ignore[union-attr]
         tiny.save(folder / role, model)
