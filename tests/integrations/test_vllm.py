@@ -194,6 +194,45 @@ def test_families_with_windows_of_their_own(families: dict[str, str], tmp_path: 
         made.close()
 
 
+def test_a_quantised_base_with_plain_experts(yaml: Path, tmp_path: Path, system: System) -> None:
+    """Beside our engine with the same weights unpacked. Activations of 8 bits make the difference: it is a
+    small part of what alpha makes."""
+    plain = vllm_systems.quantise(yaml.parent / "base", tmp_path / "base")
+    packed = {"base": system.base.model_copy(update={"model": str(tmp_path / "base")})}
+    unpacked = {"base": system.base.model_copy(update={"model": str(plain)})}
+    examples = questions(10)
+    expected = swept(ours(system.model_copy(update=unpacked)), examples, ALPHAS[:3])
+    made = started(system.model_copy(update=packed))
+    try:
+        found = swept(made, examples, ALPHAS[:3])
+    finally:
+        made.close()
+    agreed = [found[key].token_ids == expected[key].token_ids for key in expected]
+    assert sum(agreed) >= 0.8 * len(agreed)
+
+
+@pytest.mark.parametrize("fault", ["window", "quantisation"])
+def test_what_a_model_did_not_ask_for_is_found_at_loading(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window of another model, and the quantisation of another model."""
+    from vllm.model_executor.layers import linear
+
+    from proxytune.integrations.vllm_plugin import role_configs
+
+    families = {"base": "mistral", "expert": "llama", "antiexpert": "llama"}
+    system = load_system(vllm_systems.write_random(tmp_path, families))
+    if fault == "window":
+        monkeypatch.setattr(role_configs, "window_of", lambda own: 7)
+        reason = "the base: vLLM gave layer .* the window 7|the expert: vLLM gave layer .* the window 7"
+    else:
+        other = type("Other", (linear.UnquantizedLinearMethod,), {})
+        monkeypatch.setattr(role_configs, "UnquantizedLinearMethod", other)
+        reason = "the base is not quantised, and vLLM gave"
+    with pytest.raises(RuntimeError, match=reason):
+        started(system)
+
+
 @pytest.mark.parametrize("drafter", ["expert", "lookup"])
 def test_drafts_change_no_token(drafter: str, system: System) -> None:
     examples = questions(8)

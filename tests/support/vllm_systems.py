@@ -81,6 +81,40 @@ def widen(source: Path, target: Path) -> None:
     save_file(saved, target / "model.safetensors", {"format": "pt"})
 
 
+def quantise(source: Path, target: Path) -> Path:
+    """Copy a checkpoint with its projections in 8 bits, a scale per row, as compressed-tensors stores them;
+    activations are quantised per token as they come. -> another copy, with the same weights in float32."""
+    plain = target.with_name(f"{target.name}-plain")
+    weights, packed = load_file(source / "model.safetensors"), dict[str, Tensor]()
+    for folder in (target, plain):
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+    for name, tensor in weights.items():
+        if "_proj.weight" in name:
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            packed[name], packed[f"{name}_scale"] = (tensor / scale).round().to(torch.int8), scale
+            weights[name] = packed[name] * scale
+        else:
+            packed[name] = tensor
+    save_file(packed, target / "model.safetensors", {"format": "pt"})
+    save_file(weights, plain / "model.safetensors", {"format": "pt"})
+    eight: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**eight, "strategy": "channel", "dynamic": False},
+        "input_activations": {**eight, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    (target / "config.json").write_text(json.dumps(config))
+    return plain
+
+
 def _padded(rows: Tensor, old: int) -> Tensor:
     """Rows [heads * old, d] with zeros behind each half of a head: [heads * 64, d]."""
     halves = rows.view(-1, 2, old // 2, rows.shape[-1])

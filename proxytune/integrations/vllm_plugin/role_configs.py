@@ -92,8 +92,9 @@ def assert_own(model: nn.Module, config: VllmConfig, role: RoleModel) -> None:
     linear = [module for module in model.modules() if isinstance(module, LinearBase)]
     plain = [isinstance(module.quant_method, UnquantizedLinearMethod) for module in linear]
     if config.quant_config is None and not all(plain):
+        count = plain.count(False)
         raise RuntimeError(
-            f"the {role.name} is not quantised, and vLLM gave {plain.count(False)} layers that"
+            f"the {role.name} is not quantised, and vLLM gave {count} of its layers a quantisation"
         )
     if config.quant_config is not None and plain and all(plain):
         raise RuntimeError(f"the {role.name} is quantised, and vLLM made all of its layers plain ones")
