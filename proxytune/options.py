@@ -170,6 +170,18 @@ class RayOptions(Options):
     """GPUs of each."""
 
 
+class EngineOptions(Options):
+    """Which engine decodes, and over how many devices it splits a model."""
+
+    engine: Literal["own", "vllm"] = "own"
+    """own: proxytune's, the reference. vllm: for many requests at a time (docs/vllm.md; needs the extra
+    `vllm`)."""
+    tensor_parallel: int = Field(default=1, ge=1, le=64, json_schema_extra={"metavar": "N"})
+    """Split every layer over N devices."""
+    eager: bool = False
+    """With vLLM: compile nothing. It starts a minute sooner and decodes more slowly."""
+
+
 class CodeOptions(Options):
     """Whether code that a model wrote may be run, and where."""
 

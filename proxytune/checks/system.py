@@ -12,6 +12,7 @@ from proxytune.checks.machine import check_machine
 from proxytune.checks.roles import Findings, check_role
 from proxytune.config import System
 from proxytune.models import Models, free_memory
+from proxytune.processes import TENSOR, world
 from proxytune.training_record import read_training
 
 SEQUENCES, LENGTH = 32, 1024
@@ -30,11 +31,13 @@ def check_system(system: System, *, weights: bool = True, trust_remote_code: boo
     for name in sorted(names, key=_hosts_first):
         if models.spec(name).model is not None:  # an adapter sits on the one before
             models.release(keep=[])
-        looked[name] = check_role(models, name, findings, weights=weights)
+        alone = models.spec(name).device_map == TENSOR and world() == 1  # its parts are with others
+        looked[name] = check_role(models, name, findings, weights=weights and not alone)
     models.release(keep=[])
     roles = _shared(models, [looked[name] for name in names])
     vocabulary = _vocabularies(models, roles, findings)
     memory = _memory(models, roles)
+    _note_places(models, roles, findings)
     _judge_memory(memory, findings, weights=weights)
     if system.endpoint is not None:
         findings.note("base", _behind_an_api(system.endpoint))
@@ -160,6 +163,20 @@ def _memory(models: Models, roles: Sequence[RoleCheck]) -> MemoryCheck:
         kv_batch=SEQUENCES * LENGTH * per_token,
         free=free_memory("auto" if anywhere else None),
     )
+
+
+def _note_places(models: Models, roles: Sequence[RoleCheck], findings: Findings) -> None:
+    """What goes where, in a system of which a model is split over processes."""
+    split = {role.name for role in roles if models.spec(role.name).device_map == TENSOR}
+    count = world() if world() > 1 else None
+    for role in roles if split else ():
+        size = "its weights" if role.weights is None else f"{role.weights / 1e9:.2f} GB of weights"
+        if role.name not in split:
+            findings.note(role.name, f"whole in every process: {size} each")
+            continue
+        over = f"{count} processes" if count else "the processes of torchrun"
+        part = f", about {role.weights / count / 1e9:.2f} GB each" if count and role.weights else ""
+        findings.note(role.name, f"every layer is split over {over}: {size} together{part}")
 
 
 def _judge_memory(memory: MemoryCheck, findings: Findings, *, weights: bool) -> None:

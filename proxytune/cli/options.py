@@ -27,6 +27,7 @@ from proxytune.options import (
     ApiOptions,
     CodeOptions,
     DecodeOptions,
+    EngineOptions,
     JudgeOptions,
     RayOptions,
     RunOptions,
@@ -180,6 +181,7 @@ CONVERSATION = OptionGroup(
     Sampling, "How tokens are chosen", leave_out=frozenset({"n"}), defaults={"max_new_tokens": 512}
 )
 DECODING = OptionGroup(DecodeOptions, "How it is computed", leave_out=frozenset({"progress", "api"}))
+ENGINE = OptionGroup(EngineOptions, "Which engine")
 RAY = OptionGroup(RayOptions, "Decoding on workers")
 JUDGING = OptionGroup(JudgeOptions, "Who judges", leave_out=frozenset({"seed", "batch", "code"}))
 JUDGING_ALONE = OptionGroup(JudgeOptions, "Who judges", leave_out=frozenset({"code"}))

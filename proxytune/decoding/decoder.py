@@ -20,7 +20,7 @@ from proxytune.decoding.completions import ResultReader, failed, scored
 from proxytune.decoding.conversations import Conversation
 from proxytune.decoding.interface import OnText, RemoteBase, SteppedDecoder
 from proxytune.decoding.kv_pools import pool_tokens
-from proxytune.decoding.prompts import Form, context, form_of, ids_of, noise_key
+from proxytune.decoding.prompts import Form, context, continued, form_of, ids_of, noise_key
 from proxytune.decoding.remarks import notes_on_models
 from proxytune.decoding.response_text import ResponseText
 from proxytune.decoding.sample import sample_context
@@ -41,6 +41,7 @@ from proxytune.engine.runners import ModelRunner, ReferenceRunner, Runner
 from proxytune.engine.speculative import Speculation
 from proxytune.models import Loaded, Models
 from proxytune.options import DecodeOptions
+from proxytune.processes import TENSOR, least
 from proxytune.records import Completion, Example, Prompt, RoleMemory, Took
 from proxytune.terminal import WorkSoFar
 
@@ -80,7 +81,11 @@ class Decoder(SteppedDecoder):
         self.remote, how = remote, options or DecodeOptions()
         if how.threads is not None:
             torch.set_num_threads(how.threads)
-        self.speculation = speculation or Speculation(k=how.draft_length, drafter=how.drafter)
+        split = any(models.spec(name).device_map == TENSOR for name in models.names(role))
+        length = (
+            0 if split and how.draft_length is None else how.draft_length
+        )  # processes measure differently
+        self.speculation = speculation or Speculation(k=length, drafter=how.drafter)
         names = models.names(role)
         if agreement:
             names = list(dict.fromkeys([*names, *models.names("proxy"), "tuned"]))
@@ -99,7 +104,7 @@ class Decoder(SteppedDecoder):
         self._running: RunningStream | None = None
         self._scoring: ScoringTexts | None = None
         self._size = head.size
-        self._pool = pool_tokens(self.loaded, self.max_batch, how.kv_memory)
+        self._pool = least(pool_tokens(self.loaded, self.max_batch, how.kv_memory))
         beside = {} if remote is None else {"base": remote.runner(head)}
         runners = {name: self._runner(model, self._pool) for name, model in self.loaded.items()}
         self.ensemble = self._ensemble(beside | runners)
@@ -323,12 +328,8 @@ class Decoder(SteppedDecoder):
         return result
 
     def continued(self, text: str) -> tuple[int, ...]:
-        """The ids of a text that goes on after other text: SentencePiece would add a space before it."""
-        anchor = self.tokenizer.encode("a", add_special_tokens=False)
-        ids = self.tokenizer.encode("a" + text, add_special_tokens=False)
-        if ids[: len(anchor)] != anchor:  # the text's beginning melts into the anchor
-            return tuple(self.tokenizer.encode(text, add_special_tokens=False))
-        return tuple(ids[len(anchor) :])
+        """The ids of a text that goes on after other text."""
+        return continued(self.tokenizer, text)
 
     def _requests(
         self,

@@ -138,6 +138,15 @@ def opened(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
+def continued(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """The ids of a text that goes on after other text: SentencePiece would add a space before it."""
+    anchor = tokenizer.encode("a", add_special_tokens=False)
+    ids = tokenizer.encode("a" + text, add_special_tokens=False)
+    if ids[: len(anchor)] != anchor:  # the text's beginning melts into the anchor
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+    return tuple(ids[len(anchor) :])
+
+
 def form_of(model: str, role: Role) -> Form:
     """Inside the proxy the experts see the ensemble form; whatever is evaluated as itself sees the direct
     one."""

@@ -33,14 +33,14 @@ from proxytune.integrations.lm_eval_requests import (
     sampling_of,
 )
 from proxytune.models import Models, process_peak
-from proxytune.options import DecodeOptions
+from proxytune.options import DecodeOptions, EngineOptions
 from proxytune.records import Example, Prompt
 from proxytune.schema import explain
 
 LOG = logging.getLogger(__name__)
 
 
-class ModelArguments(DecodeOptions):
+class ModelArguments(EngineOptions, DecodeOptions):
     """What lm-eval's --model_args may hold for a system: how it decodes, and this."""
 
     pretrained: str
@@ -102,7 +102,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
         self.alpha = self.system.alpha if alpha is None else parse_alpha(alpha)
         self.alpha.check(allow_negative=allow_negative_alpha)
         self.options = decode or DecodeOptions()
-        self.models = models or Models(self.system, on_load=_say_what_loads)
+        self.models = models or Models(self.system, on_load=say_what_loads)
         self.names = self.models.names(self.role)
         self.models.check(self.names)
         self.tokenizer = self.models.tokenizer(self.names[0])
@@ -127,7 +127,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
             given.role,
             alpha=given.alpha,
             decode=DecodeOptions.model_validate({name: getattr(given, name) for name in names}),
-            models=Models(system, trust_remote_code=given.trust_remote_code, on_load=_say_what_loads),
+            models=Models(system, trust_remote_code=given.trust_remote_code, on_load=say_what_loads),
             max_length=given.max_length,
             allow_negative_alpha=given.allow_negative_alpha,
         )
@@ -352,7 +352,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
         for place, request in enumerate(requests):
             groups.setdefault(sampling_of(request.args[1], eos), []).append(place)
         self._begin(requests)
-        names = _names(requests)
+        names = names_of(requests)
         answers = [""] * len(requests)
         faults = 0
         with tqdm(
@@ -423,11 +423,12 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
         return {"proxytune": info}
 
 
-def _say_what_loads(name: str, spec: ModelSpec) -> None:
+def say_what_loads(name: str, spec: ModelSpec) -> None:
+    """Log what is loaded."""
     LOG.info("loading %s: %s", name, spec.model or spec.adapter)
 
 
-def _names(requests: Sequence[Instance]) -> list[str]:
+def names_of(requests: Sequence[Instance]) -> list[str]:
     """A name for every request, by its task, document and repetition: it decides the sampling noise."""
     seen = Counter[tuple[str, object, int]]()
     names = []

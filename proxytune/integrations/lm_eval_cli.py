@@ -21,6 +21,11 @@ from proxytune.errors import UserError, needs_extra
 
 NAME = "proxytune"
 TARGET = "proxytune.integrations.lm_eval:ProxyTunedLM"
+MODELS = {
+    "own": (NAME, TARGET),
+    "vllm": ("proxytune-vllm", "proxytune.integrations.lm_eval_vllm:ProxyTunedVllm"),
+}
+"""Engine -> lm-eval's model that asks it, and where that is."""
 OURS = {"model": "--system", "device": "`device_map` in the system's file"}
 """Options of lm-eval that a system leaves no use for -> what says the same."""
 READS_INPUT = ("lm_eval.config", "lm_eval.tasks")
@@ -51,11 +56,11 @@ def run_lm_eval(call: LmEvalCall) -> tuple[Path, list[Path]]:
     if (alpha := call.settings.get("alpha")) is not None:
         parse_alpha(alpha).check(allow_negative=bool(call.settings.get("allow_negative_alpha")))
     needs_extra("proxytune lm-eval", "lm_eval", "lmeval")
-    register()
+    model = register(str(call.settings.get("engine", "own")))
     given = {**call.settings, "pretrained": call.system}
     folder = call.out / system.name / "lm-eval"
     before = [
-        *("--model", NAME, "--model_args", json.dumps(given), "--tasks", call.tasks),
+        *("--model", model, "--model_args", json.dumps(given), "--tasks", call.tasks),
         *("--output_path", str(folder), "--log_samples", "--batch_size", "auto"),
     ]
     from lm_eval._cli import HarnessCLI
@@ -66,7 +71,7 @@ def run_lm_eval(call: LmEvalCall) -> tuple[Path, list[Path]]:
     with _arguments(["lm-eval", "run", *before, *call.arguments]):
         asked = _parsed(parser)
         for option, instead in OURS.items():
-            if getattr(asked, option) not in (None, NAME):
+            if getattr(asked, option) not in (None, model):
                 raise UserError(f"--{option} '{getattr(asked, option)}' is not for a system: use {instead}")
         path = Path(asked.output_path)
         there = set(_results_in(path))
@@ -78,12 +83,15 @@ def run_lm_eval(call: LmEvalCall) -> tuple[Path, list[Path]]:
     return made, write_runs(made, call.out)
 
 
-def register() -> None:
-    """Make `--model proxytune` known to an lm-eval that does not look for entry points."""
+def register(engine: str = "own") -> str:
+    """Make the model that asks this engine known to an lm-eval that does not look for entry points. -> its
+    name."""
     from lm_eval.api.registry import model_registry
 
-    if NAME not in model_registry:
-        model_registry.register(NAME, target=TARGET)
+    name, target = MODELS[engine]
+    if name not in model_registry:
+        model_registry.register(name, target=target)
+    return name
 
 
 @contextlib.contextmanager

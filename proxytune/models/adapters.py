@@ -33,6 +33,7 @@ from proxytune.models.adapter_files import (
     skeleton_of,
 )
 from proxytune.models.in_force import probe_text, require_effect
+from proxytune.models.memory import own_parts
 from proxytune.models.support import plain_logits
 
 Pairs = dict[str, tuple[Tensor, Tensor, float]]
@@ -242,8 +243,9 @@ def _resize(module: PreTrainedModel, files: AdapterFiles) -> None:
 
 
 def bytes_of(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers, shared ones once."""
-    unique = {t.data_ptr(): t.nbytes for t in (*module.parameters(), *module.buffers())}
+    """Bytes of a module's parameters and buffers in this process, shared ones once."""
+    parameters = [tensor for _, tensor in own_parts(module)]
+    unique = {t.data_ptr(): t.nbytes for t in (*parameters, *module.buffers())}
     return sum(unique.values())
 
 

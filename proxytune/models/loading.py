@@ -17,8 +17,10 @@ from transformers import (
     GgufConfig,
     PreTrainedModel,
 )
+from transformers.distributed import DistributedConfig
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
+from proxytune import processes
 from proxytune.config import ModelSpec
 from proxytune.engine.kernels import int4
 from proxytune.errors import UserError, needs_extra
@@ -74,7 +76,8 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
             trust_remote_code=remote,
             use_safetensors=True,
             dtype=spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype),
-            device_map=spec.device_map or {"": "cuda:0" if torch.cuda.is_available() else "cpu"},
+            device_map=_place(spec),
+            distributed_config=_split(spec),
             quantization_config=quantization,
             output_loading_info=True,
         )
@@ -88,6 +91,7 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
             module.set_experts_implementation("eager")
     if spec.quantization == "4bit":
         _keep_as_stored(module)
+    module.config.distributed_config = None  # small copies of the model are whole
     module.eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
@@ -103,6 +107,33 @@ def _keep_as_stored(module: PreTrainedModel) -> None:
     for layer in module.modules():
         if isinstance(layer, Linear4bit):
             layer.support_avx512bf16_for_cpu = False
+
+
+def _place(spec: ModelSpec) -> Any:
+    """Where transformers puts the layers; None where it splits them."""
+    if spec.device_map == processes.TENSOR:
+        return None
+    device = processes.gpu() if torch.cuda.is_available() else "cpu"
+    return spec.device_map or {"": device}
+
+
+def _split(spec: ModelSpec) -> DistributedConfig | None:
+    """How transformers splits the layers of a model over processes. UserError outside torchrun, and for what
+    cannot be split."""
+    if spec.device_map != processes.TENSOR:
+        return None
+    if processes.world() == 1:
+        raise UserError(
+            f"'{spec.model}' has `device_map: {processes.TENSOR}`: start N processes with torchrun "
+            "--nproc-per-node N --local-ranks-filter 0 -m proxytune ... (docs/scale.md)"
+        )
+    if spec.adapter is not None or spec.quantization != "none":
+        raise UserError(
+            f"'{spec.model}' has `device_map: {processes.TENSOR}`: plain weights can be split, and "
+            "neither an adapter nor `quantization`"
+        )
+    processes.joined()
+    return DistributedConfig(tp_size=processes.world())
 
 
 def _require_all(model: str, report: Any) -> None:

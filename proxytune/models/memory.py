@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
@@ -18,6 +20,7 @@ if sys.platform != "win32":
 from proxytune.config import ModelSpec
 from proxytune.errors import UserError
 from proxytune.models.weight_only import bytes_needed
+from proxytune.processes import gpu
 
 GIB = 2**30
 
@@ -74,7 +77,7 @@ def place_of(spec: ModelSpec) -> str:
     """Where a model's weights go, as `free_memory` is asked: one device, or "auto" for several."""
     where = spec.device_map
     if where is None:
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
+        return gpu() if torch.cuda.is_available() else "cpu"
     if where in ("cpu", "cuda"):
         return "cpu" if where == "cpu" else "cuda:0"
     one = isinstance(where, str) and where.startswith("cuda:") and where[5:].isdigit()
@@ -120,3 +123,14 @@ def give_back() -> None:
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def is_split(module: nn.Module) -> bool:
+    """Whether this process holds only parts of the weights."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def own_parts(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights, or what this process has of them, by name."""
+    for name, parameter in module.named_parameters():
+        yield name, parameter.to_local() if isinstance(parameter, DTensor) else parameter

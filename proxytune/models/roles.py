@@ -28,9 +28,10 @@ from proxytune.models.facts import ModelFacts, model_facts
 from proxytune.models.finite import refuse_broken_weights
 from proxytune.models.in_force import logits_by, probe_text, require_effect, require_untouched
 from proxytune.models.loading import load_module, load_tokenizer
-from proxytune.models.memory import GIB, SMALLER, free_memory, give_back, leave_the_file, place_of
+from proxytune.models.memory import GIB, SMALLER, free_memory, give_back, leave_the_file, own_parts, place_of
 from proxytune.models.support import Family, examine
 from proxytune.models.vocabulary import Difference, Tokenizer, align, difference, size_of
+from proxytune.processes import TENSOR
 
 SOME_TEXT = "The water in the kettle was boiling, so she took two cups from the shelf and called her brother."
 """What a model's packed and plain logits are compared on."""
@@ -267,6 +268,11 @@ class Models:
         first, size = self.tokenizer(target), self._head(target)
         return difference(first, size_of(first, size), self.tokenizer(name), self._head(name), name)
 
+    def size(self, name: str) -> int:
+        """Ids that the model of that name can generate: its head without padding rows. It needs no
+        weights."""
+        return size_of(self.tokenizer(name), self._head(name))
+
     def facts(self, name: str) -> ModelFacts:
         """What is known of the model of that name: of the loaded one, or else by its configuration. UserError
         for a checkpoint or an adapter that its small files show to be unfit."""
@@ -324,11 +330,8 @@ class Models:
             files = read_adapter(spec.adapter)
             module, virtual = attach_for_good(module, files, merge=spec.quantization == "none")
             notes = adapter_notes(name, spec, files, spec.model)
-        refuse_broken_weights(module.named_parameters(), str(spec.model))
-        use_wide_head(module)
-        packed = use_row_linears(module)  # after the weights have got their last values
-        use_row_norms(module)
-        use_device_kernels(module)
+        refuse_broken_weights(own_parts(module), str(spec.model))
+        packed = 0 if spec.device_map == TENSOR else _use_own_kernels(module)
         if packed or spec.quantization != "none":
             leave_the_file(module)
         family = examine(module, tokenizer.encode(SOME_TEXT, add_special_tokens=False))
@@ -399,6 +402,15 @@ class Models:
             require_effect(files, before, found.logits(ids))
         require_untouched(files, host_name, before, host.logits(ids))
         return found
+
+
+def _use_own_kernels(module: PreTrainedModel) -> int:
+    """Compute the layers of a model that is whole by our kernels. -> bytes that are packed for them."""
+    use_wide_head(module)
+    packed = use_row_linears(module)  # after the weights have got their last values
+    use_row_norms(module)
+    use_device_kernels(module)
+    return packed
 
 
 def _refuse_soft_prompt_on_reference(name: str, family: Family, virtual: Tensor | None) -> None:

@@ -29,6 +29,7 @@ from proxytune.engine.attention import (
 from proxytune.engine.kv import CacheSpec, LayerShape, SlotCache
 from proxytune.engine.runners import ModelRunner, ReferenceRunner, VocabMap, feed
 from proxytune.errors import UserError
+from proxytune.models.memory import is_split
 from proxytune.models.small_copy import NoCopy, small_copy
 from proxytune.models.weight_only import WeightOnlyQuantizer
 
@@ -237,6 +238,8 @@ def _packed(model: PreTrainedModel, window: int, trial: Trial) -> Family:
     if not apart <= trial.limit:
         raise Unfit(f"packed and plain logits differ by {apart:.2g} {UNITS[trial.coarse]}")
     model.config.pad_token_id = None  # GPT-2 looks for padding in every call, for which the host would wait
+    if is_split(model):
+        return family  # transformers' own modules speak with the other processes
     llama_forward = LlamaForward.of(model, layers, window) or FusedForward.of(model, layers, window)
     same = llama_forward is not None and _llama_forward_is_right(llama_forward, family, device, trial)
     return replace(family, llama_forward=llama_forward) if same else family

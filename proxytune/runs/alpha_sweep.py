@@ -20,6 +20,7 @@ import torch
 from proxytune import __version__, results
 from proxytune.config import AlphaSchedule, parse_alpha
 from proxytune.errors import UserError
+from proxytune.processes import own_folder
 from proxytune.provenance import provenance
 from proxytune.records import Completion, Example, Run
 from proxytune.results import SWEEP, RunFolder
@@ -95,7 +96,7 @@ def sweep(
     job = plan(system, evaluation.task, "proxy", options.model_copy(update={"alpha": None}))
     if options.defer is not None:
         raise UserError("--defer has no alpha: leave it out of a sweep")
-    folder = out if out is not None else job.folder(RESULTS) / "sweep"
+    folder = own_folder(out if out is not None else job.folder(RESULTS) / "sweep")
     evaluation.agree(job, responses=len(alphas))
     judging, sandbox = evaluation.judging, evaluation.sandbox
     runs = _run(job, alphas, folder, evaluation)

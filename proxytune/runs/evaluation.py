@@ -25,6 +25,7 @@ from proxytune.config import (
 from proxytune.errors import UserError
 from proxytune.models import Models
 from proxytune.options import DecodeOptions, JudgeOptions, RunOptions
+from proxytune.processes import own_folder
 from proxytune.records import Run
 from proxytune.runs.decoders import OpenDecoder, client_of, decoder_here
 from proxytune.runs.judging import Dialogue, Judging, judging_of
@@ -159,7 +160,7 @@ class Evaluation:
         """Evaluate one role; -> its Run and its folder: `out`, or `results/<system>/<task>/<role>/`."""
         role, judging, sandbox = self.system.require(as_), self.judging, self.sandbox
         job = plan(self.system, self.task, role, self.options)
-        folder = out or job.folder(RESULTS)
+        folder = own_folder(out or job.folder(RESULTS))
         if not is_done(folder):
             self.agree(job)
         made = run_job(job, folder, self.opener, self.decode, sandbox)
@@ -180,7 +181,10 @@ class Evaluation:
             for role in self.system.roles
             if roles is None or role in roles
         }
-        folders = {role: out / role if out is not None else job.folder(RESULTS) for role, job in jobs.items()}
+        folders = {
+            role: own_folder(out / role if out is not None else job.folder(RESULTS))
+            for role, job in jobs.items()
+        }
         shared = False  # in multiple choice the base and the proxy share their calls
         for role, job in jobs.items():
             if not is_done(folders[role]) and not shared:

@@ -187,7 +187,7 @@ def test_a_wrong_system_role_or_alpha_waits_for_nothing(arguments: list[str]) ->
 
 def test_the_entry_point_is_the_model() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-    assert declared == {"lm_eval.models": {lm_eval_cli.NAME: lm_eval_cli.TARGET}}
+    assert declared["lm_eval.models"] == {lm_eval_cli.NAME: lm_eval_cli.TARGET}
     module, _, name = lm_eval_cli.TARGET.partition(":")
     lm_eval_cli.register()
     lm_eval_cli.register()

@@ -28,6 +28,7 @@ from tests.support.runs import evaluated, evaluation_of
 
 if importlib.util.find_spec("ray") is None:
     require_or_skip("ray", "ray is not installed")
+import ray
 
 pytestmark = [
     pytest.mark.slow,
@@ -94,6 +95,42 @@ def test_a_worker_is_killed(
     assert len(stored) == len(set(stored)) == 30
     assert any(f"{killed[0]} was lost" in remark for remark in run.notes)
     assert killed[0] in run.cost.workers and sum(w.examples for w in run.cost.workers.values()) == 30
+
+
+def test_a_worker_that_joins_late(
+    system: System, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster has room for one of two workers. When a second machine joins in the middle of the run, the
+    other worker begins, and takes its part of what is left."""
+    from ray.cluster_utils import Cluster
+
+    settings: dict[str, Any] = {"limit": 30, "sampling": SAMPLING, "batch": 2}
+    evaluated(system, "gsm", models=models, out=tmp_path / "one", **settings)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    second = [str(Path(sys.executable).with_name("ray")), "start", "--address", cluster.address]
+    note, before, machines = RayPool._note, list[int](), list[subprocess.Popen[bytes]]()
+
+    def heard(pool: RayPool, member: Any, found: Any) -> None:
+        note(pool, member, found)
+        if not before:
+            before.append(len(pool.workers))
+            machines.append(subprocess.Popen([*second, "--num-cpus=1", "--block"], env=environment()))
+            [waiting] = [other for other in pool._members if other.state is None]
+            ready, _ = ray.wait([waiting.loading], timeout=120)
+            assert ready, "the late worker did not start"
+
+    monkeypatch.setattr(RayPool, "_note", heard)
+    try:
+        asked = on_ray(evaluation_of(system, "gsm", **settings), RayOptions(ray=cluster.address, workers=2))
+        run, _ = asked.run("proxy", tmp_path / "two")
+    finally:
+        for machine in machines:
+            machine.terminate()
+            machine.wait(timeout=60)
+        cluster.shutdown()
+    assert before == [1] and len(run.cost.workers) == 2
+    assert all(worker.examples >= 4 for worker in run.cost.workers.values())
+    assert rows(tmp_path / "two") == rows(tmp_path / "one") and run.status == "done"
 
 
 def test_what_kills_every_worker_comes_to_an_end(

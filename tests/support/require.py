@@ -20,7 +20,7 @@ def require_or_skip(kind: str, reason: str) -> None:
     sandbox (its backends), judges (httpx2), browser (playwright and a Chromium), triton (its interpreter
     runs the CUDA kernels), compiler (of C++, for the CPU's kernels), gguf, lm-eval and inspect (the
     packages; inspect_ai in an environment of its own), ray, real (a real model from PyPI), serve (fastapi
-    and the other packages of the server), schemathesis."""
+    and the other packages of the server), schemathesis, vllm (in an environment of its own)."""
     if kind in os.environ.get("PROXYTUNE_REQUIRE", "").split(","):
         pytest.fail(f"PROXYTUNE_REQUIRE names '{kind}', but {reason}", pytrace=False)
     pytest.skip(reason, allow_module_level=True)

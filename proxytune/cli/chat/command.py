@@ -54,6 +54,7 @@ def chat(
     from proxytune.runs import Chat, load
 
     made = console.read_system(system, vocab)
+    made.require_one_process("chat")
     with _notes_on_stderr(), load(made, decode=decode, trust_remote_code=trust_remote_code) as model:
         model.models.on_load = console.show_loading if sys.stderr.isatty() else None
         talk = Chat(

@@ -13,6 +13,7 @@ from proxytune.cli.options import (
     API_ASKING,
     CODE,
     DECODING,
+    ENGINE,
     JUDGING,
     RAY,
     RUN,
@@ -35,6 +36,7 @@ from proxytune.options import (
     ApiOptions,
     CodeOptions,
     DecodeOptions,
+    EngineOptions,
     JudgeOptions,
     RayOptions,
     RunOptions,
@@ -61,7 +63,16 @@ class EvalCommand(TyperCommand):
         return super().parse_args(ctx, given)
 
 
-@grouped(run=RUN, sampling=SAMPLING, decode=DECODING, ray=RAY, code=CODE, judge=JUDGING, api=API_ASKING)
+@grouped(
+    run=RUN,
+    sampling=SAMPLING,
+    decode=DECODING,
+    engine=ENGINE,
+    ray=RAY,
+    code=CODE,
+    judge=JUDGING,
+    api=API_ASKING,
+)
 def evaluate(
     task: TaskName,
     *,
@@ -72,6 +83,7 @@ def evaluate(
     run: RunOptions,
     sampling: Changes,
     decode: DecodeOptions,
+    engine: EngineOptions,
     ray: RayOptions,
     code: CodeOptions,
     judge: JudgeOptions,
@@ -93,7 +105,7 @@ def evaluate(
     judge = judge.model_copy(update={"code": code, "seed": run.seed})
     models = console.models_of(made, trust_remote_code=trust_remote_code)
     asked = prepared(models, task, with_sampling(task, run, sampling), decode, judge, api)
-    asked = on_workers(asked, ray)
+    asked = decoded_by(asked, engine, ray)
     if as_ == "all" or len(roles) > 1:
         print_all(list(asked.run_all(out, roles).values()), json_only=json, verbose=verbose)
         return
@@ -139,6 +151,24 @@ def prepared(
     return made
 
 
+def decoded_by(asked: evaluation.Evaluation, engine: EngineOptions, ray: RayOptions) -> evaluation.Evaluation:
+    """The same evaluation, decoded by another engine or on workers where they were asked for. UserError for
+    options that do not go together."""
+    if engine.engine == "own":
+        if engine != EngineOptions():
+            raise UserError("--tensor-parallel and --eager are of --engine vllm: add it, or leave them out")
+        return on_workers(asked, ray)
+    if ray != RayOptions():
+        raise UserError("--ray starts workers with proxytune's engine: leave it out with --engine vllm")
+    if asked.options.trace != "off" or asked.options.defer is not None:
+        raise UserError(
+            "--engine vllm stores no --trace and defers to nobody: leave these out, or use --engine own"
+        )
+    from proxytune.integrations.vllm_plugin import vllm_decoder
+
+    return replace(asked, open_decoder=vllm_decoder(asked.models, engine))
+
+
 def on_workers(asked: evaluation.Evaluation, ray: RayOptions) -> evaluation.Evaluation:
     """The same evaluation, decoded on workers where they were asked for. UserError for options of workers
     without them."""
@@ -148,6 +178,8 @@ def on_workers(asked: evaluation.Evaluation, ray: RayOptions) -> evaluation.Eval
         return asked
     if asked.system.endpoint is not None:
         raise UserError("--ray is for models that run here: a base behind an API is asked by one process")
+    asked.system.require_one_process("--ray")
+
     from proxytune.scale import ray_decoder
 
     trusted = asked.models.trust_remote_code

@@ -8,9 +8,19 @@ from typing import Annotated
 import typer
 
 from proxytune.cli import console
-from proxytune.cli.options import DECODING, MODELS, Alpha, As, NegativeAlpha, RemoteCode, Vocab, grouped
+from proxytune.cli.options import (
+    DECODING,
+    ENGINE,
+    MODELS,
+    Alpha,
+    As,
+    NegativeAlpha,
+    RemoteCode,
+    Vocab,
+    grouped,
+)
 from proxytune.config import load_system
-from proxytune.options import DecodeOptions
+from proxytune.options import DecodeOptions, EngineOptions
 
 LM_EVAL = "What lm-eval is asked"
 
@@ -40,7 +50,7 @@ Out = Annotated[
 ]
 
 
-@grouped(decode=DECODING)
+@grouped(decode=DECODING, engine=ENGINE)
 def lm_eval(
     context: typer.Context,
     *,
@@ -52,6 +62,7 @@ def lm_eval(
     trust_remote_code: RemoteCode = False,
     tasks: Tasks,
     decode: DecodeOptions,
+    engine: EngineOptions,
     out: Out = Path("results"),
 ) -> None:
     """Run tasks of lm-eval with a system as the model.
@@ -61,6 +72,7 @@ def lm_eval(
 
     Example: proxytune lm-eval --system demo --as proxy --tasks gsm8k --limit 20
     """
+    load_system(system).require_one_process("lm-eval")
     if as_ in ("base", "proxy"):
         load_system(system).local_base("lm-eval")
 
@@ -73,6 +85,7 @@ def lm_eval(
         "vocab": vocab,
         "trust_remote_code": trust_remote_code,
         **decode.model_dump(exclude_defaults=True),
+        **engine.model_dump(exclude_defaults=True),
     }
     settings = {name: value for name, value in asked.items() if value is not None and value is not False}
     results, runs = run_lm_eval(LmEvalCall(system, tasks, settings, tuple(context.args), out))

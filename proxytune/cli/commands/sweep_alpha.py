@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from proxytune.cli import console
-from proxytune.cli.commands.evaluate import on_workers, prepared, with_sampling
+from proxytune.cli.commands.evaluate import decoded_by, prepared, with_sampling
 from proxytune.cli.options import (
     API_ASKING,
     CODE,
     DECODING,
+    ENGINE,
     JUDGING,
     RAY,
     SAMPLING,
@@ -29,6 +30,7 @@ from proxytune.options import (
     ApiOptions,
     CodeOptions,
     DecodeOptions,
+    EngineOptions,
     JudgeOptions,
     RayOptions,
     RunOptions,
@@ -44,7 +46,16 @@ SweepOut = Annotated[
 ]
 
 
-@grouped(run=SWEEP, sampling=SAMPLING, decode=DECODING, ray=RAY, code=CODE, judge=JUDGING, api=API_ASKING)
+@grouped(
+    run=SWEEP,
+    sampling=SAMPLING,
+    decode=DECODING,
+    engine=ENGINE,
+    ray=RAY,
+    code=CODE,
+    judge=JUDGING,
+    api=API_ASKING,
+)
 def sweep_alpha(
     task: TaskName,
     alphas: Alphas,
@@ -55,6 +66,7 @@ def sweep_alpha(
     run: RunOptions,
     sampling: Changes,
     decode: DecodeOptions,
+    engine: EngineOptions,
     ray: RayOptions,
     code: CodeOptions,
     judge: JudgeOptions,
@@ -79,7 +91,7 @@ def sweep_alpha(
     judge = judge.model_copy(update={"code": code, "seed": run.seed})
     models = console.models_of(made, trust_remote_code=trust_remote_code)
     asked = prepared(models, task, with_sampling(task, run, sampling), decode, judge, api)
-    folder, _ = alpha_sweep.sweep(on_workers(asked, ray), schedules, out)
+    folder, _ = alpha_sweep.sweep(decoded_by(asked, engine, ray), schedules, out)
 
     from proxytune.analysis import sweeps
     from proxytune.cli.analysis_tables import sweep_table

@@ -5,6 +5,7 @@ from __future__ import annotations
 from proxytune.cli import console
 from proxytune.cli.options import (
     DECODING,
+    ENGINE,
     SERVING,
     Alpha,
     NegativeAlpha,
@@ -14,11 +15,11 @@ from proxytune.cli.options import (
     grouped,
 )
 from proxytune.config import parse_alpha
-from proxytune.errors import needs_extra
-from proxytune.options import DecodeOptions, ServeOptions
+from proxytune.errors import UserError, needs_extra
+from proxytune.options import DecodeOptions, EngineOptions, ServeOptions
 
 
-@grouped(options=SERVING, decode=DECODING)
+@grouped(options=SERVING, decode=DECODING, engine=ENGINE)
 def serve(
     *,
     system: SystemName = "demo",
@@ -28,6 +29,7 @@ def serve(
     trust_remote_code: RemoteCode = False,
     options: ServeOptions,
     decode: DecodeOptions,
+    engine: EngineOptions,
 ) -> None:
     """Serve a system in OpenAI's style, until Ctrl-C or SIGTERM.
 
@@ -36,17 +38,29 @@ def serve(
 
     Example: proxytune serve --system demo --port 8000
     """
-    for package in ("fastapi", "uvicorn", "prometheus_client", "openai"):
-        needs_extra("proxytune serve", package, "serve")
+    if engine.engine == "own":
+        if engine != EngineOptions():
+            raise UserError("--tensor-parallel and --eager are of --engine vllm: add it, or leave them out")
+        for package in ("fastapi", "uvicorn", "prometheus_client", "openai"):
+            needs_extra("proxytune serve", package, "serve")
     made = console.read_system(system, vocab)
+    made.require_one_process("serve")
     if alpha is not None:
         made.require("proxy")
         checked = parse_alpha(alpha).check(allow_negative=allow_negative_alpha)
         made = made.model_copy(update={"alpha": checked})
 
     from proxytune.models import Models
+
+    models = Models(made, trust_remote_code=trust_remote_code, on_load=console.show_loading)
+    if engine.engine == "vllm":
+        from proxytune.integrations.vllm_plugin import VllmLaunch, serve_vllm
+
+        role = made.require(options.roles or "proxy")
+        launch = VllmLaunch(models, role, made.alpha, decode, engine)
+        serve_vllm(launch, options, allow_negative_alpha=allow_negative_alpha)
+        return
     from proxytune.server import ServeCall
     from proxytune.server import serve as run
 
-    models = Models(made, trust_remote_code=trust_remote_code, on_load=console.show_loading)
     run(ServeCall(models, options, decode, allow_negative_alpha, console.say))
