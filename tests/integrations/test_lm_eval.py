@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 
 from proxytune.config import ModelSpec, System
 from proxytune.errors import UserError
 from proxytune.models.roles import Models
 from proxytune.options import DecodeOptions
 from tests.support import lm_eval_tasks, tiny
+from tests.support.adapters import fresh
 from tests.support.require import require_or_skip
 
 try:
@@ -224,6 +226,19 @@ def test_a_response_that_leaves_no_room_is_refused(trio: System) -> None:
         ProxyTunedLM(trio).generate_until(ask("generate_until", ("The sea", {"until": []})))
     with pytest.raises(UserError, match="no tokens of its own: ''"):
         ProxyTunedLM(trio).loglikelihood(ask("loglikelihood", ("The sea", "")))
+
+
+def test_a_soft_prompt_takes_its_place_in_the_window(trio: System, tmp_path: Path) -> None:
+    """Contexts are cut so that its tokens, which nobody sent, fit too."""
+    assert trio.antiexpert is not None
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    get_peft_model(fresh(Path(str(trio.antiexpert.model))), config).save_pretrained(tmp_path)
+    ours = ProxyTunedLM(trio.model_copy(update={"expert": ModelSpec(adapter=str(tmp_path))}))
+    assert (ours.max_length, ProxyTunedLM(trio).max_length) == (251, 256)
+    long = "A kettle " * 60
+    [(logprob, _)] = ours.loglikelihood(ask("loglikelihood", (long, "x")))
+    assert logprob < 0 and ours.loglikelihood_rolling(ask("loglikelihood_rolling", (long,)))[0] < 0
+    assert len(ours.generate_until(ask("generate_until", (long, {"until": [], "max_gen_toks": 4})))) == 1
 
 
 def test_answers_go_into_the_cache_of_lm_eval(trio: System, tmp_path: Path) -> None:

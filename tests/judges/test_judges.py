@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from proxytune import JudgeOptions, RunOptions, evaluate, results
 from proxytune.config import Sampling, System
@@ -80,6 +85,19 @@ def test_the_classifier_says_the_same_in_every_batch(classifier: Path) -> None:
     with torch.inference_mode():
         by_hand = [int(model(torch.tensor([line])).logits[0].argmax()) for line in ids]
     assert [row["is_toxic"] for row in found] == by_hand
+
+
+def test_a_text_fills_the_window_of_a_roberta_and_no_more(tmp_path: Path) -> None:
+    """Its positions begin behind the number of its padding: it has two fewer than its configuration says."""
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=66, num_labels=2, pad_token_id=1,
+    )  # fmt: skip
+    folder = tiny.save(tmp_path / "roberta", RobertaForSequenceClassification(config).eval())
+    rows = [{"prediction": "a" * n} for n in (1, 62, 63, 64, 65, 300)]
+    verdicts = [row["is_toxic"] for row in ToxicityClassifier(str(folder)).judge(rows)]
+    assert all(verdict in (0, 1) for verdict in verdicts)
 
 
 def test_another_class_can_be_the_toxic_one(classifier: Path) -> None:
@@ -324,7 +342,7 @@ def test_the_order_is_drawn_and_the_preference_follows(endpoint: Endpoint) -> No
     assert "{a} " in asked["messages"][1]["content"], "braces in outputs stay as they are"
 
 
-def test_judging_again_costs_nothing(endpoint: Endpoint) -> None:
+def test_judging_again_costs_nothing(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = pairs(11)
     first = PairwiseJudge("m").judge(rows)
     assert len(endpoint.seen) == 10 and PairwiseJudge("m").estimate(rows).calls == 0
@@ -334,6 +352,8 @@ def test_judging_again_costs_nothing(endpoint: Endpoint) -> None:
     assert len(endpoint.seen) == 11
     PairwiseJudge("other").judge(rows)
     assert len(endpoint.seen) == 21, "another model judges anew"
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{endpoint.url}/elsewhere")
+    assert PairwiseJudge("m").estimate(rows).calls == 10, "and so does another endpoint"
 
 
 def test_failures_are_retried_and_bounded(endpoint: Endpoint) -> None:

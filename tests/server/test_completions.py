@@ -181,6 +181,9 @@ def test_echo_scores_the_prompt(client: OpenAI, offline: SteeredModel, here: Ser
             assert len(lists.tokens) == len(lists.token_logprobs) == len(lists.top_logprobs) == len(ids) + new
             assert lists.token_logprobs[0] is None and lists.top_logprobs[0] is None
             assert choice.text.startswith(PROMPT) and found.usage.completion_tokens == new
+            assert lists.tokens[0] == "<s>" and lists.text_offset[:2] == [0, 0]
+            for token, at in list(zip(lists.tokens, lists.text_offset, strict=True))[1:]:
+                assert choice.text[at : at + len(token)] == token, "text_offset is where it stands"
             for logprob, top in zip(lists.token_logprobs[1:], lists.top_logprobs[1:], strict=True):
                 assert logprob in top.values() and 2 <= len(top) <= 3
     # what the first 9 tokens say of the next ones is what the models say in this process
