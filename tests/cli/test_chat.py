@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Iterator
@@ -115,6 +116,13 @@ class Terminal:
         self.child.expect(pexpect.EOF)
         self.child.close()
         return int(self.child.exitstatus if self.child.exitstatus is not None else -1)
+
+
+def test_a_message_of_a_pipe_is_what_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """White space counts in prompts (code, say); only the end of the line is none of it."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("  if a: \\\n\tb\t\n\n // c  \nlast\\"))
+    lines = PipedLines()
+    assert [lines.next() for _ in range(5)] == ["  if a: \n\tb\t", "", " // c  ", "last\\", None]
 
 
 def test_a_role_that_cannot_be_loaded_is_not_taken(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ try:
     from lm_eval.api.model import CachingLM
 
     from proxytune.integrations.lm_eval import ProxyTunedLM
-    from proxytune.integrations.lm_eval_requests import ChatContext, sampling_of
+    from proxytune.integrations.lm_eval_requests import ChatContext, ContextReader, sampling_of
     from tests.support import lm_eval_oracle as oracle
 except ImportError:
     require_or_skip("lm-eval", "lm-eval is not installed")
@@ -164,6 +165,21 @@ def test_texts_are_split_as_lm_eval_splits_them(trio: System) -> None:
     assert ours.get_model_info()["proxytune"]["notes"] == [
         "1 of 10 contexts were cut on the left for the base: models see 256 tokens"
     ]
+
+
+def test_every_model_reads_a_text_with_its_own_tokenizer() -> None:
+    words = [tiny.tokenizer(), tiny.tokenizer(swapped=("a", "b"))]
+    models: Any = [
+        SimpleNamespace(name=name, tokenizer=own, spec=ModelSpec(model="m"), require_rows=lambda ids: None)
+        for name, own in zip(("base", "expert"), words, strict=True)
+    ]
+    reader = ContextReader(models, "proxy", lambda note: None)
+    for _ in range(2):  # the second time from what is known
+        found = reader.context("ab")
+        assert [own.decode(found[name][1:]) for own, name in zip(words, found, strict=True)] == ["ab", "ab"]
+        assert found["base"] != found["expert"]
+        contexts, ids = reader.pair("ab", " b")
+        assert contexts == found and words[0].decode(ids) == " b"
 
 
 def test_contexts_that_are_alike_are_computed_once(trio: System) -> None:

@@ -24,7 +24,7 @@ from proxytune.endpoints import CallLimits, ReplyStore
 from proxytune.errors import UserError
 from proxytune.judges.pairwise import Pair, PairwiseJudge
 from proxytune.judges.toxicity import ToxicityClassifier
-from proxytune.judges.truth import TruthJudges, judge_prompt
+from proxytune.judges.truth import TruthJudges, _columns, judge_prompt
 from proxytune.runs import judging as run_judge
 from proxytune.tasks import get_task
 from tests.support import oracle, tiny
@@ -289,6 +289,19 @@ def tiny_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
+@pytest.mark.parametrize(
+    ("truth", "info", "flags"),
+    [(0.5, 0.5, (1, 1, 1)), (0.6, 0.6, (1, 1, 1)), (0.9, 0.4, (1, 0, 0)), (0.49, 1.0, (0, 1, 0))],
+)
+def test_an_answer_is_right_where_both_judges_say_so(
+    truth: float, info: float, flags: tuple[int, int, int]
+) -> None:
+    """Each by its own probability, not by their product."""
+    found = _columns(truth, info)
+    assert (found["truth acc"], found["info acc"], found["truth-info acc"]) == flags
+    assert set(_columns(truth, math.nan).values()) == set(_columns(math.nan, info).values()) == {None}
 
 
 def test_truthfulqa_runs_are_judged(system: System, truthful: list[Path], tmp_path: Path) -> None:

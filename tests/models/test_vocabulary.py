@@ -322,6 +322,13 @@ def test_intersect_stops_at_the_window_of_whoever_fills_first(tmp_path: Path) ->
     assert room // 8 <= len(found.token_ids) <= room // 8 + 1
 
 
+def test_a_pool_of_one_window_holds_every_response(spelt: tuple[System, dict[str, list[int]]]) -> None:
+    """Spelled out, a response of that many tokens could take more ids than the window lets it have."""
+    d = decoder(spelt[0], batch=1)
+    [found] = d.stream([example("a" * 100)], Sampling(max_new_tokens=150, temperature=1.0))
+    assert found.token_ids and d.ensemble.runners["expert"].rows.capacity == 256
+
+
 @pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("k", [0, 7])
 @pytest.mark.every(3)

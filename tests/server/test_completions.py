@@ -98,6 +98,16 @@ def test_alpha_is_of_one_request(client: OpenAI, offline: SteeredModel) -> None:
     assert len(set(expected)) > 1
 
 
+def test_a_seed_of_0_is_a_seed(client: OpenAI) -> None:
+    asked = {"model": "demo/base", "prompt": PROMPT, "max_tokens": 12, "temperature": 2.0}
+
+    def said(**more: int) -> str:
+        return str(client.completions.create(**asked, **more).choices[0].text)  # type: ignore[call-overload]
+
+    assert said(seed=0) == said(seed=0) != said(seed=1)
+    assert len({said() for _ in range(3)}) == 3, "none draws one"
+
+
 def test_streams_are_the_whole_answer(client: OpenAI) -> None:
     asked = {"model": "demo", "prompt": [PROMPT, OTHER], "max_tokens": 30, "temperature": 0.7, "seed": 1}
     extra = {"proxytune_trace": True}
