@@ -199,7 +199,8 @@ def _speculation(system: System, roles: Sequence[RoleCheck]) -> str:
         return "no: the system is not steered"
     if system.endpoint is not None:
         return "no: the base is behind an API"
-    slow = [role.name for role in roles if role.path == "reference" and role.name != "tuned"]
+    together = [role for role in roles if role.name != "tuned"]
+    slow = [role.name for role in together if role.path == "reference"]
     if slow:
         return f"no: the state of {', '.join(slow)} cannot be rewound"
-    return "yes" if all(role.path == "packed" for role in roles) else "not known"
+    return "yes" if all(role.path == "packed" for role in together) else "not known"

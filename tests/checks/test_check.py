@@ -145,6 +145,14 @@ def test_systems_good_and_bad(case: Case, weights: bool, tmp_path: Path) -> None
     assert SystemCheck.model_validate_json(found.model_dump_json()) == found
 
 
+def test_a_slow_tuned_model_is_no_hindrance_to_speculation(tmp_path: Path) -> None:
+    """It decodes alone, and has no part in the proxy."""
+    slow = tiny.save(tmp_path / "slow", tiny.build("bloom", 1))
+    found = check_system(trio(tmp_path).model_copy(update={"tuned": spec(slow)}), weights=False)
+    assert [role.path for role in found.roles] == ["packed"] * 3 + ["reference"]
+    assert found.speculation == "yes"
+
+
 def test_what_is_known_of_a_sound_system(tmp_path: Path) -> None:
     system = one_model_thrice(tmp_path)
     found = check_system(system)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,14 @@ import pexpect
 import pytest
 from typer.testing import CliRunner, Result
 
+from proxytune import Chat
 from proxytune.cli import app as cli
+from proxytune.cli.chat.lines import PipedLines
+from proxytune.cli.chat.session import ChatSession
+from proxytune.config import ModelSpec, load_system
+from proxytune.errors import UserError
+from proxytune.models import Models
+from proxytune.runs.steered import SteeredModel
 from tests.support.checkout import ROOT, environment
 from tests.support.command_line import refused
 from tests.support.real import checkpoint
@@ -108,6 +116,22 @@ class Terminal:
         self.child.expect(pexpect.EOF)
         self.child.close()
         return int(self.child.exitstatus if self.child.exitstatus is not None else -1)
+
+
+def test_a_message_of_a_pipe_is_what_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """White space counts in prompts (code, say); only the end of the line is none of it."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("  if a: \\\n\tb\t\n\n // c  \nlast\\"))
+    lines = PipedLines()
+    assert [lines.next() for _ in range(5)] == ["  if a: \n\tb\t", "", " // c  ", "last\\", None]
+
+
+def test_a_role_that_cannot_be_loaded_is_not_taken(tmp_path: Path) -> None:
+    demo = load_system("demo")
+    lost = demo.model_copy(update={"tuned": ModelSpec(model=str(tmp_path / "nowhere"))})
+    chat = Chat(SteeredModel(Models(lost)), as_="base")
+    with pytest.raises(UserError, match="nowhere"):
+        ChatSession(chat, PipedLines()).set_role("tuned")
+    assert chat.as_ == "base"
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from proxytune.config import Chat, ModelSpec
+from proxytune.decoding import Conversation
 from proxytune.decoding.prompts import Form, bare, context, form_of, noise_key, text_for
 from proxytune.errors import UserError
 from proxytune.records import Prompt
@@ -112,3 +113,14 @@ def test_noise_keys_differ_in_every_part() -> None:
         for sample in (0, 1, 11)
     }
     assert len(keys) == 81 and all(-(2**63) <= key < 2**63 for key in keys)
+
+
+@pytest.mark.parametrize("chat", ["none", "llama2", "tokenizer"])
+def test_all_that_was_said_is_there_in_its_order(chat: Chat) -> None:
+    """System messages, too, however many there are and wherever they stand."""
+    said = ("system", "Be kind."), ("system", "Be brief."), ("user", "q1"), ("assistant", "a1")
+    said = (*said, ("system", "Be rude."), ("user", "q2"))
+    spec, words = ModelSpec(model="m", chat=chat), tiny.tokenizer(chat_template=TEMPLATE)
+    text = Conversation(said, "It").text_for("expert", "proxy", spec, words)
+    places = [text.find(content) for _, content in said]
+    assert -1 not in places and places == sorted(places) and text.endswith("It")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from proxytune.decoding.response_text import BROKEN, ResponseText, decode
-from proxytune.decoding.stop_strings import StopStrings, cut, single_tokens
+from proxytune.decoding.stop_strings import StopStrings, cut, own_eos, single_tokens
 from proxytune.decoding.streaming import TextStream, final_text, stop_predicate
 from proxytune.errors import UserError
 from tests.support import tiny
@@ -400,7 +401,7 @@ def test_special_tokens_are_not_text() -> None:
 
 
 def test_single_tokens() -> None:
-    words = merging(["Sure", " Sure", "Sure!"])
+    words = merging(["Sure", " Sure", "\tSure", "Sure\n", "Sure!"])
     size = len(words.get_vocab())
     found = single_tokens(words, ["Sure", "a"], size)
     assert {decode(words, [i]) for i in found} == {"Sure", " Sure", "a"}
@@ -410,3 +411,14 @@ def test_single_tokens() -> None:
     last = words.get_vocab()[words.convert_ids_to_tokens(size - 1)]
     with pytest.raises(UserError, match="cannot ban 'Sure!'"):
         single_tokens(words, ["Sure!"], last)  # a token among the padding cannot be banned
+
+
+@pytest.mark.parametrize(
+    ("own", "generation", "ends"),
+    [(2, None, {2}), (2, 40, {2, 40}), (2, [40, 41], {2, 40, 41}), (None, [40], {40}), (None, None, set())],
+)
+def test_what_ends_a_response(own: int | None, generation: int | list[int] | None, ends: set[int]) -> None:
+    """The tokenizer's own end counts beside those of the generation settings, which often name others."""
+    module = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=generation))
+    model: Any = SimpleNamespace(module=module, tokenizer=SimpleNamespace(eos_token_id=own))
+    assert own_eos(model) == ends

@@ -377,6 +377,16 @@ def test_top_k_first_draws_what_the_whole_vocabulary_draws(
         assert torch.equal(choose(logits, one), whole)
 
 
+def test_rows_without_top_k_draw_from_everything_beside_rows_with_it() -> None:
+    """A batch of a server has both."""
+    torch.manual_seed(0)
+    logits = torch.randn(4, 40)
+    mixed = choose(logits, choice(4, 2.0, [3, 0, 1, 0], key=7))
+    for row, top_k in enumerate([3, 0, 1, 0]):
+        alone = choice(4, 2.0, top_k, key=7)
+        assert mixed[row] == choose(logits, alone)[row]
+
+
 def test_noise_of_some_tokens_is_theirs() -> None:
     keys, positions = torch.tensor([5, 2**40 + 1]), torch.tensor([0, 77])
     ids = torch.tensor([[0, 3, 4, 258], [9, 1, 2, 200]])

@@ -5,16 +5,19 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 
 from proxytune.config import ModelSpec, System
 from proxytune.errors import UserError
 from proxytune.models.roles import Models
 from proxytune.options import DecodeOptions
 from tests.support import lm_eval_tasks, tiny
+from tests.support.adapters import fresh
 from tests.support.require import require_or_skip
 
 try:
@@ -23,7 +26,7 @@ try:
     from lm_eval.api.model import CachingLM
 
     from proxytune.integrations.lm_eval import ProxyTunedLM
-    from proxytune.integrations.lm_eval_requests import ChatContext, sampling_of
+    from proxytune.integrations.lm_eval_requests import ChatContext, ContextReader, sampling_of
     from tests.support import lm_eval_oracle as oracle
 except ImportError:
     require_or_skip("lm-eval", "lm-eval is not installed")
@@ -164,6 +167,21 @@ def test_texts_are_split_as_lm_eval_splits_them(trio: System) -> None:
     ]
 
 
+def test_every_model_reads_a_text_with_its_own_tokenizer() -> None:
+    words = [tiny.tokenizer(), tiny.tokenizer(swapped=("a", "b"))]
+    models: Any = [
+        SimpleNamespace(name=name, tokenizer=own, spec=ModelSpec(model="m"), require_rows=lambda ids: None)
+        for name, own in zip(("base", "expert"), words, strict=True)
+    ]
+    reader = ContextReader(models, "proxy", lambda note: None)
+    for _ in range(2):  # the second time from what is known
+        found = reader.context("ab")
+        assert [own.decode(found[name][1:]) for own, name in zip(words, found, strict=True)] == ["ab", "ab"]
+        assert found["base"] != found["expert"]
+        contexts, ids = reader.pair("ab", " b")
+        assert contexts == found and words[0].decode(ids) == " b"
+
+
 def test_contexts_that_are_alike_are_computed_once(trio: System) -> None:
     start = "The same long beginning of every one of these contexts, "
     pairs = [(f"{start}{n}", f" {letter}") for letter in "ABCD" for n in range(6)]
@@ -224,6 +242,19 @@ def test_a_response_that_leaves_no_room_is_refused(trio: System) -> None:
         ProxyTunedLM(trio).generate_until(ask("generate_until", ("The sea", {"until": []})))
     with pytest.raises(UserError, match="no tokens of its own: ''"):
         ProxyTunedLM(trio).loglikelihood(ask("loglikelihood", ("The sea", "")))
+
+
+def test_a_soft_prompt_takes_its_place_in_the_window(trio: System, tmp_path: Path) -> None:
+    """Contexts are cut so that its tokens, which nobody sent, fit too."""
+    assert trio.antiexpert is not None
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    get_peft_model(fresh(Path(str(trio.antiexpert.model))), config).save_pretrained(tmp_path)
+    ours = ProxyTunedLM(trio.model_copy(update={"expert": ModelSpec(adapter=str(tmp_path))}))
+    assert (ours.max_length, ProxyTunedLM(trio).max_length) == (251, 256)
+    long = "A kettle " * 60
+    [(logprob, _)] = ours.loglikelihood(ask("loglikelihood", (long, "x")))
+    assert logprob < 0 and ours.loglikelihood_rolling(ask("loglikelihood_rolling", (long,)))[0] < 0
+    assert len(ours.generate_until(ask("generate_until", (long, {"until": [], "max_gen_toks": 4})))) == 1
 
 
 def test_answers_go_into_the_cache_of_lm_eval(trio: System, tmp_path: Path) -> None:

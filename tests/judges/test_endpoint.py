@@ -3,6 +3,7 @@ without end."""
 
 from __future__ import annotations
 
+import email.utils
 import importlib.util
 import json
 import time
@@ -14,6 +15,7 @@ import pytest
 from proxytune import results
 from proxytune.config import System
 from proxytune.endpoints import CallLimits
+from proxytune.endpoints.endpoint import Answer, _after, reported
 from proxytune.errors import UserError
 from proxytune.judges.pairwise import PairwiseJudge
 from proxytune.runs.judging import judge_run
@@ -138,6 +140,44 @@ def test_what_a_server_asks_to_wait_is_heeded_within_bounds(endpoint: Endpoint) 
         len(PairwiseJudge("m", workers=1, limits=CallLimits(pause=1e6, longest_pause=1e6)).judge(ROWS)) == 3
     )
     assert time.monotonic() - begun < 1e6
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "7"}, 7),
+        ({"retry-after-ms": "1500"}, 1.5),
+        ({"retry-after-ms": "250", "retry-after": "1"}, 0.25),
+        ({"retry-after-ms": "soon", "retry-after": "2"}, 2),
+        ({"retry-after": "-3"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "Mon, 01 Jan 2001 00:00:00 GMT"}, None),
+    ],
+)
+def test_the_units_of_what_a_server_asks_to_wait(headers: dict[str, str], seconds: float | None) -> None:
+    assert _after(headers) == seconds
+    tomorrow = email.utils.formatdate(time.time() + 86400, usegmt=True)
+    assert _after({"retry-after": tomorrow}) == pytest.approx(86400, abs=60)
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        ({"prompt_tokens": 7, "completion_tokens": 3}, (7, 3)),
+        ({"prompt_tokens": 7, "completion_tokens": 0}, (7, 0)),
+        ({"prompt_tokens": 0, "completion_tokens": 0}, (100, 0)),
+        ({"prompt_tokens": -7, "completion_tokens": 1.5}, (100, 50)),
+        ({"prompt_tokens": True, "completion_tokens": "3"}, (100, 50)),
+        ({"prompt_tokens": 10**12}, (100, 50)),
+        ([], (100, 50)),
+        (None, (100, 50)),
+    ],
+)
+def test_what_is_no_count_costs_the_most_that_it_may(usage: object, tokens: tuple[int, int]) -> None:
+    """A prompt always has tokens; a reply may have none."""
+    answer = Answer({"choices": [], "usage": usage}, "")
+    assert reported(answer.prompt_tokens, answer.completion_tokens, (100, 50)) == tokens
 
 
 def test_a_model_that_reasons_is_asked_in_its_own_form(endpoint: Endpoint) -> None:

@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from proxytune import JudgeOptions, RunOptions, evaluate, results
 from proxytune.config import Sampling, System
@@ -19,7 +24,7 @@ from proxytune.endpoints import CallLimits, ReplyStore
 from proxytune.errors import UserError
 from proxytune.judges.pairwise import Pair, PairwiseJudge
 from proxytune.judges.toxicity import ToxicityClassifier
-from proxytune.judges.truth import TruthJudges, judge_prompt
+from proxytune.judges.truth import TruthJudges, _columns, judge_prompt
 from proxytune.runs import judging as run_judge
 from proxytune.tasks import get_task
 from tests.support import oracle, tiny
@@ -80,6 +85,19 @@ def test_the_classifier_says_the_same_in_every_batch(classifier: Path) -> None:
     with torch.inference_mode():
         by_hand = [int(model(torch.tensor([line])).logits[0].argmax()) for line in ids]
     assert [row["is_toxic"] for row in found] == by_hand
+
+
+def test_a_text_fills_the_window_of_a_roberta_and_no_more(tmp_path: Path) -> None:
+    """Its positions begin behind the number of its padding: it has two fewer than its configuration says."""
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=66, num_labels=2, pad_token_id=1,
+    )  # fmt: skip
+    folder = tiny.save(tmp_path / "roberta", RobertaForSequenceClassification(config).eval())
+    rows = [{"prediction": "a" * n} for n in (1, 62, 63, 64, 65, 300)]
+    verdicts = [row["is_toxic"] for row in ToxicityClassifier(str(folder)).judge(rows)]
+    assert all(verdict in (0, 1) for verdict in verdicts)
 
 
 def test_another_class_can_be_the_toxic_one(classifier: Path) -> None:
@@ -273,6 +291,19 @@ def tiny_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
 
 
+@pytest.mark.parametrize(
+    ("truth", "info", "flags"),
+    [(0.5, 0.5, (1, 1, 1)), (0.6, 0.6, (1, 1, 1)), (0.9, 0.4, (1, 0, 0)), (0.49, 1.0, (0, 1, 0))],
+)
+def test_an_answer_is_right_where_both_judges_say_so(
+    truth: float, info: float, flags: tuple[int, int, int]
+) -> None:
+    """Each by its own probability, not by their product."""
+    found = _columns(truth, info)
+    assert (found["truth acc"], found["info acc"], found["truth-info acc"]) == flags
+    assert set(_columns(truth, math.nan).values()) == set(_columns(math.nan, info).values()) == {None}
+
+
 def test_truthfulqa_runs_are_judged(system: System, truthful: list[Path], tmp_path: Path) -> None:
     evaluated(system, "truthfulqa", limit=6, sampling=SHORT, out=tmp_path / "run", progress=False)
     both = ",".join(map(str, truthful))
@@ -324,7 +355,7 @@ def test_the_order_is_drawn_and_the_preference_follows(endpoint: Endpoint) -> No
     assert "{a} " in asked["messages"][1]["content"], "braces in outputs stay as they are"
 
 
-def test_judging_again_costs_nothing(endpoint: Endpoint) -> None:
+def test_judging_again_costs_nothing(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = pairs(11)
     first = PairwiseJudge("m").judge(rows)
     assert len(endpoint.seen) == 10 and PairwiseJudge("m").estimate(rows).calls == 0
@@ -334,6 +365,8 @@ def test_judging_again_costs_nothing(endpoint: Endpoint) -> None:
     assert len(endpoint.seen) == 11
     PairwiseJudge("other").judge(rows)
     assert len(endpoint.seen) == 21, "another model judges anew"
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{endpoint.url}/elsewhere")
+    assert PairwiseJudge("m").estimate(rows).calls == 10, "and so does another endpoint"
 
 
 def test_failures_are_retried_and_bounded(endpoint: Endpoint) -> None:

@@ -27,7 +27,7 @@ from proxytune.errors import UserError
 from proxytune.models.checkpoint import load_config
 from proxytune.models.loading import load_module
 from proxytune.models.memory import weights_needed
-from proxytune.models.roles import Models
+from proxytune.models.roles import Models, WeightSource
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion
 from tests.support import oracle, tiny
@@ -385,6 +385,20 @@ def test_a_checkpoint_is_in_memory_once(folders: dict[str, Path], tmp_path: Path
     assert models.get("base").module is loaded["antiexpert"].module
 
 
+def test_what_decides_weights_tells_two_models_apart() -> None:
+    """Two roles share a module only where all of these agree. A setting that is new has to be put here."""
+    one = ModelSpec(model="owner/name", dtype="float64")
+    other: dict[str, Any] = {
+        "model": "owner/other", "adapter": "a", "dtype": "float32", "device_map": "cpu",
+        "quantization": "8bit", "revision": "dev", "trust_remote_code": True,
+    }  # fmt: skip
+    assert {*other, "chat"} == set(ModelSpec.model_fields)
+    specs = [one, *(one.model_copy(update={name: value}) for name, value in other.items())]
+    assert len({WeightSource.of(spec, trust_remote_code=False) for spec in specs}) == len(specs)
+    chatty = one.model_copy(update={"chat": "llama2"})
+    assert WeightSource.of(chatty, trust_remote_code=False) == WeightSource.of(one, trust_remote_code=False)
+
+
 def test_what_is_shared_counts_once_before_it_is_loaded(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -541,6 +555,7 @@ def test_too_large_for_memory_gives_the_numbers(
     assert f"needs {4 * numbers / 1000:.1f} GiB" in str(caught.value)
     assert f"{2 * numbers / 1000:.1f} GiB are free" in str(caught.value)
     load_module(anti.model_copy(update={"dtype": "bfloat16"}))  # half of that just fits
+    load_module(anti.model_copy(update={"device_map": {"": "cpu"}}))  # who places the layers knows the room
 
 
 REMOTE = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from proxytune.config import Sampling, System
 from proxytune.decoding.decoder import Decoder
+from proxytune.engine.request import Row
 from proxytune.engine.sampling import RowPosition
-from proxytune.engine.speculative.drafter import LOOKUP, Speculation
+from proxytune.engine.speculative.drafter import LOOKUP, Drafter, Speculation
 from proxytune.errors import UserError
 from proxytune.models.vocabulary import align, size_of
 from proxytune.records import Example
@@ -81,6 +83,8 @@ def test_size_is_the_tokenizers_but_never_more_than_the_head() -> None:
     words = tiny.tokenizer()
     words.add_tokens(["<extra>"])
     assert size_of(words, 272) == 260
+    gaps = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 263})  # some ids may be no token's
+    assert (size_of(gaps, 272), size_of(gaps, 261)) == (264, 261)
 
 
 def test_swapped_ids_are_named(tmp_path: Path) -> None:
@@ -266,6 +270,29 @@ def test_spelt_tokens_are_drafted_accepted_and_taken_back(
         assert (d.stats.accepted < d.stats.examined) == (drafts == "some wrong") and d.stats.accepted > 15
 
 
+@pytest.mark.usefixtures("layout")
+@pytest.mark.parametrize("wrong", ["the", "a"])
+@pytest.mark.every(2)
+def test_guesses_of_spelt_tokens_are_taken_back(
+    wrong: str, spelt: tuple[System, dict[str, list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What prompt lookup lets the drafter read, and the drafter does not say, leaves its cache again: all of
+    the ids that it is spelt in."""
+    system, want = spelt
+
+    def guess(drafter: Drafter, row: Row, most: int, rows: int) -> list[int]:
+        """The next token of the response, a wrong one, and so on."""
+        known = want[str(row.request.tag)][len(row.tokens) :][:most]
+        return [mistake if at % 2 else token for at, token in enumerate(known)]
+
+    monkeypatch.setattr(Drafter, "_guess", guess)
+    d = decoder(system, batch=3, speculation=Speculation(k=5, pick=Told(want)))
+    mistake = d.tokenizer.get_vocab()[wrong]
+    found = by_id(list(d.stream(ragged(4, 4), DRAWN)))
+    assert {name: list(found[name, 0].token_ids) for name in want} == want
+    assert d.stats.accepted > 15
+
+
 def test_intersect_with_different_experts_never_shifts_what_one_lacks(tmp_path: Path) -> None:
     """A token must be known to expert and antiexpert: Q and Z are not, for one of them."""
     system = trio_of(tmp_path, (259, len(pieces([]).get_vocab()), 259), expert=pieces([]))
@@ -293,6 +320,13 @@ def test_intersect_stops_at_the_window_of_whoever_fills_first(tmp_path: Path) ->
     assert found.finish_reason == "length"
     room = d.loaded["expert"].family.window - 101
     assert room // 8 <= len(found.token_ids) <= room // 8 + 1
+
+
+def test_a_pool_of_one_window_holds_every_response(spelt: tuple[System, dict[str, list[int]]]) -> None:
+    """Spelled out, a response of that many tokens could take more ids than the window lets it have."""
+    d = decoder(spelt[0], batch=1)
+    [found] = d.stream([example("a" * 100)], Sampling(max_new_tokens=150, temperature=1.0))
+    assert found.token_ids and d.ensemble.runners["expert"].rows.capacity == 256
 
 
 @pytest.mark.usefixtures("layout")

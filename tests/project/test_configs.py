@@ -119,5 +119,22 @@ def test_relative_folders_of_shipped_systems_are_taken_from_where_one_stands(
 
 def test_relative_folders_of_a_file_are_taken_from_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("base: {model: ./big}\n")
-    assert load_system(path).base.model == str(tmp_path / "big")
+    path.write_text(
+        "base: {model: ./big, adapter: ../on-big}\n"
+        "antiexpert: {model: ./small}\n"
+        "tuned: {model: owner/name, adapter: ./tuned}\n"
+        "experts: [{adapter: ./one}, {model: ./two, antiexpert: {model: ./three, adapter: ./four}}]\n"
+    )
+    found = load_system(path)
+    one, two = found.experts
+    specs = (found.base, found.antiexpert, found.tuned, one, two, two.antiexpert)
+    places = [(spec.model, spec.adapter) for spec in specs if isinstance(spec, ModelSpec)]
+    here = str(tmp_path)
+    assert places == [
+        (f"{here}/big", f"{tmp_path.parent}/on-big"),
+        (f"{here}/small", None),
+        ("owner/name", f"{here}/tuned"),
+        (None, f"{here}/one"),
+        (f"{here}/two", None),
+        (f"{here}/three", f"{here}/four"),
+    ]

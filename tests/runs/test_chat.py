@@ -127,7 +127,7 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_is_there(model: SteeredMod
 
 
 def test_all_roles_answer_the_last_question_or_a_new_one(model: SteeredModel) -> None:
-    chat = Chat(model, sampling=SHORT, alpha=0.5, as_="base")
+    chat = Chat(model, system="Be kind.", sampling=SHORT, alpha=0.5, as_="base")
     with pytest.raises(UserError, match="nothing was asked yet"):
         chat.compare()
     found = chat.compare("ab")

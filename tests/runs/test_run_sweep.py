@@ -99,6 +99,16 @@ def test_a_sweep_says_what_single_runs_say(
     assert sum(made.cost.seconds for made in runs) == pytest.approx(seconds)
 
 
+def test_a_forced_opener_begins_the_responses_of_every_alpha(
+    system: System, models: Models, tmp_path: Path
+) -> None:
+    folder, runs = swept(system, models, tmp_path / "sweep", forced=" Ex", limit=2)
+    for alpha, made in zip(ALPHAS, runs, strict=True):
+        rows = results.read_rows(folder / run_name(alpha))
+        assert made.spec.forced == " Ex" and len(rows) == 2
+        assert all(row["responses"][0]["text"].startswith(" Ex") for row in rows)
+
+
 def test_every_alpha_counts_its_prompts_where_responses_differ_in_length(
     system: System, models: Models, tmp_path: Path
 ) -> None:

@@ -464,6 +464,11 @@ def test_what_cannot_be_is_an_error() -> None:
         Sandbox.open("auto", "/nowhere/python")
 
 
+def test_other_limits_change_nothing_else() -> None:
+    one = Sandbox("weak", workers=3)
+    assert vars(one.limited(LIMITS)) == {**vars(one), "limits": LIMITS}
+
+
 def test_a_missing_bwrap_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="bubblewrap: bwrap is not installed"):

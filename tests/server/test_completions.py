@@ -98,6 +98,16 @@ def test_alpha_is_of_one_request(client: OpenAI, offline: SteeredModel) -> None:
     assert len(set(expected)) > 1
 
 
+def test_a_seed_of_0_is_a_seed(client: OpenAI) -> None:
+    asked = {"model": "demo/base", "prompt": PROMPT, "max_tokens": 12, "temperature": 2.0}
+
+    def said(**more: int) -> str:
+        return str(client.completions.create(**asked, **more).choices[0].text)  # type: ignore[call-overload]
+
+    assert said(seed=0) == said(seed=0) != said(seed=1)
+    assert len({said() for _ in range(3)}) == 3, "none draws one"
+
+
 def test_streams_are_the_whole_answer(client: OpenAI) -> None:
     asked = {"model": "demo", "prompt": [PROMPT, OTHER], "max_tokens": 30, "temperature": 0.7, "seed": 1}
     extra = {"proxytune_trace": True}
@@ -181,6 +191,9 @@ def test_echo_scores_the_prompt(client: OpenAI, offline: SteeredModel, here: Ser
             assert len(lists.tokens) == len(lists.token_logprobs) == len(lists.top_logprobs) == len(ids) + new
             assert lists.token_logprobs[0] is None and lists.top_logprobs[0] is None
             assert choice.text.startswith(PROMPT) and found.usage.completion_tokens == new
+            assert lists.tokens[0] == "<s>" and lists.text_offset[:2] == [0, 0]
+            for token, at in list(zip(lists.tokens, lists.text_offset, strict=True))[1:]:
+                assert choice.text[at : at + len(token)] == token, "text_offset is where it stands"
             for logprob, top in zip(lists.token_logprobs[1:], lists.top_logprobs[1:], strict=True):
                 assert logprob in top.values() and 2 <= len(top) <= 3
     # what the first 9 tokens say of the next ones is what the models say in this process

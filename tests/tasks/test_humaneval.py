@@ -286,6 +286,7 @@ def test_only_a_time_out_is_run_again(box: Sandbox, monkeypatch: pytest.MonkeyPa
     (found,) = humaneval.execute([row], execution)
     assert found["passed"] == [True, False, False, True, True] and found["result"][1] == "timed out"
     assert (execution.compared, execution.rerun, execution.flips) == (5, 2, 3)
+    assert (execution.samples, execution.passed, execution.timed_out) == (5, 3, 1), "as it ended"
 
 
 def test_rows_and_data_must_fit(box: Sandbox) -> None:

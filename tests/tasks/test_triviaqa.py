@@ -161,3 +161,10 @@ def test_eval_end_to_end(tmp_path: Path) -> None:
     assert found["spec"]["shots"] == 2
     report = score_file(TASK, tmp_path / "run" / "predictions.jsonl")
     assert report.metrics["f1"].value == found["metrics"]["f1"]["value"]
+
+
+def test_what_people_answered_counts_too(tmp_path: Path) -> None:
+    answer = {"Value": "Ann", "Aliases": ["Ann"], "HumanAnswers": ["Annie", "Ann"]}
+    row = {"Question": "Who?", "QuestionId": "tc_1", "Answer": answer}
+    [example] = read_source(TASK, str(jsonl(tmp_path / "d.jsonl", [row]))).examples
+    assert example.target["answers"] == ["Ann", "Annie"]

@@ -16,6 +16,7 @@ from proxytune.tuning.methods import METHODS
 from proxytune.tuning.options import METHOD_HELP, TuneOptions, left_out, read_settings, tune_names
 from proxytune.tuning.session import plan, tune
 from proxytune.tuning.tokens import NOT_LEARNED, encode
+from tests.support import tiny
 from tests.support.command_line import proxytune, refused
 
 MODEL = "demo://antiexpert"
@@ -155,6 +156,21 @@ def test_too_little_memory_is_said_before_any_weight_is_read(
         UserError, match=r"needs about 0\.\d GiB \(libraries 0.7\), and 0.1 GiB are free: use a"
     ):
         tune(job, tmp_path / "out", show=False)
+
+
+@pytest.mark.parametrize("targets", [(), ("q_proj",), ("layers.0.mlp.up_proj", "v_proj")])
+def test_adapters_sit_on_the_targets_that_were_named(targets: tuple[str, ...]) -> None:
+    prepared = METHODS["lora"].prepare(tiny.build("llama", 1), options(targets=targets))
+    trained = [name for name, parameter in prepared.named_parameters() if parameter.requires_grad]
+    on = {name.partition(".lora_")[0].removeprefix("base_model.model.model.") for name in trained}
+    linear = {
+        f"layers.{layer}.{part}"
+        for layer in range(2)
+        for part in (
+            *(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{n}_proj" for n in ("gate", "up", "down"))
+        )
+    }  # fmt: skip
+    assert on == {path for path in linear if not targets or path.endswith(targets)}
 
 
 def test_the_estimate_counts_what_the_method_trains() -> None:

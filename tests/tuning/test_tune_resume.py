@@ -96,3 +96,15 @@ def test_a_killed_training_ends_with_the_same_weights(case: str, tmp_path: Path)
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert newest(killed) is None and not (killed / FOLDER).exists()
+
+
+def test_the_newest_checkpoint_is_that_of_the_last_step(tmp_path: Path) -> None:
+    assert newest(tmp_path) is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-100", "checkpoint-900", "checkpoint-1000"):
+        (tmp_path / FOLDER / name).mkdir(parents=True)
+        (tmp_path / FOLDER / name / WHOLE).touch()
+        assert newest(tmp_path) == tmp_path / FOLDER / name
+    for torn in ("checkpoint-2000", "checkpoint-tmp"):
+        (tmp_path / FOLDER / torn).mkdir()
+    assert newest(tmp_path) == tmp_path / FOLDER / "checkpoint-1000"
+    assert len(list((tmp_path / FOLDER).iterdir())) == 5, "torn ones are gone"

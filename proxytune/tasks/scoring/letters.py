@@ -28,8 +28,8 @@ def most_probable(letters: str) -> Callable[[Example, Sequence[Completion]], Jso
         if all(completion.bounded is None for completion in completions):
             return found
         bounded = [completion.bounded is True for completion in completions]
-        visible = [logprob for logprob, bound in zip(logprobs, bounded, strict=True) if not bound]
-        plain = letters[logprobs.index(max(visible))] if visible else letter
+        visible = [place for place, bound in enumerate(bounded) if not bound]
+        plain = letters[max(visible, key=logprobs.__getitem__)] if visible else letter
         return found | {"bounded": bounded, "visible_output": plain}
 
     return row
