@@ -88,10 +88,14 @@ class TrainingRecord(BaseModel):
     stopped_early: bool = False
     seconds: float = 0.0
     """Of the loop; of its last part where it was resumed."""
+    cpu_seconds: float = 0.0
+    """CPU time of the process over that loop: it does not depend on what else the machine does."""
     tokens_seen: int = 0
     """Tokens that went through the expert, padding left out."""
     peak_bytes: int = 0
     """Of the process, or of the GPU where there is one, at its largest in the last part."""
+    before_bytes: int = 0
+    """The same before the model was loaded: what the libraries take."""
     resumed: int = 0
     """How often it went on from a checkpoint."""
     curve: tuple[CurvePoint, ...] = ()

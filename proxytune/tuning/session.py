@@ -213,8 +213,10 @@ def _train(job: TuneJob, out: Path, there: TrainingRecord | None, show: bool) ->
             "best_step": best,
             "stopped_early": state.global_step < state.max_steps,
             "seconds": round(watch.seconds, 3),
+            "cpu_seconds": round(watch.cpu_seconds, 3),
             "tokens_seen": int(state.num_input_tokens_seen),
             "peak_bytes": peak_bytes(),
+            "before_bytes": watch.before_bytes,
             "curve": thinned(points),
         }
     )
@@ -253,9 +255,9 @@ def _trainer(job: TuneJob, out: Path, resumed: Path | None, show: bool) -> tuple
     torch.manual_seed(job.options.seed)  # of new weights beside the model's
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    watch = Watch(f"tuning {job.method.name}", show)
     module = plain.load(job.spec)
     prepared = job.method.prepare(module, job.options)
-    watch = Watch(f"tuning {job.method.name}", show)
     callbacks: list[Any] = [WholeCheckpoints(out, resumed), watch]
     if job.options.patience:
         callbacks.append(EarlyStoppingCallback(job.options.patience))
