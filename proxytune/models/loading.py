@@ -29,6 +29,8 @@ from proxytune.models.support import UNBOUNDED
 from proxytune.models.vocabulary import Tokenizer
 from proxytune.models.weight_only import WeightOnlyConfig
 
+BLOCK, ROWS = 64, 32
+"""Numbers in a block of 4-bit weights, and rows of such blocks that bitsandbytes packs together."""
 SMALL = GIB
 """Bytes of weights under which loading takes no time worth a progress bar."""
 
@@ -81,6 +83,8 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
     except BAD_CHECKPOINT as error:
         raise UserError(f"cannot load the model '{spec.model}': {first_line(error)}") from None
     _require_all(spec.model, report)
+    if spec.quantization == "4bit":
+        _keep_blocks(module)
     if spec.dtype == "float64":
         with suppress(
             AttributeError, ValueError
@@ -90,6 +94,19 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     return module
+
+
+def _keep_blocks(module: PreTrainedModel) -> None:
+    """On a CPU with AVX512-BF16, bitsandbytes packs 4-bit weights anew for a kernel in bfloat16 when they are
+    first used, whatever the dtype, and fails on a layer that is no whole number of its blocks. Both are kept
+    from it: a float32 model stays one, and such a layer is computed from the blocks that it has."""
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in module.modules():
+        if isinstance(layer, Linear4bit):
+            blocks, rows = layer.in_features % BLOCK, layer.out_features % ROWS
+            if blocks or rows or layer.compute_dtype != torch.bfloat16:
+                layer.support_avx512bf16_for_cpu = False
 
 
 def _require_all(model: str, report: Any) -> None:

@@ -422,6 +422,22 @@ def test_quantised(
     assert "inputs will be cast" not in "".join(capfd.readouterr())
 
 
+def test_four_bits_on_a_cpu_with_bfloat16_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There bitsandbytes packs weights anew for a product in bfloat16. A layer that is no whole number of
+    blocks (160 is not) must still run, and a float32 model must stay one."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    shape = {"hidden_size": 64, "intermediate_size": 160}
+    folder = tiny.save(tmp_path / "odd", tiny.build("llama", 1, **shape).float())
+    found = {}
+    for there in (False, True):
+        monkeypatch.setattr(modules, "has_avx512bf16", lambda there=there: there)
+        spec = ModelSpec(model=str(folder), dtype="float32", quantization="4bit")
+        found[there] = Models(System(base=spec)).get("base").logits([1, 5, 7])
+    assert torch.equal(found[True], found[False])
+
+
 def test_quantised_antiexpert_carries_an_adapter(tmp_path: Path) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         require_or_skip("tune", "bitsandbytes is not installed")

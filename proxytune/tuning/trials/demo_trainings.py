@@ -11,7 +11,6 @@ import multiprocessing
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +71,8 @@ CASES: Mapping[str, DemoCase] = {
         DemoCase("lora", "lora", {SMALL: _LORA, LARGE: _LORA_LARGE}, {"rank": 16}),
         DemoCase("lora through base", "lora", {SMALL: _LORA}, {"rank": 16, "through": "base"}),
         DemoCase("qlora", "qlora", {SMALL: _LORA, LARGE: _LORA_LARGE}, {"rank": 16}, rates_of="lora"),
-        DemoCase("p-tuning", "p-tuning", {SMALL: (3e-3, 1e-2, 3e-2), LARGE: (3e-3, 1e-2)}),
-        DemoCase("lomo", "lomo", {SMALL: (3e-2, 1e-1, 3e-1), LARGE: (3e-2, 1e-1)}),
+        DemoCase("p-tuning", "p-tuning", {SMALL: (3e-3, 1e-2, 3e-2), LARGE: (1e-2,)}, {"epochs": 8.0}),
+        DemoCase("lomo", "lomo", {SMALL: (1e-2, 3e-2, 1e-1), LARGE: (1e-2, 3e-2)}),
     )
 }
 
@@ -111,14 +110,10 @@ def trained_apart(case: DemoCase, model: str, rate: float, seed: int, root: Path
     """A training in its own process, made if it is not there. What it raises is raised here."""
     options = case.options(write_examples(root), rate, seed)
     folder = case.folder(root, model, rate, seed)
-    return _processes().submit(_train, case.method, model, options, folder).result()
-
-
-@lru_cache
-def _processes() -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["proxytune.tuning.trainer", __name__])
-    return ProcessPoolExecutor(1, context, max_tasks_per_child=1)
+    with ProcessPoolExecutor(1, context) as process:
+        return process.submit(_train, case.method, model, options, folder).result()
 
 
 def _train(method: str, model: str, options: TuneOptions, out: Path) -> TrainingRecord:
