@@ -71,7 +71,7 @@ CASES: Mapping[str, DemoCase] = {
         DemoCase("lora", "lora", {SMALL: _LORA, LARGE: _LORA_LARGE}, {"rank": 16}),
         DemoCase("lora through base", "lora", {SMALL: _LORA}, {"rank": 16, "through": "base"}),
         DemoCase("qlora", "qlora", {SMALL: _LORA, LARGE: _LORA_LARGE}, {"rank": 16}, rates_of="lora"),
-        DemoCase("p-tuning", "p-tuning", {SMALL: (3e-3, 1e-2, 3e-2), LARGE: (1e-2,)}, {"epochs": 8.0}),
+        DemoCase("p-tuning", "p-tuning", {SMALL: (3e-3, 1e-2), LARGE: (1e-2,)}, {"epochs": 8.0}),
         DemoCase("lomo", "lomo", {SMALL: (1e-2, 3e-2, 1e-1), LARGE: (1e-2, 3e-2)}),
     )
 }
