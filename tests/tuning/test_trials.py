@@ -160,7 +160,7 @@ def test_superglue_from_a_file_to_scores(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_table_15_on_the_demo_from_training_to_score(tmp_path: Path) -> None:
     pytest.importorskip("trl")
-    words = ["15", "--system", "demo", "--out", str(tmp_path), "--limit", "8", "--max-steps", "1"]
+    words = ["15", "--system", "demo", "--out", str(tmp_path), "--limit", "8", "--max-steps", "2"]
     paper_tables.run(paper_tables.parser().parse_args([*words, "--items", "4", "--yes"]))
     table = (tmp_path / "table15" / "demo" / "table.md").read_text()
     assert "| LoRA large | gsm | " in table and " | 4 | " in table
