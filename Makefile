@@ -30,9 +30,9 @@ export TOKENIZERS_PARALLELISM = false
 .DEFAULT_GOAL := help
 RECIPES := reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5
 ANALYSES := reproduce-table6 reproduce-table7 reproduce-fig2 reproduce-positions reproduce-equations
-.PHONY: help setup demo demo-report test check unit check-all fix docs report bench gpu-day reproduce-table12 reproduce-table14 \
-	reproduce-table15 reproduce-tuning-demo reproduce-fact-probing reproduce-superglue reproduce-real demo-models clean \
-	$(RECIPES) $(ANALYSES)
+TRIALS := reproduce-table14 reproduce-table15 reproduce-tuning-demo reproduce-fact-probing reproduce-superglue reproduce-real
+.PHONY: help setup demo demo-report test check unit check-all fix docs report bench gpu-day reproduce-table12 demo-models clean \
+	$(RECIPES) $(ANALYSES) $(TRIALS)
 
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
