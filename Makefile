@@ -32,8 +32,9 @@ export TOKENIZERS_PARALLELISM = false
 .DEFAULT_GOAL := help
 RECIPES := reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5
 ANALYSES := reproduce-table6 reproduce-table7 reproduce-fig2 reproduce-positions reproduce-equations
-.PHONY: help setup demo demo-report test check unit check-all vllm-env test-vllm fix docs report bench gpu-day reproduce-table12 reproduce-tuning-demo reproduce-real demo-models clean \
-	$(RECIPES) $(ANALYSES)
+TRIALS := reproduce-table14 reproduce-table15 reproduce-tuning-demo reproduce-fact-probing reproduce-superglue reproduce-real
+.PHONY: help setup demo demo-report test check unit check-all vllm-env test-vllm fix docs report bench gpu-day reproduce-table12 demo-models clean \
+	$(RECIPES) $(ANALYSES) $(TRIALS)
 
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +46,8 @@ help:  ## list the targets
 	@echo '  make reproduce-table6, -fig2, -positions, -equations'
 	@echo '                    an analysis of the paper: runs what it needs and prints it beside the published'
 	@echo '                    figures; SYSTEM and ARGS as above'
+	@echo '  make reproduce-table14, -table15 ARGS="--gsm8k FILE --triviaqa FILE --plan"'
+	@echo '                    full fine-tuning and LoRA: hours, scores of the large model; SYSTEM as above'
 
 setup: $(STAMP)  ## .venv with torch and proxytune, once
 
@@ -162,6 +165,16 @@ reproduce-equations: setup
 
 reproduce-tuning-demo: setup  ## every method of tuning on the demo world: cost, scores, gap closed; about an hour on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m proxytune.tuning.trials.demo_methods $(ARGS)
+
+reproduce-fact-probing: setup  ## P-tuning's own setting on the demo world: manual prompts, tuning, pseudo tokens; minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m proxytune.tuning.trials.fact_probing $(ARGS)
+
+reproduce-superglue: setup  ## BoolQ or COPA on any model (ARGS="copa --model M --train FILE --test FILE")
+	$(BIN)/python -m proxytune.tuning.trials.superglue $(ARGS)
+
+# full fine-tuning of the small model and LoRA of the large one: what they take, and how good the large one is
+reproduce-table14 reproduce-table15: reproduce-table%: setup
+	$(BIN)/python -m proxytune.tuning.trials.paper_tables $* $(if $(SYSTEM),--system $(SYSTEM)) $(ARGS)
 
 reproduce-real: setup  ## real models: a tuned expert, a trio of one vocabulary, two vocabularies (ARGS names their folders)
 	$(BIN)/python -m proxytune.tuning.trials.real_models $(ARGS)

@@ -4,6 +4,7 @@ Nothing here imports torch, so that reports can read it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -88,10 +89,14 @@ class TrainingRecord(BaseModel):
     stopped_early: bool = False
     seconds: float = 0.0
     """Of the loop; of its last part where it was resumed."""
+    cpu_seconds: float = 0.0
+    """CPU time of the process over that loop: it does not depend on what else the machine does."""
     tokens_seen: int = 0
     """Tokens that went through the expert, padding left out."""
     peak_bytes: int = 0
     """Of the process, or of the GPU where there is one, at its largest in the last part."""
+    before_bytes: int = 0
+    """The same before the model was loaded: what the libraries take."""
     resumed: int = 0
     """How often it went on from a checkpoint."""
     curve: tuple[CurvePoint, ...] = ()
@@ -101,6 +106,12 @@ class TrainingRecord(BaseModel):
     def write(self, folder: Path) -> None:
         """Write training.json in one step."""
         write_atomically(folder / TRAINING, (self.model_dump_json(indent=1) + "\n").encode())
+
+
+def is_first_process() -> bool:
+    """Whether this process writes and shows: of several that `accelerate launch` or torchrun started, the
+    first one."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def read_training(folder: Path) -> TrainingRecord | None:

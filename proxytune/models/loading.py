@@ -99,9 +99,10 @@ def load_module(spec: ModelSpec, *, trust_remote_code: bool = False) -> PreTrain
 
 
 def _keep_as_stored(module: PreTrainedModel) -> None:
-    """Weights of bitsandbytes in 4 bits stay as they were stored. On processors with bfloat16 instructions
-    the first forward would repack them, which rounds their scales to bfloat16 (so that a model that has run
-    is no longer the one that was loaded) and fails where a width is no multiple of 64."""
+    """Weights of bitsandbytes in 4 bits stay as they were stored. On a CPU with AVX512-BF16 the first forward
+    would pack them anew, whatever the dtype. That rounds their scales to bfloat16 (a model that has run is no
+    longer the one that was loaded), takes the gradient from a training that is measured in between, and fails
+    where a width is no multiple of 64."""
     from bitsandbytes.nn import Linear4bit
 
     for layer in module.modules():

@@ -62,8 +62,11 @@ def weights_of(spec: ModelSpec, config: Any, skeleton: PreTrainedModel) -> float
     if spec.quantization in ("int8", "int4"):
         return float(bytes_needed(skeleton, dtype.itemsize, 8 if spec.quantization == "int8" else 4))
     numbers: int = sum(p.numel() for p in skeleton.parameters())
-    per_number = {"none": dtype.itemsize, "8bit": 1.0, "4bit": 0.5}[spec.quantization]
-    return float(numbers * per_number)
+    if spec.quantization == "none":
+        return float(numbers * dtype.itemsize)
+    head = skeleton.get_output_embeddings()  # stays as it is, as embeddings and norms do
+    linear = sum(m.weight.numel() for m in skeleton.modules() if isinstance(m, nn.Linear) and m is not head)
+    return linear * {"8bit": 1.0, "4bit": 0.5}[spec.quantization] + (numbers - linear) * dtype.itemsize
 
 
 def placed_by_us(spec: ModelSpec, config: Any) -> bool:

@@ -9,7 +9,6 @@ written out with the system that uses it.
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -22,14 +21,25 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
 from transformers import logging as transformers_logging
+from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from proxytune import __version__
 from proxytune.config import ModelSpec
-from proxytune.errors import UserError
+from proxytune.errors import UserError, did_you_mean
 from proxytune.models import Tokenizer, plain
 from proxytune.provenance import provenance
 from proxytune.run_files import FolderOwner, disk_errors_in_one_line
-from proxytune.training_record import TrainingRecord, TuningRequest, read_training, thinned
+from proxytune.training_record import (
+    TrainingRecord,
+    TuningRequest,
+    is_first_process,
+    read_training,
+    thinned,
+)
 from proxytune.tuning.checkpoints import FOLDER, WholeCheckpoints, newest
 from proxytune.tuning.estimate import MemoryEstimate, Shape, estimate
 from proxytune.tuning.examples import TuneData, read_data
@@ -44,6 +54,8 @@ if TYPE_CHECKING:  # trl is an extra: what is missing is said before anything im
 
     from proxytune.tuning.trainer import ExpertTrainer, Steering
 
+LOGS = "tensorboard"
+"""The folder of --report-to tensorboard in that of the training."""
 KEPT = 2
 """Checkpoints that are kept: a kill may spoil the last one."""
 NOT_DECISIVE = {"report_to", "base"}
@@ -106,6 +118,7 @@ def plan(method_name: str, model: str, options: TuneOptions) -> TuneJob:
         raise UserError("--through and --teacher are two losses: give one of them")
     if options.patience and options.validation is None:
         raise UserError(f"--patience {options.patience} needs held-out examples: --validation SHARE")
+    _check_reports(options)
     data = read_data(options.data, options.validation, options.limit, options.seed)
     spec = ModelSpec(model=model, dtype=options.dtype, quantization=method.quantization, chat=options.chat)
     skeleton, weights = plain.check(spec)
@@ -116,6 +129,15 @@ def plan(method_name: str, model: str, options: TuneOptions) -> TuneJob:
     shape = Shape.of(options, method, max(train.longest, held.longest), others)
     need = estimate(method.prepare(skeleton, options), skeleton.config, weights, method, shape)
     return TuneJob(method, spec, options, data, train, held, tokenizer, need, _notes(train, held, options))
+
+
+def _check_reports(options: TuneOptions) -> None:
+    """UserError for a receiver of curves that transformers does not know, or that is not installed."""
+    for name in options.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise did_you_mean("receiver of curves", name, INTEGRATION_TO_CALLBACK)
+        if name not in get_available_reporting_integrations():
+            raise UserError(f"--report-to {name}: it is not installed here: `pip install {name}`")
 
 
 def _window(skeleton: PreTrainedModel, spec: ModelSpec, most: int, virtual: int, data: TuneData) -> int:
@@ -157,7 +179,7 @@ def tune(job: TuneJob, out: Path, *, show: bool = True) -> TrainingRecord:
     process writes to it."""
     with disk_errors_in_one_line(out):
         out.mkdir(parents=True, exist_ok=True)
-    if not _is_first():
+    if not is_first_process():
         there = _read_own(job, out)
         return there if there is not None and there.status == "finished" else _train(job, out, there, False)
     owner = FolderOwner(out)
@@ -171,11 +193,6 @@ def tune(job: TuneJob, out: Path, *, show: bool = True) -> TrainingRecord:
         return _train(job, out, there, show)
     finally:
         owner.release()
-
-
-def _is_first() -> bool:
-    """Whether this process writes: of several that `accelerate launch` or torchrun started, the first one."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _read_own(job: TuneJob, out: Path) -> TrainingRecord | None:
@@ -197,12 +214,12 @@ def _train(job: TuneJob, out: Path, there: TrainingRecord | None, show: bool) ->
     record = there or _begun(job)
     if resumed is not None:
         record = record.model_copy(update={"resumed": record.resumed + 1})
-    if _is_first():
+    if is_first_process():
         record.write(out)
     with _quiet_libraries():
         trainer, watch = _trainer(job, out, resumed, show)
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        best = _write_result(job, trainer, out) if _is_first() else None
+        best = _write_result(job, trainer, out) if is_first_process() else None
     state = trainer.state
     points = curve_of(state.log_history)
     made = record.model_copy(
@@ -213,12 +230,14 @@ def _train(job: TuneJob, out: Path, there: TrainingRecord | None, show: bool) ->
             "best_step": best,
             "stopped_early": state.global_step < state.max_steps,
             "seconds": round(watch.seconds, 3),
+            "cpu_seconds": round(watch.cpu_seconds, 3),
             "tokens_seen": int(state.num_input_tokens_seen),
             "peak_bytes": peak_bytes(),
+            "before_bytes": watch.before_bytes,
             "curve": thinned(points),
         }
     )
-    if not _is_first():
+    if not is_first_process():
         return made
     write_system(job.spec, job.base, job.method.result, job.options, out)
     made.write(out)
@@ -253,9 +272,9 @@ def _trainer(job: TuneJob, out: Path, resumed: Path | None, show: bool) -> tuple
     torch.manual_seed(job.options.seed)  # of new weights beside the model's
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    watch = Watch(f"tuning {job.method.name}", show)
     module = plain.load(job.spec)
     prepared = job.method.prepare(module, job.options)
-    watch = Watch(f"tuning {job.method.name}", show)
     callbacks: list[Any] = [WholeCheckpoints(out, resumed), watch]
     if job.options.patience:
         callbacks.append(EarlyStoppingCallback(job.options.patience))
@@ -268,6 +287,9 @@ def _trainer(job: TuneJob, out: Path, resumed: Path | None, show: bool) -> tuple
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(out / LOGS)  # its own default goes with the checkpoints
     for parameter in prepared.parameters():
         if parameter.requires_grad and job.method.result == "adapter":
             parameter.data = parameter.data.float()  # trl makes adapters on 4-bit weights bfloat16
@@ -328,6 +350,7 @@ def arguments(job: TuneJob, out: Path) -> SFTConfig:
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
         report_to=list(asked.report_to) or "none",
+        use_cpu=not torch.cuda.is_available(),  # or several processes on CPUs would not know of each other
         disable_tqdm=True,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},

@@ -82,11 +82,13 @@ class TrainingLine:
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Shows a training of transformers' loop, and keeps its time."""
+    """Shows a training of transformers' loop, and keeps its time and, made before the model is loaded, what
+    memory the process had taken by then."""
 
     def __init__(self, title: str, shown: bool) -> None:
         self.title, self.shown = title, shown
-        self.seconds = 0.0
+        self.before_bytes = peak_bytes()
+        self.seconds = self.cpu_seconds = 0.0
         self._line: TrainingLine | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -94,7 +96,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._line = TrainingLine(
             self.title, state.max_steps, self.shown and state.is_world_process_zero
         ).__enter__()
-        self._began = time.monotonic()
+        self._began, self._cpu_began = time.monotonic(), time.process_time()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """A step's figures, or those of a measurement on held-out examples."""
@@ -109,6 +111,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The loop is over."""
         self.seconds = time.monotonic() - self._began
+        self.cpu_seconds = time.process_time() - self._cpu_began
         if self._line is not None:
             self._line.__exit__(None, None, None)
 

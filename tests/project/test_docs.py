@@ -223,7 +223,7 @@ def test_every_make_target_is_there(page: Path) -> None:
         [*re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")), *(b.body for b in blocks(page))]
     )
     listed = re.findall(r"^\.PHONY: (.*(?:\\\n.*)*)", MAKEFILE, re.MULTILINE)[0].split()
-    listed += re.findall(r"\breproduce-\w+", MAKEFILE)
+    listed += re.findall(r"\breproduce-[\w-]+", MAKEFILE)
     for target in re.findall(r"^make ([a-z][a-z0-9-]*)", code, re.MULTILINE):
         assert target in listed, target
 

@@ -133,6 +133,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "whole window": ("p-tuning", {"virtual_tokens": 2048}, "takes 2048 tokens in all"),
     "no room": ("p-tuning", {"virtual_tokens": 2030}, "which leaves no room for its completion in 18"),
     "no data": ("lora", {"data": None}, "give the training examples: --data FILE"),
+    "unknown receiver": ("lora", {"report_to": "tensorbord"}, "'tensorbord'. Did you mean: tensorboard"),
+    "receiver not here": ("lora", {"report_to": "clearml"}, "--report-to clearml: it is not installed here"),
 }
 
 

@@ -1,0 +1,166 @@
+"""The trials of tuning: how they choose, what they ask, and that their figures are what other code finds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from proxytune import Sampling, generate
+from proxytune.config import ModelSpec, System
+from proxytune.errors import UserError
+from proxytune.models import plain
+from proxytune.tuning.trials import demo_methods, fact_probing, paper_tables, superglue
+from proxytune.tuning.trials import demo_trainings as demo
+from proxytune.tuning.trials.demo_rates import TriedRate, chosen
+from proxytune.tuning.trials.fact_probing import Fact, Prober, by_pseudo_tokens, by_wording, precision
+from tests.support.checkout import ROOT
+
+PUBLISHED = ROOT / "results" / "tuning-demo"
+SMALL = ModelSpec(model="demo://antiexpert", dtype="float32")
+
+
+def tried(case: str, rate: float, *scores: float) -> TriedRate:
+    named = dict(zip(demo.TASKS, scores, strict=True))
+    return TriedRate(case=case, model=demo.SMALL, rate=rate, seed=0, n=10, scores=named)
+
+
+def test_the_rate_with_the_best_mean_is_chosen_and_of_equals_the_lowest() -> None:
+    found = [tried("lora", 1e-3, 0.9, 0.1), tried("lora", 3e-3, 0.5, 0.7), tried("lora", 1e-2, 0.6, 0.6)]
+    other = tried("full", 1.0, 1.0, 1.0)
+    assert chosen(demo.CASES["lora"], demo.SMALL, [other, *reversed(found)]) == 3e-3
+    assert chosen(demo.CASES["qlora"], demo.SMALL, [other, *found]) == 3e-3
+
+
+def test_the_published_comparison_has_the_rates_that_dev_items_chose() -> None:
+    rates = [TriedRate.model_validate(one) for one in json.loads((PUBLISHED / "rates.json").read_text())]
+    scores = json.loads((PUBLISHED / "comparison.json").read_text())
+    found = [demo_methods.TrialScores.model_validate(one) for one in scores]
+    assert {one.case for one in found} == set(demo.CASES)
+    for one in found:
+        case = demo.CASES[one.case]
+        assert one.small.rate == chosen(case, demo.SMALL, rates)
+        assert one.large is None or one.large.rate == chosen(case, demo.LARGE, rates)
+    assert demo_methods.table(found) in (PUBLISHED / "README.md").read_text()
+
+
+def test_pseudo_tokens_stand_around_the_subject() -> None:
+    tokenizer = plain.load_tokenizer(SMALL)
+    fact = Fact("Tugil Kajol", "baker")
+    asked, bare = by_pseudo_tokens(tokenizer, fact), by_wording(tokenizer, "{name}", fact)
+    before, after = fact_probing.PSEUDO
+    holes = [place for place, token in enumerate(asked.before) if token == fact_probing.HOLE]
+    size = len(asked.before)
+    assert holes == [*range(1, 1 + before), *range(size - after, size)]
+    assert [token for token in asked.before if token >= 0] == list(bare.before)
+    assert tokenizer.decode(asked.value) == " baker" and asked.value == bare.value
+
+
+def test_no_fact_that_is_measured_is_learned() -> None:
+    people = [{fact.subject for fact in fact_probing.facts_of("job", s)} for s in ("train", "dev", "test")]
+    assert all(people) and len(set.union(*people)) == sum(map(len, people))
+
+
+ITEM = {"premise": "The man slept.", "choice1": "He was tired.", "choice2": "It rained.", "label": 0}
+
+
+def test_items_of_superglue() -> None:
+    cause = superglue.copa({**ITEM, "question": "cause"})
+    assert cause.prompt + cause.answers[cause.gold] == "The man slept because he was tired."
+    asked = superglue.boolq({"passage": "Ice is cold.", "question": "is ice warm", "label": False})
+    assert asked.prompt.endswith("question: is ice warm?\nanswer:") and asked.answers[asked.gold] == " no"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({**ITEM, "question": "why"}, "`question` is 'why'"),
+        ({**ITEM, "question": "effect", "label": None}, "`label` is None: a file with labels"),
+        ({"premise": "The man slept.", "question": "cause"}, "no field 'choice1'"),
+    ],
+)
+def test_a_row_that_is_no_item_is_named(row: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "copa.jsonl"
+    path.write_text(f"{json.dumps({**ITEM, 'question': 'cause'})}\n{json.dumps(row)}\n")
+    with pytest.raises(UserError, match=reason) as error:
+        superglue.read_items("copa", path, None)
+    assert "line 2" in str(error.value)
+
+
+def plan_of(*arguments: str) -> list[str]:
+    given = paper_tables.parser().parse_args(arguments)
+    return list(paper_tables.plan_lines(paper_tables.trial_of(given)))
+
+
+def test_what_a_table_of_tuning_takes_is_said_first() -> None:
+    lines = plan_of("14", "--gsm8k", "train.jsonl", "--processes", "4")
+    assert len([line for line in lines if line.startswith("  tune")]) == 3
+    assert "13.5 GB; 107.8 GB a device; the paper took 2.6 h on 4 A100" in lines[1]
+    assert "--settings gsm-full" in lines[2] and "--accumulate 16" in lines[2]
+    assert lines[-1] == "  left out: triviaqa (no training examples given)"
+    assert len([one for one in plan_of("15", "--triviaqa", "t.json") if one.startswith("  tune")]) == 2
+
+
+def test_nothing_is_tuned_without_consent(tmp_path: Path) -> None:
+    words = ["15", "--system", "demo", "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="--yes"):
+        paper_tables.run(paper_tables.parser().parse_args(words))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="--gsm8k FILE"):
+        plan_of("15")
+
+
+@pytest.mark.slow
+def test_probing_finds_what_greedy_decoding_says() -> None:
+    """P@1 of a wording against the texts that proxytune generates; and padding changes nothing."""
+    model, tokenizer = plain.load(SMALL), plain.load_tokenizer(SMALL)
+    wording, facts = "The almanac says {name} plays the", fact_probing.facts_of("instrument", "test", 40)
+    asked = [by_wording(tokenizer, wording, fact) for fact in facts]
+    prompts = [wording.format(name=fact.subject) for fact in facts]
+    system = System(base=SMALL)
+    made = generate(system, prompts, as_="base", sampling=Sampling(max_new_tokens=8))
+    right = [answer.text.startswith(f" {fact.value}") for answer, fact in zip(made, facts, strict=True)]
+    assert 0.2 < precision(Prober(model), asked) == sum(right) / len(right) < 1
+    together, _ = Prober(model)(asked[:4])
+    alone = torch.cat([Prober(model)([one])[0] for one in asked[:4]])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_superglue_from_a_file_to_scores(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    path = tmp_path / "val.jsonl"
+    rows = [{**ITEM, "question": "cause"}, {**ITEM, "question": "effect", "label": 1}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["copa", "--model", "demo://antiexpert", "--base", "demo://base", "--train", str(path)]
+    words += ["--test", str(path), "--max-steps", "20", "--learning-rate", "3e-3", "--methods", "full"]
+    given: argparse.Namespace = superglue.parser().parse_args([*words, "--out", str(tmp_path / "out")])
+    scores = superglue.run(given)
+    assert [(s.method, s.role) for s in scores] == [
+        ("untuned", "antiexpert"), ("untuned", "base"), ("full", "expert"), ("full", "proxy"),
+    ]  # fmt: skip
+    assert scores[2].accuracy.value == 1.0 and scores[2].accuracy.n == 2
+    model, tokenizer = plain.load(SMALL), plain.load_tokenizer(SMALL)
+    right = 0
+    for item in superglue.read_items("copa", path, None):
+        found = []
+        for answer in item.answers:
+            before, ids = (tokenizer(text)["input_ids"] for text in (item.prompt, item.prompt + answer))
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            own = [logprobs[i - 1, ids[i]] for i in range(len(before), len(ids))]
+            found.append(float(torch.stack(own).sum()) / len(answer))
+        right += found.index(max(found)) == item.gold
+    assert scores[0].accuracy.value == right / 2
+
+
+@pytest.mark.slow
+def test_table_15_on_the_demo_from_training_to_score(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    words = ["15", "--system", "demo", "--out", str(tmp_path), "--limit", "8", "--max-steps", "2"]
+    paper_tables.run(paper_tables.parser().parse_args([*words, "--items", "4", "--yes"]))
+    table = (tmp_path / "table15" / "demo" / "table.md").read_text()
+    assert "| LoRA large | gsm | " in table and " | 4 | " in table
