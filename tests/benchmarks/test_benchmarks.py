@@ -113,6 +113,7 @@ def test_tables_are_written_between_the_marks(
     assert readme.read_text() == written
 
 
+@pytest.mark.slow
 def test_only_takes_cases_and_ratios(capsys: pytest.CaptureFixture[str]) -> None:
     decode.main(["--smoke", "--json", "--only", "speculative_trio_vs_base_hf"])
     assert {row["case"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"trio_batch1"}

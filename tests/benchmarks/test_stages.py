@@ -151,6 +151,7 @@ def test_what_there_is_no_time_for_is_skipped(tmp_path: Path) -> None:
     assert "it takes about 110 s" in lines[0]["reason"]
 
 
+@pytest.mark.slow
 def test_the_deadline_ends_a_stage(played: Played) -> None:
     lines = played("hangs", "good", deadline=2)
     assert ends(lines) == [("hangs", "killed"), ("good", "skipped")]

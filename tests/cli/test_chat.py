@@ -150,6 +150,7 @@ def ask_sum(terminal: Terminal) -> str:
     return terminal.ask(last)
 
 
+@pytest.mark.every(2)
 def test_a_person_talks_with_every_role(terminal: Terminal) -> None:
     assert "demo as proxy, alpha 1. /help shows the commands, Ctrl-D ends" in terminal.welcome
     assert ask_sum(terminal).endswith("proxy> Answer: Exactly 52-12=40. Exactly 40*2=80. The answer is 80.")
@@ -178,6 +179,7 @@ def test_what_is_wrong_at_a_terminal_is_one_line_and_it_goes_on(terminal: Termin
     assert terminal.ask("/alpha") == before
 
 
+@pytest.mark.slow
 def test_the_arrow_keys_bring_earlier_lines_back_and_tab_completes(terminal: Terminal) -> None:
     terminal.ask("/as proxy")
     terminal.ask("/alpha 0.25")

@@ -414,6 +414,7 @@ def test_a_folder_with_other_settings(yaml: Path) -> None:
     refused(proxytune("eval", "gsm", "--system", yaml, "--out", "run"), "limit is 3 there and unset now")
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(yaml: Path, tmp_path: Path) -> None:
     """The operating system refuses a file beyond a size: what was stored stays, and the same command goes
     on."""

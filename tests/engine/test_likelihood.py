@@ -50,7 +50,7 @@ def expected(d: Decoder, item: Continuation, alpha: object) -> tuple[list[float]
 
 @pytest.mark.parametrize("pages", [False, True])
 @pytest.mark.parametrize("positions", [1024, 20, 3])
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 def test_all_alphas_from_one_pass(
     trio: System, positions: int, pages: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,7 @@ def killed(work: Work, root: Path, kills: int, seed: int) -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_evaluation(system: System, models: Models, tmp_path: Path) -> None:
     asked = evaluation_of(system, "gsm", models, sampling=SAMPLING, limit=12, trace="tokens", **PLAIN)
     work = Work(lambda folder: asked.run("proxy", folder), lambda folder: [folder])

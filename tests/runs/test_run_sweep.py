@@ -78,7 +78,7 @@ def swept(system: System, models: Models, out: Path | None, **more: Any) -> tupl
 
 @pytest.mark.parametrize("rows", [3, 128])
 @pytest.mark.parametrize("sampled", [False, True])
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 def test_a_sweep_says_what_single_runs_say(
     system: System, models: Models, tmp_path: Path, rows: int, sampled: bool
 ) -> None:

@@ -353,6 +353,7 @@ def test_samples_cannot_spoil_each_other(box: Sandbox, problems: dict[str, JsonR
     assert [result == "passed" for result in found] == [False, False, True]
 
 
+@pytest.mark.slow
 def test_an_endless_sample_is_timed_out(
     box: Sandbox, problems: dict[str, JsonRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ def short_eval(task: str, mode: str, yaml: Path, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("task", "mode"), MODES)
+@pytest.mark.every(2)
 def test_eval_resume_score_and_report(task: str, mode: str, yaml: Path, tmp_path: Path) -> None:
     asked = short_eval(task, mode, yaml, tmp_path)
     done = proxytune(*asked)
@@ -206,6 +207,7 @@ def finished(yaml: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("how", HOW)
+@pytest.mark.every(2)
 def test_malformed_predictions(how: str, finished: Path, tmp_path: Path) -> None:
     """`score` of rows and of annotations.json; `judge` and `export` of a run whose rows are damaged."""
     path = finished / results.PREDICTIONS

@@ -87,6 +87,7 @@ def counted(patch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.every(2)
 def test_kernels_give_the_oracles_tokens(
     trio: System, k: int, kernels: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
