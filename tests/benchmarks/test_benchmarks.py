@@ -25,7 +25,7 @@ from tests.support import oracle, tiny
 from tests.support.checkout import ROOT, WEIGHTS, environment
 from tests.support.on_device import as_on_a_device, on_launch
 from tests.support.require import require_demo
-from tests.support.tiers import slow
+from tests.support.tiers import WHOLE, slow
 
 pytestmark = pytest.mark.xdist_group("benchmarks")  # the tests of one run stay in one process
 
@@ -276,6 +276,7 @@ def test_lengths_follow_their_distribution() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not WHOLE, reason="every case at real sizes: with PROXYTUNE_WHOLE=1")
 def test_the_quick_mode_runs_whole() -> None:
     """Every case at real sizes, as `--quick --json` prints it."""
     command = [sys.executable, "benchmarks/decode.py", "--device", "cpu", "--quick", "--json"]

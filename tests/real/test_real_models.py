@@ -30,7 +30,9 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 LENGTH = 24
 LONG = Sampling(max_new_tokens=LENGTH, min_new_tokens=LENGTH)
-EXAMPLES = [example(prompt, number) for number, prompt in enumerate(real.PROMPTS)]
+EXAMPLES = [
+    example(prompt, number) for number, prompt in enumerate(real.PROMPTS if WHOLE else real.PROMPTS[::2])
+]
 ROUNDED: list[tuple[DType, str]] = [
     *(("bfloat16", quantization) for quantization in ("none", "int8", "int4", "8bit", "4bit")),
     *(("float32", quantization) for quantization in ("int8", "8bit", "4bit")),
