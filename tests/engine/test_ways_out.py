@@ -100,7 +100,7 @@ def abandon(d: Decoder, s: Sampling, how: str, after: int, seed: int) -> Iterato
 
 @pytest.mark.thorough
 @settings(
-    max_examples=tries(6, 60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=tries(6, 25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     way=st.sampled_from(sorted(WAYS)),

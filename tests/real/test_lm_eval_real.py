@@ -27,7 +27,7 @@ except ImportError:
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
-ITEMS = 8
+ITEMS = 4
 RESPONSES = 2
 """Questions that are answered: the plain model of the formula has no cache."""
 
