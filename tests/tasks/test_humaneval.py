@@ -317,7 +317,7 @@ def test_reference_solutions_pass_and_broken_ones_fail(box: Sandbox, problems: d
 def test_golden_runs_executed_anew(
     box: Sandbox, reference: Path, problems: dict[str, JsonRow], name: str, tmp_path: Path
 ) -> None:
-    """Every published verdict again: of all samples with PROXYTUNE_WHOLE=1, without it of one problem in 20."""
+    """Every published verdict again: of all samples with PROXYTUNE_WHOLE=1, else of one problem in 20."""
     folder = reference / "golden" / "codex_humaneval" / name
     rows = gzip.decompress((folder / "predictions_results.jsonl.gz").read_bytes()).splitlines(keepends=True)
     chosen = rows if WHOLE else [row for at, row in enumerate(rows) if at // 20 % 20 == 0]
