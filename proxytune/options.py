@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 
 from proxytune.config import AlphaSchedule, Mode, Sampling, TraceKind, parse_alpha
+from proxytune.errors import UserError
 from proxytune.schema import Record
 
 LONGEST_DRAFT = 15
@@ -180,6 +181,11 @@ class EngineOptions(Options):
     """Split every layer over N devices."""
     eager: bool = False
     """With vLLM: compile nothing. It starts a minute sooner and decodes more slowly."""
+
+    def check(self) -> None:
+        """UserError for options of vLLM without it."""
+        if self.engine == "own" and self != EngineOptions():
+            raise UserError("--tensor-parallel and --eager are of --engine vllm: add it, or leave them out")
 
 
 class CodeOptions(Options):

@@ -25,6 +25,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0")) if world() > 1 else 0
 
 
+def is_first() -> bool:
+    """Whether this process writes and shows."""
+    return rank() == 0
+
+
 def gpu() -> str:
     """The GPU of this process where a system names none."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0') if world() > 1 else 0}"
@@ -63,7 +68,7 @@ def own_folder(folder: Path) -> Path:
     from torch import distributed
 
     joined()
-    if rank() == 0:
+    if is_first():
         distributed.barrier()  # the others have copied
         return folder
     kept = tempfile.mkdtemp(prefix="proxytune-rank")

@@ -4,7 +4,6 @@ Nothing here imports torch, so that reports can read it."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -106,12 +105,6 @@ class TrainingRecord(BaseModel):
     def write(self, folder: Path) -> None:
         """Write training.json in one step."""
         write_atomically(folder / TRAINING, (self.model_dump_json(indent=1) + "\n").encode())
-
-
-def is_first_process() -> bool:
-    """Whether this process writes and shows: of several that `accelerate launch` or torchrun started, the
-    first one."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def read_training(folder: Path) -> TrainingRecord | None:

@@ -82,9 +82,9 @@ class Decoder(SteppedDecoder):
         if how.threads is not None:
             torch.set_num_threads(how.threads)
         split = any(models.spec(name).device_map == TENSOR for name in models.names(role))
-        length = (
-            0 if split and how.draft_length is None else how.draft_length
-        )  # processes measure differently
+        length = how.draft_length
+        if split and length is None:
+            length = 0  # what is measured as fast differs by process, and all must draft alike
         self.speculation = speculation or Speculation(k=length, drafter=how.drafter)
         names = models.names(role)
         if agreement:

@@ -26,7 +26,7 @@ from proxytune.engine.kernels import int4
 from proxytune.errors import UserError, needs_extra
 from proxytune.models.adapter_files import BAD_CHECKPOINT, brings_tokenizer, first_line, own_template
 from proxytune.models.checkpoint import CheckpointSource, check_weights, load_config, locate, reading
-from proxytune.models.memory import GIB, check_memory
+from proxytune.models.memory import GIB, check_memory, place_of
 from proxytune.models.support import UNBOUNDED
 from proxytune.models.vocabulary import Tokenizer
 from proxytune.models.weight_only import WeightOnlyConfig
@@ -114,8 +114,7 @@ def _place(spec: ModelSpec) -> Any:
     """Where transformers puts the layers; None where it splits them."""
     if spec.device_map == processes.TENSOR:
         return None
-    device = processes.gpu() if torch.cuda.is_available() else "cpu"
-    return spec.device_map or {"": device}
+    return spec.device_map or {"": place_of(spec)}
 
 
 def _split(spec: ModelSpec) -> DistributedConfig | None:

@@ -10,7 +10,6 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
@@ -20,7 +19,7 @@ if sys.platform != "win32":
 from proxytune.config import ModelSpec
 from proxytune.errors import UserError
 from proxytune.models.weight_only import bytes_needed
-from proxytune.processes import gpu
+from proxytune.processes import gpu, world
 
 GIB = 2**30
 
@@ -130,10 +129,17 @@ def give_back() -> None:
 
 def is_split(module: nn.Module) -> bool:
     """Whether this process holds only parts of the weights."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    return any(
+        own is not whole for (_, own), whole in zip(own_parts(module), module.parameters(), strict=True)
+    )
 
 
 def own_parts(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weights, or what this process has of them, by name."""
+    if world() == 1:
+        yield from module.named_parameters()
+        return
+    from torch.distributed.tensor import DTensor  # half a second, which one process alone need not wait
+
     for name, parameter in module.named_parameters():
         yield name, parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -13,11 +13,13 @@ from proxytune.lazy import door
 
 if TYPE_CHECKING:
     from proxytune.server.app import build_app
+    from proxytune.server.keys import read_key
     from proxytune.server.run import ServeCall, serve
     from proxytune.server.work.service import Service
 
-__all__ = ["ServeCall", "Service", "build_app", "serve"]
+__all__ = ["ServeCall", "Service", "build_app", "read_key", "serve"]
 
 __getattr__ = door(
-    __name__, {"ServeCall": "run", "Service": "work.service", "build_app": "app", "serve": "run"}
+    __name__,
+    {"ServeCall": "run", "Service": "work.service", "build_app": "app", "read_key": "keys", "serve": "run"},
 )

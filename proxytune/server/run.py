@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -21,12 +19,11 @@ from proxytune.options import DecodeOptions, ServeOptions
 from proxytune.server.answers.protocol import RANKED
 from proxytune.server.app import build_app
 from proxytune.server.guards import LOCAL
+from proxytune.server.keys import KEY_NAME, read_key
 from proxytune.server.playground import playground
 from proxytune.server.work.meters import Meters
 from proxytune.server.work.service import Service
 
-KEY_NAME = "PROXYTUNE_API_KEY"
-SHORTEST_KEY = 8
 MOST_CONNECTIONS = 4096
 """Beyond them uvicorn answers 503 by itself."""
 
@@ -120,28 +117,6 @@ def open_batch(call: ServeCall, role: Role) -> OpenBatch:
     for note in decoder.notes():
         call.note(f"note: {note}")
     return OpenBatch(decoder, RANKED)
-
-
-def read_key(options: ServeOptions) -> str | None:
-    """The key that requests must bring; None where there is none. UserError for one that is too short or
-    cannot be read."""
-    if options.api_key_file is None:
-        found = os.environ.get(KEY_NAME)
-        where = KEY_NAME
-    else:
-        path = Path(options.api_key_file).expanduser()
-        where = f"--api-key-file '{path}'"
-        try:
-            found = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
-            raise UserError(f"{where}: {reason}") from None
-    if found is None:
-        return None
-    key = found.strip()
-    if len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
-        raise UserError(f"{where} holds no key: at least {SHORTEST_KEY} letters, without spaces")
-    return key
 
 
 def listening(options: ServeOptions) -> socket.socket:

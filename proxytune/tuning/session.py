@@ -31,12 +31,12 @@ from proxytune import __version__
 from proxytune.config import ModelSpec
 from proxytune.errors import UserError, did_you_mean
 from proxytune.models import Tokenizer, plain
+from proxytune.processes import is_first
 from proxytune.provenance import provenance
 from proxytune.run_files import FolderOwner, disk_errors_in_one_line
 from proxytune.training_record import (
     TrainingRecord,
     TuningRequest,
-    is_first_process,
     read_training,
     thinned,
 )
@@ -179,7 +179,7 @@ def tune(job: TuneJob, out: Path, *, show: bool = True) -> TrainingRecord:
     process writes to it."""
     with disk_errors_in_one_line(out):
         out.mkdir(parents=True, exist_ok=True)
-    if not is_first_process():
+    if not is_first():
         there = _read_own(job, out)
         return there if there is not None and there.status == "finished" else _train(job, out, there, False)
     owner = FolderOwner(out)
@@ -214,12 +214,12 @@ def _train(job: TuneJob, out: Path, there: TrainingRecord | None, show: bool) ->
     record = there or _begun(job)
     if resumed is not None:
         record = record.model_copy(update={"resumed": record.resumed + 1})
-    if is_first_process():
+    if is_first():
         record.write(out)
     with _quiet_libraries():
         trainer, watch = _trainer(job, out, resumed, show)
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        best = _write_result(job, trainer, out) if is_first_process() else None
+        best = _write_result(job, trainer, out) if is_first() else None
     state = trainer.state
     points = curve_of(state.log_history)
     made = record.model_copy(
@@ -237,7 +237,7 @@ def _train(job: TuneJob, out: Path, there: TrainingRecord | None, show: bool) ->
             "curve": thinned(points),
         }
     )
-    if not is_first_process():
+    if not is_first():
         return made
     write_system(job.spec, job.base, job.method.result, job.options, out)
     made.write(out)

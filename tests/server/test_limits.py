@@ -27,7 +27,8 @@ from tests.support.require import require_demo, require_or_skip
 try:
     import httpx2
 
-    from proxytune.server.run import listening, read_key, served_roles
+    from proxytune.server.keys import read_key
+    from proxytune.server.run import listening, served_roles
     from proxytune.server.work.jobs import ServedJob
     from proxytune.server.work.service import ServedAnswer
     from tests.support.servers import Served, served

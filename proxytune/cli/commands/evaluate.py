@@ -154,9 +154,8 @@ def prepared(
 def decoded_by(asked: evaluation.Evaluation, engine: EngineOptions, ray: RayOptions) -> evaluation.Evaluation:
     """The same evaluation, decoded by another engine or on workers where they were asked for. UserError for
     options that do not go together."""
+    engine.check()
     if engine.engine == "own":
-        if engine != EngineOptions():
-            raise UserError("--tensor-parallel and --eager are of --engine vllm: add it, or leave them out")
         return on_workers(asked, ray)
     if ray != RayOptions():
         raise UserError("--ray starts workers with proxytune's engine: leave it out with --engine vllm")

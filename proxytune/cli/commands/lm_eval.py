@@ -72,9 +72,11 @@ def lm_eval(
 
     Example: proxytune lm-eval --system demo --as proxy --tasks gsm8k --limit 20
     """
-    load_system(system).require_one_process("lm-eval")
+    engine.check()
+    made = load_system(system)
+    made.require_one_process("lm-eval")
     if as_ in ("base", "proxy"):
-        load_system(system).local_base("lm-eval")
+        made.local_base("lm-eval")
 
     from proxytune.integrations import LmEvalCall, run_lm_eval
 

@@ -15,7 +15,7 @@ from proxytune.cli.options import (
     grouped,
 )
 from proxytune.config import parse_alpha
-from proxytune.errors import UserError, needs_extra
+from proxytune.errors import needs_extra
 from proxytune.options import DecodeOptions, EngineOptions, ServeOptions
 
 
@@ -38,9 +38,8 @@ def serve(
 
     Example: proxytune serve --system demo --port 8000
     """
+    engine.check()
     if engine.engine == "own":
-        if engine != EngineOptions():
-            raise UserError("--tensor-parallel and --eager are of --engine vllm: add it, or leave them out")
         for package in ("fastapi", "uvicorn", "prometheus_client", "openai"):
             needs_extra("proxytune serve", package, "serve")
     made = console.read_system(system, vocab)
@@ -55,10 +54,12 @@ def serve(
     models = Models(made, trust_remote_code=trust_remote_code, on_load=console.show_loading)
     if engine.engine == "vllm":
         from proxytune.integrations.vllm_plugin import VllmLaunch, serve_vllm
+        from proxytune.server import read_key
 
         role = made.require(options.roles or "proxy")
         launch = VllmLaunch(models, role, made.alpha, decode, engine)
-        serve_vllm(launch, options, allow_negative_alpha=allow_negative_alpha)
+        key = read_key(options)
+        serve_vllm(launch, options, key=key, allow_negative_alpha=allow_negative_alpha)
         return
     from proxytune.server import ServeCall
     from proxytune.server import serve as run

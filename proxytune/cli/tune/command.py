@@ -11,7 +11,8 @@ import typer
 from proxytune.cli import console
 from proxytune.cli.options import Json, OptionGroup, RemoteCode, build, grouped
 from proxytune.errors import UserError, needs_extra
-from proxytune.training_record import SYSTEM, TRAINING, TrainingRecord, is_first_process
+from proxytune.processes import is_first
+from proxytune.training_record import SYSTEM, TRAINING, TrainingRecord
 from proxytune.tuning import METHOD_HELP, TuneOptions, left_out
 
 GIB = 2**30
@@ -78,7 +79,7 @@ def _command(method: str) -> Callable[..., None]:
         from proxytune.tuning import tune as train
 
         made = train(job, out)
-        if is_first_process():
+        if is_first():
             _print_record(made, out, json)
 
     run.__doc__ = "\n\n".join(

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
-from pathlib import Path
 from typing import Any
 
 from proxytune.errors import UserError
@@ -27,14 +26,17 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
-def serve_vllm(launch: VllmLaunch, options: ServeOptions, *, allow_negative_alpha: bool = False) -> None:
-    """Become vLLM's server. UserError, before it starts, for what it cannot serve."""
+def serve_vllm(
+    launch: VllmLaunch, options: ServeOptions, *, key: str | None = None, allow_negative_alpha: bool = False
+) -> None:
+    """Become vLLM's server. Requests must bring the key where there is one. UserError, before it starts, for
+    what it cannot serve."""
     require_vllm()
     command = command_of(launch, options)
     launch.check()
     if allow_negative_alpha:
         os.environ[NEGATIVE] = "1"
-    if (key := key_of(options)) is not None:
+    if key is not None:
         os.environ["VLLM_API_KEY"] = key
     os.execv(sys.executable, command)
 
@@ -75,16 +77,6 @@ def command_of(launch: VllmLaunch, options: ServeOptions) -> list[str]:
     return flags
 
 
-def key_of(options: ServeOptions) -> str | None:
-    """The key that requests must bring."""
-    if options.api_key_file is None:
-        return os.environ.get("PROXYTUNE_API_KEY") or None
-    path = Path(options.api_key_file)
-    if not path.is_file() or not (key := path.read_text(encoding="utf-8").strip()):
-        raise UserError(f"--api-key-file '{path}' is no file with a key")
-    return key
-
-
 class AlphaMiddleware:
     """Moves `alpha` of a request's body to where vLLM keeps what it does not know."""
 
@@ -123,8 +115,8 @@ class AlphaMiddleware:
 
 
 def with_alpha(body: bytes) -> bytes:
-    """The body with its alpha among `vllm_xargs`; UserError for one that is none. What is no JSON object is
-    left to vLLM, which says so."""
+    """The body with its alpha among `vllm_xargs`; UserError for one that is none. What is no JSON object,
+    here or there, is left to vLLM, which says so."""
     try:
         content = json.loads(body)
     except ValueError:
@@ -132,9 +124,11 @@ def with_alpha(body: bytes) -> bytes:
     if not isinstance(content, dict):
         return body
     extra = content.get("vllm_xargs") or {}
+    if not isinstance(extra, dict):
+        return body
     if ALPHA in content:
         extra = {**extra, ALPHA: content.pop(ALPHA)}
-    if not isinstance(extra, dict) or not extra.keys() & {ALPHA, FROM}:
+    if not extra.keys() & {ALPHA, FROM}:
         return body
     asked_of(extra, allow_negative=bool(os.environ.get(NEGATIVE)))
     return json.dumps({**content, "vllm_xargs": extra}).encode()
