@@ -4,9 +4,6 @@ Weights are loaded with the first request, so that a task that is wrong or not a
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,73 +12,29 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
-from pydantic import Field, ValidationError
 from tqdm import tqdm
 
-from proxytune import __version__
-from proxytune.config import AlphaSchedule, ModelSpec, Sampling, System, load_system, parse_alpha
-from proxytune.decoding import Conversation, Decoder, opened
+from proxytune.config import AlphaSchedule, Sampling, System, load_system, parse_alpha
+from proxytune.decoding import Conversation, Decoder
 from proxytune.engine import Continuation, likelihoods
 from proxytune.errors import UserError
 from proxytune.integrations.lm_eval_requests import (
     ChatContext,
     ContextReader,
     Ids,
+    names_of,
     prefix_of,
     sampling_of,
 )
+from proxytune.integrations.lm_eval_system import ModelArguments, SystemLM, say_what_loads
 from proxytune.models import Models, process_peak
-from proxytune.options import DecodeOptions, EngineOptions
+from proxytune.options import DecodeOptions
 from proxytune.records import Example, Prompt
-from proxytune.schema import explain
-
-LOG = logging.getLogger(__name__)
 
 
-class ModelArguments(EngineOptions, DecodeOptions):
-    """What lm-eval's --model_args may hold for a system: how it decodes, and this."""
-
-    pretrained: str
-    """A system's name, or a YAML file."""
-    role: str = "proxy"
-    """base, expert, antiexpert, tuned or proxy."""
-    alpha: float | str | None = None
-    """As --alpha. Default: the system's."""
-    allow_negative_alpha: bool = False
-    """Allow alpha below 0."""
-    vocab: str | None = None
-    """strict or intersect. Default: the system's."""
-    max_length: int | None = Field(default=None, ge=2)
-    """Contexts are cut to this many tokens. Default: the smallest window of the models."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with a checkpoint."""
-
-    @classmethod
-    def read(cls, given: Mapping[str, Any], more: Mapping[str, Any]) -> ModelArguments:
-        """From lm-eval's dictionaries; `more` has what lm-eval has options for. UserError for what is wrong.
-
-        A batch size of lm-eval is the most rows at a time; `auto` is what memory allows. Where models go is
-        in the system, not in lm-eval's --device."""
-        settings = dict(given)
-        if "system" in settings:
-            settings["pretrained"] = settings.pop("system")
-        size, most = more.get("batch_size"), more.get("max_batch_size")
-        rows = most if size is None or str(size).startswith("auto") else size
-        if rows is not None:
-            settings.setdefault("batch", rows)
-        try:
-            return cls.model_validate(settings)
-        except ValidationError as error:
-            allowed = ", ".join(cls.model_fields)
-            raise UserError(f"model_args: {explain(error)}. Known: {allowed}") from None
-
-
-class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
+class ProxyTunedLM(SystemLM):
     """One role of a system, answering lm-eval's requests through proxytune's engine."""
-
-    backend = "causal"
 
     def __init__(
         self,
@@ -96,18 +49,16 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         """`models`: those of the system, where they are loaded already. UserError, before anything is loaded,
         for what is wrong with the system, the role or alpha."""
-        super().__init__()
-        self.system = system if isinstance(system, System) else load_system(system)
-        self.role = self.system.require(role)
-        self.alpha = self.system.alpha if alpha is None else parse_alpha(alpha)
-        self.alpha.check(allow_negative=allow_negative_alpha)
+        made = system if isinstance(system, System) else load_system(system)
+        asked = made.require(role)
+        schedule = made.alpha if alpha is None else parse_alpha(alpha)
+        schedule.check(allow_negative=allow_negative_alpha)
+        given = models or Models(made, on_load=say_what_loads)
+        given.check(given.names(asked))
+        super().__init__(given, asked, schedule)
+        self.system = made  # `models` may be those of a system that shares them
         self.options = decode or DecodeOptions()
-        self.models = models or Models(self.system, on_load=say_what_loads)
-        self.names = self.models.names(self.role)
-        self.models.check(self.names)
-        self.tokenizer = self.models.tokenizer(self.names[0])
         self._max_length = max_length
-        self._notes: dict[str, None] = {}
         self._too_long = Counter[str]()
 
     @classmethod
@@ -116,18 +67,13 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
     ) -> ProxyTunedLM:
         """The model of --model_args."""
         given = ModelArguments.read(arg_dict, additional_config or {})
-        system = load_system(given.pretrained)
-        if given.vocab is not None:
-            if given.vocab not in ("strict", "intersect"):
-                raise UserError(f"vocab '{given.vocab}' must be strict or intersect")
-            system = system.model_copy(update={"vocab": given.vocab})
-        names = DecodeOptions.model_fields
+        system = given.system()
         return cls(
             system,
             given.role,
             alpha=given.alpha,
-            decode=DecodeOptions.model_validate({name: getattr(given, name) for name in names}),
-            models=Models(system, trust_remote_code=given.trust_remote_code, on_load=say_what_loads),
+            decode=given.part(DecodeOptions),
+            models=given.models(system),
             max_length=given.max_length,
             allow_negative_alpha=given.allow_negative_alpha,
         )
@@ -153,16 +99,6 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
     def _reader(self) -> ContextReader:
         return ContextReader(list(self.decoder.loaded.values()), self.role, self._note)
 
-    @property
-    def eot_token_id(self) -> int:
-        """The end of sequence."""
-        return int(self.tokenizer.eos_token_id)
-
-    @property
-    def prefix_token_id(self) -> int:
-        """What stands for an empty context."""
-        return prefix_of(self.tokenizer)
-
     @cached_property
     def max_length(self) -> int:
         """Tokens that every model can see."""
@@ -170,23 +106,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
         room = [runners[m.name].window - len(m.virtual_ids) for m in self.decoder.loaded.values()]
         return min([*room, *([self._max_length] if self._max_length else [])])
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """The ids of a text, with the special tokens that come before it unless that is switched off."""
-        if add_special_tokens is False:
-            return list(self.tokenizer.encode(string, add_special_tokens=False))
-        return opened(self.tokenizer, string)
-
-    def _note(self, note: str) -> None:
-        """Something that a reader of the figures should know: logged, and stored with the results."""
-        if note not in self._notes:
-            self._notes[note] = None
-            LOG.warning(note)
-
     # Chat templates
-
-    @property
-    def _specs(self) -> dict[str, ModelSpec]:
-        return {name: self.models.spec(name) for name in self.names}
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -226,20 +146,6 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
             )
         self._require_chat()
         return "\n".join(f"{name}: {format_}" for name, format_ in self._formats())
-
-    def _formats(self) -> list[tuple[str, str]]:
-        """Every model's chat format."""
-        return [
-            (name, str(self.models.tokenizer(name).chat_template) if spec.chat == "tokenizer" else spec.chat)
-            for name, spec in self._specs.items()
-        ]
-
-    @property
-    def tokenizer_name(self) -> str:
-        """What lm-eval's cache of requests is told apart by: every model and its chat format."""
-        parts = [(name, spec.model, spec.adapter, spec.revision) for name, spec in self._specs.items()]
-        digest = hashlib.sha256(json.dumps([parts, self._formats()]).encode()).hexdigest()[:12]
-        return f"{self.system.name}-{self.role}-{digest}".replace("/", "__")
 
     # Likelihoods
 
@@ -410,30 +316,9 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval stores beside its settings: the system, and what answering took."""
-        info: dict[str, Any] = {
-            "version": __version__,
-            "system": self.system.model_dump(mode="json"),
-            "role": self.role,
-            "alpha": self.alpha.text,
-            "notes": list(self._notes),
-        }
+        found = super().get_model_info()
         if "decoder" in self.__dict__:
             memory = {name: one.model_dump() for name, one in self.decoder.memory.items()}
-            info["cost"] = {**vars(self.decoder.stats), "memory": memory, "process_peak": process_peak()}
-        return {"proxytune": info}
-
-
-def say_what_loads(name: str, spec: ModelSpec) -> None:
-    """Log what is loaded."""
-    LOG.info("loading %s: %s", name, spec.model or spec.adapter)
-
-
-def names_of(requests: Sequence[Instance]) -> list[str]:
-    """A name for every request, by its task, document and repetition: it decides the sampling noise."""
-    seen = Counter[tuple[str, object, int]]()
-    names = []
-    for request in requests:
-        key = (request.task_name or "", request.doc_id, request.idx)
-        names.append("/".join(map(str, (*key, seen[key]))))
-        seen[key] += 1
-    return names
+            cost = {**vars(self.decoder.stats), "memory": memory, "process_peak": process_peak()}
+            found["proxytune"]["cost"] = cost
+        return found

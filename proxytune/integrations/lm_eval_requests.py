@@ -5,11 +5,13 @@ empty context is, what is cut where a window is too short."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.utils import normalize_gen_kwargs
 from pydantic import ValidationError
 
@@ -134,3 +136,14 @@ class ContextReader:
 
     def _encode(self, tokenizer: Tokenizer, text: str) -> Ids:
         return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def names_of(requests: Sequence[Instance]) -> list[str]:
+    """A name for every request, by its task, document and repetition: it decides the sampling noise."""
+    seen = Counter[tuple[str, object, int]]()
+    names = []
+    for request in requests:
+        key = (request.task_name or "", request.doc_id, request.idx)
+        names.append("/".join(map(str, (*key, seen[key]))))
+        seen[key] += 1
+    return names

@@ -4,42 +4,34 @@ All models see the same ids, so lm-eval's own way from texts to ids is the way."
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from proxytune import __version__
-from proxytune.config import Sampling, load_system, parse_alpha
-from proxytune.decoding import opened
+from proxytune.config import Sampling, parse_alpha
 from proxytune.errors import UserError
-from proxytune.integrations.lm_eval import LOG, ModelArguments, names_of, say_what_loads
-from proxytune.integrations.lm_eval_requests import prefix_of, sampling_of
+from proxytune.integrations.lm_eval_requests import names_of, sampling_of
+from proxytune.integrations.lm_eval_system import ModelArguments, SystemLM
 from proxytune.integrations.vllm_plugin import VllmDecoder, VllmLaunch
-from proxytune.models import Models
 from proxytune.options import DecodeOptions, EngineOptions
 from proxytune.records import Example, Prompt
 
 Ids = list[int]
 
 
-class ProxyTunedVllm(TemplateLM):  # type: ignore[misc]
+class ProxyTunedVllm(SystemLM):
     """One role of a system, answering lm-eval's requests through vLLM."""
-
-    backend = "causal"
 
     def __init__(self, launch: VllmLaunch, max_length: int | None = None, *, progress: bool = True) -> None:
         """The engine starts with the first request."""
-        super().__init__()
         launch.check()
-        self.launch, self.alpha, self.progress = launch, launch.alpha, progress
-        self.tokenizer = launch.texts.tokenizer
+        super().__init__(launch.models, launch.role, launch.alpha)
+        self.launch, self.progress = launch, progress
         self.max_length = min(launch.texts.window[0] - 1, max_length or launch.texts.window[0])
-        self._notes: dict[str, None] = {}
 
     @classmethod
     def create_from_arg_obj(
@@ -47,17 +39,12 @@ class ProxyTunedVllm(TemplateLM):  # type: ignore[misc]
     ) -> ProxyTunedVllm:
         """The model of --model_args."""
         given = ModelArguments.read(arg_dict, additional_config or {})
-        system = load_system(given.pretrained)
-        if given.vocab is not None:
-            system = system.model_copy(update={"vocab": given.vocab})
+        system = given.system()
         role = system.require(given.role)
         alpha = system.alpha if given.alpha is None else parse_alpha(given.alpha)
         alpha.check(allow_negative=given.allow_negative_alpha)
-        models = Models(system, trust_remote_code=given.trust_remote_code, on_load=say_what_loads)
-        decode = {name: getattr(given, name) for name in DecodeOptions.model_fields}
-        engine = {name: getattr(given, name) for name in EngineOptions.model_fields}
         launch = VllmLaunch(
-            models, role, alpha, DecodeOptions.model_validate(decode), EngineOptions.model_validate(engine)
+            given.models(system), role, alpha, given.part(DecodeOptions), given.part(EngineOptions)
         )
         return cls(launch, given.max_length, progress=given.progress)
 
@@ -67,25 +54,9 @@ class ProxyTunedVllm(TemplateLM):  # type: ignore[misc]
         return VllmDecoder(self.launch)
 
     @property
-    def eot_token_id(self) -> int:
-        """The end of sequence."""
-        return int(self.tokenizer.eos_token_id)
-
-    @property
-    def prefix_token_id(self) -> int:
-        """What stands for an empty context."""
-        return prefix_of(self.tokenizer)
-
-    @property
     def tokenizer_name(self) -> str:
         """What lm-eval's cache of requests is told apart by."""
-        return f"{self.launch.models.system.name}-{self.launch.role}-vllm".replace("/", "__")
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> Ids:
-        """The ids of a text, with the special tokens that come before it unless that is switched off."""
-        if add_special_tokens is False:
-            return list(self.tokenizer.encode(string, add_special_tokens=False))
-        return opened(self.tokenizer, string)
+        return f"{super().tokenizer_name}-vllm"
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -160,21 +131,9 @@ class ProxyTunedVllm(TemplateLM):  # type: ignore[misc]
         ids = (self.tok_encode(context) or [self.prefix_token_id])[-room:]
         return Example(name, Prompt(context, context, ids=dict.fromkeys(self.launch.names, tuple(ids))))
 
-    def _note(self, note: str) -> None:
-        if note not in self._notes:
-            self._notes[note] = None
-            LOG.warning(note)
-
-    def get_model_info(self) -> Mapping[str, Any]:
+    def get_model_info(self) -> dict[str, Any]:
         """What lm-eval stores beside its settings."""
         if "decoder" in self.__dict__:
             for remark in self.decoder.remarks:
                 self._note(remark)
-        info: dict[str, Any] = {
-            "version": __version__,
-            "system": self.launch.models.system.model_dump(mode="json"),
-            "role": self.launch.role,
-            "alpha": self.alpha.text,
-            "notes": list(self._notes),
-        }
-        return {"proxytune": info}
+        return super().get_model_info()

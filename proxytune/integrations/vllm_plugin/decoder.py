@@ -223,8 +223,7 @@ class VllmDecoder(SteppedDecoder):
             self.score(Example(str(number), Prompt("", "")), 0, alpha, context, ids)
         for ended in self._ended():
             for wanted, output in ended:
-                places = output.prompt_logprobs[wanted.prompt :]
-                found = [place[token] for token, place in zip(wanted.ids, places, strict=True)]
+                found = _of_ids(wanted, output)
                 logprob = math.fsum(one.logprob for one in found)
                 yield int(wanted.example.id), logprob, all(one.rank == 1 for one in found)
 
@@ -280,8 +279,7 @@ class VllmDecoder(SteppedDecoder):
 
     def _scored(self, wanted: Wanted, output: Any) -> Completion:
         """The log-probability of a text as a completion."""
-        places = output.prompt_logprobs[wanted.prompt :]
-        logprob = math.fsum(place[token].logprob for token, place in zip(wanted.ids, places, strict=True))
+        logprob = math.fsum(one.logprob for one in _of_ids(wanted, output))
         return Completion(
             example_id=wanted.example.id,
             sample=wanted.number,
@@ -305,6 +303,12 @@ class VllmDecoder(SteppedDecoder):
         """End the engine and its processes: the next role gets their memory."""
         core, self._engine = self._engine.engine_core, None
         core.shutdown()
+
+
+def _of_ids(wanted: Wanted, output: Any) -> list[Any]:
+    """What vLLM says of each id of a text that was scored: its log-probability and rank."""
+    places = output.prompt_logprobs[wanted.prompt :]
+    return [place[token] for token, place in zip(wanted.ids, places, strict=True)]
 
 
 def vllm_decoder(models: Models, engine: EngineOptions) -> Callable[[RunSpec, DecodeOptions], RunDecoder]:
