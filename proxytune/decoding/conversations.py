@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from proxytune.config import ModelSpec, Role
-from proxytune.decoding.prompts import NO_SYSTEM, Form, Say, conversed, form_of, llama2_turn
+from proxytune.decoding.prompts import NO_SYSTEM, Form, Say, context, conversed, form_of, ids_of, llama2_turn
 from proxytune.decoding.templates import Message, TemplateFault
 from proxytune.models import Tokenizer
 from proxytune.records import Prompt
@@ -80,3 +81,19 @@ def _joined(text: str, more: str, gap: str) -> str:
     """Two texts with a gap where they would touch."""
     touch = text and more and not text[-1].isspace() and not more[0].isspace()
     return f"{text}{gap if touch else ''}{more}"
+
+
+def ids_seen(
+    name: str, role: Role, spec: ModelSpec, tokenizer: Tokenizer, prompt: Prompt, say: Say, of: str = ""
+) -> tuple[int, ...]:
+    """The ids that a model of a role sees of a prompt without ids of its own. TemplateFault, which names the
+    model and what the prompt is `of`, where a chat template fails."""
+    if prompt.messages:
+        spoken = Conversation(prompt.messages, prompt.response_prefix)
+        return ids_of(spec, tokenizer, spoken.text_for(name, role, spec, tokenizer, say))
+    template = f"the chat template of the {name}"
+    try:
+        return context(spec, tokenizer, form_of(name, role), prompt, partial(say, template))
+    except TemplateFault as fault:
+        message = f"{template} fails{of and f' on {of}'}: {fault}"
+        raise TemplateFault(message, of_these_texts=fault.of_these_texts) from None

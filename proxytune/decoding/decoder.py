@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import product
 from typing import TypeVar
 
@@ -17,10 +17,10 @@ import torch
 from proxytune.config import AlphaSchedule, Role, Sampling, TraceKind
 from proxytune.decoding.call import DecodeStats, RunningStream, Scored, ScoringTexts, Tag
 from proxytune.decoding.completions import ResultReader, failed, scored
-from proxytune.decoding.conversations import Conversation
+from proxytune.decoding.conversations import ids_seen
 from proxytune.decoding.interface import OnText, RemoteBase, SteppedDecoder
 from proxytune.decoding.kv_pools import pool_tokens
-from proxytune.decoding.prompts import Form, context, continued, form_of, ids_of, noise_key
+from proxytune.decoding.prompts import continued, form_of, noise_key
 from proxytune.decoding.remarks import notes_on_models
 from proxytune.decoding.response_text import ResponseText
 from proxytune.decoding.sample import sample_context
@@ -173,23 +173,9 @@ class Decoder(SteppedDecoder):
 
     def _context(self, model: Loaded, prompt: Prompt, of: str) -> tuple[int, ...]:
         role: Role = "proxy" if self.agreement else self.role
-        if prompt.messages:
-            spoken = Conversation(prompt.messages, prompt.response_prefix)
-            text = spoken.text_for(model.name, role, model.spec, model.tokenizer, self._remark)
-            ids = ids_of(model.spec, model.tokenizer, text)
-        else:
-            ids = self._in_template(model, form_of(model.name, role), prompt, of)
+        ids = ids_seen(model.name, role, model.spec, model.tokenizer, prompt, self._remark, of)
         model.require_rows(ids)
         return ids
-
-    def _in_template(self, model: Loaded, form: Form, prompt: Prompt, of: str) -> tuple[int, ...]:
-        template = f"the chat template of the {model.name}"
-        try:
-            say = partial(self._remark, template)
-            return context(model.spec, model.tokenizer, form, prompt, say)
-        except TemplateFault as fault:
-            message = f"{template} fails{of and f' on {of}'}: {fault}"
-            raise TemplateFault(message, of_these_texts=fault.of_these_texts) from None
 
     def _remark(self, *words: str) -> None:
         if (what := " ".join(words)) not in self.remarks:

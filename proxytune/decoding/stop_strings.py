@@ -95,7 +95,11 @@ def single_tokens(tokenizer: Tokenizer, texts: Sequence[str], size: int) -> froz
 
 def own_eos(model: Loaded) -> set[int]:
     """A model's end-of-sequence ids: its tokenizer's, and those of its generation settings."""
-    ids = getattr(model.module.generation_config, "eos_token_id", None)
-    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    own = model.tokenizer.eos_token_id
+    return ending_ids(getattr(model.module.generation_config, "eos_token_id", None), model.tokenizer)
+
+
+def ending_ids(settings: list[int] | int | None, tokenizer: Tokenizer) -> set[int]:
+    """The end-of-sequence ids of generation settings, and the tokenizer's own."""
+    listed = settings if isinstance(settings, list) else [] if settings is None else [settings]
+    own = tokenizer.eos_token_id
     return {*listed, *([] if own is None else [own])}

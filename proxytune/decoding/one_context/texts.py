@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 
 from transformers import GenerationConfig
 
 from proxytune.config import Role, Sampling
 from proxytune.decoding.completions import NOT_NUMBERS
-from proxytune.decoding.conversations import Conversation
-from proxytune.decoding.prompts import context, continued, form_of, ids_of, noise_key
+from proxytune.decoding.conversations import ids_seen
+from proxytune.decoding.prompts import continued, form_of, noise_key
 from proxytune.decoding.response_text import ResponseText
 from proxytune.decoding.sample import sample_context
-from proxytune.decoding.stop_strings import StopStrings, single_tokens
+from proxytune.decoding.stop_strings import StopStrings, ending_ids, single_tokens
 from proxytune.decoding.streaming import final_text
 from proxytune.decoding.templates import TemplateFault
 from proxytune.errors import PromptTooLong, UserError
@@ -71,15 +71,14 @@ class OneContext:
         return frozenset(token for name in ending for token in self._own_eos(name) if token < self.size)
 
     def _own_eos(self, name: str) -> set[int]:
-        spec, own = self.models.spec(name), self.models.tokenizer(name).eos_token_id
+        spec = self.models.spec(name)
         location = checkpoint.locate(str(spec.model)).location
         try:
             ids = GenerationConfig.from_pretrained(location, revision=spec.revision).eos_token_id
         except OSError:  # no such file: transformers takes the model's configuration then
             config = checkpoint.load_config(spec, trust_remote_code=self.models.trust_remote_code)
             ids = config.get_text_config().eos_token_id
-        listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        return {*listed, *([] if own is None else [own])}
+        return ending_ids(ids, self.models.tokenizer(name))
 
     # Prompts
 
@@ -122,15 +121,10 @@ class OneContext:
         return ids
 
     def _context(self, name: str, prompt: Prompt) -> Ids:
-        spec, tokenizer = self.models.spec(name), self.models.tokenizer(name)
         if prompt.ids is not None:
             return tuple(prompt.ids[name])
-        if prompt.messages:
-            spoken = Conversation(prompt.messages, prompt.response_prefix)
-            text = spoken.text_for(name, self.role, spec, tokenizer, self._remark)
-            return ids_of(spec, tokenizer, text)
-        say = partial(self._remark, f"the chat template of the {name}")
-        return context(spec, tokenizer, form_of(name, self.role), prompt, say)
+        spec, tokenizer = self.models.spec(name), self.models.tokenizer(name)
+        return ids_seen(name, self.role, spec, tokenizer, prompt, self._remark)
 
     def _remark(self, *words: str) -> None:
         if (what := " ".join(words)) not in self.remarks:
