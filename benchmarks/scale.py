@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import linear_regression
 
 from proxytune.config import AlphaSchedule, Sampling, load_system
 from proxytune.decoding import Decoder
@@ -173,9 +174,8 @@ def measured(batches: Sequence[int] = (1, 8, 32), tokens: int = 32) -> tuple[flo
         list(decoder.stream(examples, sampling))
         after = decoder.stats.seconds - decoder.stats.prefill_seconds
         points.append((batch, (after - before) / tokens))
-    x, y = (sum(column) / len(points) for column in zip(*points, strict=True))
-    slope = sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
-    return y - slope * x, slope
+    slope, fixed = linear_regression(*zip(*points, strict=True))
+    return fixed, slope
 
 
 def main() -> None:
