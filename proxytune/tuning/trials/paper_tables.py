@@ -207,13 +207,8 @@ def table15(how: PaperTrial) -> Iterator[str]:
     for one in how.trainings():
         train(how, one)
         found = score(how, one)
-        span = (
-            ""
-            if found.low is None or found.high is None
-            else f" [{100 * found.low:.1f}, {100 * found.high:.1f}]"
-        )
         printed = paper.get((one.label, one.task), "") if how.system is None else ""
-        yield f"| {one.label} | {one.task} | {100 * found.value:.1f}{span} | {found.n} | {printed} |"
+        yield f"| {one.label} | {one.task} | {tables.percent(found)} | {found.n} | {printed} |"
 
 
 def trial_of(given: argparse.Namespace) -> PaperTrial:

@@ -26,6 +26,7 @@ from proxytune.intervals import mean_metrics
 from proxytune.models import Models
 from proxytune.options import DecodeOptions
 from proxytune.records import Completion, Example, JsonRow, Metric, Prompt
+from proxytune.report import tables
 from proxytune.run_files import disk_errors_in_one_line, write_atomically
 from proxytune.tasks import data
 from proxytune.terminal import say, show
@@ -177,12 +178,7 @@ def run(given: argparse.Namespace) -> list[ChoiceScore]:
     scores = list[ChoiceScore]()
     for one in trial.measured(given.model, methods):
         scores.append(one)
-        figures = [
-            f"{100 * x:.1f}"
-            for x in (one.accuracy.value, one.accuracy.low, one.accuracy.high)
-            if x is not None
-        ]
-        share = figures[0] + (f" [{', '.join(figures[1:])}]" if figures[1:] else "")
+        share = tables.percent(one.accuracy)
         show(f"{one.method} as {one.role}: {share} of {one.accuracy.n}; {one.trained:,} parameters trained")
         found = [score.model_dump(mode="json") for score in scores]
         write_atomically(given.out / RESULT, (json.dumps(found, indent=1) + "\n").encode())
