@@ -20,6 +20,8 @@ TRAINING = "training.json"
 SYSTEM = "system.yaml"
 TRAINING_SCHEMA = 1
 """Version of training.json; raised when a field changes its meaning."""
+NAMES_OF_DATA = {"data", "validation", "limit"}
+"""Settings that say where the examples are from. What they are decides, by `data_sha256`: a file may move."""
 MOST_POINTS = 1000
 """Of a stored curve; of a longer one every n-th is kept."""
 
@@ -52,7 +54,8 @@ class TuningRequest(BaseModel):
     def difference(self, other: TuningRequest) -> str | None:
         """Which of their settings differ, in words; None where none does."""
         mine, theirs = ({**one.model_dump(exclude={"settings"}), **one.settings} for one in (self, other))
-        found = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
+        names = dict.fromkeys(name for name in mine | theirs if name not in NAMES_OF_DATA)
+        found = [name for name in names if mine.get(name) != theirs.get(name)]
         return (
             None if not found else ", ".join(f"{n} {theirs.get(n)!r} -> {mine.get(n)!r}" for n in found[:3])
         )

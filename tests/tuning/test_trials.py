@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,21 @@ from proxytune import Sampling, generate
 from proxytune.config import ModelSpec, System
 from proxytune.errors import UserError
 from proxytune.models import plain
-from proxytune.tuning.trials import demo_methods, fact_probing, paper_tables, superglue
+from proxytune.tuning.trials import (
+    demo_methods,
+    fact_probing,
+    paper_tables,
+    real_models,
+    real_scores,
+    superglue,
+)
 from proxytune.tuning.trials import demo_trainings as demo
 from proxytune.tuning.trials.demo_rates import TriedRate, chosen
 from proxytune.tuning.trials.fact_probing import Fact, Prober, by_pseudo_tokens, by_wording, precision
+from proxytune.tuning.trials.real_models import RealTrial
+from proxytune.tuning.trials.real_scores import RealScores, ResponseShape
 from tests.support.checkout import ROOT
+from tests.support.command_line import proxytune
 
 PUBLISHED = ROOT / "results" / "tuning-demo"
 SMALL = ModelSpec(model="demo://antiexpert", dtype="float32")
@@ -164,3 +175,70 @@ def test_table_15_on_the_demo_from_training_to_score(tmp_path: Path) -> None:
     paper_tables.run(paper_tables.parser().parse_args([*words, "--items", "4", "--yes"]))
     table = (tmp_path / "table15" / "demo" / "table.md").read_text()
     assert "| LoRA large | gsm | " in table and " | 4 | " in table
+
+
+# Real models
+
+
+def shape(task: str, text: str, finish_reason: str = "eos") -> ResponseShape:
+    return ResponseShape.of(task, {"responses": [{"text": text, "finish_reason": finish_reason}]})
+
+
+def test_the_shape_of_a_response() -> None:
+    """A loop is what the limit ended with its last 20 characters three times; `eos` ends none."""
+    assert shape("gsm", " 2 + 3 = 5\n#### 5") == ResponseShape(True, False, False, 17)
+    for text in (" 2 + 3 = 5", "#### 5", "a\n#### 5 eggs", "a\n### 5", "a\n#### five"):
+        assert not shape("gsm", text).tuned_form, text
+    for text in ("a\n#### -1,234.5", "a\nb\n#### 7 \n"):
+        assert shape("gsm", text).tuned_form, text
+    assert not shape("gsm", "a\n#### 5", "length").tuned_form
+    assert shape("triviaqa", " the Nile") == ResponseShape(True, False, False, 9)
+    assert not shape("triviaqa", "the Nile\nQuestion: what").tuned_form
+    assert [shape("triviaqa", "word " * n).tuned_form for n in (0, 1, 10, 11)] == [False, True, True, False]
+    assert shape("gsm", " \n ") == ResponseShape(False, True, False, 3)
+    round_ = "and so it goes on and "
+    assert [shape("gsm", "x" + round_ * n, "length").loops for n in (1, 2, 3)] == [False, False, True]
+    assert not shape("gsm", round_ * 9).loops and not shape("gsm", "aa", "length").loops
+
+
+@pytest.mark.slow
+def test_the_real_trial_in_miniature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All three parts on the demo's models, in this process: its commands run, what is finished is not made
+    again, questions of the test are not learned, and the table has a line for every run."""
+
+    def here(_: RealTrial, *words: object) -> None:
+        assert (result := proxytune(*words)).exit_code == 0, result.output
+        commands.append(words[:2])
+
+    commands = list[tuple[object, ...]]()
+    monkeypatch.setattr(RealTrial, "run", here)
+    monkeypatch.chdir(tmp_path)
+    sums = [{"question": f"What is {n} + 2?", "answer": f"It is {n + 2}.\n#### {n + 2}"} for n in range(12)]
+    facts = [{"question": f"Who was number {n}?", "answers": [f"Tugil {n}"]} for n in range(12)]
+    for name, rows in {"sums": sums, "3-sums": sums[9:], "facts": facts, "2-facts": facts[10:]}.items():
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = (
+        "real --model demo://base --other-base demo://antiexpert --gsm8k sums.jsonl 3-sums.jsonl --layers 2 "
+    )
+    words += "--triviaqa facts.jsonl 2-facts.jsonl --steps 2 --trivia-steps 2 --healing-steps 1 --items 2 "
+    words += "--trivia-items 2 --tokens 8 --alphas 0,1 --out out"
+    monkeypatch.setattr(sys, "argv", words.split())
+    real_models.main()
+    assert "gsm: 3 of 12 training examples are test items: left out" in capsys.readouterr().err
+    assert [word for word in commands if word[0] == "tune"] == [
+        *2 * [("tune", "lora")], ("tune", "shrink"), ("tune", "full"), *5 * [("tune", "lora")]
+    ]  # fmt: skip
+    learned = [json.loads(line) for line in Path("out/data/triviaqa.jsonl").read_text().splitlines()]
+    assert [row["completion"] for row in learned] == [f" Tugil {n}" for n in range(10)]
+    scores = [RealScores.model_validate(one) for one in json.loads(Path("out/figures.json").read_text())]
+    lines = {(one.system, one.role, one.alpha) for one in scores}
+    assert len(lines) == len(scores) == 2 * 4 + 2 * 6 + 3
+    assert {("a-gsm", "proxy", "0"), ("b-triviaqa", "tuned", None), ("c-gsm", "proxy", "0.5")} <= lines
+    shown = Path("out/table.md").read_text()
+    assert real_scores.table(scores) == shown
+    weights = Path("out/b-expert-gsm/adapter_model.safetensors").stat().st_mtime_ns
+    real_models.main()
+    assert Path("out/table.md").read_text() == shown
+    assert Path("out/b-expert-gsm/adapter_model.safetensors").stat().st_mtime_ns == weights
