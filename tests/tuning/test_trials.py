@@ -217,28 +217,27 @@ def test_the_real_trial_in_miniature(
     monkeypatch.chdir(tmp_path)
     sums = [{"question": f"What is {n} + 2?", "answer": f"It is {n + 2}.\n#### {n + 2}"} for n in range(12)]
     facts = [{"question": f"Who was number {n}?", "answers": [f"Tugil {n}"]} for n in range(12)]
-    for name, rows in {"sums": sums, "3-sums": sums[9:], "facts": facts, "2-facts": facts[10:]}.items():
+    files: dict[str, list[Any]] = {"sums": sums, "3-sums": sums[9:], "facts": facts, "2-facts": facts[10:]}
+    for name, rows in files.items():
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = (
-        "real --model demo://base --other-base demo://antiexpert --gsm8k sums.jsonl 3-sums.jsonl --layers 2 "
-    )
-    words += "--triviaqa facts.jsonl 2-facts.jsonl --steps 2 --trivia-steps 2 --healing-steps 1 --items 2 "
-    words += "--trivia-items 2 --tokens 8 --alphas 0,1 --out out"
-    monkeypatch.setattr(sys, "argv", words.split())
+    words = "real --model demo://base --other-base demo://antiexpert --gsm8k sums.jsonl 3-sums.jsonl "
+    words += "--layers 2 --steps 2 --trivia-steps 2 --healing-steps 1 --items 2 --trivia-items 2 --tokens 8 "
+    words += "--alphas 0,1 --out out"
+    facts_too = ["--triviaqa", "facts.jsonl", "2-facts.jsonl", "--parts", "a"]
+    monkeypatch.setattr(sys, "argv", [*words.split(), *facts_too])
     real_models.main()
     assert "gsm: 3 of 12 training examples are test items: left out" in capsys.readouterr().err
-    assert [word for word in commands if word[0] == "tune"] == [
-        *2 * [("tune", "lora")], ("tune", "shrink"), ("tune", "full"), *5 * [("tune", "lora")]
-    ]  # fmt: skip
     learned = [json.loads(line) for line in Path("out/data/triviaqa.jsonl").read_text().splitlines()]
     assert [row["completion"] for row in learned] == [f" Tugil {n}" for n in range(10)]
+    weights = Path("out/a-gsm/adapter_model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(sys, "argv", words.split())
+    real_models.main()
+    assert Path("out/a-gsm/adapter_model.safetensors").stat().st_mtime_ns == weights
+    assert [" ".join(map(str, command)) for command in commands if command[0] == "tune"] == [
+        *3 * ["tune lora"], "tune shrink", "tune full", *3 * ["tune lora"]
+    ]  # fmt: skip
     scores = [RealScores.model_validate(one) for one in json.loads(Path("out/figures.json").read_text())]
     lines = {(one.system, one.role, one.alpha) for one in scores}
-    assert len(lines) == len(scores) == 2 * 4 + 2 * 6 + 3
-    assert {("a-gsm", "proxy", "0"), ("b-triviaqa", "tuned", None), ("c-gsm", "proxy", "0.5")} <= lines
-    shown = Path("out/table.md").read_text()
-    assert real_scores.table(scores) == shown
-    weights = Path("out/b-expert-gsm/adapter_model.safetensors").stat().st_mtime_ns
-    real_models.main()
-    assert Path("out/table.md").read_text() == shown
-    assert Path("out/b-expert-gsm/adapter_model.safetensors").stat().st_mtime_ns == weights
+    assert len(lines) == len(scores) == 2 * 4 + 6 + 3
+    assert {("a-triviaqa", "proxy", "0"), ("b-gsm", "tuned", None), ("c-gsm", "proxy", "0.5")} <= lines
+    assert real_scores.table(scores) == Path("out/table.md").read_text()
