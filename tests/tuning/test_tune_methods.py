@@ -4,6 +4,7 @@ that decoding which shares weights gives what separate models give."""
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,18 @@ def test_a_finished_training_is_read_and_another_one_is_refused(tuned: dict[str,
         tune(job_of("full", seed=1), folder, show=False)
     with pytest.raises(UserError, match="is not empty and holds no training"):
         tune(job_of("full"), folder.parent, show=False)
+
+
+def test_a_training_is_known_by_its_examples_not_by_their_file(
+    tuned: dict[str, Path], tmp_path: Path
+) -> None:
+    job, folder = job_of("full"), tuned["full"]
+    moved = tmp_path / "moved.jsonl"
+    pairs = [{"prompt": one.messages[-1][1], "completion": one.completion} for one in job.data.train]
+    moved.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    assert tune(job_of("full", data=str(moved), limit=None), folder, show=False) == record_of(folder)
+    with pytest.raises(UserError, match="holds another training \\(data_sha256 "):
+        tune(job_of("full", data=str(moved), limit=len(pairs) - 1), folder, show=False)
 
 
 @pytest.fixture(autouse=True)
