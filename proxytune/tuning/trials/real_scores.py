@@ -14,7 +14,7 @@ from proxytune.comparison import gap
 from proxytune.config import Role
 from proxytune.intervals import mean_metric
 from proxytune.records import JsonRow, Metric, Run
-from proxytune.report.tables import percent
+from proxytune.report import tables
 from proxytune.results import find_runs, read_rows
 from proxytune.run_files import write_atomically
 
@@ -131,7 +131,7 @@ def _cells(one: RealScores) -> Iterator[str]:
     yield one.role
     yield one.alpha or ""
     for share in (one.accuracy, one.tuned_form, one.empty, one.loops):
-        yield percent(share)
+        yield tables.percent(share)
     yield f"{one.characters.value:.0f}"
     yield "" if one.gap_closed is None else f"{100 * one.gap_closed:.0f}%"
 
