@@ -185,7 +185,6 @@ def shape(task: str, text: str, finish_reason: str = "eos") -> ResponseShape:
 
 
 def test_the_shape_of_a_response() -> None:
-    """A loop is what the limit ended with its last 20 characters three times; `eos` ends none."""
     assert shape("gsm", " 2 + 3 = 5\n#### 5") == ResponseShape(True, False, False, 17)
     for text in (" 2 + 3 = 5", "#### 5", "a\n#### 5 eggs", "a\n### 5", "a\n#### five"):
         assert not shape("gsm", text).tuned_form, text
@@ -196,9 +195,8 @@ def test_the_shape_of_a_response() -> None:
     assert not shape("triviaqa", "the Nile\nQuestion: what").tuned_form
     assert [shape("triviaqa", "word " * n).tuned_form for n in (0, 1, 10, 11)] == [False, True, True, False]
     assert shape("gsm", " \n ") == ResponseShape(False, True, False, 3)
-    round_ = "and so it goes on and "
-    assert [shape("gsm", "x" + round_ * n, "length").loops for n in (1, 2, 3)] == [False, False, True]
-    assert not shape("gsm", round_ * 9).loops and not shape("gsm", "aa", "length").loops
+    rounds = [shape("gsm", "and so it goes on and on for ever, " * n).loops for n in (1, 2, 3)]
+    assert rounds == [False, False, True]
 
 
 @pytest.mark.slow

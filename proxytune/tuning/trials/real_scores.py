@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from proxytune.analysis import sweeps
 from proxytune.comparison import gap
 from proxytune.config import Role
 from proxytune.intervals import mean_metric
@@ -24,8 +25,6 @@ TUNED_FORM: Mapping[str, Callable[[str], bool]] = {
     "triviaqa": lambda text: 0 < len(text.split()) <= 10 and "\n" not in text.strip(),
 }
 """Task -> whether a response has the form of its training data: a last line `#### NUMBER`; one short line."""
-LOOP, TIMES = 20, 3
-"""A response loops if the token limit ended it and its last LOOP characters are in it TIMES times or more."""
 COLUMNS = ("as", "alpha", "accuracy", "tuned form", "empty", "loops", "characters", "gap closed")
 
 
@@ -57,6 +56,7 @@ class ResponseShape:
     tuned_form: bool
     empty: bool
     loops: bool
+    """It ends in one, as `sweep-alpha` counts them."""
     characters: int
 
     @classmethod
@@ -67,7 +67,7 @@ class ResponseShape:
         return cls(
             tuned_form=not cut and TUNED_FORM[task](text),
             empty=not text.strip(),
-            loops=cut and len(text) >= LOOP and text.count(text[-LOOP:]) >= TIMES,
+            loops=sweeps.ends_in_loop(text),
             characters=len(text),
         )
 
