@@ -176,7 +176,7 @@ reproduce-superglue: setup  ## BoolQ or COPA on any model (ARGS="copa --model M 
 reproduce-table14 reproduce-table15: reproduce-table%: setup
 	$(BIN)/python -m proxytune.tuning.trials.paper_tables $* $(if $(SYSTEM),--system $(SYSTEM)) $(ARGS)
 
-reproduce-real: setup  ## real models: a tuned expert, a trio of one vocabulary, two vocabularies (ARGS names their folders)
+reproduce-real: setup  ## real models: a tuned expert, a trio of one vocabulary, two vocabularies; hours on 2 cores (docs/tuning.md)
 	$(BIN)/python -m proxytune.tuning.trials.real_models $(ARGS)
 
 demo-models: setup  ## train the demo models anew (minutes to tens of minutes on 2 cores)

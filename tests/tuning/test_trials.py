@@ -199,6 +199,14 @@ def test_the_shape_of_a_response() -> None:
     assert rounds == [False, False, True]
 
 
+def test_the_published_figures_of_real_models_are_in_their_table() -> None:
+    folder = ROOT / "results" / "tuning-real"
+    scores = [RealScores.model_validate(one) for one in json.loads((folder / "figures.json").read_text())]
+    assert {one.system for one in scores} == {"a-gsm", "a-triviaqa", "b-gsm", "b-triviaqa", "c-gsm"}
+    assert all(one.n >= 200 for one in scores)
+    assert real_scores.table(scores) in (folder / "README.md").read_text()
+
+
 @pytest.mark.slow
 def test_the_real_trial_in_miniature(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
