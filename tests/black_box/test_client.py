@@ -130,7 +130,7 @@ class Server:
         shown = {"token": f"<{asked}>", "logprob": -0.5}
         logprobs = {"content": [{**shown, "top_logprobs": [shown]}]}
         usage = {"prompt_tokens": 10 * len(asked), "completion_tokens": 2}
-        choice = {"text": f"<{asked}>", "logprobs": logprobs}
+        choice = {"text": f"<{asked}>", "logprobs": logprobs if "logprobs" in body else None}
         return endpoint.Answer({"choices": [choice], "usage": usage}, "")
 
 
@@ -163,6 +163,10 @@ def test_replies_are_in_order_and_each_is_paid_for_once(tmp_path: Path) -> None:
     assert made.spent() == "spent: 3 calls, 60 + 6 tokens, 0.0002 USD"
     assert made.budget.spent == pytest.approx(0.00021)
     assert made.known(Question(0, "bb")) and not made.known(Question(0, "bb", 2))
+    [text] = made.ask([Question(made.item("bb"), "bb", visible=False)])
+    assert text == Continued("<bb>", ended=True), "another question, whose reply shows no tokens"
+    server.seen.pop()
+    made.store.ended(4, "", (0, 0), None)  # and let it have cost nothing
     again = client(tmp_path, server, price=(3.0, 5.0))
     assert asked(again, "bb", "dd", "a") == ["<bb>", "<dd>", "<a>"] and len(server.seen) == 4
     assert again.total.api_calls == 1 and again.spent_before([0, 2]) == pytest.approx(0.000110)

@@ -643,7 +643,7 @@ def test_whether_an_adapter_is_in_force() -> None:
     with pytest.raises(UserError, match="adapter 'it' changes the antiexpert"):
         require_untouched(files(), "antiexpert", before, before - 1.01 * step)
     require_effect(files(), before, torch.tensor([0.0, 2.1, 5.0], dtype=torch.float64))
-    with pytest.raises(UserError, match="changes no logit of the model$"):
+    with pytest.raises(UserError, match=r"changes no logit of the model$"):
         require_effect(files(), before, torch.tensor([0.0, 2.0, 5.0], dtype=torch.float64))
     with pytest.raises(UserError, match="logits that are no numbers"):
         require_effect(files(), before, torch.tensor([0.0, math.inf], dtype=torch.float64))
