@@ -286,6 +286,8 @@ def test_pools_of_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = {"base": a, "expert": b, "antiexpert": reference}
     assert pool_tokens(loaded, 128, None) == 600 // 12
     assert seen == [("cuda:0", 0), ("cuda:1", 0)], "on several devices there are no graphs"
+    free["cuda:1"] = 2400
+    assert pool_tokens(loaded, 128, None) == 2800 // 28, "of the larger one, since it needs more"
     free["cuda:1"] = 10**9
     assert pool_tokens(loaded, 128, None) == 2800 // 28
     assert pool_tokens(loaded, 1, None) == 60, "no more than a row needs, by the shortest window"
@@ -362,6 +364,8 @@ class Closing:
         (Closing([1], [2, 2]), "7", [1, 7]),
         (Closing([1], [2], eos=None), "7", [1, 7, 2]),
         (Closing([1], [2], bos=0, eos=0), "7", [1, 7, 2]),
+        (Closing([0], [], bos=0), "07", [0, 7]),
+        (Closing([1], [0], eos=0), "7", [1, 7]),
         (Closing([1], [2]), "", [1]),
         (Closing([], [2]), "", [2]),  # nothing is left without it
     ],
