@@ -16,6 +16,7 @@ from proxytune.decoding.decoder import MAX_ROWS, SMALL_POOL, Decoder
 from proxytune.decoding.templates import _line
 from proxytune.engine.sampling import RowPosition, pick
 from proxytune.engine.speculative.drafter import LOOKUP, Speculation
+from proxytune.errors import UserError
 from proxytune.models.roles import Models
 from proxytune.options import DecodeOptions
 from proxytune.records import RoleMemory, Took
@@ -116,6 +117,38 @@ def test_options_are_those_of_the_engine(
     for tight._pool in (SMALL_POOL + 1, SMALL_POOL - 1):
         tight.beside()
     assert asked == [SMALL_POOL, SMALL_POOL - 1]
+
+
+def test_captured_steps_are_kept_by_all_that_they_depend_on(trio: System) -> None:
+    """What drafts, how, and what of it is traced."""
+    ensemble = decoder(trio).ensemble
+    ensemble.forget_graphs()
+
+    def propose(keys: Tensor, positions: Tensor) -> Tensor:
+        return keys
+
+    plain = ensemble.graphs((), None)
+    others = [
+        ensemble.graphs(("expert",), None),
+        ensemble.graphs((), propose),
+        ensemble.graphs((), None, trace=True),
+        ensemble.graphs((), None, trace=True, ranked=2),
+    ]
+    assert ensemble.graphs((), None) is plain and len({id(one) for one in (plain, *others)}) == 5
+    assert ensemble.graphs_made == 0
+    ensemble.forget_graphs()
+    assert ensemble.graphs((), None) is not plain
+
+
+def test_which_models_draft(trio: System) -> None:
+    """The first expert unless another is named; none where prompt lookup alone drafts."""
+    ensemble = decoder(trio).ensemble
+    assert ensemble.draft_models() == ensemble.draft_models("expert") == ("expert",)
+    assert ensemble.draft_models(LOOKUP) == () == decoder(trio, "base").ensemble.draft_models()
+    with pytest.raises(UserError, match="no expert 'base' to draft: choose expert or lookup"):
+        ensemble.draft_models("base")
+    assert ensemble.watchers == ("base", "expert", "antiexpert", "proxy") and ensemble.measured == ()
+    assert replace(ensemble, reference="expert").measured == ("proxy", "base")
 
 
 def kv(d: Decoder) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 
 from proxytune.config import ModelSpec, Sampling, System
 from proxytune.decoding.completions import NOT_NUMBERS
@@ -18,6 +19,8 @@ from proxytune.decoding.prompts import ids_of, noise_key
 from proxytune.decoding.response_text import ResponseText
 from proxytune.decoding.sample import SAMPLE, sample_context
 from proxytune.decoding.stop_strings import StopStrings
+from proxytune.decoding.streaming import TextStream
+from proxytune.decoding.templates import TemplateFault
 from proxytune.engine import Chosen
 from proxytune.engine.request import TokenTrace
 from proxytune.errors import PromptTooLong, UserError
@@ -30,6 +33,22 @@ from tests.support.tiny import spec
 
 WORDS = tiny.tokenizer()
 A, B = (WORDS.get_vocab()[letter] for letter in "ab")
+
+
+@pytest.fixture(autouse=True)
+def _rendered_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates that are known are rendered in this process: another one takes seconds to begin."""
+
+    def render(tokenizer: Any, messages: Any) -> str:
+        try:
+            text: str = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:
+            raise TemplateFault(str(error), refused=isinstance(error, TemplateError)) from None
+        return text
+
+    monkeypatch.setattr("proxytune.decoding.prompts.render", render)
 
 
 def texts(system: System, role: Any = "proxy") -> OneContext:
@@ -225,6 +244,16 @@ def test_tokens_come_with_their_text() -> None:
     assert response.taken() == ("", ()) and response.generated == 4
 
 
+def test_what_a_stream_holds_back() -> None:
+    """Of a stop string that may begin; nothing after its end."""
+    stream = TextStream(StopStrings(ResponseText(WORDS), ("aab",)))
+    held = []
+    for token in (B, A, A, A, B, A):
+        stream.push(token)
+        held.append(stream.held)
+    assert held == [0, 1, 2, 2, 0, 0] and stream.ended
+
+
 def test_the_end_of_sequence_is_a_token_without_a_text() -> None:
     response = growing()
     response.hear(chosen(A)), response.hear(chosen(2))
@@ -240,6 +269,11 @@ def test_the_end_of_sequence_is_a_token_without_a_text() -> None:
     assert untraced.taken() == ("", ()) and untraced.generated == 3
     untraced.finish((A, B, 2))
     assert untraced.taken() == ("ab", ())
+    both = growing(whole=True)
+    both.hear(chosen(A)), both.hear(chosen(B))
+    both.finish((A, B))
+    text, tokens = both.taken()
+    assert text == "ab" and [token.text for token in tokens] == ["a", "b"], "traced, and in one piece"
     empty = growing(traced=False, whole=True)
     empty.finish(())
     assert empty.taken() == ("", ())

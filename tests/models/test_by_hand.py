@@ -647,3 +647,32 @@ def test_whether_an_adapter_is_in_force() -> None:
         require_effect(files(), before, torch.tensor([0.0, 2.0, 5.0], dtype=torch.float64))
     with pytest.raises(UserError, match="logits that are no numbers"):
         require_effect(files(), before, torch.tensor([0.0, math.inf], dtype=torch.float64))
+
+
+def test_models_share_a_tokenizer_only_where_all_that_decides_it_agrees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Field by field: the checkpoint, the adapter's own one, the revision, code of its own."""
+    made = list[ModelSpec]()
+
+    def load(spec: ModelSpec, trust_remote_code: bool) -> object:
+        made.append(spec)
+        return object()
+
+    monkeypatch.setattr(roles, "load_tokenizer", load)
+    monkeypatch.setattr(
+        roles, "tokenizer_source", lambda spec: spec.adapter if spec.adapter == "own" else None
+    )
+    specs = {
+        "base": M,
+        "same": M.model_copy(update={"dtype": "float64", "chat": "llama2", "adapter": "without"}),
+        "model": M.model_copy(update={"model": "n"}),
+        "adapter": M.model_copy(update={"adapter": "own"}),
+        "revision": M.model_copy(update={"revision": "r"}),
+        "code": M.model_copy(update={"trust_remote_code": True}),
+    }
+    models = Models(System(base=M))
+    monkeypatch.setattr(Models, "_own", lambda self, name: specs[name])
+    found = {name: models.tokenizer(name) for name in specs}
+    assert found["same"] is found["base"] is models.tokenizer("base")
+    assert len({id(one) for one in found.values()}) == len(made) == 5
