@@ -196,7 +196,7 @@ def test_what_a_role_sees_of_a_sample(tmp_path: Path) -> None:
 # A batch that is open
 
 
-def test_prompts_of_an_open_batch(trio: System) -> None:
+def test_prompts_of_an_open_batch(trio: System, monkeypatch: pytest.MonkeyPatch) -> None:
     """As ids: none beyond the vocabulary; how much room there is behind them."""
     batch = OpenBatch(decoder(trio))
     names = ["base", "expert", "antiexpert"]
@@ -212,6 +212,8 @@ def test_prompts_of_an_open_batch(trio: System) -> None:
     assert batch.text_of([A, 2, B]) == "ab" and batch.token_text(2) == "</s>" and batch.token_text(A) == "a"
     room = {"base": (5,) * 6, "expert": (5,) * 56, "antiexpert": (5,) * 16}
     assert batch.room(room) == 200 and batch.room({**room, "base": (5,) * 256}) == 0
+    monkeypatch.setattr("proxytune.decoding.open_batch.batch.opened", lambda *_: [])
+    assert batch.of_text("") == dict.fromkeys(names, (1,)), "a tokenizer that puts nothing before a text"
     assert [name for name, *_ in batch.kv()] == names
     assert all(used == 0 and most >= 256 for _, used, most in batch.kv())
 
@@ -274,6 +276,14 @@ def test_the_end_of_sequence_is_a_token_without_a_text() -> None:
     both.finish((A, B))
     text, tokens = both.taken()
     assert text == "ab" and [token.text for token in tokens] == ["a", "b"], "traced, and in one piece"
+    ordinary = GrowingResponse(StopStrings(ResponseText(WORDS), ()), frozenset([B]), traced=False, whole=True)
+    ordinary.finish((B, A, B))
+    assert ordinary.taken() == ("ba", ()), "an end that is an ordinary token is no text"
+    stopped = growing("b")
+    stopped.hear(chosen(A)), stopped.hear(chosen(B))
+    stopped.finish((A, B))
+    text, tokens = stopped.taken()
+    assert text == "a" and [token.id for token in tokens] == [A], "without the stop string's"
     empty = growing(traced=False, whole=True)
     empty.finish(())
     assert empty.taken() == ("", ())
