@@ -151,6 +151,21 @@ def test_sixteen_tokens_are_worth_waiting_for(same: int, waits: bool) -> None:
     assert all(pool.forks == ([(0, 16)] if waits else []) for pool in bench.pools.values())
 
 
+def test_what_is_worth_waiting_for_in_one_model_alone() -> None:
+    """Sixteen tokens of a beginning, or the one before the last of the same prompt."""
+    for contexts, shared in [
+        ([(*range(16), 50, 51), (*range(16), 60)], 16),
+        ([(7, 8), (7, 8)], 1),
+    ]:
+        bench = Bench(models="a", rows=4)
+        for number, ids in enumerate(contexts):
+            bench.scheduler.submit(Request({"a": ids}, number, 4, tag=number))
+        bench.step()
+        assert len(bench.scheduler.rows) == 1
+        bench.step()
+        assert bench.pools["a"].forks == [(0, shared)]
+
+
 def test_sixteen_tokens_of_headroom_for_every_row() -> None:
     """Two rows of 10 and 20 tokens, each with 16 more: 62 have room for both, 61 have not."""
     for tokens, count in ((62, 2), (61, 1)):
@@ -181,8 +196,9 @@ def test_what_would_join_a_batch() -> None:
     bench.step(), bench.step()
     assert len(scheduler.rows) == 2 and not scheduler.joining(1) and scheduler.joining(0)
     scheduler.submit(request(3, (3, 3)))
+    scheduler.prefill_tokens = 100
     assert not scheduler.joining(1), "there are two rows"
-    scheduler.max_rows = 3
+    scheduler.max_rows, scheduler.prefill_tokens = 3, 10
     assert not scheduler.joining(1), "19 tokens are outstanding, and a step has ten"
     scheduler.prefill_tokens = 20
     assert scheduler.joining(1) and not scheduler.joining(2)
