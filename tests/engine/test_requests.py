@@ -305,8 +305,8 @@ def test_tokens_of_a_context_that_are_new() -> None:
 
 def test_how_much_is_scored_together() -> None:
     """Positions and new tokens up to their limits, and as many rows as every pool holds; one at least."""
-    wide, small = runner(tokens=1000), runner(tokens=45)
-    items = [Continuation({"a": (n,) * 10, "b": (n,) * 10}, (1,) * 4) for n in range(6)]
+    wide, small = runner(tokens=1000), runner(tokens=22)
+    items = [Continuation({"a": (n,) * 10, "b": (n,) * 4}, (1,) * 4) for n in range(6)]
     for pool, positions, tokens, counts in [
         (wide, 12, 999, [3, 3]),
         (wide, 11, 999, [2, 2, 2]),
@@ -314,7 +314,7 @@ def test_how_much_is_scored_together() -> None:
         (wide, 999, 30, [3, 3]),
         (wide, 999, 29, [2, 2, 2]),
         (wide, 999, 999, [6]),
-        (small, 999, 999, [3, 3]),  # rows of 13 tokens
+        (small, 999, 999, [3, 3]),  # of rows of 7 tokens
     ]:
         ensemble: Any = SimpleNamespace(runners={"a": wide, "b": pool})
         measured = [Measured.of(ensemble, item) for item in items]

@@ -259,7 +259,8 @@ def test_rates_by_hand() -> None:
     """0.5 + 0.25 + 0.125; old counts fade by three in a hundred, or as it is told."""
     assert run_of(0.5, 3) == pytest.approx(0.875) and run_of(0.8, 0) == 0.0
     rate, quick = FadingRate(2.0, 4.0), FadingRate(2.0, 4.0, memory=0.5)
-    rate.add(3, 5), quick.add(3, 5)
+    rate.add(3, 5)
+    quick.add(3, 5)
     assert (rate.accepted, rate.examined) == pytest.approx((0.97 * 2 + 3, 0.97 * 4 + 5))
     assert quick.value == pytest.approx(4 / 7) and FadingRate(5.0, 5.0).value == 0.999
     start = DraftLength()
@@ -270,7 +271,8 @@ def test_rates_by_hand() -> None:
 def test_a_time_moves_its_mean_and_the_level_of_all() -> None:
     """The best of two; then a tenth and three tenths of the change, which is 1.5 at most."""
     times = LatencyTable()
-    times.add(20, 4.0), times.add(20, 3.0), times.add(21, 3.6)  # 20 and 21 are one class
+    for tokens, seconds in ((20, 4.0), (20, 3.0), (21, 3.6)):  # 20 and 21 are one class
+        times.add(tokens, seconds)
     [(size, mean, count)] = times.seen.values()
     assert (size, count) == (pytest.approx(20 + 1 / 3), 3)
     assert (mean, times.level) == pytest.approx((3 * 1.2**0.1, 1.2**0.3))
@@ -403,6 +405,8 @@ def test_prompt_lookup_on_a_gpu_by_hand() -> None:
     # a hundredth of the rows, with one token more on the average: no twentieth more
     assert steps.choose(2, None, matched=0.01, lookup_acceptance=0.5) == Ahead(0)
     slow = step_times(2, {0: 1.0}, {6: 50.0})
+    # 1 + 4.22 tokens in two seconds, against one in a second
+    assert step_times(2, {0: 1.0}, {6: 2.0}).choose(2, None, 1.0, 0.9) == Ahead(6, lookup=True)
     found = []
     for slow.started in range(64):
         found.append(slow.choose(2, None, matched=1.0, lookup_acceptance=0.9).lookup)
