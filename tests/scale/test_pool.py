@@ -235,6 +235,19 @@ def test_what_a_lost_worker_had_is_decoded_by_another(ray: FakeRay) -> None:
     assert made.remarks == [f"{name} was lost: what it was at (1 examples) was decoded by another"]
     assert made.lost == 1 and ray.killed == [1] and len(ray.started) == 2
     assert list(made.workers) == [name, state(2).facts.name], "it was there once"
+    assert [member.actor.number for member in made._members] == [2]
+
+
+def test_what_comes_twice_counts_once(ray: FakeRay) -> None:
+    made = pool(workers=1)
+
+    def twice(number: int, part: Sequence[AskedExample]) -> Iterator[Any]:
+        return (found for one in FakeRay.answers(ray, number, part) for found in (one, one))
+
+    ray.answers = twice  # type: ignore[method-assign]
+    found = [(c.example_id, c.sample) for c in made.stream(examples(2), Sampling())]
+    assert found == [("0", 0), ("0", 1), ("1", 0), ("1", 1)]
+    assert made.work().finished == 2 and made.work().unread == 0
 
 
 def test_what_kills_every_worker_is_no_endless_loop(ray: FakeRay) -> None:
