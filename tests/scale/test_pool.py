@@ -203,6 +203,15 @@ def test_everything_is_decoded_once_by_whoever_is_free(ray: FakeRay) -> None:
     assert made.memory["base"].weights == 10, "that of the first"
 
 
+def test_a_part_has_no_more_than_are_decoded_together(ray: FakeRay) -> None:
+    """A quarter of 40 would be ten."""
+    assert len(list(pool(DecodeOptions(batch=5)).stream(examples(40), Sampling()))) == 80
+    assert [len(names) for _, names, _ in ray.parts[:5]] == [5] * 5
+    ray.parts.clear()
+    assert len(list(pool().stream(examples(600), Sampling()))) == 1200
+    assert [len(names) for _, names, _ in ray.parts[:3]] == [128, 118, 89], "128 unless it is set"
+
+
 def test_alphas_and_texts(ray: FakeRay) -> None:
     made = pool(workers=1)
     [found] = {c.example_id for c in made.stream(examples(1), Sampling(), task="t")}
