@@ -254,7 +254,7 @@ def test_both_routes_are_probed(monkeypatch: pytest.MonkeyPatch) -> None:
         made.append(self)
         if self.spec.route == "chat":
             raise UserError("the endpoint of m: it failed; spent: 1 calls")
-        top = VisibleToken(-0.5, b" 5", 17)
+        top = VisibleToken(-0.5, b" 5", 0)
         return [Continued(" 5", False, (VisiblePosition((top, VisibleToken(-2.0, b" 6")), top),))]
 
     monkeypatch.setattr(ApiClient, "ask", ask)

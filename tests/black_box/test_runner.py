@@ -162,6 +162,7 @@ def test_logits_are_what_is_shown_of_each_row() -> None:
     made.client.left = [went_on(shown((b"a", 0.5)))]
     made.forward(Work([Segment(1, (1,))], [0]))
     assert made.client.asked[-1].prompt == "qab", "the row goes on"
+    assert made.rows.ids[1] == [1, 0, 1] and made.rows.lengths == [3, 3]
 
 
 def test_prompts_as_ids_are_those_of_the_expert() -> None:
