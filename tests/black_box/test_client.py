@@ -323,6 +323,7 @@ def test_what_is_read_of_an_answer() -> None:
     assert found == [(b"d", 0.0), (b"a", -3.0), (b"e", -3.0), (b"c", NOWHERE + 1)], "equals as they came"
     assert position.chosen == VisibleToken(-math.inf, b"z"), "it is not among those shown"
     assert position.top == 1.0 and position.least == NOWHERE + 1
-    with pytest.raises(CallFailed) as raised:
-        read({"text": "z"}, logprobs=True)
-    assert raised.value.paid and not raised.value.again, "another try shows no more, and it cost something"
+    for shown in (None, {"content": [{"top_logprobs": []}]}, {"tokens": ["z"], "top_logprobs": [{}]}):
+        with pytest.raises(CallFailed) as raised:
+            read({"text": "z", "logprobs": shown}, logprobs=True)
+        assert raised.value.paid and not raised.value.again, "another try shows no more, and costs more"
