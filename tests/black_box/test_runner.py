@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import count
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -428,7 +429,7 @@ def test_settings_that_need_weights_are_refused() -> None:
             BlackBoxDecoder(models, "proxy", DecodeOptions(**how), Client())  # type: ignore[arg-type]
 
 
-def test_options_of_the_base_alone() -> None:
+def test_options_of_the_base_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks of four for each request at a time. The first completion of an example has its call; the
     time goes to all of a block alike."""
     replies = [went_on(shown((b" A", 0.5), (b" B", 0.25))) for _ in range(5)]
@@ -436,12 +437,15 @@ def test_options_of_the_base_alone() -> None:
     client = Client(*replies, parallel=1)
     client.took_of = {0: Took(api_calls=1, api_prompt_tokens=7, api_completion_tokens=1)}
     made = alone(client)
+    clock = count(0.0, 6.0)  # every block takes six seconds
+    monkeypatch.setattr(black_box.time, "perf_counter", lambda: next(clock))
     given = [Example(str(n), Prompt(f"p{n}", "u")) for n in range(5)]
     found, work = [], []
     for alpha, completion in made.likelihood_sweep(given, lambda _: (" A", " B", " C"), [ONE, TWO]):
         found.append((alpha, completion))
-        work.append((made.work().finished, made.work().unread, made.work().scoring))
-    assert work == [(4, 1, True)] * 24 + [(5, 0, True)] * 6 and len(client.asked) == 5
+        now = made.work()
+        work.append((now.finished, now.unread, now.scoring, now.prefill_seconds))
+    assert work == [(4, 1, True, 6.0)] * 24 + [(5, 0, True, 12.0)] * 6 and len(client.asked) == 5
     assert all(question.max_tokens == 1 and question.visible for question in client.asked)
     first = [completion for alpha, completion in found if completion.example_id == "0" and alpha == TWO]
     assert [c.sample for c in first] == [0, 1, 2] and [c.text for c in first] == [" A", " B", " C"]
@@ -450,7 +454,7 @@ def test_options_of_the_base_alone() -> None:
     assert [c.bounded for c in first] == [False, False, True] and first[0].finish_reason == "length"
     calls = [(c.took.api_calls, c.took.api_prompt_tokens, c.took.prompt_tokens) for _, c in found[:6]]
     assert calls == [(1, 7, 7), *[(0, 0, 0)] * 5]
-    assert len({c.took.seconds for _, c in found[:24]}) == 1 and found[0][1].took.seconds > 0
+    assert [c.took.seconds for _, c in found] == [6 / 24] * 24 + [6 / 6] * 6
     unseen = [completion for _, completion in found if completion.example_id == "1"]
     assert {c.finish_reason for c in unseen} == {"unseen"} and all(math.isnan(c.logprob) for c in unseen)
     why = "none of the options is among the 3 tokens that the endpoint shows"
@@ -511,6 +515,7 @@ def test_a_proxys_response_with_its_calls_and_faults() -> None:
     assert made._finished(other, prompt).finish_reason == "nan"
     refused = Completion("0", 0, "", (4, 6), "template", math.nan, remark="no text")
     assert made._finished(refused, prompt) is refused
+    assert made.remarks == ["inner", "a", "b"], "each is said once"
     with pytest.raises(UserError, match="token ids alone are no prompt"):
         made._api.context(Prompt("", "", ids={"base": (1,)}))
 
