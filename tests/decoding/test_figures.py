@@ -14,14 +14,17 @@ from proxytune.config import Sampling, System, parse_alpha
 from proxytune.decoding import decoder as decoders
 from proxytune.decoding.decoder import MAX_ROWS, SMALL_POOL, Decoder
 from proxytune.decoding.templates import _line
+from proxytune.engine import Engine, Request
 from proxytune.engine.sampling import RowPosition, pick
 from proxytune.engine.speculative.drafter import LOOKUP, Speculation
+from proxytune.engine.timing import PrefillShare
 from proxytune.errors import UserError
 from proxytune.models.roles import Models
 from proxytune.options import DecodeOptions
 from proxytune.records import RoleMemory, Took
 from proxytune.terminal import WorkSoFar
 from tests.support.decoders import decoder, example
+from tests.support.on_device import as_on_a_device
 
 NINE = Sampling(max_new_tokens=9, min_new_tokens=9)
 
@@ -52,6 +55,35 @@ def test_drafts_are_counted(trio: System, choose: Any, figures: dict[str, int]) 
     list(d.stream([example("abcde")], NINE))
     assert (d.stats.generated_tokens, d.stats.prompt_tokens) == (18, 10), "both calls"
     assert d.stats.row_steps == 2 * figures["row_steps"]
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_tokens_of_all_models_share_the_time(
+    trio: System, on_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three models: a prompt of nine tokens is fed in two parts of four, beside a row that decodes."""
+    if on_device:
+        as_on_a_device(monkeypatch)
+    heard = list[tuple[int, ...]]()
+    for name in ("together", "collected"):
+        monkeypatch.setattr(PrefillShare, name, lambda self, *fed: heard.append(fed) or 0.0)
+    d = decoder(trio, speculation=Speculation(k=0))
+    engine = Engine(d.ensemble, max_rows=2, prefill_tokens=4)
+
+    def submit(prompt: int, most: int) -> None:
+        engine.submit(Request({name: (5,) * prompt for name in d.loaded}, 0, most, sampling=NINE))
+
+    submit(3, 30)
+    engine.step(), engine.step(), engine.step()
+    submit(9, 30)
+    heard.clear()
+    for _ in range(5):
+        engine.step()
+    engine.close()
+    if on_device:
+        assert set(heard) == {(3,), (6,)} and heard == sorted(heard), "a row, then two"
+    else:
+        assert heard == [(12, 3), (12, 3), (0, 6), (0, 6), (0, 6)]
 
 
 def test_figures_of_texts_that_are_scored(trio: System) -> None:
