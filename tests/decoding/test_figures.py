@@ -205,6 +205,19 @@ class OnAGpu:
 def test_a_call_has_no_work_before_it_begins(trio: System) -> None:
     d = Decoder(Models(trio), "base", DecodeOptions())
     assert d.work() == WorkSoFar() and not d.cancel("x")
+    asked, three = [example("abc", 0), example("de", 1)], Sampling(max_new_tokens=3, min_new_tokens=3)
+    stream = d.stream(asked, three)
+    next(stream)
+    works = [d.work()]
+    list(stream)
+    texts = d.likelihoods(asked, lambda e: ("x", "y"))
+    next(texts)
+    works.append(d.work())
+    list(texts)
+    assert [(w.finished, w.finished_tokens, w.unread, w.scoring) for w in works] == [
+        (2, 6, 0, False),
+        (1, 0, 3, True),
+    ], "of the call that goes on, whichever came before"
     assert decoders.PREFILL_TOKENS == {"cpu": 2048, "cuda": 512}
 
 
