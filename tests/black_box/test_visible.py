@@ -48,6 +48,8 @@ def test_the_forms_of_servers() -> None:
         (entry("\ud800", -1.0), b"\xed\xa0\x80", None),
         (entry("x", -1.0, bytes="no", id=-3), b"x", None),
         (entry("x", -1.0, bytes=[300], id=True), b"x", None),
+        (entry("x", -1.0, bytes=[0, 255], id=0), b"\x00\xff", 0),
+        (entry("token_id:0", -1.0, id=4), None, 0),
     ],
 )
 def test_a_token_is_known_by_its_bytes(token: dict[str, Any], data: bytes | None, index: int | None) -> None:
@@ -68,6 +70,9 @@ def test_what_stands_for_minus_infinity_is_no_token() -> None:
         (None, "shows no log-probabilities"),
         ({}, "shows no log-probabilities"),
         ([], "a form that is not known"),
+        ({"content": None, "refusal": None}, "shows no log-probabilities"),
+        ({"tokens": ["a", "b"], "top_logprobs": [{"a": -1.0}]}, "a form that is not known"),
+        ({"of_tokens": [-1.0]}, "a form that is not known"),
         ({"content": [{"token": "a", "logprob": -1.0}]}, "without `top_logprobs`"),
         ({"content": [{"token": "a", "logprob": -1.0, "top_logprobs": []}]}, "shows no token of a position"),
         ({"content": [None]}, "without `top_logprobs`"),

@@ -7,7 +7,15 @@ from collections.abc import Callable
 
 import pytest
 
-from proxytune.engine.speculative.draft_length import LADDER, DraftLength, LatencyTable
+from proxytune.engine.speculative.draft_length import (
+    LADDER,
+    Ahead,
+    DraftLength,
+    FadingRate,
+    LatencyTable,
+    StepDraftLength,
+    run_of,
+)
 
 Cost = Callable[[int], float]
 
@@ -245,3 +253,175 @@ def test_times() -> None:
     times.add(8, 6.0)
     assert times.at(8) == 6.0 and times.at(4) < times.at(6) < 6.0 < times.at(16)
     assert times.at(2) == times.at(4), "fewer tokens than measured: no cheaper"
+
+
+def test_rates_by_hand() -> None:
+    """0.5 + 0.25 + 0.125; old counts fade by three in a hundred, or as it is told."""
+    assert run_of(0.5, 3) == pytest.approx(0.875) and run_of(0.8, 0) == 0.0
+    rate, quick = FadingRate(2.0, 4.0), FadingRate(2.0, 4.0, memory=0.5)
+    rate.add(3, 5)
+    quick.add(3, 5)
+    assert (rate.accepted, rate.examined) == pytest.approx((0.97 * 2 + 3, 0.97 * 4 + 5))
+    assert quick.value == pytest.approx(4 / 7) and FadingRate(5.0, 5.0).value == 0.999
+    start = DraftLength()
+    assert (start.acceptance.value, start.guesses.value, start.lookup_acceptance.value) == (0.7, 0.5, 0.5)
+    assert (start.acceptance.memory, start.lookup_acceptance.memory) == (0.97, 0.9)
+
+
+def test_a_time_moves_its_mean_and_the_level_of_all() -> None:
+    """The best of two; then a tenth and three tenths of the change, which is 1.5 at most."""
+    times = LatencyTable()
+    for tokens, seconds in ((20, 4.0), (20, 3.0), (21, 3.6)):  # 20 and 21 are one class
+        times.add(tokens, seconds)
+    [(size, mean, count)] = times.seen.values()
+    assert (size, count) == (pytest.approx(20 + 1 / 3), 3)
+    assert (mean, times.level) == pytest.approx((3 * 1.2**0.1, 1.2**0.3))
+    times.add(20, 1e9)
+    [(_, later, _)] = times.seen.values()
+    assert (later / mean, times.level) == pytest.approx((1.5**0.1, (1.2 * 1.5) ** 0.3))
+    for _ in range(20):
+        times.add(24, 1.0)
+    assert len(times.seen) == 2, "24 is another class: 8 * 1.15**8 is 24.5"
+
+
+def table(points: dict[int, float]) -> LatencyTable:
+    """Times that were measured twice."""
+    times = LatencyTable()
+    for tokens, seconds in points.items():
+        times.add(tokens, seconds), times.add(tokens, seconds)
+    return times
+
+
+@pytest.mark.parametrize(
+    ("points", "tokens", "seconds"),
+    [
+        ({4: 3.0}, 1, 3.0),  # no cheaper than what was measured
+        ({4: 3.0}, 16, 6.0),  # one point alone: with the root
+        ({1: 2.0, 3: 9.0, 4: 10.0}, 2, 5.5),  # halfway between its neighbours
+        ({1: 2.0, 3: 9.0, 4: 10.0}, 3, 9.0),
+        ({1: 2.0, 2: 3.0, 4: 8.0}, 8, 18.0),  # on the line through 2 and 4
+        ({1: 2.0, 3: 9.0, 4: 10.0}, 7, 18.0),  # 3 is more than half of 4: on that through 1 and 4
+        ({3: 5.0, 4: 6.0}, 6, 8.0),  # none of half as many: the first
+        ({4: 10.0, 8: 6.0}, 6, 10.0),  # more tokens are never cheaper
+        ({4: 10.0, 8: 6.0}, 0, 0.0),
+    ],
+)
+def test_times_between_and_beyond_measurements(points: dict[int, float], tokens: int, seconds: float) -> None:
+    assert table(points).at(tokens) == pytest.approx(seconds)
+
+
+def test_what_is_known_of_about_as_many() -> None:
+    """Within a fifth below and a quarter above, seen twice."""
+    ten = table({10: 1.0})
+    assert [n for n in range(6, 16) if ten.known(n)] == [8, 9, 10, 11, 12]
+    once = LatencyTable()
+    once.add(10, 1.0)
+    assert not once.known(10)
+    low = table({2: 1.0, 5: 3.0, 9: 2.0})
+    assert [low.below(n) for n in (1, 2, 4, 5, 8, 9, 20)] == [0.0, 1.0, 1.0, 3.0, 3.0, 2.0, 2.0]
+
+
+def test_the_speed_of_a_step_by_hand() -> None:
+    """Two rows, three drafts each that are right with a half: 1.875 tokens of each. The draft models run
+    once for two drafts; the closing forward is for an eighth of the rows, and one needs it with a chance of
+    1 - (7/8)**2."""
+    known = DraftLength(
+        draft=table({2: 3.0}), verify=table({2: 10.0, 8: 16.0}), close=table({1: 5.0, 2: 9.0})
+    )
+    known.forwards, known.drafted = 1.0, 2.0
+    known.acceptance.accepted, known.acceptance.examined = 5.0, 10.0
+    seconds = 16 + 3 * 3 / 2 + (1 - (7 / 8) ** 2) * 5
+    assert known.speed(2, 3) == pytest.approx(1.875 / seconds)
+    assert known.speed(2, 3, verify=1.0) == pytest.approx(1.875 / (seconds - 15))
+    # all four drafts of both rows accepted: both close
+    sure = (1 + run_of(0.9999, 3)) / (16 + 4.5 + 9)
+    assert known.speed(2, 3, share=0.9999) == pytest.approx(sure, rel=1e-3)
+    assert known.speed(2, 0) == pytest.approx(1 / (10 + 9)), "plain: the draft models read the token"
+    assert DraftLength().speed(2, 3) == 0.0
+    known.saw_drafts(4, 2, 6, 3.0)
+    assert known.draft.seen[4][1] == 1.5, "of one forward"
+    assert (known.forwards, known.drafted) == pytest.approx((0.97 + 2 * 4, 0.97 * 2 + 6))
+
+
+def test_what_is_tried_first() -> None:
+    """Plain, then one draft, then three, up to 512 tokens; with nothing to draft no time of drafts is
+    needed."""
+    start, order = DraftLength(), []
+    for _ in range(6):
+        order.append(start.choose(2))
+        start.verify.add(2 * (order[-1] + 1), 10.0)
+    assert order == [0, 0, 1, 1, 3, 3] and DraftLength().choose(0) == 0
+    assert DraftLength(verify=table({256: 10.0})).choose(256) == 1
+    # beyond, by the estimate alone: 2.533 tokens in the time of four times as many, which is twice as long
+    assert DraftLength(verify=table({257: 10.0})).choose(257) == 3
+
+
+def test_the_drafter_reads_guesses_now_and_then_in_any_case() -> None:
+    """Two rows share a forward of 4 seconds: half of the guesses right saves 0.875 * 4 / 2, and three tokens
+    more cost 2."""
+    reading = DraftLength()
+    assert reading.guessing(2, 3), "nothing is known yet"
+    reading.read = table({2: 4.0, 5: 6.0})
+    assert [reading.guessing(2, 3) for _ in range(31)] == [*[False] * 14, True, *[False] * 15, True]
+    reading.read = table({2: 4.0, 5: 5.7})
+    assert reading.guessing(2, 3)
+
+
+def step_times(
+    rows: int, expert: dict[int, float], lookup: dict[int, float] | None = None
+) -> StepDraftLength:
+    """Whole steps by their drafts: seconds."""
+    steps = StepDraftLength()
+    for found, times in ((False, expert), (True, lookup or {})):
+        for k, seconds in times.items():
+            for _ in range(2):
+                steps.add(rows, Ahead(k, found), seconds)
+    return steps
+
+
+def test_steps_on_a_gpu_by_hand() -> None:
+    """Measured first; then the fastest by tokens per second, if by a twentieth; never beyond 150 tokens."""
+    assert StepDraftLength().choose(4, 0.5) == Ahead(0)
+    assert step_times(4, {0: 1.0}).choose(4, 0.5) == Ahead(1)
+    assert step_times(4, {0: 1.0, 1: 1.0}).choose(4, 0.5) == Ahead(3)
+    assert step_times(4, {0: 1.0}).choose(4, None) == Ahead(0), "there is no expert to draft"
+    flat_times = dict.fromkeys(LADDER, 1.0)
+    assert step_times(4, flat_times).choose(4, 0.9) == Ahead(8)
+    assert step_times(15, flat_times).choose(15, 0.9) == Ahead(8), "135 tokens"
+    assert step_times(17, flat_times).choose(17, 0.9) == Ahead(6), "153 would be too many"
+    assert step_times(75, flat_times).choose(75, 0.9) == Ahead(1)
+    assert step_times(76, flat_times).choose(76, 0.9) == Ahead(0)
+    # one draft, right with a half: 1.5 tokens in 1.42 s are a twentieth more than 1 in 1 s, in 1.44 s not
+    slow = {2: 9.0, 3: 9.0, 4: 9.0, 6: 9.0, 8: 9.0}
+    assert step_times(1, {0: 1.0, 1: 1.42, **slow}).choose(1, 0.5) == Ahead(1)
+    assert step_times(1, {0: 1.0, 1: 1.44, **slow}).choose(1, 0.5) == Ahead(0)
+
+
+def test_prompt_lookup_on_a_gpu_by_hand() -> None:
+    """As if reading were free until it was measured, and each 32nd step again."""
+    steps = step_times(2, dict.fromkeys(LADDER, 1.0))
+    assert steps.choose(2, None, matched=0.5, lookup_acceptance=0.9) == Ahead(6, lookup=True)
+    assert steps.choose(2, None, matched=0.0, lookup_acceptance=0.9) == Ahead(0)
+    # a hundredth of the rows, with one token more on the average: no twentieth more
+    assert steps.choose(2, None, matched=0.01, lookup_acceptance=0.5) == Ahead(0)
+    slow = step_times(2, {0: 1.0}, {6: 50.0})
+    # 1 + 4.22 tokens in two seconds, against one in a second
+    assert step_times(2, {0: 1.0}, {6: 2.0}).choose(2, None, 1.0, 0.9) == Ahead(6, lookup=True)
+    found = []
+    for slow.started in range(64):
+        found.append(slow.choose(2, None, matched=1.0, lookup_acceptance=0.9).lookup)
+    assert [at for at, looked in enumerate(found) if looked] == [31, 63]
+    assert step_times(30, dict.fromkeys(LADDER, 1.0)).choose(30, None, 1.0, 0.9) == Ahead(4, True)
+
+
+def test_a_plain_step_on_a_gpu_drafts_now_and_then() -> None:
+    """Each 128th, where almost always right drafts would win."""
+    hopeful = step_times(1, dict.fromkeys(LADDER, 1.0))
+    hopeless = step_times(1, {k: 1.0 + k for k in LADDER})
+    tried = {"hopeful": list[int](), "hopeless": list[int]()}
+    for started in range(260):
+        for name, steps in (("hopeful", hopeful), ("hopeless", hopeless)):
+            steps.started = started
+            if steps.choose(1, 0.0001) != Ahead(0):
+                tried[name].append(started)
+    assert tried == {"hopeful": [127, 255], "hopeless": []}
