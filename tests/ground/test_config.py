@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from proxytune.config import parse_alpha
+from proxytune.config import Sampling, parse_alpha
+from proxytune.errors import UserError
 from proxytune.intervals import gap_closed
 from proxytune.records import Metric
 
@@ -38,3 +39,10 @@ def test_a_gap_whose_interval_touches_zero_is_none() -> None:
     assert closed(0.25, 0.5) is None and closed(-0.25, -0.5) is None
     assert closed(0.25, 0.75) == pytest.approx(1 / 3) == closed(-0.25, -0.75)
     assert gap_closed(base, Metric(value=0.25), Metric(value=0.75)) is None
+
+
+def test_a_temperature_just_above_zero_is_refused_in_one_line() -> None:
+    """As any other value that is out of bounds, in Python and in a file."""
+    with pytest.raises(UserError, match=r"^Sampling: temperature: 0\.0009 is below 0\.001: use 0 for greedy"):
+        Sampling(temperature=0.0009)
+    assert Sampling(temperature=0.001).temperature == 0.001
