@@ -179,12 +179,24 @@ def test_bounds_of_records_that_need_more() -> None:
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        ("7", 7), ("7B", 7), ("3K", 3000), ("3kB", 3000), ("3KiB", 3072), ("2M", 2_000_000), ("1.5MB", 1_500_000),
-        ("2MiB", 2 * 1024**2), ("4GB", 4 * 10**9), (" 512 gib ", 512 * 1024**3), ("1T", 10**12),
-        ("1TiB", 1024**4), ("0.5K", 500), (12, 12), (None, None),
+        ("7", 7),
+        ("7B", 7),
+        ("3K", 3000),
+        ("3kB", 3000),
+        ("3KiB", 3072),
+        ("2M", 2_000_000),
+        ("1.5MB", 1_500_000),
+        ("2MiB", 2 * 1024**2),
+        ("4GB", 4 * 10**9),
+        (" 512 gib ", 512 * 1024**3),
+        ("1T", 10**12),
+        ("1TiB", 1024**4),
+        ("0.5K", 500),
+        (12, 12),
+        (None, None),
         *((bad, None) for bad in ("", "GB", "-1", "1X", "1I", "1IB", "1 2", "0.0001K", "1,5K", "1e3")),
     ],
-)  # fmt: skip
+)
 def test_amounts_of_memory(text: object, size: int | None) -> None:
     if size is None and text is not None:
         with pytest.raises(ValueError, match="no amount of memory: write 4GB, 512MB or a number of bytes"):
@@ -235,13 +247,20 @@ def test_addresses(address: str) -> None:
 @pytest.mark.parametrize(
     ("address", "says"),
     [
-        ("here", "give http"), ("ftp://here", "give http"), ("http://", "give http"),
-        ("http://here:0", "give http"), ("http://here:99999", "give http"), ("http://h e", "give http"),
-        ("http://h\u00e9re", "give http"), ("http://[::1", "give http"),
-        ("http://me@here", "give an address without a user"), ("http://here?a=b", "give an address without a user"),
-        ("http://here#a", "give an address without a user"), ("http://here/\x07", "give an address without a user"),
+        ("here", "give http"),
+        ("ftp://here", "give http"),
+        ("http://", "give http"),
+        ("http://here:0", "give http"),
+        ("http://here:99999", "give http"),
+        ("http://h e", "give http"),
+        ("http://h\u00e9re", "give http"),
+        ("http://[::1", "give http"),
+        ("http://me@here", "give an address without a user"),
+        ("http://here?a=b", "give an address without a user"),
+        ("http://here#a", "give an address without a user"),
+        ("http://here/\x07", "give an address without a user"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_address(address: str, says: str) -> None:
     with pytest.raises(UserError, match=f"^ApiSpec: api: {says}"):
         ApiSpec(api=address, model="m")
@@ -265,9 +284,13 @@ def test_the_other_fields_of_an_endpoint() -> None:
 @pytest.mark.parametrize(
     ("address", "here"),
     [
-        ("http://localhost:8000/v1", True), ("http://127.0.0.1/v1", True), ("http://[::1]:80/v1", True),
-        ("http://127.0.0.2/v1", False), ("https://localhost.org/v1", False), ("http://api.org/localhost", False),
+        ("http://localhost:8000/v1", True),
+        ("http://127.0.0.1/v1", True),
+        ("http://[::1]:80/v1", True),
+        ("http://127.0.0.2/v1", False),
+        ("https://localhost.org/v1", False),
+        ("http://api.org/localhost", False),
     ],
-)  # fmt: skip
+)
 def test_which_endpoints_run_here(address: str, here: bool) -> None:
     assert ApiSpec(api=address, model="m").is_here is here
