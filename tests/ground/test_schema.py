@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pydantic import ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from proxytune.config import System
 from proxytune.errors import UserError
@@ -24,7 +24,7 @@ class Outside(Record):
     one: Inside = Inside()
     several: tuple[Inside, ...] = ()
     perhaps: Inside | None = None
-    named: dict[str, Inside] = {}
+    named: dict[str, Inside] = Field(default_factory=dict)
     number: int = 0
     other: int = 5
 
