@@ -115,6 +115,17 @@ def test_what_is_no_alpha(text: str) -> None:
     )
 
 
+def test_a_schedule_has_all_of_its_parts() -> None:
+    for text, kind, start, end, length in [
+        ("0.5", "constant", 0.5, 0.5, 0),
+        ("first:3:2", "first", 2.0, 0.0, 3),
+        ("warmup:3:2", "warmup", 0.0, 2.0, 3),
+        ("linear:2:3:4", "linear", 2.0, 3.0, 4),
+    ]:
+        made = parse_alpha(text)
+        assert (made.kind, made.start, made.end, made.length) == (kind, start, end, length)
+
+
 def test_the_bounds_of_alpha() -> None:
     for text in ("0", "10", "linear:10:0:3"):
         assert parse_alpha(text).check() == parse_alpha(text)
