@@ -185,6 +185,8 @@ def test_the_roles_of_a_system(models: dict[str, Any], roles: tuple[str, ...]) -
         with pytest.raises(UserError) as raised:
             made.require(role)
         assert str(raised.value) == f"system 's' cannot run as '{role}': it has {', '.join(roles)}"
+    with pytest.raises(UserError, match=r"^Unknown role 'bas'\. Did you mean: base\?"):
+        made.require("bas")
 
 
 def test_experts_by_either_name() -> None:
@@ -270,6 +272,8 @@ def test_folders_in_a_file_are_beside_it(tmp_path: Path) -> None:
     assert made.base == ModelSpec(model=str(tmp_path / "m"), adapter=str(tmp_path.parent / "a"))
     assert made.expert == ModelSpec(model="org/m", adapter="/a")
     assert made.antiexpert == ModelSpec(model="~/m") and made.tuned == ModelSpec(model=".hidden")
+    local = {**API, "model": "./gpt"}
+    assert parse_system({"base": local}, tmp_path / "x.yaml", tmp_path).base.model == "./gpt", "no folder"
     experts = {"base": API, "experts": [{"model": "./e", "antiexpert": {"model": "../n"}}], "name": "own"}
     made = parse_system(experts, tmp_path / "x.yaml", tmp_path)
     [one] = made.experts

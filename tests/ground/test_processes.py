@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import distributed
 
 from proxytune import processes
 
@@ -34,3 +38,49 @@ def test_one_process_alone_meets_nobody(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert processes.least(7) == 7 and processes.own_folder(tmp_path) == tmp_path
     assert processes.TENSOR == "tensor"
+
+
+@pytest.fixture
+def met(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The second of two processes; what it says to the other, which has the number 5."""
+    heard: list[Any] = []
+
+    def all_reduce(tensor: torch.Tensor, how: Any) -> None:
+        heard.append(how)
+        tensor.clamp_(max=5)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(distributed, "is_initialized", lambda: "gloo" in heard)
+    monkeypatch.setattr(distributed, "init_process_group", heard.append)
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(atexit, "register", lambda ending, *given, **named: heard.append((ending, *given)))
+    return heard
+
+
+def test_processes_meet_once_and_agree_on_the_least(met: list[Any]) -> None:
+    assert (processes.least(7), processes.least(3)) == (5, 3)
+    assert met == [
+        "gloo",
+        (distributed.destroy_process_group,),
+        distributed.ReduceOp.MIN,
+        distributed.ReduceOp.MIN,
+    ]
+
+
+def test_only_the_first_process_writes_to_the_folder(
+    met: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others have a copy of it, made before the first goes on, that is deleted at the end."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "a").write_text("x")
+    copies: list[Path] = []
+    monkeypatch.setattr(processes.tempfile, "mkdtemp", lambda prefix: str(tmp_path / prefix))
+    kept = tmp_path / "proxytune-rank" / "run"
+    monkeypatch.setattr(distributed, "barrier", lambda: copies.append(kept / "a"))
+    assert processes.own_folder(folder) == kept and (kept / "a").read_text() == "x"
+    assert copies == [kept / "a"] and met[-1][1] == str(kept.parent)
+    assert processes.own_folder(tmp_path / "none") == kept.with_name("none") and len(copies) == 2
+    monkeypatch.setenv("RANK", "0")
+    assert processes.own_folder(folder) == folder and len(copies) == 3

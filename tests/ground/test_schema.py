@@ -48,6 +48,7 @@ INTEGER = "Input should be a valid integer, unable to parse string as an integer
         ({"one": {"siz": 1}}, "Outside: Unknown key 'siz'. Did you mean: size? Known: size"),
         ({"perhaps": {"siz": 1}}, "Outside: Unknown key 'siz'. Did you mean: size? Known: size"),
         ({"several": [{}, {"siz": 1}]}, "Outside: Unknown key 'siz'. Did you mean: size? Known: size"),
+        ({"named": {"a": {"siz": 1}}}, "Outside: unknown key 'named.a.siz'"),
         ({"number": "x"}, f"Outside: number: {INTEGER}"),
         ({"one": {"size": "x"}}, f"Outside: one.size: {INTEGER}"),
         ({"several": [{}, {"size": "x"}]}, f"Outside: several.1.size: {INTEGER}"),

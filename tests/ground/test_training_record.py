@@ -54,6 +54,7 @@ def test_the_same_request_differs_in_nothing() -> None:
 def test_what_differs_is_told_from_there_to_here(change: dict[str, Any], says: str) -> None:
     assert request(**change).difference(request()) == says
     assert request().difference(request(**change)) is not None
+    assert request(more=3).difference(request(other=4)) == "more None -> 3, other 4 -> None"
 
 
 def curve(length: int, held_out: tuple[int, ...] = ()) -> list[CurvePoint]:
