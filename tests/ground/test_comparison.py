@@ -254,3 +254,12 @@ def test_what_tells_runs_of_a_role_apart(
     role: str, first: dict[str, Any], second: dict[str, Any], told: list[str]
 ) -> None:
     assert comparison.details([run(role, 0.5, **first), run(role, 0.5, **second)]) == told
+
+
+@pytest.mark.parametrize("place", SCORES)
+def test_a_gap_needs_a_whole_score_of_all_three(place: str) -> None:
+    for other in (over(TRIO[place], 99), changed(TRIO[place], metrics={}), changed(TRIO[place], judge="j")):
+        three = {**TRIO, place: other}
+        assert comparison.gap(three["base"], three["proxy"], three["tuned"], "exact_match") is None
+    swapped = comparison.gap(TRIO["tuned"], TRIO["proxy"], TRIO["base"], "exact_match")
+    assert swapped == pytest.approx(0.1), "(0.82 - 0.9) / (0.1 - 0.9)"

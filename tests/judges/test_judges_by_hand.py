@@ -16,8 +16,9 @@ import pytest
 
 from proxytune import hub
 from proxytune.config import ModelSpec, System
-from proxytune.endpoints import CallLimits, ReplyStore, prices
+from proxytune.endpoints import CallFailed, CallLimits, ReplyStore, prices
 from proxytune.endpoints.endpoint import Endpoint as Client
+from proxytune.endpoints.endpoint import Reply
 from proxytune.endpoints.prices import Price
 from proxytune.errors import UserError
 from proxytune.judges import JUDGES, Estimate
@@ -32,7 +33,7 @@ from proxytune.tasks import get_task
 from tests.support.endpoint import Endpoint
 
 ROWS = [{"instruction": f"Do {i}.", "output_1": f"plain {i}", "output_2": f"GOOD {i}"} for i in range(4)]
-ESTIMATE = Estimate(3, cached=2, prompt_tokens=38, completion_tokens=5, usd=1.5, seconds=90)
+ESTIMATE = Estimate(3, cached=2, prompt_tokens=38, completion_tokens=5, usd=1.5, seconds=900)
 
 
 @pytest.fixture
@@ -234,6 +235,61 @@ def test_a_limit_needs_a_price_even_if_it_is_nothing(own_cache: Path) -> None:
         PairwiseJudge("m", max_cost=0).check()
 
 
+def test_a_judge_is_checked_before_it_is_asked(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "nowhere")
+    for ask in (PairwiseJudge("m").check, lambda: PairwiseJudge("m").judge([])):
+        with pytest.raises(UserError, match=r"^OPENAI_BASE_URL='nowhere': give http"):
+            ask()
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(UserError, match=r"^the pairwise judge needs OPENAI_API_KEY in the environment"):
+        PairwiseJudge("m").judge([])
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    assert PairwiseJudge("m").judge([]) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "paid", "form"),
+    [
+        (400, "no max_tokens here", False, 1),
+        (400, "use max_completion_tokens", True, 1),
+        (400, "temperature must be 1", False, 1),
+        (422, "no max_tokens here", False, 0),
+        (400, "no such model", True, 0),
+    ],
+)
+def test_a_model_that_reasons_is_known_by_its_refusal(
+    status: int, reason: str, paid: bool, form: int, tmp_path: Path
+) -> None:
+    """Then the same is asked at once in the other form; what may cost something counts as the most."""
+    seen: list[dict[str, Any]] = []
+
+    def refuse(body: dict[str, Any]) -> Any:
+        seen.append(body)
+        raise CallFailed(reason, again=False, paid=paid, status=status)
+
+    def answer(body: dict[str, Any]) -> Any:
+        seen.append(body)
+        return Reply("tie!", 7, 2)
+
+    client: Any = SimpleNamespace(ask=refuse)
+    pair, store = Pair("i", "x", "y", swapped=False), ReplyStore(tmp_path / "s")
+    judge = PairwiseJudge("m", price=(1e6, 1e6))
+    session = _Session(judge, client, store, [pair])
+    failed = session.send(0)
+    assert isinstance(failed.result, CallFailed) and session.form == form
+    assert (failed.result.again, failed.result.after) == (form == 1, 0.0 if form else None)
+    most = pair.letters + 32 + 16
+    assert failed.usd == (most if paid else 0.0) == sum(store.spent([judge.key(pair)]))
+    client.ask = answer
+    brought = session.send(0)
+    assert brought.result == Reply("tie!", 7, 2) and brought.usd == 9.0
+    assert store.get(judge.key(pair)) == "tie" and sum(store.spent([judge.key(pair)])) == failed.usd + 9
+    usual = {"model": "m", "messages": pair.messages}
+    limited = {"max_completion_tokens": 4096} if form else {"max_tokens": 16, "temperature": 0}
+    assert seen == [{**usual, "max_tokens": 16, "temperature": 0}, {**usual, **limited}]
+
+
 def test_what_is_foreseen_before_there_are_outputs(own_cache: Path) -> None:
     """Three comparisons of 101 characters, with the template around them; 16 tokens come back."""
     around = sum(len(message["content"]) for message in Pair("", "", "", swapped=False).messages)
@@ -291,7 +347,7 @@ def test_progress_counts_every_row(endpoint: Endpoint) -> None:
 
 def test_an_estimate_in_words() -> None:
     assert str(ESTIMATE) == (
-        "3 judgements to pay for (2 are cached or need none): about 38 tokens, about 1.50 USD, 1.5 minutes"
+        "3 judgements to pay for (2 are cached or need none): about 38 tokens, about 1.50 USD, 15.0 minutes"
     )
     unknown = Estimate(3, cached=2, prompt_tokens=38, completion_tokens=5, usd=None, seconds=60)
     assert str(unknown).endswith("about 38 tokens, cost unknown (give --price IN,OUT), 1.0 minutes")
