@@ -525,3 +525,130 @@ def test_what_decodes_a_role() -> None:
     with pytest.raises(UserError, match="is behind an API"):
         decoder_for(Models(behind), "base", DecodeOptions())
     assert str(evaluation.RESULTS) == "results"
+
+
+# A run and all roles, without a model
+
+
+class Released:
+    """Models that only hear what is kept of them."""
+
+    def __init__(self) -> None:
+        self.kept: list[list[str]] = []
+
+    def release(self, keep: list[str]) -> None:
+        self.kept.append(keep)
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is agreed to and what is run, in order; nothing is decoded."""
+    said: list[Any] = []
+
+    def run_job(job: Any, folder: Path, opener: Any, decode: Any, sandbox: Any) -> str:
+        said.append(("run", job.spec.role, folder, opener, sandbox))
+        return f"run of {job.spec.role}"
+
+    def agree(client: Any, dialogue: Any, found: Any) -> None:
+        said.append(("agree", found))
+
+    monkeypatch.setattr(evaluation, "run_job", run_job)
+    monkeypatch.setattr(evaluation, "agree", agree)
+    monkeypatch.setattr(evaluation, "forecast_of", lambda client, job, responses: (job.spec.role, responses))
+    return said
+
+
+def evaluation_by(models: Any, system: System, task: str = "gsm", **options: Any) -> Evaluation:
+    """An evaluation of two made items whose decoder is a word."""
+    opener: Any = "opener"
+    own = system.model_copy(update={"data": {"gsm": "generated", "truthfulqa_mc": "generated"}})
+    asked = RunOptions(limit=2, **options)
+    return Evaluation(own, task, asked, judge=JudgeOptions(judge="none"), loaded=models, open_decoder=opener)
+
+
+def test_one_role_is_run_where_it_lives(
+    heard: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = Released()
+    made = evaluation_by(models, WHOLE)
+    assert made.opener == "opener" and made.models is models and made.client is None  # type: ignore[comparison-overlap]
+    run, folder = made.run("expert", tmp_path / "x")
+    assert (run, folder) == ("run of expert", tmp_path / "x")  # type: ignore[comparison-overlap]
+    _, usual = made.run("proxy")
+    assert usual.parts[:4] == ("results", "s", "gsm", "proxy") and usual.name.startswith("limit=2-")
+    assert [one[:3] for one in heard] == [("run", "expert", folder), ("run", "proxy", usual)]
+    assert models.kept == [], "nobody judges"
+    judged: Any = lambda where: f"judged {where.name}"  # noqa: E731
+    monkeypatch.setitem(made.__dict__, "judging", judged)
+    assert made.run("base", tmp_path / "y") == ("judged y", tmp_path / "y")  # type: ignore[comparison-overlap]
+    assert models.kept == [[]], "a judge may be a large model as well"
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [({}, [["tuned"]]), ({"trace": "agreement"}, [["proxy", "tuned"]]), ({"trace": "tokens"}, [["tuned"]])],
+)
+def test_all_roles_are_run_in_order_and_tuned_alone(
+    options: dict[str, Any], kept: list[list[str]], heard: list[Any], tmp_path: Path
+) -> None:
+    models = Released()
+    runs = evaluation_by(models, WHOLE, **options).run_all(tmp_path)
+    roles = ["base", "antiexpert", "expert", "proxy", "tuned"]
+    assert runs == {role: f"run of {role}" for role in roles} and list(runs) == roles
+    assert [one[:3] for one in heard] == [("run", role, tmp_path / role) for role in roles]
+    assert models.kept == kept
+    heard.clear()
+    few = evaluation_by(Released(), WHOLE).run_all(tmp_path, roles=["tuned", "base"])
+    assert list(few) == ["base", "tuned"]
+
+
+def test_a_judge_comes_after_all_roles(
+    heard: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = Released()
+    made = evaluation_by(models, WHOLE.model_copy(update={"tuned": None}))
+    judged: Any = lambda where: heard.append(("judge", where.name)) or where.name  # noqa: E731
+    monkeypatch.setitem(made.__dict__, "judging", judged)
+    roles = ["base", "antiexpert", "expert", "proxy"]
+    assert made.run_all(tmp_path) == {role: role for role in roles}
+    assert [one[0] for one in heard] == ["run"] * 4 + ["judge"] * 4 and models.kept == [[]]
+
+
+@pytest.mark.parametrize(
+    ("task", "mode", "agreed"),
+    [
+        ("gsm", "generate", [("base", 1), ("proxy", 1)]),
+        ("truthfulqa_mc", "choices", [("base", 1)]),
+    ],
+)
+def test_what_a_base_behind_an_api_costs_is_agreed_to_before_anything_is_run(
+    task: str, mode: str, agreed: list[Any], heard: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In multiple choice the base and the proxy share their calls."""
+    behind = WHOLE.model_copy(update={"base": API})
+    evaluation_by(Released(), behind, task, mode=mode).run_all(tmp_path)
+    assert [one for one in heard if one[0] == "agree"] == [("agree", one) for one in agreed]
+    assert [one[0] for one in heard] == ["agree"] * len(agreed) + ["run"] * 5
+    heard.clear()
+    evaluation_by(Released(), behind, task, mode=mode).run("expert", tmp_path / "x")
+    evaluation_by(Released(), behind, task, mode=mode).run("proxy", tmp_path / "x")
+    assert [one[0] for one in heard] == ["run", "agree", "run"]
+    heard.clear()
+    monkeypatch.setattr(evaluation, "is_done", lambda folder: True)
+    evaluation_by(Released(), behind, task, mode=mode).run_all(tmp_path)
+    evaluation_by(Released(), behind, task, mode=mode).run("proxy", tmp_path / "x")
+    assert {one[0] for one in heard} == {"run"}, "what is done is paid"
+
+
+def test_a_sweep_is_agreed_to_for_all_of_its_alphas(
+    heard: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behind = WHOLE.model_copy(update={"base": API})
+    alphas = parse_alphas("0,1,2")
+    made: Any = dict(zip(alphas, "abc", strict=True))
+    monkeypatch.setattr(alpha_sweep, "_run", lambda job, alphas, folder, how: heard.append(folder) or made)
+    asked = evaluation_by(Released(), behind, alpha=0.5)
+    folder, runs = alpha_sweep.sweep(asked, alphas[::-1], tmp_path / "sweep")
+    assert heard == [("agree", ("proxy", 3)), tmp_path / "sweep"] and runs == [*"cba"] and folder == heard[1]  # type: ignore[comparison-overlap]
+    with pytest.raises(UserError, match=r"^--defer has no alpha: leave it out of a sweep$"):
+        alpha_sweep.sweep(evaluation_by(Released(), behind, defer=0.5), alphas, tmp_path)
