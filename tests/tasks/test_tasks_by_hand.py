@@ -213,17 +213,18 @@ def test_rows_of_one_name() -> None:
         {"id": "x", "v": 2},
         {"id": "x", "v": 3},
         {"id": "x", "v": 2},
+        {"id": "y", "v": 1},
         {"v": 9},
         {"v": 9},
     ]
     kept, dropped, renumbered = unique_rows(rows)
-    assert (dropped, renumbered) == (2, 2)
-    assert list(kept) == ["x", "y", "x#2", "x#3", "@6", "@7"]
+    assert (dropped, renumbered) == (3, 2)
+    assert list(kept) == ["x", "y", "x#2", "x#3", "@7", "@8"]
     assert [row["v"] for row in kept.values()] == [1, 1, 2, 3, 9, 9]
-    found = table(*rows[:6]).unique("id")
+    found = table(*rows[:7]).unique("id")
     assert [row["id"] for row in found.rows] == ["x", "y", "x#2", "x#3"] and found.numbers == (1, 3, 7, 9)
     assert found.notes == (
-        "'f': 2 rows dropped (equal to an earlier one of the same id), "
+        "'f': 3 rows dropped (equal to an earlier one of the same id), "
         "2 numbered (a different row has their id)",
     )
     assert table(*rows[:2]).unique("id").notes == ()
@@ -246,6 +247,42 @@ def test_files_are_read_by_their_endings(tmp_path: Path) -> None:
             found = read_file(path)
             assert (found.origin, found.unit, found.numbers) == (f"'{path}'", unit, numbers)
             assert list(found.rows) == rows and found.notes == ()
+
+
+def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through `datasets`, which hears of the data set, its configuration, its split and its file."""
+    datasets = pytest.importorskip("datasets")
+    asked: list[Any] = []
+    lines = [{"text": '{"a": 1}'}, {"text": " "}, {"text": '{"a": 2}'}]
+
+    def load(*given: Any, **named: Any) -> list[JsonRow]:
+        asked.append((*given, named))
+        if given[0] == "fails":
+            raise ValueError("no  such\nthing" + "x" * 400)
+        return lines if given[0] == "text" else [{"a": named["split"]}, {"a": "more"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(data, "require", lambda *given: asked.append(given))
+    one = data.read_hub(Hub("o/n", "c", "test"), "test")
+    assert (one.origin, one.unit, one.numbers) == ("'o/n' test", "row", (1, 2))
+    assert one.rows == ({"a": "test"}, {"a": "more"})
+    assert asked == [("o/n", "dataset"), ("o/n", "c", {"split": "test"})]
+    two = data.read_hub(Hub("o/n", None, "x+y"), "x+y")
+    assert [row["split"] for row in two.rows] == ["x", "x", "y", "y"] and two.numbers == (1, 2, 3, 4)
+    asked.clear()
+    files = data.read_hub(Hub("o/n", None, "test", file="f/*.jsonl"), "test")
+    assert files.rows == ({"a": 1}, {"a": 2}) and "split" not in files.rows[0]
+    data.read_hub(Hub("/here", None, "test", file="f.json"), "test")
+    assert asked == [
+        ("o/n", "dataset"),
+        ("text", {"data_files": "hf://datasets/o/n/f/*.jsonl", "split": "train"}),
+        ("json", {"data_files": "/here/f.json", "split": "train"}),
+    ]
+    with pytest.raises(UserError) as raised:
+        data.read_hub(Hub("fails", None, "test"), "test")
+    assert str(raised.value) == (
+        f"cannot load 'fails' from the hub: no such thing{'x' * 287}. Or give a file: --data FILE"
+    )
 
 
 def test_what_is_too_long_to_be_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
