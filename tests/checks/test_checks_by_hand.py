@@ -44,7 +44,12 @@ def said(findings: Findings) -> list[tuple[str, str, str]]:
 def test_the_memory_of_what_decodes_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tuned model is alone; an adapter adds its own bytes; shared weights count once."""
     asked: list[str | None] = []
-    monkeypatch.setattr(system_checks, "free_memory", lambda where: asked.append(where) or 1000)
+
+    def free(where: str | None) -> int:
+        asked.append(where)
+        return 1000
+
+    monkeypatch.setattr(system_checks, "free_memory", free)
     known = models(
         base=MODEL, expert=ModelSpec(adapter="a"), antiexpert=SMALL, tuned=MODEL, expert2=SMALL, other=MODEL
     )

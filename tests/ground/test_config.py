@@ -224,7 +224,7 @@ def test_a_model_that_is_split_needs_torchrun(place: str) -> None:
 def test_agreement_is_of_the_proxy_and_the_tuned_model() -> None:
     whole = {"expert": A, "antiexpert": A, "tuned": A}
     for role in ("proxy", "tuned"):
-        system(**whole).require_agreement(role)  # type: ignore[arg-type]
+        system(**whole).require_agreement(role)
     for role in ("base", "expert", "antiexpert"):
         with pytest.raises(UserError, match=f"is of --as proxy or --as tuned, not of '{role}'"):
             system(**whole).require_agreement(role)  # type: ignore[arg-type]

@@ -169,7 +169,7 @@ def test_bounds_of_records_that_need_more() -> None:
     assert MOST_VISIBLE == 1_000_000
     for number in (0, MOST_VISIBLE + 1):
         with pytest.raises(UserError, match="top_logprobs"):
-            ApiSpec(**API, top_logprobs=number)
+            ApiSpec(api="http://here", model="m", top_logprobs=number)
     assert ExpertSpec(model="m", weight=-1.5).weight == -1.5
     for weight in (float("inf"), float("nan")):
         with pytest.raises(UserError, match="weight"):

@@ -91,4 +91,4 @@ def test_a_record_shows_what_is_not_usual() -> None:
     assert repr(Outside()) == "Outside()" and repr(Inside(size=1)) == "Inside()"
     assert repr(Outside(other=6, one=Inside(size=2))) == "Outside(one=Inside(size=2), other=6)"
     with pytest.raises(ValidationError):
-        Outside().number = 3  # type: ignore[misc]
+        Outside().number = 3

@@ -441,7 +441,7 @@ def test_who_judges(task: str, own: str | None, asked: str | None, who: str | No
         made: Any = judging.judge
         assert made.checked and made.options.seed == 3 and judging.dialogue == Dialogue()
     for mode in ("likelihood", "choices"):
-        assert judging_of(system, get_task(task), options, mode) is None  # type: ignore[arg-type]
+        assert judging_of(system, get_task(task), options, mode) is None
 
 
 @pytest.mark.usefixtures("named")

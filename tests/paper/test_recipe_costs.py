@@ -144,7 +144,7 @@ def test_the_order_of_a_plan_and_what_it_leaves_out(on_disk: set[str]) -> None:
         Line("s", role, tuple(("s", task, role) for task in ("triviaqa", "gsm")), None)
         for role in ("tuned", "proxy", "base")
     ]  # fmt: skip
-    found = cost._plan(system, lines, RecipeChoice())  # type: ignore[arg-type]
+    found = cost._plan(system, lines, RecipeChoice())
     assert found.runs == (
         ("triviaqa", "base"), ("triviaqa", "proxy"), ("gsm", "base"), ("gsm", "proxy"), ("triviaqa", "tuned"),
         ("gsm", "tuned"),
@@ -154,14 +154,14 @@ def test_the_order_of_a_plan_and_what_it_leaves_out(on_disk: set[str]) -> None:
         and found.missing == found.left_out == ()
     )
     own = system.model_copy(update={"data": {"gsm": "generated"}})
-    found = cost._plan(own, lines, RecipeChoice())  # type: ignore[arg-type]
+    found = cost._plan(own, lines, RecipeChoice())
     assert found.runs == (("gsm", "base"), ("gsm", "proxy"), ("gsm", "tuned"))
     assert found.left_out == ("triviaqa: 's' names its own data, and none for this task",)
     lost = system.model_copy(update={"expert": ModelSpec(model="./x")})
-    found = cost._plan(lost, lines, RecipeChoice())  # type: ignore[arg-type]
+    found = cost._plan(lost, lines, RecipeChoice())
     assert len(found.runs) == 6 and found.missing == ("expert: no folder './x'",)
     assert set(found.models) == {"base", "antiexpert", "tuned"}
-    found = cost._plan(lost, lines, RecipeChoice(skip_missing=True))  # type: ignore[arg-type]
+    found = cost._plan(lost, lines, RecipeChoice(skip_missing=True))
     assert {role for _, role in found.runs} == {"base", "tuned"} and set(found.models) == {"base", "tuned"}
     assert found.left_out == (
         "triviaqa as proxy: its models are missing", "gsm as proxy: its models are missing",

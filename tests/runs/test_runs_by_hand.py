@@ -61,7 +61,7 @@ def test_memory_is_the_most_that_any_example_saw() -> None:
 
 def test_what_a_worker_did() -> None:
     facts = WorkerFacts(host="h", pid=7, device="cpu", log="l")
-    records = [
+    records: list[dict[str, Any]] = [
         {"worker": "h:7", "generated_tokens": 3, "seconds": 0.5, "process_peak": 10},
         {"worker": "h:8", "generated_tokens": 100, "seconds": 9.0, "process_peak": 90},
         {"worker": "h:7", "generated_tokens": 4, "seconds": 0.25, "process_peak": 20},
@@ -105,6 +105,8 @@ def test_the_cost_of_what_is_stored() -> None:
 
 
 def test_what_a_cost_cannot_say() -> None:
+    known: dict[str, Any]
+    unknown: dict[str, Any]
     known, unknown = {"seconds": 1.0, "generated_tokens": 1}, {"generated_tokens": 1}
     once = "continued once: what a session had under way when it was stopped is in no figure"
     for sessions, records, notes in [
@@ -227,11 +229,11 @@ def test_the_alpha_of_a_role() -> None:
     assert alpha_for(half, "proxy", 0, allow_negative=False) == parse_alpha(0)
     assert alpha_for(half, "proxy", "first:2", allow_negative=False) == parse_alpha("first:2")
     for role in ("base", "expert", "antiexpert", "tuned"):
-        assert alpha_for(half, role, None, allow_negative=False) is None  # type: ignore[arg-type]
+        assert alpha_for(half, role, None, allow_negative=False) is None
         with pytest.raises(
             UserError, match=f"^alpha acts on the proxy only: leave it out when running as '{role}'"
         ):
-            alpha_for(half, role, 0, allow_negative=False)  # type: ignore[arg-type]
+            alpha_for(half, role, 0, allow_negative=False)
     with pytest.raises(UserError, match="--allow-negative-alpha"):
         alpha_for(half, "proxy", -1, allow_negative=False)
     assert alpha_for(half, "proxy", -1, allow_negative=True) == parse_alpha(-1)
@@ -328,7 +330,7 @@ def test_the_options_of_each_role() -> None:
     plain = options.model_copy(update={"alpha": None, "defer": None})
     assert made._options_of("tuned") == plain
     for role in ("base", "expert", "antiexpert"):
-        assert made._options_of(role) == plain.model_copy(update={"trace": "tokens"})  # type: ignore[arg-type]
+        assert made._options_of(role) == plain.model_copy(update={"trace": "tokens"})
     tokens = Evaluation(WHOLE, "gsm", RunOptions(trace="tokens"))._options_of("base")
     assert tokens.trace == "tokens" and Evaluation(WHOLE, "gsm")._options_of("base").trace == "off"
 

@@ -18,6 +18,7 @@ import pytest
 from proxytune.errors import UserError
 from proxytune.sandbox import LOST, MIB, Job, Limits, Outcome, Program, Sandbox, root
 from proxytune.sandbox import sandbox as sandboxes
+from proxytune.sandbox.inside.seccomp import filter_bytes
 from proxytune.sandbox.root import Interpreter, View, closed_folder, environment, fresh_user, too_wide
 from proxytune.sandbox.talk import NotStarted, outcomes, request
 
@@ -316,7 +317,7 @@ def test_the_layout_of_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
     *command, layout = root.namespaces(PYTHON, 7 * MIB)
     assert command[:3] == [sys.executable, "-I", "-S"] and command[3].endswith("namespaces.py")
     found = json.loads(layout)
-    assert bytes.fromhex(found.pop("filter")) == root.filter_bytes()
+    assert bytes.fromhex(found.pop("filter")) == filter_bytes()
     assert found == {
         "worker": root.worker(PYTHON), "links": {"/bin": "usr/bin"},
         "read_only": {"/usr": "/usr", "/tmp/a/b": "/real"},
@@ -340,8 +341,13 @@ def test_a_user_that_nobody_else_is(
     uid: int, ranges: str, user: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
+
+    def randbelow(bound: int) -> int:
+        asked.append(bound)
+        return 5
+
     monkeypatch.setattr(os, "geteuid", lambda: uid)
-    monkeypatch.setattr(secrets, "randbelow", lambda bound: asked.append(bound) or 5)
+    monkeypatch.setattr(secrets, "randbelow", randbelow)
     monkeypatch.setattr(Path, "read_text", lambda path: ranges)
     found = fresh_user()
     monkeypatch.undo()

@@ -336,11 +336,12 @@ def test_rows_of_problems_that_do_not_fit() -> None:
     items = {"Pandas/3": OLD}
     row: JsonRow = {"lib": "Pandas", "problem_id": 3, "prompt": "p", "output": []}
     assert ds1000.item_of(row, items) is OLD
-    for change, says in [
+    bad: list[tuple[JsonRow, str]] = [
         ({"output": None}, "Pandas/3: no list of samples under 'output'"),
         ({"problem_id": 4}, "no problem 'Pandas/4' in the data: name it with --data FILE|hub"),
         ({"prompt": "q"}, "the prompt of 'Pandas/3' is not the one of the data: wrong --data?"),
-    ]:
+    ]
+    for change, says in bad:
         with pytest.raises(UserError) as raised:
             ds1000.item_of({**row, **change}, items)
         assert str(raised.value) == says

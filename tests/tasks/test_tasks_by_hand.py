@@ -177,7 +177,7 @@ def test_what_a_task_declares_in_other_modes(name: str, mode: Any, told: dict[st
         with pytest.raises(
             UserError, match=f"^task 'gsm' has no {other} mode: truthfulqa_mc, realtimeqa have"
         ):
-            get_task("gsm", other)  # type: ignore[arg-type]
+            get_task("gsm", other)
 
 
 # Tables of rows
@@ -193,13 +193,14 @@ def test_rows_keep_their_places() -> None:
     assert made.where(1) == "'f' line 3" and made.head(2).numbers == (1, 3) and made.head(None) == made
     assert made.map(lambda row: {"b": row["a"]}).rows[2] == {"b": "3"}
     assert made.require(("a",)) is made
-    for rows, says in [
+    bad: list[tuple[list[JsonRow], str]] = [
         ([{"a": "1"}, {"b": "1"}], "'f' line 3: no field 'a' (it has b)"),
         ([{"a": None, "": "x"}], "'f' line 1: no field 'a' (it has a)"),
         ([{}], "'f' line 1: no field 'a' (it has nothing)"),
         ([{"a": 7}], "'f' line 1: field 'a' must be text, not 7"),
         ([{"a": ["x" * 80]}], f"'f' line 1: field 'a' must be text, not [\"{'x' * 58}"),
-    ]:
+    ]
+    for rows, says in bad:
         with pytest.raises(UserError) as raised:
             table(*rows).require(("a",))
         assert str(raised.value) == says
