@@ -9,6 +9,7 @@ import pytest
 
 from proxytune import hub
 from proxytune.config import ModelSpec, Sampling, System, parse_alpha
+from proxytune.errors import UserError
 from proxytune.models import checkpoint
 from proxytune.paper import cost, recipes
 from proxytune.paper.cost import Need, RecipeChoice, SystemPlan
@@ -166,6 +167,27 @@ def test_the_order_of_a_plan_and_what_it_leaves_out(on_disk: set[str]) -> None:
     assert found.left_out == (
         "triviaqa as proxy: its models are missing", "gsm as proxy: its models are missing",
     )  # fmt: skip
+
+
+def test_the_systems_of_a_recipe(tmp_path: Path, on_disk: set[str]) -> None:
+    recipe = recipes.load_recipe("table5")
+    first, *_ = names = list(recipe.unpublished)
+    known = ", ".join(names)
+    for paths, bad in (({"z": tmp_path, "a": tmp_path}, "a"), ({first: tmp_path, "b": tmp_path}, "b")):
+        with pytest.raises(UserError) as raised:
+            cost.plan_systems(recipe, RecipeChoice(paths=paths))
+        assert str(raised.value) == f"--path {bad}=...: the models that can be named are {known}"
+    with pytest.raises(UserError, match=r"are none: all models of this recipe are published$"):
+        cost.plan_systems(recipes.load_recipe("table2"), RecipeChoice(paths={"x": tmp_path}))
+    plans = cost.plan_systems(recipe, RecipeChoice(paths={first: tmp_path}))
+    systems = [plan.system.name for plan in plans]
+    assert systems == list(
+        dict.fromkeys(key[0] for line in published_lines(recipe, read_paper()) for key in line.keys)
+    )
+    models = [spec.model for plan in plans for spec in (plan.system.expert, plan.system.tuned) if spec]
+    assert str(tmp_path) in models and len({*models}) > 2
+    [own] = cost.plan_systems(recipe, RecipeChoice(system="llama2-13b-gsm"))
+    assert own.system.name == "llama2-13b-gsm" and {task for task, _ in own.runs} == {"gsm", "triviaqa"}
 
 
 # Figures of the paper

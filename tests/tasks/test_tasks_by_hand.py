@@ -530,6 +530,52 @@ def test_answers_of_triviaqa_wherever_they_are() -> None:
     assert task.metrics([row, row, row])["tot"] == Metric(value=3, unit="number")
 
 
+ROWS: dict[str, JsonRow] = {
+    "alpaca_farm": {"instruction": "i", "output": "o"},
+    "gsm": {"question": "q", "answer": "#### 3"},
+    "toxigen": {"text": "t", "target_groups": ["women"]},
+    "truthfulqa": {
+        "Question": "q",
+        "Best Answer": "a",
+        "Correct Answers": "a; 3",
+        "Incorrect Answers": "b",
+        "Source": "s",
+    },
+    "truthfulqa_mc": {"Question": "q", "Best Answer": "a", "Incorrect Answers": "b; c; d"},
+    "triviaqa": {"question": "q", "answers": ["3"]},
+    "realtimeqa": {"question_id": "n", "question_sentence": "q", "choices": ["3", "A B"], "answer": ["0"]},
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_of_several_samples_the_first_is_scored(name: str) -> None:
+    task = get_task(name)
+    asked = table(ROWS[name], ROWS[name])
+    examples = task.examples(asked if task.prepare is None else task.prepare(asked), "")
+    [first], [second] = completions(" A 3 "), completions(" b 4")
+    row = task.row(examples[0], [first, second])
+    assert row == task.row(examples[0], [first]) != task.row(examples[0], [second, first])
+    assert task.score_row(row) == task.score_row(task.row(examples[0], [first]))
+    assert {**examples[0].target}.items() <= row.items(), "what the data has is stored"
+    numbered = name not in ("triviaqa", "realtimeqa")
+    assert [example.id for example in examples] == (
+        ["0", "1"] if numbered or name == "triviaqa" else ["n", "n"]
+    )
+
+
+def test_both_scores_of_gsm() -> None:
+    """The paper's match drops signs and points, the fair one takes the value."""
+    for said, answer, paper, fair in [
+        ("it is -3", "3", 1, 0), ("18.00", "18", 0, 1), ("7.5", "75", 1, 0), ("3 Question: 4", "3", 1, 1),
+        ("1,000", "1000", 1, 1), ("none", "0", 0, 0), ("= -3", "-3", 1, 1), ("3", "-3", 1, 0),
+    ]:  # fmt: skip
+        scores = gsm.TASK.score_row({"answer": answer, "model_output": said})
+        assert scores == {"exact_match": paper, "exact_match_numeric": fair}, said
+    shown = gsm.shot({"question": " q ", "answer": " so\n#### 3\n "})
+    assert shown == "Question: q\nAnswer: so\n#### 3\n\n"
+    assert gsm.prompt(" q ", shown).user == f"Answer the following question.\n\n{shown}Question: q"
+
+
 def test_answers_of_alpaca_farm() -> None:
     task = get_task("alpaca_farm")
     [example] = task.examples(table({"instruction": "i", "output": "o"}), "")
