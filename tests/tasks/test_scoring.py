@@ -275,3 +275,15 @@ def test_each_end_of_a_difference_has_the_two_ends_that_make_it() -> None:
     ):  # fmt: skip
         assert (bare.value, bare.low, bare.high) == (0.25, None, None)
     assert difference(b, a).value == -0.25
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "same"),
+    [
+        ("abc", "ABC", 1), ("ABC", "abc", 1), ("a-b.c", "abc", 1), ("abc", "a,b!c", 1), ("a b", "ab", 0),
+        (" abc", "abc", 0), ("7.5", "75", 1), ("", "...", 1), ("3", "4", 0),
+    ],
+)  # fmt: skip
+def test_both_texts_lose_case_and_punctuation(prediction: str, answer: str, same: float) -> None:
+    assert exact_match(prediction, answer) == same
+    assert numeric_equal("1e2", "100.0") == 1 and numeric_equal("3", "x") == numeric_equal("x", "3") == 0
