@@ -49,6 +49,7 @@ def test_positions_by_hand(tmp_path: Path) -> None:
 def test_the_table_is_also_csv_and_json(tmp_path: Path) -> None:
     found = positions(traced(tmp_path / "run"))
     lines = list(csv.DictReader(io.StringIO(found.csv())))
+    assert found.csv().endswith("\n") and "\r" not in found.csv()
     assert list(lines[0]) == [
         *("first", "last", "n", "changed", "changed_low", "changed_high"),
         *("shift", "shift_low", "shift_high"),

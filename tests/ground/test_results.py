@@ -329,8 +329,8 @@ def test_a_run_of_another_version_is_left_out_with_a_note(
             folder.append(row("x"))
             if status == "done":
                 folder.finish(finished(folder), ["x"])
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / results.RUN).write_text('{"schema_version": 99}')
+    (tmp_path / "aa").mkdir()
+    (tmp_path / "aa" / results.RUN).write_text('{"schema_version": 99}')
     assert [path.name for path, _ in results.find_runs(tmp_path)] == ["a", "b"]
     said = capsys.readouterr().err
     assert "note: left out: " in said and "has schema version 99; this proxytune reads version 1" in said

@@ -304,7 +304,8 @@ def test_a_reply_is_json_and_no_error() -> None:
     assert (
         answer.content == {"choices": [], "error": "x"} and answer.begins == '{"choices": [], "error": "x"}'
     )
-    assert CLIENT._reply(sent(b"[3]")).content == [3]
+    for plain in (b"[3]", b'["error"]', b'"error"', b"3", b"null"):
+        assert CLIENT._reply(sent(plain)).content == json.loads(plain)
     assert CLIENT._reply(sent(b'"' + b"a" * 90 + b'"')).begins == '"' + "a" * 59
     failed = answer.unreadable("has no text")
     assert failed.reason == 'its reply has no text (it begins \'{"choices": [], "error": "x"}\')'

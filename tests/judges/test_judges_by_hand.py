@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from proxytune import hub
+from proxytune import hub, results
 from proxytune.config import ModelSpec, System
 from proxytune.endpoints import CallFailed, CallLimits, ReplyStore, prices
 from proxytune.endpoints.endpoint import Endpoint as Client
@@ -31,6 +31,7 @@ from proxytune.options import JudgeOptions
 from proxytune.runs.judging import Dialogue, Judging, judged_task, judging_of, make_judge
 from proxytune.tasks import get_task
 from tests.support.endpoint import Endpoint
+from tests.support.made_runs import write
 
 ROWS = [{"instruction": f"Do {i}.", "output_1": f"plain {i}", "output_2": f"GOOD {i}"} for i in range(4)]
 ESTIMATE = Estimate(3, cached=2, prompt_tokens=38, completion_tokens=5, usd=1.5, seconds=900)
@@ -388,6 +389,22 @@ def test_the_consent_to_pay_a_judge(
     assert notes == [f"judge m: {estimate}"]
     judging.agree(None)
     assert len(notes) == 1, "a judge that runs here costs nothing"
+
+
+def test_a_run_is_judged_by_a_judge_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "run", [{"output_2": "x"}], task="alpaca_farm")
+    run = results.read_run(folder).model_copy(update={"judge": "m"})
+    (folder / results.RUN).write_text(run.model_dump_json())
+    again: list[Path] = []
+
+    def judged(self: Judging, where: Path) -> Any:
+        again.append(where)
+        return "judged"
+
+    monkeypatch.setattr(Judging, "again", judged)
+    assert Judging(PairwiseJudge("m"), JudgeOptions())(folder) == run and again == []
+    found: Any = Judging(PairwiseJudge("other"), JudgeOptions())(folder)
+    assert found == "judged" and again == [folder]
 
 
 # Who is asked at all

@@ -477,6 +477,17 @@ def test_multiple_choice_by_likelihood() -> None:
         assert mc.likelihood_score({**row, "logprobs": {**row["logprobs"], "also": none}}) == {}
 
 
+@pytest.mark.parametrize("name", mc.TARGETS)
+def test_targets_need_a_true_and_a_false_answer(name: str) -> None:
+    whole: JsonRow = {"question": " q ", **dict.fromkeys(mc.TARGETS, {"a": 1, "b": 0})}
+    [example] = mc.likelihood_examples(table(whole), "shots ")
+    assert example.prompt.plain == "shots Q: q\nA:" and example.target == whole
+    for bad in ({"a": 1}, {"b": 0}, {"a": 1, "b": 0, "c": 2}, {"a": 1, " ": 0}, {}, None, [1, 0]):
+        with pytest.raises(UserError) as raised:
+            mc.likelihood_examples(table(whole, {**whole, name: bad}), "")
+        assert str(raised.value) == f"'f' line 3: `{name}` must map answers to 1 (true) or 0, with both"
+
+
 def test_options_of_multiple_choice() -> None:
     row = {"Question": "Q?", "Best Answer": " b. ", "Incorrect Answers": "w; x.; y; z"}
     draws = random.Random(42)
