@@ -398,6 +398,28 @@ def test_examples_that_lack_the_same_alphas_go_together() -> None:
     assert heard.asked == [(["a", "b"], [" A"], ["0", "1"])]
 
 
+@pytest.mark.parametrize(
+    ("todo", "notes", "stored"),
+    [
+        (("a", "c", ""), ["continuing 'f': 7 of 9 examples of all alphas are done"], 1),
+        (("abc", "abc", "abc"), [], 1),
+        (("", "", ""), [], 0),
+    ],
+)
+def test_how_far_a_sweep_was_is_told(
+    todo: tuple[str, ...], notes: list[str], stored: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    calls: list[Any] = []
+    job: Any = SimpleNamespace(data=SimpleNamespace(examples=[*"abc"]), spec=spec())
+    decoder = SimpleNamespace(close=lambda: calls.append("closed"))
+    how: Any = SimpleNamespace(opener=lambda asked, decode: decoder, decode=DecodeOptions())
+    monkeypatch.setattr(alpha_sweep, "_store", lambda *given: calls.append(given[0]))
+    progress: Any = SimpleNamespace(note=told.append)
+    alpha_sweep._decode(swept(*todo), job, Path("f"), how, progress)
+    assert told == notes and calls == [decoder, "closed"] * stored
+
+
 def test_an_alpha_s_example_is_given_when_it_is_whole() -> None:
     parts = swept("a", "a")
     zero, one = (part.alpha for part in parts)
@@ -654,3 +676,46 @@ def test_a_sweep_is_agreed_to_for_all_of_its_alphas(
     assert heard == [("agree", ("proxy", 3)), tmp_path / "sweep"] and runs == [*"cba"] and folder == heard[1]  # type: ignore[comparison-overlap]
     with pytest.raises(UserError, match=r"^--defer has no alpha: leave it out of a sweep$"):
         alpha_sweep.sweep(evaluation_by(Released(), behind, defer=0.5), alphas, tmp_path)
+
+
+def test_every_alpha_is_judged_or_its_code_run(
+    heard: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alphas, models, box = parse_alphas("1,0"), Released(), object()
+    made: Any = dict.fromkeys(alphas, "run")
+    monkeypatch.setattr(alpha_sweep, "_run", lambda job, alphas, folder, how: made)
+    judged: Any = evaluation_by(models, WHOLE)
+    judged.__dict__["judging"] = lambda folder: f"judged {folder.name}"
+    assert alpha_sweep.sweep(judged, alphas, tmp_path)[1] == ["judged alpha=1", "judged alpha=0"]  # type: ignore[comparison-overlap]
+    assert models.kept == [[]]
+    ran: list[Any] = []
+
+    def add(folder: Path, items: dict[str, Any], sandbox: Any) -> str:
+        ran.append((folder.name, [*items], sandbox))
+        return f"ran {folder.name}"
+
+    monkeypatch.setattr(alpha_sweep, "add_verdicts", add)
+    own = WHOLE.model_copy(update={"data": {"humaneval": "generated"}})
+    code: Any = Evaluation(own, "humaneval", RunOptions(limit=1), loaded=Released(), open_decoder="o")  # type: ignore[arg-type]
+    code.__dict__.update(judging=None, sandbox=box)
+    assert alpha_sweep.sweep(code, alphas, tmp_path)[1] == ["ran alpha=1", "ran alpha=0"]  # type: ignore[comparison-overlap]
+    [name] = ran[0][1]
+    assert ran == [(f"alpha={alpha}", [name], box) for alpha in (1, 0)]
+    plain: Any = evaluation_by(Released(), WHOLE)
+    plain.__dict__["sandbox"] = box
+    assert alpha_sweep.sweep(plain, alphas, tmp_path)[1] == ["run", "run"], "it has no code"  # type: ignore[comparison-overlap]
+
+
+def test_code_that_was_stored_without_a_verdict_is_run_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    box: Any = object()
+    verdicts: list[Any] = []
+    example = Example("7", Prompt("p", "p"), {"a": 1})
+    monkeypatch.setattr(session, "_decode_job", lambda job, path, opener, decode, sandbox: ("run", sandbox))
+    monkeypatch.setattr(session, "add_verdicts", lambda *given: verdicts.append(given) or "with verdicts")
+    for name, sandbox, found in [
+        ("humaneval", box, "with verdicts"), ("humaneval", None, ("run", None)), ("gsm", box, ("run", box)),
+    ]:  # fmt: skip
+        job: Any = SimpleNamespace(task=get_task(name), data=SimpleNamespace(examples=[example]))
+        opener: Any = None
+        assert session.run_job(job, Path("f"), opener, DecodeOptions(), sandbox) == found  # type: ignore[comparison-overlap]
+    assert verdicts == [(Path("f"), {"7": {"a": 1}}, box)]

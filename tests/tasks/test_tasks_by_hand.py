@@ -479,7 +479,7 @@ def test_multiple_choice_by_likelihood() -> None:
 
 @pytest.mark.parametrize("name", mc.TARGETS)
 def test_targets_need_a_true_and_a_false_answer(name: str) -> None:
-    whole: JsonRow = {"question": " q ", **dict.fromkeys(mc.TARGETS, {"a": 1, "b": 0})}
+    whole: JsonRow = {"question": " q ", **{one: {"a": 1, "b": 0} for one in mc.TARGETS}}
     [example] = mc.likelihood_examples(table(whole), "shots ")
     assert example.prompt.plain == "shots Q: q\nA:" and example.target == whole
     for bad in ({"a": 1}, {"b": 0}, {"a": 1, "b": 0, "c": 2}, {"a": 1, " ": 0}, {}, None, [1, 0]):
