@@ -22,7 +22,7 @@ from proxytune.records import Completion, Cost, Example, Prompt, RoleMemory, Too
 from proxytune.results import RunFolder
 from proxytune.runs import alpha_sweep, evaluation, session, spending
 from proxytune.runs.alpha_sweep import SweptRun, parse_alphas
-from proxytune.runs.decoders import client_of, consent, decoder_for
+from proxytune.runs.decoders import choice, client_of, consent, decoder_for
 from proxytune.runs.evaluation import Evaluation, alpha_for, asked_for, is_done, plan, planned_folder
 from proxytune.runs.judging import Dialogue
 from proxytune.runs.session import Session, prediction, total, whole_examples
@@ -536,6 +536,22 @@ def test_what_is_forecast_of_a_run(
     assert heard == [((asks, ["e"], sampling), expected)]
 
 
+def test_a_decoder_here_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[Any] = []
+    monkeypatch.setattr(choice, "decoder_for", lambda *given, **named: heard.append((given, named)))
+    models: Any = object()
+    how, asks = DecodeOptions(batch=3), client()
+    opened = choice.decoder_here(models, asks)
+    opened(spec(role="proxy", trace="agreement", defer=0.25), how)
+    opened(spec(role="base", trace="tokens"), how)
+    choice.decoder_here(models)(spec(role="tuned"), how)
+    assert heard == [
+        ((models, "proxy", how), {"client": asks, "defer": 0.25, "agreement": True}),
+        ((models, "base", how), {"client": asks, "defer": None, "agreement": False}),
+        ((models, "tuned", how), {"client": None, "defer": None, "agreement": False}),
+    ]
+
+
 def test_what_decodes_a_role() -> None:
     behind = WHOLE.model_copy(update={"base": API})
     assert client_of(WHOLE) is None
@@ -701,6 +717,8 @@ def test_every_alpha_is_judged_or_its_code_run(
     assert alpha_sweep.sweep(code, alphas, tmp_path)[1] == ["ran alpha=1", "ran alpha=0"]  # type: ignore[comparison-overlap]
     [name] = ran[0][1]
     assert ran == [(f"alpha={alpha}", [name], box) for alpha in (1, 0)]
+    code.__dict__["sandbox"] = None
+    assert alpha_sweep.sweep(code, alphas, tmp_path)[1] == ["run", "run"] and len(ran) == 2  # type: ignore[comparison-overlap]
     plain: Any = evaluation_by(Released(), WHOLE)
     plain.__dict__["sandbox"] = box
     assert alpha_sweep.sweep(plain, alphas, tmp_path)[1] == ["run", "run"], "it has no code"  # type: ignore[comparison-overlap]
