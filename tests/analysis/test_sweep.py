@@ -194,3 +194,20 @@ def test_what_ends_comes_before_what_does_not(tmp_path: Path) -> None:
         swept(tmp_path / "t", {"warmup:2": 0.1, "linear:0:1:3": 0.2, "first:1": 0.3, "10": 0.4, "9": 0.5})
     )
     assert [point.alpha for point in ordered.points] == ["9", "10", "linear:0:1:3", "warmup:2", "first:1"]
+
+
+@pytest.mark.parametrize(("field", "key", "old"), [("name", "name", "made"), ("expert.model", "model", "e")])
+def test_runs_of_other_models_are_no_sweep(field: str, key: str, old: str, tmp_path: Path) -> None:
+    folder = swept(tmp_path / "sweep", {"0": 0.0, "first:2": 0.5})
+    control = write(tmp_path / "control", [{}, {}], role="base", forced="x")
+    assert skip(folder, control).control is not None
+    for path, read, told in (
+        (control / "run.json", lambda: skip(folder, control), f"{field}: other and {old}"),
+        (folder / "alpha=first-2" / "run.json", lambda: sweep(folder), f"{field}: {old} and other"),
+    ):
+        text = path.read_text()
+        assert text.count(f'"{key}":"{old}"') == 1
+        path.write_text(text.replace(f'"{key}":"{old}"', f'"{key}":"other"'))
+        with pytest.raises(UserError, match=rf"differ \({told}\)$"):
+            read()
+        path.write_text(text)

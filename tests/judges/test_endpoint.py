@@ -299,6 +299,66 @@ def test_a_body_is_unpacked_within_bounds(response: _Response, found: bytes | st
         assert raised.value.reason == f"its reply {found}" and raised.value.again and raised.value.paid
 
 
+@pytest.mark.parametrize(
+    ("error", "reason", "again", "paid"),
+    [
+        (lambda kinds: TimeoutError(), "no whole answer within 7 s", True, True),
+        (lambda kinds: kinds.ConnectError("sk-key"), "no connection (***)", True, False),
+        (lambda kinds: kinds.ProxyError("x"), "no connection (x)", True, False),
+        (lambda kinds: kinds.InvalidURL("x"), "cannot ask it (x)", False, False),
+        (lambda kinds: kinds.UnsupportedProtocol("x"), "cannot ask it (x)", False, False),
+        (lambda kinds: ValueError("x"), "cannot ask it (x)", False, False),
+        (lambda kinds: ImportError("x"), "cannot ask it (x)", False, False),
+        (lambda kinds: kinds.ReadError("x"), "the connection failed (ReadError: x)", True, True),
+    ],
+)
+def test_what_becomes_of_a_call_that_brings_no_response(
+    error: Any, reason: str, again: bool, paid: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether another try may help, and whether it may have cost something: what was sent may be answered."""
+    kinds = pytest.importorskip("httpx2")
+    sent_to: list[tuple[str, bytes, int]] = []
+
+    async def post(self: endpoints.Endpoint, path: str, content: bytes, most: int) -> _Response:
+        sent_to.append((path, content, most))
+        raise error(kinds)
+
+    monkeypatch.setattr(endpoints.Endpoint, "_post", post)
+    client = endpoints.Endpoint("http://here", "sk-key", CallLimits(deadline=7.0, reply_bytes=99))
+    with pytest.raises(CallFailed) as raised:
+        client.ask({"a": 1})
+    failed = raised.value
+    assert (failed.reason, failed.again, failed.paid) == (reason, again, paid)
+    with pytest.raises(CallFailed):
+        client.post("completions", {}, 5)
+    assert sent_to == [("chat/completions", b'{"a": 1}', 99), ("completions", b"{}", 5)]
+
+
+def test_the_text_of_a_chat_completion(monkeypatch: pytest.MonkeyPatch) -> None:
+    content: Any = None
+    usage = {"prompt_tokens": 7, "completion_tokens": 3}
+
+    async def post(self: endpoints.Endpoint, path: str, body: bytes, most: int) -> _Response:
+        return sent(json.dumps(content).encode(), most=most)
+
+    def sent(body: bytes, most: int) -> _Response:
+        return _Response(200, {}, body, True, most)
+
+    monkeypatch.setattr(endpoints.Endpoint, "_post", post)
+    for message, text in (({"content": "a"}, "a"), ({"content": None}, ""), ({"content": "", "x": 1}, "")):
+        content = {"choices": [{"message": message}, {"message": {"content": "b"}}], "usage": usage}
+        assert CLIENT.ask({}) == Reply(text, 7, 3)
+    for none in (
+        {"choices": []},
+        {"choices": [{"message": {"content": 3}}]},
+        {"choices": [{"text": "a"}]},
+        [],
+    ):
+        content = none
+        with pytest.raises(CallFailed, match=r"^its reply has no text in choices\[0\]\.message\.content"):
+            CLIENT.ask({})
+
+
 def test_a_reply_is_json_and_no_error() -> None:
     answer = CLIENT._reply(sent(b'{"choices": [], "error": "x"}'))
     assert (
