@@ -12,6 +12,7 @@ import torch
 from proxytune import cpu_load
 from proxytune.api_spec import ApiSpec
 from proxytune.checks import machine as machine_checks
+from proxytune.checks import roles as roles_checks
 from proxytune.checks import system as system_checks
 from proxytune.checks.findings import Finding, MachineCheck, MemoryCheck, RoleCheck, SystemCheck
 from proxytune.checks.roles import Findings, _words
@@ -215,6 +216,38 @@ def test_the_words_of_a_tokenizer() -> None:
         get_vocab=lambda: {"a": 5, "b": 6, "c": 7},
     )  # fmt: skip
     assert _words(tokenizer) == {"tokens": 3, "special": {"bos": ("<s>", 0), "eos": ("</s>", 2), "pad": None}}
+
+
+@pytest.mark.parametrize(
+    ("name", "chat", "forms"),
+    [
+        ("base", "llama2", ["direct"]), ("tuned", "llama2", ["direct"]), ("antiexpert", "llama2", ["direct"]),
+        ("expert", "llama2", ["direct", "in_ensemble"]), ("expert2", "tokenizer", ["direct", "in_ensemble"]),
+        ("expert", "none", ["direct"]),
+    ],
+)  # fmt: skip
+def test_what_a_role_sees_of_a_prompt(
+    name: str, chat: Any, forms: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every form that it has; what it may not answer, and a template that is not used, are noted."""
+    ends = "its context ends in an end-of-sequence token: it may have nothing to say after it"
+    plain = "its tokenizer has a chat template, and `chat: none` sends it plain prompts"
+    for last, template in ((2, None), (7, "t"), (7, None)):
+        monkeypatch.setattr(
+            roles_checks,
+            "sample_context",
+            lambda spec, words, role, form, at=last: (f"{role} {form}", (1, at)),
+        )
+        words: Any = SimpleNamespace(
+            eos_token_id=2, chat_template=template, convert_ids_to_tokens=lambda ids: [f"t{i}" for i in ids]
+        )
+        findings = Findings()
+        shown = roles_checks._contexts(ModelSpec(model="m", chat=chat), words, name, findings)
+        assert [(one.form, one.text, one.ids, one.tokens) for one in shown] == [
+            (form, f"{name} {form}", (1, last), ("t1", f"t{last}")) for form in forms
+        ]
+        unused = template is not None and chat == "none"
+        assert said(findings) == [("note", name, ends)] * (last == 2) + [("note", name, plain)] * unused
 
 
 # The machine

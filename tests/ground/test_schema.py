@@ -43,12 +43,12 @@ INTEGER = "Input should be a valid integer, unable to parse string as an integer
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"numbr": 1}, f"Outside: Unknown key 'numbr'. Did you mean: number? {KNOWN}"),
+        ({"numberz": 1}, f"Outside: Unknown key 'numberz'. Did you mean: number? {KNOWN}"),
         ({"xyz": 1}, f"Outside: Unknown key 'xyz'. {KNOWN}"),
-        ({"one": {"siz": 1}}, "Outside: Unknown key 'siz'. Did you mean: size? Known: size"),
-        ({"perhaps": {"siz": 1}}, "Outside: Unknown key 'siz'. Did you mean: size? Known: size"),
-        ({"several": [{}, {"siz": 1}]}, "Outside: Unknown key 'siz'. Did you mean: size? Known: size"),
-        ({"named": {"a": {"siz": 1}}}, "Outside: unknown key 'named.a.siz'"),
+        ({"one": {"sizes": 1}}, "Outside: Unknown key 'sizes'. Did you mean: size? Known: size"),
+        ({"perhaps": {"sizes": 1}}, "Outside: Unknown key 'sizes'. Did you mean: size? Known: size"),
+        ({"several": [{}, {"sizes": 1}]}, "Outside: Unknown key 'sizes'. Did you mean: size? Known: size"),
+        ({"named": {"a": {"sizes": 1}}}, "Outside: unknown key 'named.a.sizes'"),
         ({"number": "x"}, f"Outside: number: {INTEGER}"),
         ({"one": {"size": "x"}}, f"Outside: one.size: {INTEGER}"),
         ({"several": [{}, {"size": "x"}]}, f"Outside: several.1.size: {INTEGER}"),
@@ -65,8 +65,8 @@ def test_the_first_problem_in_one_line(fields: dict[str, Any], says: str) -> Non
 
 def test_an_unknown_key_of_an_unknown_record_is_told_with_its_place() -> None:
     with pytest.raises(ValidationError) as raised:
-        Outside.model_validate({"one": {"siz": 1}})
-    assert explain(raised.value) == "unknown key 'one.siz'"
+        Outside.model_validate({"one": {"sizes": 1}})
+    assert explain(raised.value) == "unknown key 'one.sizes'"
     with pytest.raises(ValidationError) as raised:
         Outside.model_validate(3)
     assert explain(raised.value).startswith("value: Input should be a valid dictionary")

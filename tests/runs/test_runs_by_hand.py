@@ -380,7 +380,7 @@ class Heard:
 def test_examples_that_lack_the_same_alphas_go_together() -> None:
     examples = [Example(name, Prompt("", "")) for name in "abcd"]
     heard: Any = Heard()
-    parts = swept("abd", "bc", "d")
+    parts = swept("dab", "bc", "d")
     made = spec(role="proxy", trace="tokens", forced="x", sampling=Sampling(n=2))
     job: Any = SimpleNamespace(
         spec=made, data=SimpleNamespace(examples=examples), task=SimpleNamespace(continuations=None)
@@ -552,7 +552,7 @@ def test_a_decoder_here_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> N
     ]
 
 
-def test_what_decodes_a_role() -> None:
+def test_what_decodes_a_role(monkeypatch: pytest.MonkeyPatch) -> None:
     behind = WHOLE.model_copy(update={"base": API})
     assert client_of(WHOLE) is None
     options = ApiOptions(parallel=3)
@@ -564,6 +564,17 @@ def test_what_decodes_a_role() -> None:
         decoder_for(Models(WHOLE), "proxy", DecodeOptions(), defer=0.5)
     with pytest.raises(UserError, match="is behind an API"):
         decoder_for(Models(behind), "base", DecodeOptions())
+    made: list[Any] = []
+    monkeypatch.setattr(choice, "Decoder", lambda *given, **named: made.append((given, named)))
+    monkeypatch.setattr(choice, "BlackBoxDecoder", lambda *given: made.append(given))
+    models, how, asks = Models(behind), DecodeOptions(), client()
+    for role in ("expert", "base", "proxy"):
+        decoder_for(models, role, how, client=asks, defer=0.5, agreement=True)  # type: ignore[arg-type]
+    assert made == [
+        ((models, "expert", how), {"agreement": True}),
+        (models, "base", how, asks, None),
+        (models, "proxy", how, asks, 0.5),
+    ]
     assert str(evaluation.RESULTS) == "results"
 
 
