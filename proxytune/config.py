@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BeforeValidator,
     ConfigDict,
@@ -174,7 +173,7 @@ class Sampling(Record):
     @classmethod
     def _zero_or_not(cls, value: float) -> float:
         if 0 < value < MIN_TEMPERATURE:
-            raise yaml.YAMLError(f"{value:g} is below {MIN_TEMPERATURE:g}: use 0 for greedy decoding")
+            raise ValueError(f"{value:g} is below {MIN_TEMPERATURE:g}: use 0 for greedy decoding")
         return value
 
     @field_validator("stop", "ban", "ban_first")

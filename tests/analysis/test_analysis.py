@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from proxytune.analysis import analysis
-from proxytune.analysis.positions import agreement, positions
+from proxytune.analysis.analysis import EDGES, Source, flat
+from proxytune.analysis.positions import _spread, agreement, positions
 from proxytune.analysis.tokens import ngrams
 from proxytune.errors import UserError
 from proxytune.records import JsonRow
@@ -47,6 +49,7 @@ def test_positions_by_hand(tmp_path: Path) -> None:
 def test_the_table_is_also_csv_and_json(tmp_path: Path) -> None:
     found = positions(traced(tmp_path / "run"))
     lines = list(csv.DictReader(io.StringIO(found.csv())))
+    assert found.csv().endswith("\n") and "\r" not in found.csv()
     assert list(lines[0]) == [
         *("first", "last", "n", "changed", "changed_low", "changed_high"),
         *("shift", "shift_low", "shift_high"),
@@ -156,3 +159,123 @@ def test_agreement_by_hand(tmp_path: Path) -> None:
     assert found.paper_first_step == {"proxy": 0.147, "base": 0.239}
     with pytest.raises(UserError, match="of proxy and tuned runs"):
         agreement(write(tmp_path / "base", [ENDS], traces=[first], trace="agreement", role="base"))
+
+
+def test_nested_figures_become_columns() -> None:
+    metric = {"value": 1.0, "low": 0.5, "high": 2.0, "unit": "share", "n": None, "of": None}
+    row = {"a": metric, "b": {"c": 3, "d": {**metric, "n": 7, "low": None}}, "e": None, "f": {"value": 4}}
+    assert list(flat(row)) == [
+        ("a", 1.0), ("a_low", 0.5), ("a_high", 2.0), ("b_c", 3), ("b_d", 1.0), ("b_d_low", None),
+        ("b_d_high", 2.0), ("b_d_n", 7), ("e", None), ("f_value", 4),
+    ]  # fmt: skip
+
+
+def test_the_run_that_an_analysis_is_of(tmp_path: Path) -> None:
+    folder = write(
+        tmp_path / "run", [ENDS, CUT, CUT], task="toxigen", role="expert", alpha="first:4", metric="overall"
+    )
+    source = Source.of(folder, analysis.finished(folder))
+    assert source == Source(
+        folder=str(folder), system="made", task="toxigen", role="expert", alpha="first:4", n=3,
+        lower_is_better=True, hateful=True,
+    )  # fmt: skip
+    assert source.title == "made toxigen as expert", "alpha is the proxy's"
+    proxy = source.model_copy(update={"role": "proxy"})
+    assert proxy.title == "made toxigen as proxy, alpha first:4"
+    plain = write(tmp_path / "plain", [ENDS])
+    found = Source.of(plain, analysis.finished(plain))
+    assert (found.lower_is_better, found.hateful, found.n) == (False, False, 1)
+    with pytest.raises(UserError, match="this needs a traced run of the proxy"):
+        analysis.steered_tokens(folder, analysis.finished(folder))
+
+
+def test_the_edges_of_groups() -> None:
+    assert EDGES == (0, 1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512)
+    assert analysis.bands(512)[-2:] == [(256, 511), (512, 512)]
+    assert analysis.bands(511)[-1] == (256, 511) and analysis.bands(600)[-1] == (512, 600)
+    assert analysis.bands(5, edges=(0, 2, 4)) == [(0, 1), (2, 3), (4, 5)]
+
+
+def test_intervals_that_are_not_alike_on_both_sides() -> None:
+    """Wilson for 1 of 4 by its formula, t for four values, the bootstrap over three responses written out."""
+    z = 1.959964
+    share = analysis.share(1, 4)
+    middle = (0.25 + z * z / 8) / (1 + z * z / 4)
+    half = z * np.sqrt(0.25 * 0.75 / 4 + z * z / 64) / (1 + z * z / 4)
+    assert (share.value, share.unit, share.n) == (0.25, "share", None)
+    assert (share.low, share.high) == (pytest.approx(middle - half), pytest.approx(middle + half))
+    mean = analysis.mean([0.0, 1.0, 1.0, 4.0])
+    half = 3.182446 * np.sqrt(3.0 / 4)  # t of 3 degrees of freedom; the variance is 9 / 3
+    assert (mean.value, mean.unit) == (1.5, "number")
+    assert (mean.low, mean.high) == (pytest.approx(1.5 - half, abs=1e-5), pytest.approx(1.5 + half, abs=1e-5))
+    assert analysis.mean([2.0]).model_dump(exclude_none=True) == {"value": 2.0, "unit": "number"}
+    draws = np.random.default_rng(0).multinomial(3, [1 / 3] * 3, size=2000).tolist()
+    ratios = [(a * 1 + b * 0 + c * 5) / (a * 2 + b * 3 + c * 5) for a, b, c in draws]
+    ratio = analysis.ratio_over_responses(np.array([1.0, 0.0, 5.0]), np.array([2.0, 3.0, 5.0]))
+    assert ratio.value == 0.6
+    assert ratio.low == pytest.approx(np.quantile(ratios, 0.025))
+    assert ratio.high == pytest.approx(np.quantile(ratios, 0.975))
+    alone = analysis.ratio_over_responses(np.array([1.0]), np.array([4.0]))
+    assert (alone.value, alone.low, alone.high) == (0.25, None, None)
+
+
+def test_how_a_quantity_is_spread() -> None:
+    found = _spread(pd.Series([10.0, 0.0, 1.0, 2.0]))
+    assert (found.quarter, found.median, found.three_quarters, found.mean) == (0.75, 1.5, 4.0, 3.25)
+
+
+def test_agreement_by_position_and_its_columns(tmp_path: Path) -> None:
+    """The first token agrees in the proxy alone, the second in the base alone."""
+    tokens = [
+        token("A", 0.1, 0.6, kl=(0.25, 0.5), top_base="B"),
+        token("b", 0.1, 0.6, kl=(2.0, 1.0), top_proxy="C"),
+        token("c", 0.1, 0.6, kl=(3.0, 4.0)),
+        token("d", 0.1, 0.6, kl=(5.0, 6.0)),
+        token("e", 0.1, 0.6, kl=(7, 8)),
+        token("f", 0.1, 0.6, kl=(9.0, 8.0)),
+    ]
+    folder = write(tmp_path / "run", [CUT], traces=[tokens], trace="agreement")
+    found = agreement(folder)
+    rows = [(row.first, row.last, row.n, row.kl_proxy.mean, row.kl_base.mean) for row in found.rows]
+    assert rows == [
+        (0, 0, 1, 0.25, 0.5),
+        (1, 1, 1, 2, 1),
+        (2, 2, 1, 3, 4),
+        (3, 3, 1, 5, 6),
+        (4, 4, 1, 7, 8),
+        (5, 5, 1, 9, 8),
+    ]
+    assert [(row.same_proxy.value, row.same_base.value) for row in found.rows[:3]] == [(1, 0), (0, 1), (1, 1)]
+    assert [(row.first, row.last, row.n) for row in found.bands] == [
+        (0, 0, 1), (1, 1, 1), (2, 2, 1), (3, 3, 1), (4, 5, 2),
+    ]  # fmt: skip
+    assert found.bands[4].kl_proxy.mean == 8 and found.kl_proxy.unit == found.kl_base.unit == "number"
+    assert found.same_proxy.unit == "share" and found.first_step == found.rows[0]
+    few = agreement(folder, singles=2)
+    assert few == found.model_copy(update={"rows": found.rows[:2]})
+    header = found.csv().splitlines()[0].split(",")
+    assert header[:8] == [
+        "first",
+        "last",
+        "n",
+        "kl_proxy_median",
+        "kl_proxy_quarter",
+        "kl_proxy_three_quarters",
+        "kl_proxy_mean",
+        "kl_base_median",
+    ]
+
+
+def test_positions_in_groups_and_over_responses(tmp_path: Path) -> None:
+    long = [token("x", 0.5, 0.25, top_base="y" if at % 2 else "x") for at in range(6)]
+    folder = write(tmp_path / "run", [CUT, CUT], traces=[long, [token("A", 0.25, 1.0, top_base="B")]])
+    found = positions(folder)
+    assert (found.responses, found.tokens) == (2, 7)
+    assert [(row.first, row.last, row.n, row.changed.value, row.shift.value) for row in found.bands] == [
+        (0, 0, 2, 0.5, 0.25), (1, 1, 1, 1.0, -0.25), (2, 2, 1, 0.0, -0.25), (3, 3, 1, 1.0, -0.25),
+        (4, 5, 2, 0.5, -0.25),
+    ]  # fmt: skip
+    assert found.changed.value == pytest.approx(4 / 7) and found.changed.unit == "share"
+    assert found.shift.value == pytest.approx((6 * -0.25 + 0.75) / 7) and found.shift.unit == "number"
+    other = write(tmp_path / "other", [CUT], traces=[[token("A", 0.1, 0.2)]], task="alpaca_farm")
+    assert positions(other).paper_changed == analysis.published("changed_top1")["share"].get("alpaca_farm")

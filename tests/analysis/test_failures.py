@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proxytune.analysis.failures import failures
+from proxytune.analysis.failures import _response, failures
 from proxytune.errors import UserError
 from tests.support.command_line import proxytune
 from tests.support.made_runs import response, write
@@ -97,3 +97,39 @@ def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
     half = [{"scores": {"exact_match": 0.5}, "question": "q"}]
     with pytest.raises(UserError, match=r"has the score 0\.5, which is neither right nor wrong"):
         failures(one, write(tmp_path / "half", half))
+
+
+@pytest.mark.parametrize(
+    ("columns", "answer"),
+    [
+        ({"answer": "7", "answers": ["a"]}, "7"),
+        ({"answer": "", "answers": ["a", 3]}, "a, 3"),
+        ({"answer": None, "Best Answer": "b", "mc_answer_idx": "C"}, "b"),
+        ({"mc_answer_idx": "C"}, "C"),
+        ({}, ""),
+    ],
+)
+def test_the_reference_of_an_item(columns: dict[str, Any], answer: str, tmp_path: Path) -> None:
+    first, second = ({"scores": {"exact_match": value}, **columns} for value in (0.0, 1.0))
+    found = failures(write(tmp_path / "a", [first]), write(tmp_path / "b", [second]))
+    assert [(item.answer, item.right, item.question) for item in found.items] == [(answer, "second", "")]
+
+
+def test_the_response_of_an_item() -> None:
+    assert _response({"responses": [{"text": "a"}, {"text": "b"}]}) == "a"
+    assert _response({"logprobs": {"x": -3.0, "y": -1.0, "z": -2.0}}) == "y"
+    assert _response({"logprobs": [-3.0, -1.0], "mc_output": "B", "responses": [{"text": ""}]}) == "B"
+
+
+def test_another_metric_than_the_headline(tmp_path: Path) -> None:
+    made = [
+        [{"scores": {"exact_match": 1.0, "f1": f1}, "question": "q"} for f1 in values]
+        for values in ([1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0])
+    ]
+    first, second = (write(tmp_path / name, rows) for name, rows in zip("ab", made, strict=True))
+    found = failures(first, second, "f1")
+    assert (found.metric, found.both_right, found.both_wrong, found.only_second) == ("f1", 2, 1, 1)
+    assert failures(first, second).both_right == 4
+    assert (found.first.folder, found.second.folder) == (str(first), str(second))
+    with pytest.raises(UserError, match=r"has no|has a score by 'unjudged'"):
+        failures(first, second, "unjudged")

@@ -98,3 +98,52 @@ def test_the_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_folder_without_runs_is_one_line(tmp_path: Path) -> None:
     refused(proxytune("runs", tmp_path), "no run in", "proxytune eval")
     refused(proxytune("runs", tmp_path / "no"), "no folder")
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"role": "base", "alpha": "0.5"}, "--as base"),
+        ({"role": "proxy", "alpha": "1", "data": "hub"}, "--as proxy"),
+        ({"role": "proxy", "alpha": "first:3"}, "--as proxy --alpha first:3 --data generated"),
+        ({"role": "base", "data": "items.jsonl"}, "--as base --data items.jsonl"),
+        ({"role": "base", "data": "hub", "mode": "likelihood"}, "--as base --mode likelihood"),
+        ({"role": "base", "data": "hub", "trace": "agreement"}, "--as base --trace agreement"),
+        ({"role": "base", "data": "hub", "limit": 1, "shots": 0}, "--as base --limit 1"),
+    ],
+)
+def test_the_settings_that_a_command_names(spec: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """Those that are not the usual ones; data is generated in these runs, unless it is said."""
+    path = stopped(tmp_path / "a", **spec)
+    [one] = listing(tmp_path)
+    data = "" if "data" in spec or "--data" in words else " --data generated"
+    assert one.command == f"proxytune eval gsm --system made {words}{data} --out {path}"
+    assert (one.status, one.done, one.score, one.problem) == ("unfinished", 1, None, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "kept"),
+    [
+        ("proxytune eval gsm", True),
+        ("proxytune", False),
+        ("python x", False),
+        ("proxytune 'x", False),
+        ("", False),
+    ],
+)
+def test_which_stored_commands_are_given_back(command: str, kept: bool, tmp_path: Path) -> None:
+    stopped(tmp_path / "a", command, role="base", data="hub")
+    [one] = listing(tmp_path)
+    assert (one.command == command) is kept and one.command.startswith("proxytune eval gsm")
+
+
+def test_finished_runs_have_a_score_and_no_command(tmp_path: Path) -> None:
+    made_runs.write(tmp_path / "b" / "x", [ROW, ROW], metrics={"exact_match": 0.75})
+    made_runs.write(tmp_path / "a", [ROW], facts={"file": "own.py"})
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "run.json").write_text("{")
+    found = listing(tmp_path)
+    assert [one.folder for one in found] == [tmp_path / "a", tmp_path / "b" / "x", tmp_path / "c"]
+    assert [(one.status, one.done) for one in found] == [("finished", 1), ("finished", 2), ("unreadable", 0)]
+    assert found[1].score is not None and found[1].score.value == 0.75 and found[2].score is None
+    assert [one.command for one in found] == ["", "", ""] and "run.json" in found[2].problem

@@ -134,3 +134,80 @@ def test_sweeps_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         skip(good, write(tmp_path / "base", [{}], role="base"))
     with pytest.raises(UserError, match=r"not like the sweep: they differ \(examples: 1 and 2; items"):
         skip(good, write(tmp_path / "other", [{}], role="base", forced="x", data_sha256="other"))
+
+
+@pytest.mark.parametrize(
+    ("text", "loop"),
+    [
+        ("x " * 8, True),
+        ("x " * 7, False),
+        ("a b " * 4, True),
+        ("a b " * 3, False),
+        ("a b c " * 3, True),
+        ("a b c " * 3 + "a", True),
+        ("a b c a b c a b", False),
+        ("a b c d " * 3, True),
+        ("a b c d " * 2, False),
+        ("a b c " * 3 + "d", False),
+        ("z " + "a b " * 4, True),
+    ],
+)
+def test_the_least_that_is_a_loop(text: str, loop: bool) -> None:
+    """Three copies, and eight words altogether."""
+    assert ends_in_loop(text) is loop
+
+
+def test_every_figure_of_a_point(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    rows = [
+        {"responses": response("so " * 9, tokens=20) + response("a", tokens=4)},
+        {"responses": response("b")},
+    ]
+    judged = {"GPT-true acc": 0.75, "GPT-info acc": 0.25, "GPT-true-info acc": 0.125}
+    spec: Any = {
+        "task": "truthfulqa",
+        "metric": "GPT-true-info acc",
+        "metrics": judged,
+        "alpha": "first:3:0.5",
+    }
+    path = write(folder / "alpha=first-3-0.5", rows, **spec)
+    control = write(tmp_path / "control", rows, role="base", forced="x", **spec)
+    [point] = sweep(folder).points
+    assert (point.alpha, point.value, point.until, point.n) == ("first:3:0.5", None, 3, 2)
+    assert point.folder == str(path) and point.score is not None and point.score.value == 0.125
+    assert point.truth is not None and point.info is not None
+    assert (point.truth.value, point.info.value) == (0.75, 0.25)
+    assert point.loops is not None and point.loops.value == pytest.approx(1 / 3)
+    assert point.tokens is not None and point.tokens.value == pytest.approx(25 / 3)
+    beside = skip(folder, control).control
+    assert beside is not None and (beside.alpha, beside.value, beside.until) == ("0", 0.0, 0)
+    assert (beside.folder, beside.n, beside.score) == (str(control), 2, point.score)
+
+
+def test_what_ends_comes_before_what_does_not(tmp_path: Path) -> None:
+    found = skip(swept(tmp_path / "s", {"2": 0.5, "1": 0.4, "first:9:2": 0.3, "first:10:2": 0.2, "0": 0.1}))
+    assert [(point.alpha, point.until) for point in found.points] == [
+        ("0", 0), ("first:9:2", 9), ("first:10:2", 10), ("2", None),
+    ]  # fmt: skip
+    assert found.metric == "exact_match" and found.forced is None and found.source.n == 2
+    ordered = sweep(
+        swept(tmp_path / "t", {"warmup:2": 0.1, "linear:0:1:3": 0.2, "first:1": 0.3, "10": 0.4, "9": 0.5})
+    )
+    assert [point.alpha for point in ordered.points] == ["9", "10", "linear:0:1:3", "warmup:2", "first:1"]
+
+
+@pytest.mark.parametrize(("field", "key", "old"), [("name", "name", "made"), ("expert.model", "model", "e")])
+def test_runs_of_other_models_are_no_sweep(field: str, key: str, old: str, tmp_path: Path) -> None:
+    folder = swept(tmp_path / "sweep", {"0": 0.0, "first:2": 0.5})
+    control = write(tmp_path / "control", [{}, {}], role="base", forced="x")
+    assert skip(folder, control).control is not None
+    for path, read, told in (
+        (control / "run.json", lambda: skip(folder, control), f"{field}: other and {old}"),
+        (folder / "alpha=first-2" / "run.json", lambda: sweep(folder), f"{field}: {old} and other"),
+    ):
+        text = path.read_text()
+        assert text.count(f'"{key}":"{old}"') == 1
+        path.write_text(text.replace(f'"{key}":"{old}"', f'"{key}":"other"'))
+        with pytest.raises(UserError, match=rf"differ \({told}\)$"):
+            read()
+        path.write_text(text)

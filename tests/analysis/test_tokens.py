@@ -11,6 +11,7 @@ from proxytune.analysis import tokens as analysis_tokens
 from proxytune.analysis.analysis import published
 from proxytune.analysis.tokens import corrected_sides, equations, gram_at, ngrams, paper_sides, word_tokens
 from proxytune.errors import UserError
+from tests.support.answers import jsonl
 from tests.support.made_runs import response, token, write
 
 PUBLISHED = "golden/truthfulqa/dexperts-13B-helpful-prompt/open_results.jsonl.gz"
@@ -136,3 +137,76 @@ def test_a_side_without_tokens_has_no_mean(tmp_path: Path) -> None:
     found = equations(write(tmp_path / "run", rows, traces=[[token(*piece) for piece in pieces]]))
     paper, corrected, _ = found.rows
     assert (paper.right.tokens, paper.right.mean) == (0, None) and corrected.left.mean is not None
+
+
+def test_where_a_response_is_in_a_row(tmp_path: Path) -> None:
+    """The paper's columns in their order, and what was generated where there is none of them."""
+    rows = [
+        {"id": "0", "completion": "d", "prediction": "c", "model_output": "b", "output": "a"},
+        {"id": "1", "completion": "d", "prediction": "c", "model_output": "b", "output": ["x"]},
+        {"id": "2", "completion": "d", "prediction": "c"}, {"id": "3", "completion": "d"},
+        {"id": "4", "responses": [{"text": "e"}, {"text": "f"}]},
+    ]  # fmt: skip
+    path = jsonl(tmp_path / "rows.jsonl", rows)
+    assert analysis_tokens.responses(path) == ["a", "b", "c", "d", "e", "f"]
+    folder = write(tmp_path / "run", [{"responses": response("g")}, {"output": "h"}])
+    assert analysis_tokens.responses(folder) == ["g", "h"]
+    assert [analysis_tokens.bare(text) for text in (" a", "  a", "a ", "", " ")] == ["a", " a", "a ", "", ""]
+
+
+def test_words_that_are_looked_up_need_no_trace(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", [{"responses": response("a b c d. a b c e! x")}])
+    found = ngrams(folder, words=["b", "d", "zz"])
+    assert found.min_count == 0 and found.source is not None and found.source.folder == str(folder)
+    assert [(row.token, row.n, row.shift, row.gram, row.count, row.occurrences) for row in found.rows] == [
+        ("b", None, None, "a b c d", 1, 2),
+        ("d", None, None, "a b c d", 1, 1),
+        ("zz", None, None, None, 0, 0),
+    ]
+    assert [row.phrase for row in found.rows] == ["a b c d 1/2", "a b c d 1/1", ""]
+    assert ngrams(jsonl(tmp_path / "p.jsonl", [{"output": "b b b b b"}]), words=["b"]).source is None
+    again = ngrams(tmp_path / "p.jsonl", words=["b"]).rows[0]
+    assert (again.gram, again.count, again.occurrences) == ("b b b b", 2, 5)
+
+
+def test_the_most_promoted_first_and_of_equals_the_last_by_name(tmp_path: Path) -> None:
+    """Each twice; the mean shifts are 0.25 for a and b, 0.5 for c, -0.125 for d, and e comes once."""
+    shifts = [
+        ("a", 0.5),
+        ("a", 0.0),
+        (" b", 0.25),
+        ("b", 0.25),
+        ("c", 0.5),
+        (" c", 0.5),
+        ("d", -0.25),
+        ("d", 0.0),
+        ("e", 0.75),
+        (" ", 0.5),
+        (" ", 0.5),
+    ]
+    trace = [token(text, 0.25, 0.25 + shift) for text, shift in shifts]
+    folder = write(tmp_path / "run", [{"responses": response("x", reason="length")}], traces=[trace])
+    found = ngrams(folder, min_count=2, top=None)
+    assert [(row.token, row.n) for row in found.rows] == [("c", 2), ("b", 2), ("a", 2), ("d", 2)]
+    assert [row.shift.value for row in found.rows if row.shift] == [0.5, 0.25, 0.25, -0.125]
+    assert found.min_count == 2 and [row.token for row in ngrams(folder, min_count=1, top=1).rows] == ["e"]
+    with pytest.raises(
+        UserError, match=r"no token occurs 3 times .* \(the most frequent: 2\): lower --min-count"
+    ):
+        ngrams(folder, min_count=3)
+
+
+def test_the_papers_own_equations_are_those_of_its_file(tmp_path: Path) -> None:
+    pieces = [token(text, 0.25, 0.5) for text in ("1", "+", "2", "=", "3")]
+    rows = [{"responses": response("1+2=3", reason="length")}]
+    folder = write(tmp_path / "run", rows, traces=[pieces])
+    found, stated = equations(folder), published("gsm_equations")
+    last = found.rows[2]
+    assert last.left.model_dump() == stated["left"] and last.right.model_dump() == stated["right"]
+    assert {"t": last.t, "df": last.df, "p": last.p} == {
+        name: stated["welch"][name] for name in ("t", "df", "p")
+    }
+    assert stated["left"] != stated["right"] and (found.responses, found.responses_with) == (1, 1)
+    assert (found.rows[0].t, found.rows[0].left.tokens, found.rows[0].right.tokens) == (None, 3, 1)
+    header = found.csv().splitlines()[0]
+    assert header == "rule,left_tokens,left_mean,right_tokens,right_mean,t,df,p"

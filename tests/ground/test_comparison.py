@@ -9,6 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from proxytune import comparison
+from proxytune.api_spec import ApiSpec
+from proxytune.comparison import Conditions
 from proxytune.config import ModelSpec, Sampling, System, parse_alpha
 from proxytune.records import Metric, Run
 from proxytune.report import tables
@@ -155,3 +157,109 @@ def test_the_papers_tables_come_when_asked_for_and_mix_nothing(results: Path) ->
     assert "### Table 2 of the paper" in shown and "### Table 5 of the paper" not in shown
     [line] = [line for line in shown.splitlines() if line.startswith("| 13B | proxy |")]
     assert "ours 30.0 [25.0, 35.0], n = 7, temperature 0.5" in line
+
+
+# Conditions and models, one by one
+
+
+def of_system(made: Run, **fields: Any) -> Run:
+    """A run of a system with some fields changed."""
+    system = made.spec.system.model_copy(update=fields)
+    return changed(made, spec=made.spec.model_copy(update={"system": system}))
+
+
+def test_the_conditions_of_a_run() -> None:
+    sampling = Sampling(seed=3)
+    made = changed(run("proxy", 0.5, mode="choices", sampling=sampling, data_sha256="7"), judge="j")
+    assert comparison.conditions(made) == Conditions(
+        "gsm", "choices", "7", sampling, "j", "exact_match", visible=None
+    )
+    assert comparison.conditions(made, "f1").metric == "f1"
+    api = of_system(made, base=ApiSpec(api="http://here", model="m", top_logprobs=20))
+    assert comparison.conditions(api).visible == 20
+    few = of_system(made, base=ApiSpec(api="http://here", model="m", top_logprobs=5))
+    assert not comparison.comparable([api, few]) and comparison.comparable([api, api])
+
+
+def test_the_models_of_a_run_are_told_without_words_and_alpha() -> None:
+    made = TRIO["base"]
+    model = ModelSpec(model="other")
+    for fields in (
+        {"alpha": parse_alpha(0.5)}, {"description": "d"}, {"data": {"gsm": "hub"}}, {"judges": {"gsm": "j"}},
+    ):  # fmt: skip
+        assert comparison.models_of(of_system(made, **fields)) == comparison.models_of(made)
+    for other in (
+        {"name": "x"}, {"base": model}, {"expert": model}, {"antiexpert": model}, {"tuned": model},
+        {"vocab": "intersect"},
+    ):  # fmt: skip
+        assert comparison.models_of(of_system(made, **other)) != comparison.models_of(made)
+
+
+def test_in_what_two_runs_differ() -> None:
+    one = run("base", 0.1)
+    assert comparison.unlike(one, one) == ""
+    other = run(
+        "base", 0.1, sampling=Sampling(temperature=0.5), data="hub", shots=3, mode="choices", model="m2",
+        data_sha256="ab" * 32,
+    )  # fmt: skip
+    other = changed(other, n=7, judge="j", headline="f1")
+    assert comparison.unlike(one, other) == (
+        "examples: 100 and 7; temperature: 0.0 and 0.5; data: generated and hub; shots: 0 and 3; "
+        "mode: generate and choices; judge: none and j; metric: exact_match and f1; "
+        "items: 000000000000 and abababababab; base.model: nowhere and m2"
+    )
+    vocab = of_system(one, vocab="intersect", name="x", alpha=parse_alpha(0.5))
+    assert comparison.unlike(vocab, one) == "name: x and tiny; vocab: intersect and strict"
+
+
+def test_apart_are_told_by_what_differs() -> None:
+    warm, other = Sampling(temperature=0.7), {"data_sha256": "1" * 64}
+    runs = [run("base", 0.1), run("base", 0.1, sampling=warm), changed(run("base", 0.1, shots=2), n=3)]
+    assert comparison.apart(runs) == [
+        "100 examples, temperature 0.0, shots 0", "100 examples, temperature 0.7, shots 0",
+        "3 examples, temperature 0.0, shots 2",
+    ]  # fmt: skip
+    named = changed(run("base", 0.1), headline="f1")
+    assert comparison.apart([run("base", 0.1), named]) == ["", ""], "their metric aside"
+    assert comparison.apart([run("base", 0.1), run("base", 0.1, **other)]) == [
+        "items 000000000000", "items 111111111111",
+    ]  # fmt: skip
+    both = [run("base", 0.1), run("base", 0.1, **other), run("base", 0.1, sampling=warm)]
+    assert comparison.apart(both) == [
+        "temperature 0.0, items 000000000000", "temperature 0.0, items 111111111111",
+        "temperature 0.7, items 000000000000",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("role", "first", "second", "told"),
+    [
+        ("base", {}, {"limit": 5}, ["limit none", "limit 5"]),
+        ("base", {}, {"data": "hub"}, ["data generated", "data hub"]),
+        ("base", {}, {"trace": "tokens"}, ["trace off", "trace tokens"]),
+        ("base", {"forced": " A"}, {"forced": " B"}, ["forced  A", "forced  B"]),
+        ("base", {}, {"forced": " B"}, ["", ""]),
+        ("base", {}, {"alpha": parse_alpha(0.5)}, ["", ""]),
+        ("base", {}, {"shots": 4}, ["", ""]),
+        ("proxy", {}, {"defer": 0.25}, ["defer none", "defer 0.25"]),
+        ("proxy", {}, {"alpha": parse_alpha(0.5)}, ["alpha 1", "alpha 0.5"]),
+        (
+            "proxy", {"alpha": parse_alpha(2), "limit": 3}, {"alpha": parse_alpha(2), "limit": 4},
+            ["alpha 2, limit 3", "alpha 2, limit 4"],
+        ),
+        ("tuned", {}, {"model": "m2"}, ["base.model nowhere", "base.model m2"]),
+    ],
+)  # fmt: skip
+def test_what_tells_runs_of_a_role_apart(
+    role: str, first: dict[str, Any], second: dict[str, Any], told: list[str]
+) -> None:
+    assert comparison.details([run(role, 0.5, **first), run(role, 0.5, **second)]) == told
+
+
+@pytest.mark.parametrize("place", SCORES)
+def test_a_gap_needs_a_whole_score_of_all_three(place: str) -> None:
+    for other in (over(TRIO[place], 99), changed(TRIO[place], metrics={}), changed(TRIO[place], judge="j")):
+        three = {**TRIO, place: other}
+        assert comparison.gap(three["base"], three["proxy"], three["tuned"], "exact_match") is None
+    swapped = comparison.gap(TRIO["tuned"], TRIO["proxy"], TRIO["base"], "exact_match")
+    assert swapped == pytest.approx(0.1), "(0.82 - 0.9) / (0.1 - 0.9)"

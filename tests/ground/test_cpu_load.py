@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from proxytune import cpu_load
-from proxytune.cpu_load import CpuLoad, advice
+from proxytune.cpu_load import CpuLoad, advice, read
 
 
 def load(cores: int = 2, waiting: float | None = 0.0, runnable: float = 0.0, machine: int = 2) -> CpuLoad:
@@ -57,3 +58,39 @@ def test_where_the_pressure_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_this_machine() -> None:
     found = CpuLoad(1, None, 0.0, 1).busy, cpu_load.read()
     assert found[0] is False and found[1].cores >= 1
+
+
+@pytest.mark.parametrize(
+    ("seen", "busy"),
+    [
+        (load(waiting=0.2), True),
+        (load(waiting=0.199, runnable=9.0), False),
+        (load(waiting=None, runnable=3.0), True),
+        (load(waiting=None, runnable=2.99), False),
+        (load(cores=1, waiting=None, runnable=3.0, machine=3), False),
+    ],
+)
+def test_from_when_on_a_cpu_is_busy(seen: CpuLoad, busy: bool) -> None:
+    assert seen.busy is busy
+
+
+def test_as_many_threads_as_cores_are_not_too_many() -> None:
+    assert advice(2, load(cores=2)) is None
+    assert advice(3, load(cores=2)) == (
+        "3 threads share 2 cores and wait for each other: --threads 2 is faster"
+    )
+
+
+def test_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`read` as it is, which other tests have replaced."""
+    pressure = tmp_path / "cpu"
+    pressure.write_text("some avg10=12.50 avg60=0.50\n")
+    monkeypatch.setattr(cpu_load, "PRESSURE", (pressure,))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 4, 5})
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.5, 2.5, 3.5))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert read() == CpuLoad(cores=3, waiting=0.125, runnable=1.5, machine_cores=8)
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert read().machine_cores == 1
+    pressure.unlink()
+    assert read().waiting is None

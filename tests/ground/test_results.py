@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from proxytune import results, run_files
-from proxytune.config import Sampling, parse_alpha
+from proxytune.config import ExpertSpec, ModelSpec, Sampling, parse_alpha
 from proxytune.errors import UserError
 from proxytune.records import Cost, Metric, Run
 from proxytune.results import RunFolder
@@ -260,3 +261,93 @@ def test_run_json_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match="File too large"):
         run_files.write_atomically(tmp_path / "x", b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("x", b"old")]
+
+
+# Settings and folders
+
+
+def test_settings_by_their_dotted_names() -> None:
+    experts = (ExpertSpec(model="e"), ExpertSpec(model="f", weight=0.5, antiexpert=ModelSpec(model="a")))
+    system = SYSTEM.model_copy(update={"experts": experts, "data": {"gsm": "hub"}})
+    found = results.settings(spec(system=system, sampling=Sampling(stop=("a", "\u00e9")), limit=3))
+    told = {
+        "task": "gsm", "role": "base", "alpha": "1", "limit": 3, "forced": None, "sampling.temperature": 0.0,
+        "sampling.stop": '["a", "\u00e9"]', "sampling.ban": "[]", "system.name": "tiny",
+        "system.base.model": "nowhere", "system.base.trust_remote_code": False, "system.data.gsm": "hub",
+        "system.experts.0.model": "e", "system.experts.1.model": "f", "system.experts.1.weight": 0.5,
+        "system.experts.1.antiexpert.model": "a", "system.experts.0.antiexpert": None, "system.expert": None,
+    }  # fmt: skip
+    assert {name: found[name] for name in told} == told
+    assert "system.experts" not in found and "system" not in found and "system.judges" not in found
+
+
+def folder_of(changes: dict[str, Any], label: str, sha256: str = "") -> str:
+    """The name of a folder: a label, and the beginning of the hash of what it is of."""
+    content = json.dumps({**changes, "data_sha256": sha256}, sort_keys=True).encode()
+    return f"{label}-{hashlib.sha256(content).hexdigest()[:8]}"
+
+
+def test_the_names_of_folders_stay_what_they_are(tmp_path: Path) -> None:
+    """Runs of before are found again: the label says what differs, the hash is of that and the data."""
+    for given, changes, label, sha256 in [
+        ({"limit": 5}, {"limit": 5}, "limit=5", ""),
+        ({"limit": 5, "shots": 2}, {"limit": 5, "shots": 2}, "limit=5,shots=2", ""),
+        ({"sampling": Sampling(seed=3)}, {"sampling.seed": 3}, "seed=3", ""),
+        ({"data": "a b.jsonl", "data_sha256": "7"}, {"data": "a b.jsonl"}, "data=a-b.jsonl", "7"),
+        ({"forced": " (x"}, {"forced": " (x"}, "forced=-x", ""),
+        ({"forced": "y" * 50}, {"forced": "y" * 50}, "forced=" + "y" * 33, ""),
+        ({"forced": "y" * 30 + "/-/z"}, {"forced": "y" * 30 + "/-/z"}, "forced=" + "y" * 30, ""),
+    ]:
+        made = results.folder_for(tmp_path, spec(**given), spec())
+        assert made == tmp_path / "tiny" / "gsm" / "base" / folder_of(changes, label, sha256)
+    plain = tmp_path / "tiny" / "gsm" / "base"
+    assert results.folder_for(tmp_path, spec(data_sha256="7"), spec()) == plain, "items alone change none"
+    odd = SYSTEM.model_copy(update={"name": "...", "description": "x"})
+    assert results.folder_for(tmp_path, spec(system=odd), spec(system=odd)).parts[-3] == "unnamed"
+
+
+def test_differences_are_told_from_there_to_here() -> None:
+    found = results.differences(spec(limit=3), spec(shots=2, sampling=Sampling(top_k=4)))
+    assert found == {"sampling.top_k": (0, 4), "limit": (3, None), "shots": (0, 2)}
+    half = spec(alpha=parse_alpha(0.5))
+    assert results.differences(spec(), half) == {}, "alpha is of the proxy"
+    roles = results.differences(spec(), spec(role="tuned", alpha=parse_alpha(0.5)))
+    assert roles == {"role": ("base", "tuned"), "alpha": ("1", "0.5")}
+    proxies = results.differences(spec(role="proxy"), spec(role="proxy", alpha=parse_alpha(0.5)))
+    assert proxies == {"alpha": ("1", "0.5")}
+    judged = SYSTEM.model_copy(update={"judges": {"gsm": "j"}})
+    assert results.differences(spec(), spec(system=judged)) == {}
+    named = SYSTEM.model_copy(update={"name": "other"})
+    assert results.differences(spec(), spec(system=named)) == {"system.name": ("tiny", "other")}
+
+
+def test_a_run_of_another_version_is_left_out_with_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, status in (("b", "done"), ("a", "done"), ("c", "running")):
+        with RunFolder.open(tmp_path / name, new()) as folder:
+            folder.append(row("x"))
+            if status == "done":
+                folder.finish(finished(folder), ["x"])
+    (tmp_path / "aa").mkdir()
+    (tmp_path / "aa" / results.RUN).write_text('{"schema_version": 99}')
+    assert [path.name for path, _ in results.find_runs(tmp_path)] == ["a", "b"]
+    said = capsys.readouterr().err
+    assert "note: left out: " in said and "has schema version 99; this proxytune reads version 1" in said
+
+
+def test_what_an_example_took_is_stored_with_digests_of_its_lines(tmp_path: Path) -> None:
+    traces = [{"id": "a", "sample": 1}, {"id": "a", "sample": 0}]
+    with RunFolder.open(tmp_path, new(trace="tokens")) as folder:
+        folder.append(row("a"), traces, {"seconds": 2.5})
+        [record] = [json.loads(line) for line in (tmp_path / results.COST).read_text().splitlines()]
+        assert folder.records == {"a": record} and folder.done == {"a"}
+    content = {
+        "id": "a", "seconds": 2.5,
+        "row": hashlib.sha256((tmp_path / results.PREDICTIONS).read_bytes()).hexdigest(),
+        "trace": hashlib.sha256((tmp_path / results.TRACE).read_bytes()).hexdigest(),
+    }  # fmt: skip
+    sealed = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    assert record == {**content, "sha256": sealed}
+    samples = [json.loads(line)["sample"] for line in (tmp_path / results.TRACE).read_text().splitlines()]
+    assert samples == [0, 1] and [one["sample"] for one in results.read_traces(tmp_path)] == [0, 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -342,3 +343,65 @@ def test_an_older_version_s_run_is_continued(tmp_path: Path) -> None:
         folder.append(row("b"), [{"id": "b", "sample": 0, "tokens": []}])
     with RunFolder.open(tmp_path, new(trace="tokens")) as folder:
         assert folder.done == {"a", "b"}
+
+
+def test_which_of_several_ids_is_told() -> None:
+    def line(name: str, text: str = "x") -> tuple[dict[str, Any], bytes]:
+        return {"id": name}, f"{name}{text}\n".encode()
+
+    def record(name: str, *own: bytes) -> dict[str, Any]:
+        return {"row": run_files.digest(b"".join(own)), "trace": run_files.digest(b"t")}
+
+    lines = [line("a"), line("b"), line("a", "y")]
+    records = {"a": record("a", b"ax\n", b"ay\n"), "b": record("b", b"bx\n")}
+    assert run_files.by_id(lines) == {"a": b"ax\nay\n", "b": b"bx\n"}
+    more = {**records, "c": {}, "d": {}}
+    assert run_files.problem_of(lines, records, "row", whole=True) is None
+    assert run_files.problem_of(lines, more, "row") is None
+    assert run_files.problem_of(lines, more, "row", whole=True) == "'c' is missing (and 1 more)"
+    del more["d"]
+    assert run_files.problem_of(lines, more, "row", whole=True) == "'c' is missing"
+    assert run_files.problem_of(lines, records, "trace") == "'a' is not what was stored"
+    twice = [*lines, line("b")]
+    assert run_files.problem_of(twice, records, "row") == "'b' is there twice"
+    assert run_files.problem_of([line("z")], records, "row") == "'z' is none that this run stored"
+    for length, shown in ((80, "n" * 80), (81, "n" * 80 + "...")):
+        assert run_files.problem_of([line("n" * length)], {}, "row") == (
+            f"'{shown}' is none that this run stored"
+        )
+
+
+def test_seals_are_of_the_files_and_all_else() -> None:
+    seal = run_files.seal_of({"n": 1}, {"a": "0"})
+    content = json.dumps([{"n": 1}, {"a": "0"}]).encode()
+    assert seal == {"files": {"a": "0"}, "sha256": run_files.digest(content)}
+    assert run_files.seal_of({"n": 2}, {"a": "0"}) != seal != run_files.seal_of({"n": 1}, {"a": "1"})
+    assert run_files.files_of(seal) == {"a": "0"}
+    for none in (None, [], {}, {"files": []}, {"files": {"../a": "0"}}):
+        assert run_files.files_of(none) == {}
+    record = run_files.sealed({"b": 1, "a": 2})
+    assert record["sha256"] == run_files.digest(b'{"a": 2, "b": 1}')
+    assert run_files.sealed({**record, "sha256": "other"}) == record and list(record) == ["b", "a", "sha256"]
+
+
+def test_lines_are_plain_json() -> None:
+    assert run_files.encode({"a": "\u00e9\ud800"}) == b'{"a": "\xc3\xa9\xed\xa0\x80"}\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run_files.encode({"a": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("number", "more"),
+    [
+        (errno.ENOSPC, True), (errno.EFBIG, True), (errno.EDQUOT, True), (errno.EACCES, False),
+        (errno.EROFS, False),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_a_disk(number: int, more: bool, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as raised, run_files.disk_errors_in_one_line(tmp_path / "x"):
+        raise OSError(number, "reason")
+    room = "; finished examples are kept: make room and run the same command again to continue"
+    assert str(raised.value) == f"cannot write '{tmp_path / 'x'}': reason{room if more else ''}"
+    assert str(run_files.damaged(Path("f"), "it is odd")) == (
+        "'f' is damaged: it is odd. Restore it, or delete the folder to run it again"
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from proxytune import yaml_files
 from proxytune.errors import UserError
 from proxytune.yaml_files import DEEPEST, MOST_BYTES, MOST_VALUES, read_yaml
 
@@ -64,3 +65,38 @@ def test_aliases_that_can_be_meant(tmp_path: Path) -> None:
     assert read_yaml(path) == {"base": b, "expert": b, "antiexpert": {"model": "x", "chat": "none"}}
     path.write_text(chained(DEEPEST - 5) + f"b: {'[' * 20}{']' * 20}")
     assert len(read_yaml(path)) == DEEPEST - 4
+
+
+def test_a_file_that_is_not_there_or_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^no file '.*none\.yaml'$"):
+        read_yaml(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match=r"^cannot read '.*': .*[Dd]irectory"):
+        read_yaml(tmp_path)
+    path = tmp_path / "system.yaml"
+    path.write_text("- a\n")
+    with pytest.raises(UserError, match=r"must hold a mapping of keys to values, not list$"):
+        read_yaml(path)
+
+
+def test_the_most_that_a_file_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mapping, its key and the list count too. The bounds are small here, for speed."""
+    path = tmp_path / "system.yaml"
+    assert (MOST_BYTES, MOST_VALUES, DEEPEST) == (100_000, 10_000, 32)
+    monkeypatch.setattr(yaml_files, "MOST_VALUES", 50)
+    monkeypatch.setattr(yaml_files, "MOST_BYTES", 200)
+    for text, says in [
+        (f"a: [{'1,' * 47}]", None),
+        (f"a: [{'1,' * 48}]", "more than 32 levels or 50 values"),
+        (f"a: {'x' * 197}", None),
+        (f"a: {'x' * 198}", "more than 200 bytes"),
+        ("a: " + "[" * 30 + "]" * 30, None),
+        ("a: " + "[" * 31 + "]" * 31, "more than 32 levels"),
+        ("a: &b [1, 2, 3]\nc: [" + "*b," * 10 + "]", None),
+        ("a: &b [1, 2, 3]\nc: [" + "*b," * 11 + "]", "50 values"),
+    ]:
+        path.write_text(text)
+        if says is None:
+            assert "a" in read_yaml(path)
+        else:
+            with pytest.raises(UserError, match=says):
+                read_yaml(path)

@@ -159,6 +159,13 @@ def test_a_side_that_always_wins_has_the_figure_worked_out_by_hand() -> None:
     assert always.value == pytest.approx(99.45, abs=0.1) and always.low is not None and always.low > 99
 
 
+def test_lengths_that_differ_by_one_character_count_too() -> None:
+    """The longer output always wins: between equal lengths the model's would lose."""
+    found = length_controlled_win_rate([0.0, 1.0, 0.0, 1.0], [5, 6, 5, 6], [5, 5, 5, 5])
+    assert found.value < 20
+    assert length_controlled_win_rate([1.0, 0.0, 1.0, 0.0], [5, 6, 5, 6], [5, 5, 5, 5]).value > 80
+
+
 def test_newer_annotations_are_read_back(tmp_path: Path) -> None:
     rows = [{**annotation(p), "raw_completion": {"logprobs": None}} for p in (1.9, 1.2, None)]
     report = score_file(TASK, Path(json_list(tmp_path / "annotations.json", rows)))

@@ -232,3 +232,58 @@ def test_the_interval_of_a_difference() -> None:
     assert found.value == pytest.approx(0.4)
     assert found.low == pytest.approx(0.4 - np.hypot(0.04, 0.03))
     assert found.high == pytest.approx(0.4 + np.hypot(0.03, 0.04))
+
+
+def test_an_interval_has_the_quantiles_of_two_thousand_resamples() -> None:
+    """The percentile bootstrap, written out: each draw is the mean of ten values with seed 0."""
+    values = [1.0] * 5 + [0.0] * 3 + [0.25] * 2
+    draws = np.random.default_rng(0).multinomial(10, [0.3, 0.2, 0.5], size=2000)
+    means = sorted((0.25 * quarter + one) / 10 for _, quarter, one in draws.tolist())
+
+    def quantile(q: float) -> float:
+        at = q * 1999
+        low = int(at)
+        return float(means[low] + (at - low) * (means[low + 1] - means[low]))
+
+    found = mean_metric(values)
+    assert (found.value, found.n, found.unit, found.of) == (0.55, 10, "share", None)
+    assert found.low == pytest.approx(quantile(0.025), abs=1e-12)
+    assert found.high == pytest.approx(quantile(0.975), abs=1e-12)
+    with pytest.raises(ValueError, match="the mean of no values"):
+        mean_metric([])
+
+
+def test_scores_that_are_lacking_are_counted_and_the_first_comes_first() -> None:
+    found = mean_metrics([{"b": 1.0}, {"a": None, "b": 0.0}, {"a": 0.5, "c": None}, {"a": 0.0, "b": None}])
+    assert list(found) == ["b", "a"], "a score that nobody has is left out"
+    assert {name: (one.value, one.n, one.of) for name, one in found.items()} == {
+        "b": (0.5, 2, 3), "a": (0.25, 2, 3),
+    }  # fmt: skip
+    assert mean_metrics([{"a": 1.0}, {"a": None}])["a"].of is None, "all examples should have it"
+
+
+def test_each_end_of_a_difference_has_the_two_ends_that_make_it() -> None:
+    """a - b is lowest where a is low and b is high: all four half widths are different here."""
+    a, b = Metric(value=0.5, low=0.4, high=0.7), Metric(value=0.25, low=0.2, high=0.65)
+    found = difference(a, b)
+    assert found.value == 0.25 and found.n is None
+    assert found.low == pytest.approx(0.25 - np.sqrt(0.1**2 + 0.4**2))
+    assert found.high == pytest.approx(0.25 + np.sqrt(0.2**2 + 0.05**2))
+    for bare in (
+        difference(Metric(value=0.5, low=0.4), b), difference(Metric(value=0.5, high=0.7), b),
+        difference(a, Metric(value=0.25, low=0.2)), difference(a, Metric(value=0.25, high=0.65)),
+    ):  # fmt: skip
+        assert (bare.value, bare.low, bare.high) == (0.25, None, None)
+    assert difference(b, a).value == -0.25
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "same"),
+    [
+        ("abc", "ABC", 1), ("ABC", "abc", 1), ("a-b.c", "abc", 1), ("abc", "a,b!c", 1), ("a b", "ab", 0),
+        (" abc", "abc", 0), ("7.5", "75", 1), ("", "...", 1), ("3", "4", 0),
+    ],
+)  # fmt: skip
+def test_both_texts_lose_case_and_punctuation(prediction: str, answer: str, same: float) -> None:
+    assert exact_match(prediction, answer) == same
+    assert numeric_equal("1e2", "100.0") == 1 and numeric_equal("3", "x") == numeric_equal("x", "3") == 0
