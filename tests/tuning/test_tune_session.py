@@ -310,7 +310,7 @@ class Table(nn.Module):
         """Logits of every position; zeros where its adapter is off."""
         assert attention_mask.shape == input_ids.shape and not use_cache
         logits = self.rows[input_ids] * (0.0 if self.off else 1.0)
-        before = torch.full((len(input_ids), self.virtual, logits.shape[-1]), 99.0)
+        before = torch.full((len(input_ids), 0 if self.off else self.virtual, logits.shape[-1]), 99.0)
         return SimpleNamespace(logits=torch.cat([before, logits], dim=1))
 
     @contextmanager
@@ -344,10 +344,10 @@ def test_the_loss_of_the_whole_proxy(losses: Any, apart: bool) -> None:
     for row, at, token in LEARNED:
         b, e, a = (m.rows[IDS[row][at]][:5] for m in (base, expert, antiexpert))
         logits = b + 1.5 * (e - (a if apart else 0.0))
-        total -= float(logits.log_softmax(-1)[token])
+        total -= logits.log_softmax(-1)[token].item()
         right += int(logits.argmax()) == token
     loss = trainer.compute_loss(expert, inputs())
-    assert float(loss) == pytest.approx(total / 3, abs=1e-5)
+    assert loss.item() == pytest.approx(total / 3, abs=1e-5)
     assert trainer._metrics["train"]["mean_token_accuracy"] == [pytest.approx(right / 3)]
     loss.backward()
     assert expert.rows.grad is not None and base.rows.grad is None and antiexpert.rows.grad is None
@@ -361,8 +361,8 @@ def test_the_loss_of_a_teacher(losses: Any) -> None:
     total = 0.0
     for row, at, _ in LEARNED:
         p, q = (m.rows[IDS[row][at]][:5].log_softmax(-1) for m in (teacher, expert))
-        total += float((p.exp() * (p - q)).sum())
-    assert float(trainer.compute_loss(expert, inputs())) == pytest.approx(total / 3, abs=1e-5)
+        total += (p.exp() * (p - q)).sum().item()
+    assert trainer.compute_loss(expert, inputs()).item() == pytest.approx(total / 3, abs=1e-5)
     assert list(trainer._metrics["train"]) == [] and len(trainer._metrics["eval"]["mean_token_accuracy"]) == 1
     assert teacher.rows.grad is None
 
@@ -374,7 +374,8 @@ def test_a_loss_is_over_the_tokens_of_all_batches_of_a_step(losses: Any) -> None
     def loss(count: Any, **more: Any) -> float:
         trainer = losses.ExpertTrainer(expert, **more)
         trainer.teacher = teacher
-        return float(trainer.compute_loss(expert, inputs(), False, count))
+        found: Tensor = trainer.compute_loss(expert, inputs(), False, count)
+        return found.item()
 
     total = 3 * loss(None)
     assert loss(12) == pytest.approx(total / 12) and loss(torch.tensor(12)) == pytest.approx(total / 12)
@@ -384,7 +385,7 @@ def test_a_loss_is_over_the_tokens_of_all_batches_of_a_step(losses: Any) -> None
     nothing = {**inputs(), "labels": torch.full((2, 4), NOT_LEARNED)}
     trainer = losses.ExpertTrainer(expert)
     trainer.teacher = teacher
-    assert float(trainer.compute_loss(expert, nothing)) == 0.0
+    assert trainer.compute_loss(expert, nothing).item() == 0.0
     assert trainer._metrics["train"]["mean_token_accuracy"] == [0.0]
 
 
