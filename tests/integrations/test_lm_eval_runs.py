@@ -244,6 +244,21 @@ def test_batch_sizes_of_lm_eval(given: Any, more: Any, batch: int | None) -> Non
     assert found.part(DecodeOptions) == DecodeOptions(**({} if batch is None else {"batch": batch}))
 
 
+class Silent(SystemLM):
+    """A model that answers nothing."""
+
+    def _loglikelihood_tokens(self, requests: Any, **_: object) -> list[Any]:
+        return []
+
+    def loglikelihood_rolling(self, requests: Any) -> list[Any]:
+        """Nothing."""
+        return []
+
+    def generate_until(self, requests: Any) -> list[Any]:
+        """Nothing."""
+        return []
+
+
 def named(**more: Any) -> str:
     """What lm-eval's cache tells a model apart by."""
     words = SimpleNamespace(chat_template=more.pop("template", None))
@@ -254,7 +269,7 @@ def named(**more: Any) -> str:
         names=lambda role: list(specs),
         tokenizer=lambda name: words, spec=specs.__getitem__,
     )  # fmt: skip
-    return str(SystemLM(models, more.pop("role", "proxy"), parse_alpha(more.pop("alpha", 1))).tokenizer_name)
+    return str(Silent(models, more.pop("role", "proxy"), parse_alpha(more.pop("alpha", 1))).tokenizer_name)
 
 
 def test_every_part_of_a_model_tells_its_cached_requests_apart() -> None:
