@@ -341,7 +341,7 @@ def test_truth_against_information() -> None:
     assert data(figure, "point", "published")[1]["label"] == (
         "paper, 13B; alpha 0.4; true 60.0%; informative 95.0%"
     )
-    assert data(figure, "point", "proxy")[0]["label"] == "tiny; alpha 0.5; true 25.0%; informative 75.0%"
+    assert data(figure, "point", "proxy")[0]["label"] == "tiny; alpha 0.5; true 25.0; informative 75.0"
     marks = [layer["layer"][0]["mark"] for layer in figure.layers if "layer" in layer]
     assert [mark["align"] for mark in marks] == ["right", "left", "left"], (
         "the first one's line rises to the right"

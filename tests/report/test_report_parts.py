@@ -183,27 +183,27 @@ def test_examples_in_one_line() -> None:
 # The paper's tables
 
 
-def coded(role: str, score: float, system: str = "llama2-13b-code", **more: Any) -> Run:
+def coded(role: str, score: float, system: str = "llama2-13b-code", n: int = 160, **more: Any) -> Run:
     """A run of humaneval with 160 of 164 problems scored."""
     sampling = recipes.TASKS["humaneval"].sampling
     made = run(role, score, system=system, task="humaneval", **{"sampling": sampling, **more})
-    metrics = {"pass@10": Metric(value=score, low=score - 0.0625, high=score + 0.0625, n=160)}
+    metrics = {"pass@10": Metric(value=score, low=score - 0.0625, high=score + 0.0625, n=n)}
     return made.model_copy(update={"metrics": metrics, "headline": "pass@10", "n": 164})
 
 
 def test_our_figures_stand_under_the_papers() -> None:
     recipe, paper = recipes.load_recipe("table4"), read_paper()
     waiting = coded("base", 0.25).model_copy(update={"metrics": {}, "headline": "not_run"})
-    changed = coded("proxy", 0.5, shots=2, alpha=parse_alpha(0.5))
+    changed = coded("proxy", 0.5, "llama2-70b-code", shots=2, alpha=parse_alpha(0.5))
     runs = recipes.runs_by_key([waiting, changed, coded("tuned", 0.75, "mine"), coded("base", 0.5, "mine")])
     columns, rows = paper_tables.side_by_side(recipe, paper, runs)
     assert columns == ["size", "as", "HumanEval (CodexEval)", "DS-1000"]
     cell = {(row[0], row[1]): row[2].split("\n") for row in rows}
     assert cell["13B", "base"][1] == "ours: not executed, n = 164"
-    assert cell["13B", "proxy"][1] == "ours 50.0 [43.8, 56.2], n = 160 of 164, shots 2, alpha 0.5"
+    assert cell["70B", "proxy"][1] == "ours 50.0 [43.8, 56.2], n = 160 of 164, shots 2, alpha 0.5"
     assert cell["mine", "tuned"] == ["ours 75.0 [68.8, 81.2], n = 160 of 164"]
     assert [row[:2] for row in rows[-2:]] == [["mine", "base"], ["mine", "tuned"]], "roles that have runs"
-    assert len(cell["70B", "proxy"]) == 1 and all("ours" not in row[3] for row in rows)
+    assert len(cell["13B", "proxy"]) == 1 and all("ours" not in row[3] for row in rows)
     unjudged = coded("base", 0.25).model_copy(update={"metrics": {}, "headline": "other"})
     assert paper_tables._ours(
         recipe, recipes.published_lines(recipe, paper)[1], 0, recipes.runs_by_key([unjudged])
@@ -225,7 +225,7 @@ def test_printed_figures_that_differ_are_shown(stored: float | None, printed: fl
 def test_the_gap_in_one_line() -> None:
     recipe, paper = recipes.load_recipe("table4"), read_paper()
     runs = recipes.runs_by_key(
-        [coded(role, s, "mine") for role, s in (("base", 0.25), ("proxy", 0.5), ("tuned", 0.75))]
+        [coded(role, s, "mine", 164) for role, s in (("base", 0.25), ("proxy", 0.5), ("tuned", 0.75))]
     )
     assert paper_tables.gaps(recipe, paper, runs) == (
         "Gap closed, mean over the columns, not capped: ours 50.00% (mine, 1 of 2 columns)."

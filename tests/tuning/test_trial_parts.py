@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 from proxytune.config import ModelSpec, load_system
+from proxytune.demo import corpus, world
 from proxytune.errors import UserError
 from proxytune.records import Completion, Metric
+from proxytune.tuning import demo_models
 from proxytune.tuning.options import TuneOptions
 from proxytune.tuning.trials import demo_methods, fact_probing, paper_tables, superglue
 from proxytune.tuning.trials import demo_trainings as demo
@@ -211,7 +216,7 @@ def test_a_step_has_the_papers_examples_on_any_number_of_devices(
     given = dict(pairwise(words))
     assert (
         given["--settings"] == "triviaqa-full"
-        and given["--data"] == "t.json"
+        and given["--data"] == "triviaqa:t.json"
         and given["--dtype"] == "float32"
     )
     assert (given["--limit"], given["--max-steps"]) == ("9", "3")
@@ -277,3 +282,112 @@ def test_parameters_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert paper_tables.parameters_of(ModelSpec(model="away")) is None
     name = "meta-llama/Llama-2-13b-hf"
     assert paper_tables.parameters_of(ModelSpec(model=name)) == paper_tables.cost.PUBLISHED[name][0]
+
+
+# The demo's trainings
+
+
+def test_where_a_training_of_the_demo_is_and_what_it_is_told(tmp_path: Path) -> None:
+    case = demo.CASES["lora through base"]
+    assert case.folder(tmp_path, demo.SMALL, 3e-3, 2) == (
+        tmp_path / "trained" / "lora-through-base-antiexpert-0.003-seed-2"
+    )
+    told = case.options(tmp_path / "d.jsonl", 3e-3, 2)
+    assert told == TuneOptions(
+        data=str(tmp_path / "d.jsonl"), learning_rate=3e-3, seed=2, batch=8, epochs=1.0, warmup=0.1,
+        base="demo://base", rank=16, through="base",
+    )  # fmt: skip
+    assert demo.CASES["p-tuning"].options(Path("d"), 1.0, 0).epochs == 8.0
+    assert {name: one.measured_as for name, one in demo.CASES.items()} == {
+        name: "proxy" if name == "lora through base" else "expert" for name in demo.CASES
+    }
+
+
+def test_the_systems_of_the_demo_s_trainings() -> None:
+    small = ModelSpec(model="demo://antiexpert", dtype="float32", quantization="4bit")
+    for result in ("adapter", "weights"):
+        record: Any = SimpleNamespace(result=result, antiexpert=small)
+        steered, large = demo.demo_system("n", record, Path("f")), demo.large_system("n", Path("f"), record)
+        assert steered.antiexpert == small and steered.base == large.base
+        assert large.base == ModelSpec(model="demo://base", dtype="float32")
+        assert steered.judges == large.judges == {"truthfulqa": "none"}
+        if result == "adapter":
+            assert steered.expert == ModelSpec(adapter="f", chat="llama2")
+            assert large.tuned == small.model_copy(update={"adapter": "f", "chat": "llama2"})
+        else:
+            assert steered.expert == large.tuned == ModelSpec(model="f", dtype="float32", chat="llama2")
+
+
+def test_examples_of_the_demo_s_trainings_are_prompts_and_what_is_learned(tmp_path: Path) -> None:
+    path = demo.write_examples(tmp_path / "x")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 240 and all(row["prompt"].startswith("[INST] ") for row in rows)
+    sums, told = rows[0], rows[120]
+    assert sums["prompt"].endswith("[/INST] Answer:") and sums["completion"].startswith(" Exactly ")
+    assert "<<SYS>>" in told["prompt"] and told["completion"].startswith(" The almanac says")
+    path.write_text("kept")
+    assert demo.write_examples(tmp_path / "x").read_text() == "kept"
+    dev = demo.write_dev(tmp_path / "y", 3)
+    assert {task: len(file.read_text().splitlines()) for task, file in dev.items()} == {
+        "gsm": 3, "truthfulqa": 3,
+    }  # fmt: skip
+    assert json.loads(dev["gsm"].read_text().splitlines()[0]) == world.rows("gsm", "dev", 1)[0]
+
+
+# The build of the demo's models
+
+
+def test_the_build_is_that_of_the_committed_weights() -> None:
+    """What demo_build.json says of them; a change here needs them trained anew."""
+    built = json.loads((demo_models.WEIGHTS / "demo_build.json").read_text())
+    assert built["pretraining"] == {
+        "documents": asdict(corpus.Amounts()), **demo_models.PRETRAINING.model_dump(),
+    }  # fmt: skip
+    assert built["tuning"] == {
+        "examples": asdict(corpus.TuningAmounts()), "rate": demo_models.TUNING_RATE,
+        **demo_models.TUNING.model_dump(exclude={"seed"}),
+    }  # fmt: skip
+    assert built["spread"] == demo_models.spread(built["by_tuning_seed"]) and built["split"] == "dev"
+    assert len(built["by_tuning_seed"]) == len(demo_models.TUNING_SEEDS)
+    first = next(iter(built["by_tuning_seed"][0].values()))
+    assert {f"proxy alpha={alpha}" for alpha in demo_models.VARIANTS} <= first.keys()
+
+
+@pytest.mark.parametrize("name", ["base", "antiexpert", "expert", "tuned", "mid-tuned"])
+def test_the_shapes_are_those_of_the_committed_weights(name: str) -> None:
+    shape = demo_models.SHAPES[demo_models.TUNED.get(name, name)]
+    words = AutoTokenizer.from_pretrained(demo_models.WEIGHTS / name)
+    with torch.device("meta"):
+        made = demo_models.new_model(shape, words).config.to_dict()
+    stored = json.loads((demo_models.WEIGHTS / name / "config.json").read_text())
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "initializer_range",
+        "bos_token_id", "eos_token_id", "pad_token_id",
+    )  # fmt: skip
+    assert {key: made[key] for key in names} == {key: stored[key] for key in names}
+    assert words.model_max_length == demo_models.CONTEXT == stored["max_position_embeddings"]
+    assert (words.bos_token, words.eos_token, words.pad_token) == (
+        demo_models.BOS, demo_models.EOS, demo_models.PAD,
+    )  # fmt: skip
+
+
+def test_the_system_of_a_build_and_what_can_be_measured() -> None:
+    made = demo_models.system_in(Path("p"), Path("t"))
+    found = {role: getattr(made, role) for role in made.roles if role != "proxy"}
+    assert {role: (spec.model, spec.chat) for role, spec in found.items()} == {
+        "base": (str(Path("p/base")), "none"), "antiexpert": (str(Path("p/antiexpert")), "none"),
+        "expert": (str(Path("t/expert")), "llama2"), "tuned": (str(Path("t/tuned")), "llama2"),
+    }  # fmt: skip
+    assert made.judges == {"toxigen": str(Path("p") / demo_models.JUDGE)}
+    box: Any = object()
+    assert "humaneval" not in demo_models.Measuring(1, Path(), None).tasks
+    assert demo_models.Measuring(1, Path(), box).tasks == world.TASKS
+    seeds: list[Any] = [
+        {"gsm": {"a": 0.5, "b": 0.0}},
+        {"gsm": {"a": 0.25, "b": None}},
+        {"gsm": {"a": 0.75, "b": 1.0}},
+    ]
+    assert demo_models.spread(seeds) == {"gsm": {"a": [0.25, 0.5, 0.75]}}
+    for text in ("pass", " pass"):
+        assert text in demo_models.banned_texts()
