@@ -21,7 +21,13 @@ try:
     from proxytune.server import app as routes
     from proxytune.server.answers import streams
     from proxytune.server.answers.calls import CallReader, PromptHead, ServedCall, conversation_of
-    from proxytune.server.answers.protocol import ChatBody, CompletionBody, TokenizeBody
+    from proxytune.server.answers.protocol import (
+        IGNORED,
+        NEUTRAL,
+        ChatBody,
+        CompletionBody,
+        TokenizeBody,
+    )
     from proxytune.server.answers.writing import LEAST, Writer
     from proxytune.server.faults import LONGEST, RequestFault, broken, leaving
     from proxytune.server.work.jobs import ServedJob, TextToScore
@@ -200,6 +206,63 @@ def test_a_text_or_a_conversation_is_tokenised(body: Any) -> None:
     with pytest.raises(ValueError, match="give either 'prompt' or 'messages'"):
         TokenizeBody.model_validate(body)
     assert TokenizeBody.model_validate({"prompt": ""}).add_special_tokens is True
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL))
+def test_fields_that_are_not_supported_are_taken_with_values_that_change_nothing(name: str) -> None:
+    for value in NEUTRAL[name]:
+        assert completion(**{name: value}) == completion()
+        assert chat(**{name: value}) == chat()
+    for value in ("something", 0.5, {"a": 1}):
+        with pytest.raises(ValueError, match=f"'{name}' is not supported: leave it out"):
+            completion(**{name: value})
+    if name.endswith("_penalty"):
+        with pytest.raises(ValueError, match=f"'{name}' is not supported"):
+            completion(**{name: False})
+
+
+def test_fields_of_openai_that_have_no_part_in_an_answer() -> None:
+    assert {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"} == IGNORED
+    assert completion(**dict.fromkeys(IGNORED, "x")) == completion()
+    for more in ({"nothing": 1}, {"messages": []}, {"stream_options": {"include_obfuscation": True}}):
+        with pytest.raises(ValueError, match=r"nothing|messages|'include_obfuscation' is not supported"):
+            completion(**more)
+    assert completion(stream_options={"include_obfuscation": False}).stream_options is not None
+
+
+def test_the_defaults_of_a_request() -> None:
+    usual = {
+        "model": "m", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "n": 1, "min_tokens": 0,
+        "seed": None, "stop": None, "stream": False, "stream_options": None, "alpha": None,
+        "proxytune_trace": False,
+    }  # fmt: skip
+    assert completion().model_dump() == usual | {
+        "prompt": "ab", "max_tokens": 16, "proxytune_format": "plain", "echo": False, "logprobs": None,
+    }  # fmt: skip
+    assert chat().model_dump() == usual | {
+        "messages": [{"role": "user", "content": "ab"}], "max_tokens": None, "max_completion_tokens": None,
+        "logprobs": False, "top_logprobs": None, "continue_final_message": False,
+    }  # fmt: skip
+    parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    assert ChatBody.model_validate({"model": "m", "messages": [parts]}).messages[0].text == "ab"
+
+
+@pytest.mark.parametrize(
+    ("field", "good", "bad"),
+    [
+        ("temperature", (0, 100), (-0.1, 100.1)), ("top_p", (0.01, 1), (0, 1.01)),
+        ("top_k", (-1, 2**63 - 1), (-2,)), ("logprobs", (0, 20), (-1, 21)),
+        ("min_p", (0, 1), (-0.1, 1.1)), ("n", (1,), (0,)), ("min_tokens", (0,), (-1,)),
+        ("max_tokens", (0,), (-1,)),
+        ("seed", (-(2**63), 2**63 - 1), (2**63,)), ("model", ("x" * 300,), ("x" * 301,)),
+    ],
+)  # fmt: skip
+def test_the_bounds_of_fields(field: str, good: tuple[Any, ...], bad: tuple[Any, ...]) -> None:
+    for value in good:
+        assert getattr(completion(**{field: value}), field) == value
+    for value in bad:
+        with pytest.raises(ValueError, match=field):
+            completion(**{field: value})
 
 
 # How it is written

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +15,13 @@ import pytest
 from proxytune.config import System, parse_alpha
 from proxytune.decoding.open_batch import Piece, ScoredText
 from proxytune.errors import UserError
-from proxytune.options import ServeOptions
+from proxytune.options import DecodeOptions, ServeOptions
 from tests.support.letter_batch import LetterBatch, sent
 from tests.support.require import require_or_skip
 
 try:
     from proxytune.server import app as routes
-    from proxytune.server import guards
+    from proxytune.server import guards, run
     from proxytune.server.faults import RequestFault
     from proxytune.server.guards import ApiKey, Guard
     from proxytune.server.keys import read_key
@@ -414,6 +416,66 @@ def test_after_the_deadline_everything_ends() -> None:
     again._run()
     away = JobFault("the server shuts down", leaving=True)
     assert (scored, WHOLE, away) in posted_end and (decoded, WHOLE, away) in posted_end
+
+
+# The process
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "shown", "warned"),
+    [
+        ("127.0.0.1", None, "127.0.0.1", False), ("0.0.0.0", None, "0.0.0.0", True),
+        ("0.0.0.0", "k" * 8, "0.0.0.0", False),
+        ("::1", None, "[::1]", False),
+    ],
+)  # fmt: skip
+def test_what_is_said_where_a_server_starts(
+    host: str, key: str | None, shown: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, ran = list[str](), list[Any]()
+    if key is None:
+        monkeypatch.delenv("PROXYTUNE_API_KEY", raising=False)
+    else:
+        monkeypatch.setenv("PROXYTUNE_API_KEY", key)
+    made = SimpleNamespace(
+        service=SimpleNamespace(models={"s": "proxy", "s/base": "base"}), run=lambda **how: ran.append(how)
+    )
+    told = list[Any]()
+    monkeypatch.setattr(run, "server_of", lambda call, secret: told.append(secret) or made)
+    monkeypatch.setattr(run, "_settle_memory", lambda: None)
+    socket = SimpleNamespace(getsockname=lambda: (host, 4321))
+
+    @contextmanager
+    def listening(options: ServeOptions) -> Any:
+        yield socket
+
+    monkeypatch.setattr(run, "listening", listening)
+    models: Any = SimpleNamespace(system=DEMO)
+    run.serve(
+        run.ServeCall(models, ServeOptions(host=host, roles="base"), DecodeOptions(), False, said.append)
+    )
+    assert said[-1] == f"serving s, s/base at http://{shown}:4321" and (len(said) == 2) is warned
+    assert not warned or said[0].startswith(
+        f"warning: whoever reaches {host}:4321 can use it: set PROXYTUNE_API_KEY"
+    )
+    assert told == [key] and ran == [{"sockets": [socket]}]
+
+
+def test_the_proxy_is_loaded_first() -> None:
+    system = System.model_validate({
+        "name": "s", **{role: {"model": role} for role in ("base", "expert", "antiexpert", "tuned")},
+    })  # fmt: skip
+    assert run.served_roles(system, None) == ("proxy", "base", "antiexpert", "expert", "tuned")
+    assert run.served_roles(system, " tuned,base, tuned") == ("tuned", "base")
+
+
+def test_a_signal_drains_once() -> None:
+    made = service(shutdown_seconds=5.0)
+    made.drain()
+    first = made._engine._inbox.get_nowait()
+    made.drain()
+    assert made.draining and made._engine._inbox.empty() and isinstance(first, Deadline)
+    assert first.at == pytest.approx(time.monotonic() + 5.0, abs=1.0)
 
 
 # Figures and pages
