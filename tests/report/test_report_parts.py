@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from proxytune.config import Sampling, parse_alpha
+from proxytune.errors import UserError
 from proxytune.paper import recipes
 from proxytune.paper.published import read_paper
 from proxytune.records import Completion, Metric, Run, TaskFacts, TracedToken
@@ -153,6 +155,49 @@ def test_the_control_of_a_sweep_is_a_forced_base_on_its_items() -> None:
     whole = replace(inputs(run("proxy", 0.5)), found=tuple(found))
     assert sections._control(whole, swept) == Path("r") / "control"
     assert sections._control(replace(whole, found=tuple(found[:4])), swept) is None
+
+
+def test_tokens_are_ranked_by_the_largest_count_that_leaves_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: Any = SimpleNamespace(folder=Path("f"))
+
+    def ranked(counts: dict[int, int]) -> int | None:
+        def ngrams(folder: Path, min_count: int, top: int) -> Any:
+            assert top == 60
+            if counts[min_count] < 0:
+                raise UserError("no token is as frequent")
+            return SimpleNamespace(min_count=min_count, rows=(None,) * counts[min_count])
+
+        monkeypatch.setattr(sections.tokens, "ngrams", ngrams)
+        found = sections._ngrams(chosen)
+        return None if found is None else found.min_count
+
+    assert ranked({100: 8, 30: 9, 10: 9, 3: 9}) == 100 and ranked({100: -1, 30: 7, 10: 8, 3: 9}) == 10
+    assert ranked({100: -1, 30: 1, 10: 2, 3: 0}) == 3 and ranked(dict.fromkeys((100, 30, 10, 3), -1)) is None
+
+
+def test_a_sweep_is_drawn_from_three_alphas_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = list[Any]()
+    monkeypatch.setattr(sections.sweeps, "find_sweeps", lambda root: [Path("a"), Path("b")])
+    monkeypatch.setattr(sections.findings, "on_alpha", lambda found: f"{len(found)} sweeps")
+    monkeypatch.setattr(sections, "sweep_figures", lambda one: drawn.append(one) or [])
+    values = {Path("a"): (0.0, None, 1.0), Path("b"): (0.0, 0.5, 1.0)}
+    monkeypatch.setattr(
+        sections.sweeps,
+        "sweep",
+        lambda f: SimpleNamespace(points=[SimpleNamespace(value=v) for v in values[f]]),
+    )
+    sections.alpha_section(inputs(run("proxy", 0.5)))
+    assert [[p.value for p in one.points] for one in drawn] == [[0.0, 0.5, 1.0]]
+
+
+def test_what_does_not_fit_is_left_out_with_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    def make(folder: Path) -> str:
+        if folder.name == "bad":
+            raise UserError("it does not fit")
+        return folder.name
+
+    assert [sections.attempt(make, Path(name)) for name in ("good", "bad")] == ["good", None]
+    assert capsys.readouterr().err == "note: left out of the page: it does not fit\n"
 
 
 def test_a_part_has_its_first_figures_open() -> None:

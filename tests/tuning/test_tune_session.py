@@ -9,7 +9,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -136,6 +136,92 @@ def test_a_record_is_begun_with_all_that_is_known(tmp_path: Path) -> None:
     (tmp_path / "training.json").rename(tmp_path / "other.json")
     with pytest.raises(UserError, match="is not empty and holds no training"):
         session._read_own(job(), tmp_path)
+
+
+class Owner:
+    """In the place of a folder's owner: says what is done with it."""
+
+    told: ClassVar[list[str]] = []
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda: Owner.told.append(name)
+
+
+@pytest.mark.parametrize(
+    ("first", "status", "done", "shown"),
+    [
+        (True, None, ["room", "take", "train", "release"], True),
+        (True, "unfinished", ["room", "take", "train", "release"], True),
+        (True, "finished", ["tidy", "release"], None), (False, None, ["train"], False),
+        (False, "unfinished", ["train"], False), (False, "finished", [], None),
+    ],
+)  # fmt: skip
+def test_who_trains_and_what_is_read(
+    first: bool,
+    status: Any,
+    done: list[str],
+    shown: bool | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    there = None if status is None else session._begun(job()).model_copy(update={"status": status})
+    trained = list[Any]()
+
+    def train(*given: Any) -> str:
+        Owner.told.append("train")
+        trained.append(given[1:])
+        return "trained"
+
+    Owner.told.clear()
+    monkeypatch.setattr(session, "is_first", lambda: first)
+    monkeypatch.setattr(session, "FolderOwner", Owner)
+    monkeypatch.setattr(session, "_read_own", lambda job, out: there)
+    monkeypatch.setattr(session, "_train", train)
+    monkeypatch.setattr(MemoryEstimate, "require_room", lambda self: Owner.told.append("room"))
+    found: Any = session.tune(job(), tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir() and Owner.told == done
+    assert found == (there if shown is None else "trained")
+    assert trained == ([] if shown is None else [(tmp_path / "a" / "b", there, shown)])
+
+
+@pytest.mark.parametrize(("first", "resumed"), [(True, False), (True, True), (False, True)])
+def test_what_a_training_records(
+    first: bool, resumed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    state = SimpleNamespace(
+        log_history=[{"step": 1, "loss": 2.5}], global_step=40, max_steps=41, epoch=1.234567,
+        num_input_tokens_seen=98765.0,
+    )  # fmt: skip
+    began, systems = list[Any](), list[Any]()
+    trainer = SimpleNamespace(state=state, train=lambda **how: began.append(how))
+    watch = SimpleNamespace(seconds=61.23456, cpu_seconds=50.98765, before_bytes=11)
+    monkeypatch.setattr(session, "is_first", lambda: first)
+    monkeypatch.setattr(session, "newest", lambda out: tmp_path / "checkpoint-3" if resumed else None)
+    monkeypatch.setattr(session, "_trainer", lambda *given: (trainer, watch))
+    monkeypatch.setattr(session, "_write_result", lambda *given: 30)
+    monkeypatch.setattr(session, "peak_bytes", lambda: 77)
+    monkeypatch.setattr(session, "write_system", lambda *given: systems.append(given))
+    (tmp_path / "checkpoints").mkdir()
+    there = session._begun(job()).model_copy(update={"resumed": 4}) if resumed else None
+    made = session._train(job(), tmp_path, there, True)
+    assert began == [{"resume_from_checkpoint": str(tmp_path / "checkpoint-3") if resumed else None}]
+    assert made.model_dump(include={
+        "status", "steps", "epochs", "best_step", "stopped_early", "seconds", "cpu_seconds", "tokens_seen",
+        "peak_bytes", "before_bytes", "resumed",
+    }) == {
+        "status": "finished", "steps": 40, "epochs": 1.2346, "best_step": 30 if first else None,
+        "stopped_early": True, "seconds": 61.235, "cpu_seconds": 50.988, "tokens_seen": 98765,
+        "peak_bytes": 77, "before_bytes": 11, "resumed": 5 if resumed else 0,
+    }  # fmt: skip
+    assert made.curve[0].loss == 2.5 and (tmp_path / "checkpoints").exists() is not first
+    assert read_training(tmp_path) == (made if first else None)
+    own = job()
+    assert systems == ([(own.spec, own.base, "adapter", own.options, tmp_path)] if first else [])
+    state.global_step = 41
+    assert session._train(job(), tmp_path, there, True).stopped_early is False
 
 
 def trainer_at(best: Path | None, best_step: int, step: int, saved: list[Any]) -> Any:
