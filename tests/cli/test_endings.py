@@ -16,13 +16,23 @@ import typer
 
 from proxytune import __version__
 from proxytune.cli import app as cli
+from proxytune.cli import console
 from proxytune.cli.chat import lines as chat_lines
 from proxytune.cli.chat.session import ChatSession
-from proxytune.cli.commands import systems
+from proxytune.cli.commands import evaluate, systems
 from proxytune.cli.options import OptionGroup, build, option_name
 from proxytune.config import parse_alpha
 from proxytune.errors import UserError
-from proxytune.options import DecodeOptions, RunOptions
+from proxytune.options import (
+    ApiOptions,
+    DecodeOptions,
+    EngineOptions,
+    JudgeOptions,
+    RayOptions,
+    RunOptions,
+)
+from proxytune.runs import evaluation
+from proxytune.tasks import TASKS
 from tests.support.command_line import proxytune
 
 # How a command ends
@@ -115,6 +125,71 @@ def test_a_group_is_its_record_or_what_was_given() -> None:
     by_name = {one.name: one for one in left.parameters()}
     assert by_name["limit"].default == 5 and by_name["shots"].default == RunOptions().shots
     assert all(one.default is None for one in changes.parameters())
+
+
+@pytest.mark.parametrize(
+    ("words", "read"),
+    [
+        ([], []), (["--trace"], ["--trace", "tokens"]), (["--trace", "off"], ["--trace", "off"]),
+        (["--trace", "agreement"], ["--trace", "agreement"]),
+        (["--trace", "--limit", "3"], ["--trace", "tokens", "--limit", "3"]),
+        (["--ray"], ["--ray", "local"]), (["--ray", "auto"], ["--ray", "auto"]),
+        (["--ray", "local"], ["--ray", "local"]), (["--ray", "host:123"], ["--ray", "host:123"]),
+        (["--ray", "--workers", "2"], ["--ray", "local", "--workers", "2"]), (["tokens"], ["tokens"]),
+    ],
+)  # fmt: skip
+def test_options_that_may_come_without_a_value(
+    words: list[str], read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate.TyperCommand, "parse_args", lambda self, ctx, args: args)
+    assert evaluate.EvalCommand("eval").parse_args(None, words) == read
+
+
+def test_sampling_that_was_given_stands_in_place_of_the_task_s() -> None:
+    usual = RunOptions(limit=3)
+    assert evaluate.with_sampling("gsm", usual, {}) is usual
+    changed = evaluate.with_sampling("gsm", usual, {"temperature": 0.5})
+    own = TASKS["gsm"].sampling
+    assert changed.limit == 3 and changed.sampling == own.model_copy(update={"temperature": 0.5})
+    with pytest.raises(UserError, match="--temperature -1"):
+        evaluate.with_sampling("gsm", usual, {"temperature": -1.0})
+
+
+@pytest.mark.parametrize(("task", "sandbox", "said"), [
+    ("gsm", None, ""), ("humaneval", None, f"note: {console.NOT_ALLOWED}\n"),
+    ("humaneval", SimpleNamespace(backend="bwrap", warning="weak"),
+     "code runs in the sandbox 'bwrap'\nwarning: weak\n"),
+    ("humaneval", SimpleNamespace(backend="bwrap", warning=""), "code runs in the sandbox 'bwrap'\n"),
+])  # fmt: skip
+def test_a_base_behind_an_api_has_the_judge_s_price_and_limit(
+    task: str, sandbox: Any, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = list[Any]()
+
+    def prepare(*given: Any) -> Any:
+        made.append(given)
+        return SimpleNamespace(check=lambda: made.append("checked"), sandbox=sandbox)
+
+    monkeypatch.setattr(evaluation, "Evaluation", prepare)
+    judge = JudgeOptions(yes=True, max_cost=2.5, price="1,2")
+    models: Any = SimpleNamespace(system="s")
+    evaluate.prepared(models, task, RunOptions(limit=3), DecodeOptions(batch=5), judge, ApiOptions())
+    (system, named, run, decode, judged, _, given), checked = made
+    assert (system, named, run.limit, decode.batch, judged, given) == ("s", task, 3, 5, judge, models)
+    assert (decode.api.yes, decode.api.max_cost, decode.api.price) == (True, 2.5, judge.price)
+    assert checked == "checked" and capsys.readouterr().err == said
+
+
+def test_workers_are_asked_for_with_ray() -> None:
+    asked: Any = SimpleNamespace(
+        system=SimpleNamespace(endpoint=None), options=SimpleNamespace(trace="off", defer=None)
+    )
+    assert evaluate.decoded_by(asked, EngineOptions(), RayOptions()) is asked
+    with pytest.raises(UserError, match="--workers and --gpus-per-worker are of --ray"):
+        evaluate.on_workers(asked, RayOptions(workers=3))
+    asked.system.endpoint = object()
+    with pytest.raises(UserError, match="a base behind an API is asked by one process"):
+        evaluate.on_workers(asked, RayOptions(ray="local"))
 
 
 # Conversations
