@@ -192,6 +192,8 @@ def test_left_and_right_of_equations() -> None:
     ]  # fmt: skip
     assert ours[0]["label"] == "the paper's rule, right of the equals sign; 25.00 points; 40 tokens"
     assert [d["value"] for d in data(figure, "point", "published")] == [-50, 10]
+    drawn = [layer["mark"] for layer in figure.layers if layer.get("mark", {}).get("type") == "point"]
+    assert [mark["filled"] for mark in drawn] == [True, True, False], "published points are hollow"
     # 50 / 6 = 8.3 points apart is enough for a word on either side
     assert texts(figure) == ["right", "left", "left 1.00, right 2.00", "left", "right"]
     sides = [layer["layer"][0]["mark"]["align"] for layer in figure.layers if "layer" in layer]

@@ -216,6 +216,7 @@ def test_a_score_is_drawn_against_what_it_costs() -> None:
     x = memory.layers[0]["encoding"]["x"]
     assert x["scale"]["domain"] == pytest.approx([2 / 1.6, 9 * 1.9]) and x["axis"]["values"] == [2, 5, 10]
     assert memory.layers[0]["encoding"]["y"]["scale"]["domain"] == [-4, 106]
+    assert memory.layers[0]["encoding"]["y"]["axis"]["values"] == [0, 20, 40, 60, 80, 100]
     assert values(memory, "label")[-1] == "proxy; 82.0 [77.0, 87.0]; 100 examples; 9 MB"
     assert values(time, "label")[0] == "base; 10.0 [5.0, 15.0]; 100 examples; 0.8 ms per token"
     assert memory.caption == "up and to the left is better; lines are 95% intervals"

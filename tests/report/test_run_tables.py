@@ -308,6 +308,8 @@ def test_the_readmes_lines_are_whole_and_in_order() -> None:
     assert lines[0] == "| task | base | expert | proxy | tuned | n |"
     assert [one.split()[1] for one in lines[2:]] == ["gsm", "truthfulqa"], "no task of its own, nor two n"
     assert len(tables.readme_table(four("gsm", data="plumbing")).splitlines()) == 2, "smoke data is no figure"
+    two = [*four("gsm"), run("proxy", 0.3, system="demo", alpha=parse_alpha("0.5"))]
+    assert len(tables.readme_table(two).splitlines()) == 2, "which of two proxies is shown would be chance"
 
 
 def test_the_runs_that_a_table_is_about(tmp_path: Path) -> None:
