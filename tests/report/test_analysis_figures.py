@@ -179,6 +179,9 @@ def test_left_and_right_of_equations() -> None:
     found = tokens.Equations(source=source(), responses=9, responses_with=7, rows=rows)
     figure = analyses.equations_figure(found)
     assert figure is not None and (figure.name, figure.height) == ("equations-gsm", 46 * 3)
+    assert figure.system == "tiny" and figure.table.columns == (
+        "rule", "left, points", "tokens", "right, points", "tokens", "Welch's t", "df", "p",
+    )  # fmt: skip
     assert figure.caption.startswith("equations in 7 of 9 responses; ")
     assert cells(figure.table) == [
         ("the paper's rule", "50.00", "30", "25.00", "40", "2.35", "57", "0.012"),
@@ -227,6 +230,7 @@ def test_agreement_with_tuned(role: str, on: str) -> None:
     )  # fmt: skip
     kl, same = analyses.agreement_figures(found)
     assert (kl.name, same.name) == (f"agreement-kl-gsm-{role}", f"agreement-same-gsm-{role}")
+    assert kl.system == same.system == "tiny"
     assert kl.title == f"gsm: distance from tuned, on {on} outputs"
     assert kl.caption == (
         "median and middle half; first step: proxy 0.250, base 0.500 nats (paper, AlpacaFarm: 0.5 and 1.5)"
@@ -301,6 +305,7 @@ def test_ending_the_correction_early() -> None:
         control=control, forced=" So",
     )  # fmt: skip
     score, loops, length = sweep_figures.skip_figures(found)
+    assert {figure.system for figure in (score, loops, length)} == {"tiny"}
     assert [f.name for f in (score, loops, length)] == ["skip-score-gsm", "skip-loops-gsm", "skip-tokens-gsm"]
     assert [d["at"] for d in data(score, "point", "proxy")] == ["0", "4", "all"]
     assert [d["value"] for d in data(loops, "point", "proxy")] == [50, 25, 12.5]
@@ -335,6 +340,7 @@ def test_truth_against_information() -> None:
         points=(point("0.5", 0.5, **judged), point("1", 0.5)),
     )  # fmt: skip
     figure = sweep_figures.sweep_figures(found)[-1]
+    assert figure.system == "tiny"
     assert figure.name == "alpha-trade-off-truthfulqa" and figure.caption.startswith("filled: ours; hollow")
     assert cells(figure.table) == [
         ("paper, 13B", "0.2", "50.0", "90.0"), ("paper, 13B", "0.4", "60.0", "95.0"),

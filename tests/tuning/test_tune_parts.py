@@ -396,6 +396,7 @@ def test_what_the_methods_are() -> None:
 # The system that uses it
 
 
+@pytest.mark.parametrize("large_name", ["demo://base", "org/of-the-hub"])
 @pytest.mark.parametrize(
     ("result", "settings", "expert"),
     [
@@ -403,16 +404,18 @@ def test_what_the_methods_are() -> None:
         ("weights", {}, {"model": "./", "dtype": "float32"}),
     ],
 )
-def test_the_system_of_an_expert(result: Any, settings: Any, expert: dict[str, str], tmp_path: Path) -> None:
+def test_the_system_of_an_expert(
+    result: Any, settings: Any, expert: dict[str, str], large_name: str, tmp_path: Path
+) -> None:
     small = ModelSpec(model=str(tmp_path), dtype="float32", quantization="4bit", chat="llama2")
-    large = ModelSpec(model="demo://base", dtype="bfloat16")
+    large = ModelSpec(model=large_name, dtype="bfloat16")
     (tmp_path / "made").mkdir()
     write_system(small, large, result, TuneOptions(alpha=1.5, **settings), tmp_path / "made")
     text = (tmp_path / "made" / "system.yaml").read_text()
     assert text.startswith("# The expert of this folder") and f"--system {tmp_path}/made/system.yaml" in text
     assert yaml.safe_load(text) == {
         "description": "made: an expert made by proxytune tune",
-        "base": {"model": "demo://base", "dtype": "bfloat16"},
+        "base": {"model": large_name, "dtype": "bfloat16"},
         "antiexpert": {"model": str(tmp_path), "dtype": "float32", "quantization": "4bit"},
         "expert": expert,
         "alpha": 1.5,
