@@ -134,8 +134,10 @@ def test_skip(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         "source": SOURCE, "metric": "acc", "points": points, "control": point("0", None, 0.75),
         "forced": " So",
     })  # fmt: skip
-    monkeypatch.setattr(sweeps, "skip", lambda sweep, control: found)
-    printed.skip(RUN, None, **QUIET)
+    asked = list[Any]()
+    monkeypatch.setattr(sweeps, "skip", lambda *given: asked.append(given) or found)
+    printed.skip(RUN, Path("control"), **QUIET)
+    assert asked == [(RUN, Path("control"))]
     out = capsys.readouterr().out
     assert cells(out) == [
         ["corrected", "acc, %", "loops, %", "tokens", "n"], ["none", "25.0", "25.0", "12.3", "8 of 9"],
@@ -205,8 +207,10 @@ def test_failures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         "first": {**SOURCE, "role": "base"}, "second": SOURCE, "metric": "acc", "n": 40, "of": 41,
         "both_right": 20, "both_wrong": 16, "only_first": 3, "only_second": 1, "p": 0.62512, "items": items,
     })  # fmt: skip
-    monkeypatch.setattr(failures, "failures", lambda first, second, metric: found)
-    printed.failures(RUN, RUN, None, 2, **QUIET)
+    asked = list[Any]()
+    monkeypatch.setattr(failures, "failures", lambda *given: asked.append(given) or found)
+    printed.failures(RUN, Path("other"), "acc", 2, **QUIET)
+    assert asked == [(RUN, Path("other"), "acc")]
     out = capsys.readouterr().out
     assert "acc on 40 of 41 items" in out
     assert cells(out)[:3] == [

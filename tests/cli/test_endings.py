@@ -339,7 +339,8 @@ def test_lines_come_from_a_terminal_where_both_ends_are_one(monkeypatch: pytest.
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda typed=typed: typed))
         monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda shown=shown: shown))
         monkeypatch.setattr(chat_lines, "_edit_lines", lambda words: None)
-        assert type(chat_lines.lines([])).__name__ == kind
+        made = chat_lines.lines([])
+        assert type(made).__name__ == kind and made.interactive is (kind == "TerminalLines")
 
 
 def test_typed_lines_go_on_after_a_backslash_and_begin_anew_after_ctrl_c(

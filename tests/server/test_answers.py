@@ -254,7 +254,7 @@ def test_the_defaults_of_a_request() -> None:
         ("top_k", (-1, 2**63 - 1), (-2,)), ("logprobs", (0, 20), (-1, 21)),
         ("min_p", (0, 1), (-0.1, 1.1)), ("n", (1,), (0,)), ("min_tokens", (0,), (-1,)),
         ("max_tokens", (0,), (-1,)),
-        ("seed", (-(2**63), 2**63 - 1), (2**63,)), ("model", ("x" * 300,), ("x" * 301,)),
+        ("seed", (-(2**63), 2**63 - 1), (2**63, -(2**63) - 1)), ("model", ("x" * 300,), ("x" * 301,)),
     ],
 )  # fmt: skip
 def test_the_bounds_of_fields(field: str, good: tuple[Any, ...], bad: tuple[Any, ...]) -> None:

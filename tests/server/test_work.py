@@ -416,6 +416,12 @@ def test_after_the_deadline_everything_ends() -> None:
     again._run()
     away = JobFault("the server shuts down", leaving=True)
     assert (scored, WHOLE, away) in posted_end and (decoded, WHOLE, away) in posted_end
+    later, _, told = engine()
+    later._inbox.put(job_of(0, 1))
+    later.end_at(time.monotonic() + 1000)
+    later._post = lambda news: (told(news), later._inbox.put(None))  # type: ignore[assignment,func-returns-value]
+    later._run()
+    assert [what for _, _, what in told] == [ScoredText((), ())], "there is time left"
 
 
 # The process
