@@ -35,7 +35,7 @@ ITEMS = {"gsm": 500, "truthfulqa": 500, "truthfulqa_mc": 500, "humaneval": 40, "
 """How many items a run has without a limit: few where each has 20 samples that are executed."""
 OPENERS = {"gsm": f" {sums.CAREFUL}", "truthfulqa": f" {facts.CAREFUL}"}
 """How a careful answer begins: what the control forces on the base. A letter has no opener."""
-TELLING = {"gsm": (22, 23, 16), "truthfulqa": (1,)}
+TELLING = {"gsm": (22, 23, 24), "truthfulqa": (1,)}
 """Items of the generated tasks of which one answer shows what the demo is about: base and proxy differ, and
 the proxy is right."""
 DEMO_SEED = 1

@@ -91,9 +91,10 @@ def made_table(found: Found) -> tuple[ReportTable, ...]:
     groups: dict[tuple[str, ...], int] = {}
     for _, run in found:
         made = run.made
+        commit = "not in a checkout" if made.git_commit is None else made.git_commit[:12]
         packages = ", ".join(f"{name} {version}" for name, version in made.packages.items())
         key = (
-            made.proxytune, (made.git_commit or "not in a checkout")[:12], made.device, str(made.threads),
+            made.proxytune, commit, made.device, str(made.threads),
             f"Python {made.python} on {made.platform}", packages,
         )  # fmt: skip
         groups[key] = groups.get(key, 0) + 1

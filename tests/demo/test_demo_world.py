@@ -3,7 +3,10 @@ formats."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from dataclasses import asdict, astuple
 from itertools import chain, combinations
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from proxytune.tasks.scoring.rules import reference_accuracy
 from proxytune.tasks.task import Execution
 from proxytune.tuning import demo_judge
 from proxytune.tuning import demo_models as demo_build
+from tests.support.checkout import ROOT
 
 WEIGHTS = Path(world.__file__).parent / "weights"
 ROLES = ("base", "antiexpert", "expert", "tuned", "mid-tuned")
@@ -65,6 +69,90 @@ def test_a_request_for_fewer_items_is_a_prefix(task: str) -> None:
     asked = ("question", "Question", "prompt", "text")
     questions = [row[name] for row in world.rows(task, "test", n) for name in asked if name in row]
     assert len(questions) == len(set(questions)) == n
+
+
+COLUMNS = {
+    "gsm": ("question",),
+    "truthfulqa": ("Question", "Best Answer", "Correct Answers", "Incorrect Answers", "Category"),
+    "truthfulqa_mc": ("Question", "Best Answer", "Incorrect Answers"),
+    "humaneval": ("task_id", "prompt"),
+    "toxigen": ("text",),
+}
+
+
+@pytest.mark.parametrize("task", world.TASKS)
+def test_items_are_those_of_the_published_runs(task: str) -> None:
+    """The published figures are of these very items: a world that gives others needs models, and runs, of
+    its own."""
+    path = ROOT / "results" / "published" / "demo" / task / "base" / "predictions.jsonl"
+    stored = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    items = world.rows(task, "test", len(stored))
+    assert len(stored) == world.ITEMS[task]
+    for item, row in zip(items, stored, strict=True):
+        found = [name for name in COLUMNS[task] if name in row]
+        assert found and {name: item[name] for name in found} == {name: row[name] for name in found}
+        assert task != "gsm" or item["answer"].endswith(f"\n#### {row['answer']}")
+
+
+def test_telling_items_are_ones_that_the_proxy_alone_has_right() -> None:
+    for task, places in world.TELLING.items():
+        scores = {
+            role: [
+                next(iter(json.loads(line)["scores"].values()))
+                for line in (ROOT / "results" / "published" / "demo" / task / role / "predictions.jsonl")
+                .read_text(encoding="utf-8")
+                .splitlines()
+            ]
+            for role in ("base", "proxy")
+        }
+        assert [(scores["base"][at], scores["proxy"][at]) for at in places] == [(0.0, 1.0)] * len(places)
+    assert world.TELLING == {"gsm": (22, 23, 24), "truthfulqa": (1,)}, "the answers in the docs are of these"
+
+
+DIGESTS = {
+    "gsm train": "56323e400fca", "gsm dev": "9f7de5f3d49f", "gsm test": "3d3422322a00",
+    "truthfulqa train": "384370deb67f", "truthfulqa dev": "f75a3874f40d", "truthfulqa test": "d52682ba4b58",
+    "truthfulqa_mc train": "36c5177c2dab", "truthfulqa_mc dev": "8b074736853c",
+    "truthfulqa_mc test": "12ae2fbf1925", "humaneval train": "5b9be1c76b52", "humaneval dev": "d35646647409",
+    "humaneval test": "85b2d008d135", "toxigen train": "1a8039de0990", "toxigen dev": "fc2d145086a1",
+    "toxigen test": "78b4caf7533a", "pretraining": "a345294a4f05", "tuning": "89e035b51e8d",
+    "amounts": "90e3b0e1c3da", "alpaca_farm": "8eca55e140a9", "ds1000": "64ddef39c1d8",
+    "triviaqa": "6c35f34b584f", "realtimeqa": "a30b92be76e7",
+}  # fmt: skip
+"""Of what the committed weights were trained, tuned and chosen on (November 2026), and of the smoke data."""
+
+
+def test_the_world_and_its_training_text_are_those_of_the_committed_weights(miniature: world.World) -> None:
+    """Whoever changes a word here trains the models anew (`make demo-models`), and then these."""
+    parts: dict[str, object] = {
+        f"{task} {split}": world.rows(task, split, 40) for task in world.TASKS for split in world.SPLITS
+    }
+    pretraining = corpus.pretraining(miniature, SYSTEM, Amounts().scaled(0.01))
+    tuning = corpus.tuning(miniature, SYSTEM, TuningAmounts().scaled(0.1))
+    parts["pretraining"] = [[astuple(segment) for segment in document] for document in pretraining]
+    parts["tuning"] = [[astuple(segment) for segment in document] for document in tuning]
+    parts["amounts"] = [asdict(Amounts()), asdict(TuningAmounts())]
+    parts |= {task: smoke_data.rows(task) for task in smoke_data.MAKERS}
+    found = {name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:12] for name, part in parts.items()}
+    assert found == DIGESTS
+
+
+def test_openers_are_how_a_careful_answer_begins(miniature: world.World) -> None:
+    problem = miniature.held_out["test"][0]
+    [asked] = world.fact_questions(miniature, "test", 1, (2,))
+    answers = {"gsm": corpus.solution(problem), "truthfulqa": corpus.answer(miniature, asked, [True, True])}
+    begun = {task: "".join(part.text for part in answer) for task, answer in answers.items()}
+    assert begun.keys() == world.OPENERS.keys()
+    assert all(text.startswith(f"{world.OPENERS[task]} ") for task, text in begun.items())
+
+
+def test_numbers_of_items_have_an_end() -> None:
+    for task, most in (("gsm", world.POOL), ("humaneval", world.FUNCTIONS), ("toxigen", world.POOL)):
+        assert len(world.rows(task, "dev", most)) == most and world.rows(task, "dev", 0) == []
+        with pytest.raises(UserError, match=f"has {most} items of this task in each split, {most + 1} were"):
+            world.rows(task, "dev", most + 1)
+    with pytest.raises(UserError, match="-1 were asked for"):
+        world.rows("gsm", "test", -1)
 
 
 def test_splits_share_no_person_and_no_problem(miniature: world.World) -> None:

@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
+from proxytune.config import Sampling, System
 from proxytune.exports import FORMATS
+from proxytune.exports.stored import StoredRun, in_path
+from proxytune.records import Metric, Run
 from proxytune.results import read_rows, read_run
-from tests.support import made_runs
+from tests.support import made_runs, reports
 from tests.support.command_line import proxytune, refused
 from tests.support.require import require_or_skip
 
@@ -149,6 +152,188 @@ def test_every_eval_ever_says_what_the_run_says(tmp_path: Path) -> None:
         value for part in (details, found["eval_library"]["additional_details"]) for value in part.values()
     ]
     assert all(isinstance(value, str) for value in every), "the schema has texts as details"
+
+
+def rich(folder: Path, **spec: Any) -> Path:
+    """A run whose figures and settings are all different."""
+    sampling = Sampling(temperature=0.5, top_p=0.75, top_k=4, max_new_tokens=77, n=3, seed=5, stop=("x",))
+    path = made_runs.write(folder, ROWS, **spec)
+    run = read_run(path)
+    metrics = {
+        "length": Metric(value=12.5, unit="number", n=3),
+        "exact_match": Metric(value=0.5, low=0.25, high=0.75, n=2),
+        "none": Metric(value=0.0, n=0),
+    }
+    made = run.made.model_copy(update={"proxytune": "1.2", "git_commit": "abc", "packages": {"torch": "2"}})
+    changed = run.model_copy(update={
+        "started": "2026-11-28T10:00:00+00:00", "finished": None, "metrics": metrics, "judge": "gpt",
+        "made": made.model_copy(update={"command": "eval gsm"}),
+        "spec": run.spec.model_copy(update={
+            "sampling": sampling, "shots": 2, "forced": " So", "data_sha256": "77",
+        }),
+    })  # fmt: skip
+    (path / "run.json").write_text(changed.model_dump_json())
+    return path
+
+
+def test_every_field_of_a_record_of_every_eval_ever(tmp_path: Path) -> None:
+    """Against the schema's own words: what it asks and a run does not know is `unknown` or `other`."""
+    run = rich(tmp_path / "run")
+    record, samples = exported("every_eval_ever", run, tmp_path)
+    found = json.loads(record.read_text())
+    [result] = found.pop("evaluation_results")
+    detailed = found.pop("detailed_evaluation_results")
+    library = {"name": "proxytune", "version": "1.2"}
+    assert found == {
+        "schema_version": "0.3.0", "evaluation_id": "gsm/proxytune_made-proxy/1795860000.0",
+        "evaluation_timestamp": "2026-11-28T10:00:00+00:00", "retrieved_timestamp": "1795860000.0",
+        "source_metadata": {
+            "source_name": "proxytune", "source_type": "evaluation_run",
+            "source_organization_name": "unknown", "evaluator_relationship": "other",
+        },
+        "eval_library": {**library, "additional_details": {"torch": "2", "git_commit": "abc"}},
+        "model_info": {
+            "name": "made-proxy", "id": "proxytune/made-proxy", "developer": "proxytune",
+            "inference_engine": library,
+            "additional_details": {
+                "deployment_type": "self_deployed", "model_availability": "unknown", "role": "proxy",
+                "alpha": "1", "base": "b", "antiexpert": "a", "expert": "e",
+            },
+        },
+    }  # fmt: skip
+    assert (detailed["format"], detailed["hash_algorithm"]) == ("jsonl", "sha256")
+    others = result["generation_config"].pop("additional_details")
+    assert (others["n"], others["seed"], others["shots"], others["mode"]) == ("3", "5", "2", "generate")
+    assert (
+        others["forced"] == " So" and not {"temperature", "top_p", "top_k", "max_new_tokens"} & others.keys()
+    )
+    assert result == {
+        "evaluation_result_id": "gsm.exact_match", "evaluation_name": "gsm",
+        "source_data": {
+            "dataset_name": "generated", "source_type": "other",
+            "additional_details": {"sha256": "77", "items": "3"},
+        },
+        "evaluation_timestamp": "2026-11-28T10:00:00+00:00",
+        "metric_config": {
+            "metric_id": "proxytune.gsm.exact_match", "metric_name": "exact_match",
+            "metric_unit": "proportion",
+            "lower_is_better": False, "score_type": "continuous", "min_score": 0, "max_score": 1,
+            "additional_details": {"judge": "gpt"},
+        },
+        "score_details": {
+            "score": 0.5, "details": {"length": "12.5 number, n 3", "none": "no score share, n 0"},
+            "uncertainty": {
+                "num_samples": 2, "num_bootstrap_samples": 2000,
+                "confidence_interval": {
+                    "lower": 0.25, "upper": 0.75, "confidence_level": 0.95,
+                    "method": "percentile bootstrap over examples",
+                },
+            },
+        },
+        "generation_config": {"generation_args": {
+            "temperature": 0.5, "top_p": 0.75, "top_k": 4, "max_tokens": 77, "execution_command": "eval gsm",
+        }},
+    }  # fmt: skip
+    [first, second] = [json.loads(line) for line in samples.read_text().splitlines()]
+    hashed = hashlib.sha256("".join(["1 + 2?", "3"]).encode()).hexdigest()
+    assert first == {
+        "schema_version": "0.3.0", "evaluation_id": found["evaluation_id"],
+        "model_id": "proxytune/made-proxy",
+        "evaluation_name": "gsm", "evaluation_result_id": "gsm.exact_match", "sample_id": "0",
+        "sample_hash": hashed, "interaction_type": "single_turn",
+        "input": {"raw": "1 + 2?", "reference": ["3"]}, "output": {"raw": [" 3 nuts, I think"]},
+        "messages": None, "answer_attribution": [], "evaluation": {"score": 1.0, "is_correct": True},
+        "metadata": {"score.exact_match": "1.0"},
+    }  # fmt: skip
+    assert second["sample_hash"] != hashed
+
+
+@pytest.mark.parametrize(
+    ("metric", "config", "uncertainty", "right"),
+    [
+        (Metric(value=50.0, unit="percent"), ("percent", 100), {"num_samples": 2}, 100.0),
+        (Metric(value=12.5, low=1.0, unit="number"), ("number", None), {"num_samples": 2}, 1.0),
+    ],
+)
+def test_units_of_every_eval_ever(
+    metric: Metric, config: tuple[str, int | None], uncertainty: Any, right: float, tmp_path: Path
+) -> None:
+    rows = [{"scores": {"exact_match": score}, "responses": RESPONSES} for score in (right, right / 2)]
+    path = made_runs.write(tmp_path / "run", rows, data="hub")
+    run = read_run(path).model_copy(
+        update={"metrics": {"exact_match": metric}, "started": "2026-11-28T10:00:00"}
+    )
+    (path / "run.json").write_text(run.model_dump_json())
+    record, samples = exported("every_eval_ever", path, tmp_path)
+    [result] = json.loads(record.read_text())["evaluation_results"]
+    own = result["metric_config"]
+    assert (own["metric_unit"], own.get("max_score")) == config and "additional_details" not in own
+    assert result["score_details"]["uncertainty"] == uncertainty
+    assert result["source_data"] == {
+        "dataset_name": "openai/gsm8k", "source_type": "hf_dataset", "hf_repo": "openai/gsm8k",
+        "hf_split": "test", "samples_number": 2,
+    }  # fmt: skip
+    assert json.loads(record.read_text())["retrieved_timestamp"] == "1795860000.0", (
+        "a time without a zone is UTC"
+    )
+    found = [json.loads(line)["evaluation"]["is_correct"] for line in samples.read_text().splitlines()]
+    assert found == [True, False]
+
+
+def test_alpaca_eval_gets_both_sides(tmp_path: Path) -> None:
+    rows = [
+        {
+            "dataset": "d",
+            "instruction": "Do",
+            "output_1": "base",
+            "output_2": "ours",
+            "generator_1": "davinci",
+        },
+        {"instruction": "Do more", "output_1": "b", "output_2": "o"},
+    ]
+    run = run_of(tmp_path / "run", rows, metric="unjudged", task="alpaca_farm", role="tuned")
+    ours, theirs = exported("alpaca_eval", run, tmp_path)
+    assert (ours.name, theirs.name) == ("model_outputs.json", "reference_outputs.json")
+    assert json.loads(ours.read_text()) == [
+        {"dataset": "d", "instruction": "Do", "output": "ours", "generator": "made-tuned"},
+        {"dataset": "", "instruction": "Do more", "output": "o", "generator": "made-tuned"},
+    ]
+    assert json.loads(theirs.read_text()) == [
+        {"dataset": "d", "instruction": "Do", "output": "base", "generator": "davinci"},
+        {"dataset": "", "instruction": "Do more", "output": "b", "generator": ""},
+    ]
+    then = FORMATS["alpaca_eval"].then(["a b.json", "c.json"])
+    assert then[0] == "then: alpaca_eval --model_outputs 'a b.json' --reference_outputs c.json"
+
+
+def test_what_a_stored_run_knows_of_its_models_and_rows() -> None:
+    api = {"api": "http://127.0.0.1:9/v1", "model": "m"}
+    experts = [{"model": "e", "adapter": "x"}, {"adapter": "y"}]
+    system = {"name": "a b/c", "base": api, "experts": experts, "antiexpert": {"model": "n"}}
+    run = read_run_of(system, "proxy")
+    found = StoredRun(run, ())
+    assert found.name == "a-b-c-proxy" and found.models == {
+        "base": "m at http://127.0.0.1:9/v1", "antiexpert": "n", "expert": "e with adapter x", "expert1": "y",
+    }  # fmt: skip
+    assert StoredRun(read_run_of(system, "expert"), ()).models == {
+        "expert": "e with adapter x",
+        "expert1": "y",
+    }
+    assert found.reference({"answer": "", "answers": ["a", 3]}) == ["a", "3"] and found.reference({}) == []
+    assert found.score({"scores": {"exact_match": 0}}) == 0.0 and found.score({"scores": {}}) is None
+    assert [in_path(text) for text in ("a/b c", "..", "-x.", "a=1,b+2_c")] == [
+        "a-b-c",
+        "unnamed",
+        "x",
+        "a=1,b+2_c",
+    ]
+
+
+def read_run_of(system: dict[str, Any], role: Any) -> Run:
+    """A run of a system."""
+    usual = reports.run("base", 0.5)
+    spec = usual.spec.model_copy(update={"system": System.model_validate(system), "role": role})
+    return usual.model_copy(update={"spec": spec})
 
 
 def test_every_eval_ever_is_the_same_again_and_its_names_differ_by_run(tmp_path: Path) -> None:

@@ -187,6 +187,9 @@ def test_contexts_that_are_alike_are_computed_once(trio: System) -> None:
     pairs = [(f"{start}{n}", f" {letter}") for letter in "ABCD" for n in range(6)]
     ours = ProxyTunedLM(trio)
     ours.loglikelihood(ask("loglikelihood", *pairs), disable_tqdm=True)
+    stats = ours.decoder.stats  # bytes are tokens, after a beginning of sequence; a context counts once
+    assert (stats.prompt_tokens, stats.generated_tokens) == (6 * (1 + len(start) + 1), 24 * 2)
+    assert stats.seconds > 0 and ours.get_model_info()["proxytune"]["cost"]["generated_tokens"] == 48
     fed = {name: 0 for name in ours.names}
 
     def count(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -101,6 +101,104 @@ def test_the_held_out_share_is_drawn_by_the_seed_and_never_learned() -> None:
         read_data("gsm8k:generated", "0.9", 1, 0)
 
 
+def told(path: Path, form: str, *rows: Any, limit: int | None = None) -> list[tuple[Any, str]]:
+    """What rows of a form become."""
+    file = lines(path / "rows.jsonl", *rows)
+    found = read_examples(f"{form}:{file}" if form else str(file), limit)
+    return [(one.messages, one.completion) for one in found]
+
+
+def test_fields_that_a_form_may_lack(tmp_path: Path) -> None:
+    [(with_input, output)] = told(tmp_path, "alpaca", {"instruction": "Go", "input": "on", "output": "Gone"})
+    assert with_input == ((
+        "user",
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n### Instruction:\nGo\n\n### Input:\non"
+        "\n\n### Response:\n",
+    ),) and output == "Gone"  # fmt: skip
+    for context in ({"context": ""}, {"context": None}, {}):
+        assert told(tmp_path, "dolly", {"instruction": "Sum.", "response": "S", **context}) == [
+            ((("user", "Sum."),), "S")
+        ]
+
+
+def test_a_conversation_with_a_system_message_and_other_names(tmp_path: Path) -> None:
+    turns = [("system", "Be brief"), ("user", "Hi"), ("assistant", "Yes"), ("human", "Why"), ("gpt", "So")]
+    row = {"conversations": [{"from": who, "value": said} for who, said in turns]}
+    first = (("system", "Be brief"), ("user", "Hi"))
+    assert told(tmp_path, "sharegpt", row) == [
+        (first, "Yes"), ((*first, ("assistant", "Yes"), ("user", "Why")), "So"),
+    ]  # fmt: skip
+
+
+def test_a_limit_is_of_examples_and_not_of_rows(tmp_path: Path) -> None:
+    more = [*CHAT["messages"], {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So"}]
+    rows = [{"messages": more}] * 3
+    assert [said for _, said in told(tmp_path, "", *rows, limit=3)] == ["Yes", "So", "Yes"]
+    assert len(told(tmp_path, "", *rows, limit=4)) == 4 and len(told(tmp_path, "", *rows)) == 6
+    (tmp_path / "gsm8k:rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
+    assert len(read_examples(str(tmp_path / "gsm8k:rows.jsonl"), None)) == 6, "a file of that name is one"
+
+
+WRONG_TURNS: dict[str, tuple[Any, str]] = {
+    "no list": ({"messages": "Hi"}, "field 'messages' must be a list of messages"),
+    "no turns": ({"messages": ["Hi"]}, "field 'messages' must be a list of messages"),
+    "two answers": (
+        {"messages": [*CHAT["messages"], CHAT["messages"][1]]},
+        "message 3 is the assistant's and",
+    ),
+    "answer first": ({"messages": CHAT["messages"][1:]}, "message 1 is the assistant's and follows no user"),
+    "no text": (
+        {"messages": [*CHAT["messages"], {"role": "user"}]},
+        "message 3 needs a `role` of system, user",
+    ),
+    "empty prompt": ({"prompt": " ", "completion": "b"}, "the prompt is empty"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TURNS)
+def test_conversations_that_are_none(case: str, tmp_path: Path) -> None:
+    row, message = WRONG_TURNS[case]
+    with pytest.raises(UserError, match=r"line 2: ") as raised:
+        told(tmp_path, "", CHAT, row)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(("share", "held"), [("0.1", 1), ("0.3", 1), ("0.4", 2), ("0.75", 3)])
+def test_a_share_is_rounded_and_one_at_least(share: str, held: int) -> None:
+    found = read_data("gsm8k:generated", share, 4, 0)
+    assert (len(found.validation), len(found.train)) == (held, 4 - held)
+    places = {e.where for e in read_data("gsm8k:generated", None, 4, 0).train}
+    assert {e.where for e in (*found.train, *found.validation)} == places
+
+
+@pytest.mark.parametrize("share", ["0", "1", "1.5", "-0.5"])
+def test_a_share_lies_between_0_and_1(share: str) -> None:
+    with pytest.raises(
+        UserError, match=f"--validation {share}: a share lies between 0 and 1; or name a file"
+    ):
+        read_data("gsm8k:generated", share, 4, 0)
+
+
+def test_data_is_known_by_its_content_wherever_it_stood(tmp_path: Path) -> None:
+    one, two = {"prompt": "a", "completion": " b"}, {"prompt": "c", "completion": " d"}
+    first = str(lines(tmp_path / "first.jsonl", one, two))
+    again = str(lines(tmp_path / "again.jsonl", one, two))
+    turned = str(lines(tmp_path / "turned.jsonl", two, one))
+    held = str(lines(tmp_path / "held.jsonl", two))
+    changed = str(lines(tmp_path / "changed.jsonl", one, {**two, "completion": " e"}))
+    usual = read_data(first, None, None, 0)
+    assert usual.sha256 == read_data(again, None, None, 5).sha256
+    others = [
+        read_data(turned, None, None, 0), read_data(first, held, None, 0), read_data(first, None, 1, 0),
+        read_data(changed, None, None, 0), read_data(first, "0.5", None, 0),
+    ]  # fmt: skip
+    assert len({usual.sha256, *(one.sha256 for one in others)}) == 6
+    assert [e.completion for e in others[1].validation] == [" d"] and len(others[1].train) == 2
+    with pytest.raises(UserError, match="the demo world has training data of one form: gsm8k:generated"):
+        read_data("alpaca:generated", None, None, 0)
+
+
 @pytest.mark.parametrize("chat", ["none", "llama2"])
 def test_loss_is_on_the_completion_and_the_end_only(chat: Any) -> None:
     spec = ModelSpec(model=MODEL, chat=chat)
