@@ -210,3 +210,16 @@ def test_the_papers_own_equations_are_those_of_its_file(tmp_path: Path) -> None:
     assert (found.rows[0].t, found.rows[0].left.tokens, found.rows[0].right.tokens) == (None, 3, 1)
     header = found.csv().splitlines()[0]
     assert header == "rule,left_tokens,left_mean,right_tokens,right_mean,t,df,p"
+
+
+def test_sides_whose_values_are_almost_alike_are_no_warning() -> None:
+    """scipy warns of what is lost in their variances; a test is made all the same."""
+    row = analysis_tokens._welch("paper", [0.1, 0.1 + 1e-16, 0.1], [0.2, 0.2 + 1e-16, 0.2])
+    assert (
+        row.rule == "paper" and row.left.mean == pytest.approx(0.1) and row.right.mean == pytest.approx(0.2)
+    )
+    assert row.t is not None and row.t < -1e6 and row.p is not None and row.p < 1e-6
+    back = analysis_tokens._welch("paper", [0.2, 0.3], [0.1, 0.0, 0.2])
+    assert back.t is not None and back.t > 0 and (back.left.tokens, back.right.tokens) == (2, 3)
+    assert analysis_tokens._welch("paper", [0.5, 0.5], [0.5, 0.5]).t is None
+    assert analysis_tokens._welch("paper", [], [0.5, 0.25]).left.mean is None

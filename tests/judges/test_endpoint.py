@@ -485,14 +485,17 @@ def test_a_limit_that_the_next_call_could_pass() -> None:
 
 def test_the_first_call_goes_alone() -> None:
     """As many at once as have ended, and one more, so that a price that surprises costs one call."""
-    lock, running, most = threading.Lock(), 0, []
+    lock, together, running, most = threading.Lock(), threading.Event(), 0, list[int]()
 
     def send(number: int) -> CallResult[str]:
         nonlocal running
         with lock:
             running += 1
             most.append(running)
-        time.sleep(0.02)
+            if running > 1:
+                together.set()
+        if number:
+            together.wait(10)
         with lock:
             running -= 1
         return CallResult("x", 0.0)
