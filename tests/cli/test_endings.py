@@ -21,7 +21,7 @@ from proxytune.cli.chat import lines as chat_lines
 from proxytune.cli.chat.session import ChatSession
 from proxytune.cli.commands import evaluate, systems
 from proxytune.cli.options import OptionGroup, build, option_name
-from proxytune.config import parse_alpha
+from proxytune.config import ModelSpec, load_system, parse_alpha
 from proxytune.errors import UserError
 from proxytune.options import (
     ApiOptions,
@@ -190,6 +190,11 @@ def test_workers_are_asked_for_with_ray() -> None:
     asked.system.endpoint = object()
     with pytest.raises(UserError, match="a base behind an API is asked by one process"):
         evaluate.on_workers(asked, RayOptions(ray="local"))
+    asked.system = load_system("demo").model_copy(
+        update={"base": ModelSpec(model="demo://base", device_map="tensor")}
+    )
+    with pytest.raises(UserError, match="which --ray cannot use"):
+        evaluate.on_workers(asked, RayOptions(ray="local"))
 
 
 # Conversations
@@ -303,7 +308,7 @@ def test_ctrl_c_goes_on_for_a_person_and_ends_a_pipe(
     monkeypatch.setattr(Talk, "compare", interrupted, raising=False)
     talk, _ = talked("/compare", "/compare  why ", "/reset")
     assert talk.asked == ["None", "why"] and talk.resets == 1
-    assert capsys.readouterr().err == "stopped\nstopped\na new conversation\n"
+    assert capsys.readouterr() == ("\n\n", "stopped\nstopped\na new conversation\n")
     with pytest.raises(KeyboardInterrupt):
         talked("/compare", interactive=False)
     with pytest.raises(UserError, match="Unknown command"):
@@ -325,7 +330,7 @@ def test_an_answer_that_is_stopped_says_so(
     monkeypatch.setattr(Answer, "__iter__", stopped)
     talked("why")
     out, err = capsys.readouterr()
-    assert out.endswith("so\n") and err == (
+    assert out == "proxy> so\n" and err == (
         "stopped: what there is of the answer stays in the conversation\n"
     )
 
@@ -347,7 +352,8 @@ def test_typed_lines_go_on_after_a_backslash_and_begin_anew_after_ctrl_c(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(chat_lines, "_edit_lines", lambda words: None)
-    given: list[Any] = ["one\\", "two", "half\\", KeyboardInterrupt(), "whole", EOFError()]
+    given: list[Any] = ["one\\", "two", "half\\", KeyboardInterrupt(), "whole"]
+    given += [UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), "again", EOFError()]
     prompts = list[str]()
 
     def typed(prompt: str) -> str:
@@ -359,9 +365,11 @@ def test_typed_lines_go_on_after_a_backslash_and_begin_anew_after_ctrl_c(
 
     monkeypatch.setattr("builtins.input", typed)
     lines = chat_lines.TerminalLines([])
-    assert [lines.next() for _ in range(3)] == ["one\ntwo", "whole", None]
-    assert prompts == ["you> ", "...> ", "you> ", "...> ", "you> ", "you> "]
-    assert capsys.readouterr().err == "Ctrl-D or /quit ends\n"
+    assert [lines.next() for _ in range(4)] == ["one\ntwo", "whole", "again", None]
+    assert prompts == ["you> ", "...> ", "you> ", "...> ", *["you> "] * 4]
+    assert capsys.readouterr() == (
+        "\n\n", "Ctrl-D or /quit ends\nerror: the message is no utf-8 text: bad\n",
+    )  # fmt: skip
 
 
 def test_a_pipe_that_ends_in_a_backslash_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,6 +261,11 @@ def test_what_a_training_came_to(capsys: pytest.CaptureFixture[str]) -> None:
         "kept: the weights of step 30",
         f'stored in out; try: proxytune generate "..." --system {Path("out", "system.yaml")} --compare',
     ]
+    record.model_dump = lambda mode, exclude: {"mode": mode, "exclude": sorted(exclude)}
+    tune._print_record(record, Path("out"), True)
+    assert json.loads(capsys.readouterr().out) == {
+        "mode": "json", "exclude": ["curve"], "folder": "out",
+    }  # fmt: skip
     record.best_step, record.curve = None, curve[:1]
     tune._print_record(record, Path("out"), False)
     assert capsys.readouterr().out.splitlines()[1] == "loss 2.5000 to 2.5000"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -159,6 +160,16 @@ def test_what_is_downloaded_and_held(judges: None) -> None:
     coded = plan(planned("humaneval", "base", None))
     assert any(line.startswith("  code    model-written code") for line in plans.lines(coded))
     assert not any(line.startswith("  code") for line in lines)
+
+
+def test_each_system_has_its_own_runs(judges: None) -> None:
+    other = SYSTEM.model_copy(update={"name": "other"})
+    runs = (planned("gsm", "base", None), Planned(other, "gsm", "tuned", Path("nowhere"), None))
+    two = tuple(SystemPlan(system, (), {}, (), ()) for system in (SYSTEM, other))
+    made = replace(plan(*runs), systems=two)
+    assert [line for line in plans.lines(made) if " as " in line] == [
+        "          gsm as base", "          gsm as tuned",
+    ]  # fmt: skip
 
 
 def test_a_plan_as_json(tmp_path: Path, judges: None) -> None:

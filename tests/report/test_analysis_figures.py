@@ -42,6 +42,16 @@ def cells(table: ReportTable) -> list[tuple[str, ...]]:
     return [row.cells for row in table.rows]
 
 
+def test_half_an_interval_is_none() -> None:
+    assert (
+        analyses.bounded(Metric(value=0.5, low=0.25))
+        == analyses.bounded(Metric(value=0.5, high=1))
+        == "0.500"
+    )
+    assert analyses.bounded(Metric(value=0.5, low=0.25, high=1.0), 1, 10) == "5.0 [2.5, 10.0]"
+    assert (analyses.number(None), analyses.number(0.12345), analyses.number(2.0, 1)) == ("", "0.123", "2.0")
+
+
 # Positions
 
 

@@ -257,6 +257,23 @@ def test_columns_of_figures_are_set_to_the_right() -> None:
     assert table.numbers == {2}
 
 
+def test_a_label_goes_where_nothing_is() -> None:
+    """A label of two letters is 12.4 pixels long; a point takes 5 on each side of it."""
+    beside = [(100.0, 100.0), (115.0, 100.0), (85.0, 100.0)]
+    corners = [(x, y) for x in (120.0, 80.0) for y in (114.0, 86.0)]
+
+    def first(*points: tuple[float, float]) -> str:
+        return charts.sides([(100.0, 100.0), *points], ["ab"] * (1 + len(points)))[0]
+
+    assert first() == "right" and first(beside[1]) == "left" and first(*beside[1:]) == "above"
+    assert first(*beside[1:], *corners) == "above", "between the points beside and above it"
+    assert first(*beside[1:], *corners, (100.0, 114.0)) == "below"
+    assert first((125.0, 100.0), (85.0, 100.0)) == "above", "it ends 0.4 pixels within a point"
+    assert first((125.5, 106.9), (85.0, 100.0)) == "right", "just clear of it"
+    assert charts.sides([(280.0, 100.0)], ["abcdef"]) == ["left"], "and within the drawing"
+    assert charts.sides([(100.0, 100.0)], ["abcdef"], width=140.0) == ["left"]
+
+
 # Tiles
 
 

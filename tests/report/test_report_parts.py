@@ -200,6 +200,23 @@ def test_what_does_not_fit_is_left_out_with_a_note(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == "note: left out of the page: it does not fit\n"
 
 
+def test_a_base_and_a_proxy_of_each_system_and_task_are_compared(tmp_path: Path) -> None:
+    made = {
+        "a forced base": run("base", 0.3, forced=" So"), "base": run("base", 0.1),
+        "again/base": run("base", 0.2), "a forced proxy": run("proxy", 0.3, forced=" So"),
+        "proxy": run("proxy", 0.5),
+        "other": run("proxy", 0.5, data_sha256="1" * 64), "tuned": run("tuned", 0.9),
+        "x/base": run("base", 0.1, task="xsum"), "x/proxy": run("proxy", 0.5, task="xsum", model="another"),
+    }  # fmt: skip
+    for name, one in made.items():
+        put(tmp_path / name, one, [])
+    (tmp_path / "z").mkdir()
+    found = [(tmp_path / name, one) for name, one in made.items()]
+    found.append((tmp_path / "z", run("base", 0.1, system="without predictions")))
+    whole = replace(inputs(run("proxy", 0.5)), found=tuple(found))
+    assert list(sections._pairs(whole)) == [(tmp_path / "base", tmp_path / "proxy")]
+
+
 def test_a_part_has_its_first_figures_open() -> None:
     one, two = (Figure(name, "t", "c", ReportTable("t", (), ()), ()) for name in ("a", "b"))
     table = ReportTable("t", (), ())

@@ -88,6 +88,7 @@ def test_the_models_of_every_system_role_by_role() -> None:
         update={"system": system})})) for system in (whole, behind, whole)]  # fmt: skip
     table = run_tables.systems_table(found)
     assert table.columns == ("system", "role", "model", "dtype", "quantization", "prompt format")
+    assert table.folded and table.words == 6 and table.title == "Systems"
     assert [one.cells for one in table.rows] == [
         ("one", "base", "b", "auto", "none", "none"),
         ("one", "expert", "adapter x", "float32", "int8", "tokenizer"),
@@ -113,6 +114,7 @@ def test_runs_made_alike_share_a_line_and_have_their_own_commands() -> None:
         (ROOT / "c", run("base", 0.1)),
     ]
     provenance, commands = run_tables.made_table(found)
+    assert provenance.folded and commands.folded and (provenance.words, commands.words) == (7, 6)
     assert line(provenance) == {
         "runs": "2", "proxytune": "1.2", "commit": "0123456789ab", "device": "cuda", "threads": "4",
         "platform": "Python 3.11 on Linux", "packages": "torch 2, rich 3",

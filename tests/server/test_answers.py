@@ -95,6 +95,7 @@ def test_the_settings_of_a_response() -> None:
     assert (usual.temperature, usual.top_p, usual.top_k, usual.min_p, usual.n) == (1.0, 1.0, 0, 0.0, 1)
     assert (usual.max_new_tokens, usual.min_new_tokens, usual.stop) == (16, 0, ())
     assert usual.seed > 0, "drawn"
+    assert reader().completion(completion(max_tokens=0, echo=True)).sampling.max_new_tokens == 1
     greedy = reader().completion(completion(temperature=0, stop="x")).sampling
     assert (greedy.seed, greedy.stop) == (0, ("x",))
     most = reader().completion(completion(max_tokens=2**40, min_tokens=2**40, top_k=2**40)).sampling
@@ -408,7 +409,8 @@ async def two_events() -> Any:
 
 def test_a_stream_is_sent_and_its_end_is_told() -> None:
     ended = list[bool]()
-    first, *bodies = sent(streams.EventStream(two_events(), ended.append))
+    first, *bodies = sent(streams.EventStream(two_events(), ended.append), {"type": "http.request"})
+    assert {body["type"] for body in bodies} == {"http.response.body"}
     headers = dict(first["headers"])
     assert (first["type"], first["status"]) == ("http.response.start", 200)
     assert headers[b"content-type"].startswith(b"text/event-stream")
@@ -434,6 +436,10 @@ def test_a_stream_whose_client_goes_away_is_closed() -> None:
 
 
 # Faults
+
+
+def test_the_page_names_every_status() -> None:
+    assert set(routes.FAULTS) == {400, 401, 403, 404, 408, 413, 429, 500, 503} and routes.CLOSED == 499
 
 
 def test_a_fault_in_the_shape_of_openai() -> None:

@@ -111,6 +111,8 @@ def test_what_needs_a_key(path: str, code: int) -> None:
         assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
         assert (b"www-authenticate", b"Bearer") in found[0]["headers"]
         assert 'proxytune_requests_total{route="other",status="401"} 1.0' in meters.text().decode()
+    times = f'proxytune_request_seconds_count{{route="/v1/things"}} {1.0 if code == 401 else 2.0}'
+    assert times in meters.text().decode()
     counted = 'proxytune_requests_total{route="/v1/things",status="201"}'
     assert f"{counted} {1.0 if code == 401 else 2.0}" in meters.text().decode()
 
@@ -237,6 +239,7 @@ def job_of(responses: int, texts: int = 0) -> ServedJob:
 def test_room_is_reserved_and_given_back() -> None:
     made = service()  # 3 rows, and 2 may wait
     first = asked(made, 3, job_of(2))
+    assert made._engine._inbox.get_nowait() is first.job
     assert made.open == 2, "what was read is what is open, whatever was reserved"
     asked(made, 3, job_of(2, 1))
     assert made.open == 5
@@ -347,6 +350,21 @@ def test_pieces_go_to_their_jobs_until_they_end() -> None:
     jobs[0].cancelled = True
     thread.put(jobs[0])
     assert thread._take() and batch.cancelled == [11] and thread._jobs["proxy"] == []
+
+
+def test_the_thread_steps_what_is_busy_until_it_is_told_to_end() -> None:
+    thread, batch, posted = engine()
+    job = job_of(1)
+    thread.put(job)
+    batch.next = [Piece(10, "a", (), 1, "eos")]
+
+    def post(news: Any) -> None:
+        posted(news)
+        thread._inbox.put(None)
+
+    thread._post = post
+    thread._run()
+    assert [(place, what.text) for _, place, what in posted] == [(0, "a")] and not batch.busy
 
 
 def test_a_step_that_fails_ends_the_responses_of_its_role(caplog: pytest.LogCaptureFixture) -> None:
@@ -491,7 +509,11 @@ def test_every_figure_of_the_engine() -> None:
     meters = Meters()
     batches: Any = {"proxy": LetterBatch()}
     meters.watch(batches)
+    meters.first.observe(0.5)
     lines = set(meters.text().decode().splitlines())
+    bounds = ("0.01", "0.03", "0.1", "0.3", "1.0", "3.0", "10.0", "30.0", "100.0", "300.0")
+    reached = [f'proxytune_first_token_seconds_bucket{{le="{at}"}} {float(float(at) > 0.5)}' for at in bounds]
+    assert lines >= set(reached)
     assert lines >= {
         'proxytune_running{model="proxy"} 4.0', 'proxytune_waiting{model="proxy"} 5.0',
         'proxytune_kv_tokens{model="proxy",of="base"} 6.0',
