@@ -29,10 +29,6 @@ GUIDES = [*PAGES, *(ROOT / name for name in OTHERS)]
 README = PAGES[0].read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 WRITTEN = {"results/demo-report/report.html"}
-    "results/demo-report/report.html",
-    "results/tuning-demo/README.md",
-    "results/tuning-real/README.md",
-}
 """Files that a command writes and the repository does not have."""
 
 
