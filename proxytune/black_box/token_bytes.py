@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from proxytune import token_texts
 from proxytune.black_box.visible import VisiblePosition, VisibleToken
 from proxytune.models import Tokenizer
-
-SPACE = "\u2581"
-"""How SentencePiece writes a space."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class TokenBytes:
         """Those of a tokenizer's first `size` ids."""
         names = tokenizer.convert_ids_to_tokens(list(range(size)))
         added = {index: token for index, token in tokenizer.added_tokens_decoder.items() if index < size}
-        spell = _speller(tokenizer)
+        spell = token_texts.speller(tokenizer)
         data = [
             added[index].content.encode() if index in added else spell(name or "")
             for index, name in enumerate(names)
@@ -60,31 +57,3 @@ class TokenBytes:
         at least."""
         known = [t for t in position.tokens if t.id is not None and t.data]
         return bool(known) and all(token.id in self.ids.get(token.data or b"", []) for token in known)
-
-
-def _speller(tokenizer: Tokenizer):  # type: ignore[no-untyped-def]
-    """The function from a token's name in the vocabulary to its bytes."""
-    if _spells_bytes(tokenizer):
-        letters = {letter: value for value, letter in _byte_letters().items()}
-        return lambda name: b"".join(
-            bytes([letters[letter]]) if letter in letters else letter.encode() for letter in name
-        )
-    fallback = {f"<0x{value:02X}>": bytes([value]) for value in range(256)}
-    return lambda name: fallback.get(name) or name.replace(SPACE, " ").encode()
-
-
-def _spells_bytes(tokenizer: Tokenizer) -> bool:
-    """Whether the vocabulary is written in letters that stand for bytes, as GPT-2's."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = None if backend is None else json.loads(backend.to_str()).get("decoder")
-    parts = [decoder, *(decoder or {}).get("decoders", [])]
-    return any(part is not None and part.get("type") == "ByteLevel" for part in parts)
-
-
-def _byte_letters() -> dict[int, str]:
-    """Byte -> the letter that stands for it in GPT-2's vocabulary."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [value for value in range(256) if value not in plain]
-    return {value: chr(value) for value in plain} | {
-        value: chr(256 + place) for place, value in enumerate(others)
-    }

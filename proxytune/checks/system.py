@@ -133,7 +133,7 @@ def _judge_tuned_text(models: Models, name: str, findings: Findings) -> None:
     record = findings.attempt("vocabulary", partial(read_training, folder))
     if record is None or not record.learned:
         return
-    known = models.tokenizer("base").get_vocab()
+    known = models.known_to_the_base(name)
     lost = {token: count for token, count in record.learned.items() if token not in known}
     share = sum(lost.values()) / sum(record.learned.values())
     first = ", ".join(repr(token) for token in list(lost)[:5])

@@ -30,7 +30,7 @@ from proxytune.models.in_force import logits_by, probe_text, require_effect, req
 from proxytune.models.loading import load_module, load_tokenizer
 from proxytune.models.memory import GIB, SMALLER, free_memory, give_back, leave_the_file, own_parts, place_of
 from proxytune.models.support import Family, examine
-from proxytune.models.vocabulary import Difference, Tokenizer, align, difference, size_of
+from proxytune.models.vocabulary import Difference, Tokenizer, align, counterparts, difference, size_of
 from proxytune.processes import TENSOR
 
 SOME_TEXT = "The water in the kettle was boiling, so she took two cups from the shelf and called her brother."
@@ -262,6 +262,11 @@ class Models:
         if key not in self._tokenizers:
             self._tokenizers[key] = load_tokenizer(spec, trust_remote_code=self.trust_remote_code)
         return self._tokenizers[key]
+
+    def known_to_the_base(self, name: str) -> Mapping[str, int]:
+        """The tokens of a model, by their names -> the base's token with the same text."""
+        own, base = self.tokenizer(name), self.tokenizer("base")
+        return counterparts(own, own.get_vocab(), base, base.get_vocab())
 
     def difference(self, name: str, target: str = "base") -> Difference | None:
         """Where the vocabulary of a model differs from that of `target`; it needs no weights."""

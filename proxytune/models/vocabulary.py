@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
+from proxytune import token_texts
 from proxytune.engine.runners import VocabMap
 from proxytune.errors import UserError
 
@@ -32,7 +33,8 @@ def align(
     logits.
 
     strict: every base token must have the same id in the other; tokens that only the other has are cut.
-    intersect: tokens that the other lacks are unshared (combine leaves them at the base's logits).
+    intersect: tokens of which the other has none with the same text are unshared (combine leaves them at
+    the base's logits).
     Raises UserError that names the first ids that differ.
     """
     mine, theirs = _up_to(base, size), _up_to(other, other_logits)
@@ -40,9 +42,10 @@ def align(
         return VocabMap(size)
     if mode == "strict":
         raise UserError(str(_difference(mine, theirs, name)))
-    if not any(token in theirs for token in mine):
+    shared = counterparts(base, mine, other, theirs)
+    if not shared:
         raise UserError(f"the vocabularies of the base and the {name} have no token in common")
-    return _intersection(base, size, other, mine, theirs)
+    return _intersection(base, size, other, mine, shared)
 
 
 def difference(
@@ -86,16 +89,58 @@ def _difference(mine: Mapping[str, int], theirs: Mapping[str, int], name: str) -
     return Difference(name, tuple(index for index, _ in differing), len(mine), first)
 
 
+def counterparts(
+    base: Tokenizer, mine: Mapping[str, int], other: Tokenizer, theirs: Mapping[str, int]
+) -> dict[str, int]:
+    """Tokens of the base by their names -> the id of the other's token with the same text.
+
+    Ordinary tokens are the same where they write the same bytes, however their vocabularies spell them
+    (`Ġthe`, `▁the`); special ones by their names. Of several with one text, only one of each side counts:
+    the one of the same name, or the first that is not a single byte's (`<0x0A>`)."""
+    own, others = _ordinary(base, mine), _ordinary(other, theirs)
+    added = {token: theirs[token] for token in mine if token not in own and token in theirs}
+    special = {token: index for token, index in added.items() if token not in others}
+    at = _first(others)
+    same = {name: theirs[name] for name, text in own.items() if others.get(name) == text}
+    taken = {own[name] for name in same}
+    first = {text: name for text, name in _first(own).items() if text in at and text not in taken}
+    return special | same | {name: theirs[at[text]] for text, name in first.items()}
+
+
+def _ordinary(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> dict[str, bytes]:
+    """Tokens that are not special -> their bytes, in the order of their ids."""
+    spell = token_texts.speller(tokenizer)
+    added = {token.content: token.special for token in _added(tokenizer)}
+    return {
+        token: token.encode() if token in added else spell(token)
+        for token in sorted(vocabulary, key=lambda token: vocabulary[token])
+        if not added.get(token, False)
+    }
+
+
+def _added(tokenizer: Tokenizer) -> Sequence[Any]:
+    """Tokens that were added to what the vocabulary was trained to be: their names are their texts."""
+    return list(getattr(tokenizer, "added_tokens_decoder", {}).values())
+
+
+def _first(texts: Mapping[str, bytes]) -> dict[bytes, str]:
+    """Text -> the first token that writes it; a token for a single byte only where there is no other."""
+    found: dict[bytes, str] = {}
+    for token in sorted(texts, key=lambda token: token in token_texts.FALLBACK):
+        found.setdefault(texts[token], token)
+    return found
+
+
 def _intersection(
-    base: Tokenizer, size: int, other: Tokenizer, mine: Mapping[str, int], theirs: Mapping[str, int]
+    base: Tokenizer, size: int, other: Tokenizer, mine: Mapping[str, int], shared_with: Mapping[str, int]
 ) -> VocabMap:
     columns = torch.zeros(size, dtype=torch.long)
     shared = torch.zeros(size, dtype=torch.bool)
     spelled: list[tuple[int, ...]] = [(0,)] * size
     for token, index in mine.items():
-        if token in theirs:
-            columns[index], shared[index] = theirs[token], True
-            spelled[index] = (theirs[token],)
+        if token in shared_with:
+            columns[index], shared[index] = shared_with[token], True
+            spelled[index] = (shared_with[token],)
         else:
             text = base.convert_tokens_to_string([token]) or base.decode([index])
             # a token without text (a special one) is fed as id 0, which stands for "something unknown" in

@@ -18,7 +18,7 @@ from proxytune.engine.request import Row
 from proxytune.engine.sampling import RowPosition
 from proxytune.engine.speculative.drafter import LOOKUP, Drafter, Speculation
 from proxytune.errors import UserError
-from proxytune.models.vocabulary import align, size_of
+from proxytune.models.vocabulary import align, counterparts, size_of
 from proxytune.records import Example
 from tests.support import oracle, tiny
 from tests.support.decoders import by_id, check, decoder, example, plain, ragged, settings_of
@@ -151,6 +151,35 @@ def test_intersect_maps_tokens_and_spells_the_others() -> None:
     assert not found.shared[mine["the"]]
     assert found.spell(mine["the"]) == tuple(theirs[c] for c in "the")
     assert int(found.shared.sum()) == len(mine.keys() & theirs.keys()) == len(mine) - 4  # th, the, ha, hat
+
+
+def spelled_in(vocabulary: dict[str, int], decoder: Any, special: Sequence[str] = ()) -> Any:
+    raw = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    raw.decoder = decoder
+    raw.add_special_tokens(list(special))
+    return PreTrainedTokenizerFast(tokenizer_object=raw)
+
+
+def test_intersect_finds_a_token_by_its_text_however_it_is_spelled() -> None:
+    """SentencePiece's spellings beside GPT-2's: a space, a line break, half a letter; special tokens by name;
+    one token of each text; and a letter that is a space in the other spelling is none."""
+    of_bytes = ["Ġthe", "the", "Ċ", "Ã", "ĠĠ", "<s>", "x", "Ġ"]
+    pieces_ = ["<s>", "the", "▁the", "\n", "<0x0A>", "<0xC3>", "▁▁", "<0x78>", "Ġ", "Ċ", "y"]
+    byte_level = spelled_in({token: i for i, token in enumerate(of_bytes)}, decoders.ByteLevel(), ["<s>"])
+    fallback = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    sentence = spelled_in({token: i for i, token in enumerate(pieces_)}, fallback, ["<s>"])
+    names = (sentence, sentence.get_vocab(), byte_level, byte_level.get_vocab())
+    found = {token: of_bytes[index] for token, index in counterparts(*names).items()}
+    assert found == {
+        "<s>": "<s>", "the": "the", "▁the": "Ġthe", "\n": "Ċ", "<0xC3>": "Ã", "▁▁": "ĠĠ", "<0x78>": "x"
+    }  # fmt: skip
+    back = {token: pieces_[index] for token, index in counterparts(*names[2:], *names[:2]).items()}
+    assert back == {theirs: mine for mine, theirs in found.items()}
+    logits = torch.arange(8.0)[None]
+    mapped = align(sentence, len(pieces_), byte_level, 8, "expert", "intersect")
+    assert mapped.shared is not None and mapped.shared.tolist() == [token in found for token in pieces_]
+    aligned = mapped.align(logits)[0].tolist()
+    assert [aligned[i] for i, token in enumerate(pieces_) if token in found] == [5, 1, 0, 2, 3, 4, 6]
 
 
 def intersect_oracle(d: Decoder, e: Example, s: Sampling) -> tuple[list[int], int]:

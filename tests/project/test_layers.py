@@ -18,7 +18,7 @@ PACKAGE = ROOT / "proxytune"
 
 FLOORS = (
     "errors lazy schema terminal api_spec yaml_files config options records intervals run_files results "
-    "comparison hub processes provenance cpu_load training_record",
+    "comparison hub processes provenance cpu_load token_texts training_record",
     "demo sandbox engine endpoints",
     "models tasks",
     "decoding analysis paper",
