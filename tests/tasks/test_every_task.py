@@ -102,7 +102,7 @@ def test_a_killed_evaluation_ends_like_another(task: str, yaml: Path, tmp_path: 
 # Code that was stored without a verdict
 
 
-@pytest.mark.parametrize("task", [slow("humaneval"), "ds1000"])
+@pytest.mark.parametrize("task", [slow("humaneval"), slow("ds1000")])
 def test_verdicts_come_later(task: str, box: Sandbox, yaml: Path, tmp_path: Path) -> None:
     asked = short_eval(task, "generate", yaml, tmp_path)
     blind = proxytune(*asked)

@@ -216,6 +216,7 @@ def test_likelihoods(trio: System, calls: Calls) -> None:
     assert calls.rows and calls.read == 0
 
 
+@pytest.mark.slow
 def test_by_the_kernel(trio: System, kernels: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel itself, in float32, says what float64 does."""
     use_pages(monkeypatch)

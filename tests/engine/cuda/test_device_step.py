@@ -188,6 +188,7 @@ def test_the_device_knows_what_was_generated(
     assert d.stats.preemptions > 0 and len(checked) > 40 and steps.refused == 0
 
 
+@pytest.mark.slow
 def test_where_drafts_do_not_fit_a_step_has_fewer_or_none(
     trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps
 ) -> None:
@@ -299,6 +300,7 @@ def test_ids_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("k", [1, 6])
+@pytest.mark.every(2)
 def test_rows_end_inside_a_draft(trio: System, monkeypatch: pytest.MonkeyPatch, steps: Steps, k: int) -> None:
     """At a high temperature the drafter draws end-of-sequence often, and limits are reached anywhere."""
     d = decoder(trio, speculation=drafting(k))
