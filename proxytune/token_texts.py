@@ -13,22 +13,28 @@ FALLBACK = {f"<0x{value:02X}>": bytes([value]) for value in range(256)}
 
 
 def speller(tokenizer: Any) -> Callable[[str], bytes]:
-    """The function from the name of an ordinary token to its bytes: `Ġthe` of a vocabulary like GPT-2's and
-    `▁the` of SentencePiece's are both " the"."""
+    """The function from a token's name to its bytes: `Ġthe` of a vocabulary like GPT-2's and `▁the` of
+    SentencePiece's are both " the". The name of a token that was added to a vocabulary is its text."""
+    added = {token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
     if _spells_bytes(tokenizer):
-        letters = {letter: value for value, letter in _byte_letters().items()}
-        return lambda name: b"".join(
-            bytes([letters[letter]]) if letter in letters else letter.encode() for letter in name
+        letters = {letter: bytes([value]) for value, letter in _byte_letters().items()}
+        return lambda name: (
+            name.encode()
+            if name in added
+            else b"".join(letters.get(letter) or letter.encode() for letter in name)
         )
-    return lambda name: FALLBACK.get(name) or name.replace(SPACE, " ").encode()
+    return lambda name: (
+        name.encode() if name in added else FALLBACK.get(name) or name.replace(SPACE, " ").encode()
+    )
 
 
 def _spells_bytes(tokenizer: Any) -> bool:
     """Whether the vocabulary is written in letters that stand for bytes, as GPT-2's."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = None if backend is None else json.loads(backend.to_str()).get("decoder")
-    parts = [decoder, *(decoder or {}).get("decoders", [])]
-    return any(part is not None and part.get("type") == "ByteLevel" for part in parts)
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    if decoder is None:
+        return False
+    written = json.loads(decoder.__getstate__())
+    return any(part["type"] == "ByteLevel" for part in (written, *written.get("decoders", [])))
 
 
 def _byte_letters() -> dict[int, str]:

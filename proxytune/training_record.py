@@ -54,7 +54,7 @@ class TuningRequest(BaseModel):
     def difference(self, other: TuningRequest) -> str | None:
         """Which of their settings differ, in words; None where none does."""
         mine, theirs = ({**one.model_dump(exclude={"settings"}), **one.settings} for one in (self, other))
-        names = dict.fromkeys(name for name in mine | theirs if name not in NAMES_OF_DATA)
+        names = (name for name in mine | theirs if name not in NAMES_OF_DATA)
         found = [name for name in names if mine.get(name) != theirs.get(name)]
         return (
             None if not found else ", ".join(f"{n} {theirs.get(n)!r} -> {mine.get(n)!r}" for n in found[:3])

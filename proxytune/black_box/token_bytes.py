@@ -26,10 +26,7 @@ class TokenBytes:
         names = tokenizer.convert_ids_to_tokens(list(range(size)))
         added = {index: token for index, token in tokenizer.added_tokens_decoder.items() if index < size}
         spell = token_texts.speller(tokenizer)
-        data = [
-            added[index].content.encode() if index in added else spell(name or "")
-            for index, name in enumerate(names)
-        ]
+        data = [spell(name or "") for name in names]
         special = frozenset(index for index, token in added.items() if token.special)
         found = cls(data, special, tokenizer.eos_token_id)
         for index in sorted(range(size), key=lambda index: index in special):

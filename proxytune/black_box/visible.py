@@ -112,7 +112,7 @@ def read_answer(answer: endpoint.Answer, *, logprobs: bool) -> Continued:
             positions = [_by_name(answer, token, top) for token, top in zip(tokens, tops, strict=True)]
         case None if not text.strip(BROKEN):  # the end, or a part of a letter (llama.cpp shows nothing there)
             positions = []
-        case None | {} as shown if not (shown and any(shown.values())):
+        case None | {} as shown if not any((shown or {}).values()):
             raise endpoint.CallFailed(
                 "it shows no log-probabilities: it does not know `logprobs`, or leaves them out for this "
                 "model",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,29 +98,22 @@ def counterparts(
     (`Ġthe`, `▁the`); special ones by their names. Of several with one text, only one of each side counts:
     the one of the same name, or the first that is not a single byte's (`<0x0A>`)."""
     own, others = _ordinary(base, mine), _ordinary(other, theirs)
-    added = {token: theirs[token] for token in mine if token not in own and token in theirs}
-    special = {token: index for token, index in added.items() if token not in others}
-    at = _first(others)
-    same = {name: theirs[name] for name, text in own.items() if others.get(name) == text}
-    taken = {own[name] for name in same}
-    first = {text: name for text, name in _first(own).items() if text in at and text not in taken}
-    return special | same | {name: theirs[at[text]] for text, name in first.items()}
+    special = {token: theirs[token] for token in mine.keys() & theirs.keys() - own.keys() - others.keys()}
+    same = {token: theirs[token] for token, text in own.items() if others.get(token) == text}
+    taken, at = {own[token] for token in same}, _first(others)
+    rest = {
+        token: theirs[at[text]] for text, token in _first(own).items() if text in at and text not in taken
+    }
+    return special | same | rest
 
 
 def _ordinary(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> dict[str, bytes]:
     """Tokens that are not special -> their bytes, in the order of their ids."""
     spell = token_texts.speller(tokenizer)
-    added = {token.content: token.special for token in _added(tokenizer)}
-    return {
-        token: token.encode() if token in added else spell(token)
-        for token in sorted(vocabulary, key=lambda token: vocabulary[token])
-        if not added.get(token, False)
-    }
-
-
-def _added(tokenizer: Tokenizer) -> Sequence[Any]:
-    """Tokens that were added to what the vocabulary was trained to be: their names are their texts."""
-    return list(getattr(tokenizer, "added_tokens_decoder", {}).values())
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = {token.content for token in added if token.special}
+    names = sorted(vocabulary.keys() - special, key=vocabulary.__getitem__)
+    return {name: spell(name) for name in names}
 
 
 def _first(texts: Mapping[str, bytes]) -> dict[bytes, str]:

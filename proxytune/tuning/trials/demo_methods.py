@@ -8,7 +8,6 @@ figures are of the test split. What is finished is not made again."""
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from proxytune.terminal import say, show
 from proxytune.training_record import TrainingRecord
 from proxytune.tuning.trials import demo_trainings as demo
 from proxytune.tuning.trials.demo_rates import TriedRate, chosen, search
+from proxytune.tuning.trials.figures import write_figures
 
 RESULT, TABLE = "comparison.json", "table.md"
 
@@ -198,8 +198,7 @@ def compare(root: Path, how: TrialSize, cases: Sequence[demo.DemoCase]) -> list[
 
 
 def _write(root: Path, scores: Sequence[TrialScores]) -> None:
-    found = [one.model_dump(mode="json") for one in scores]
-    write_atomically(root / RESULT, (json.dumps(found, indent=1) + "\n").encode())
+    write_figures(root / RESULT, scores)
     write_atomically(root / TABLE, table(scores).encode())
 
 

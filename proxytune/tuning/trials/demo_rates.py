@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict
 
 from proxytune.models import Models
 from proxytune.options import RunOptions
-from proxytune.run_files import content_of, write_atomically
+from proxytune.run_files import content_of
 from proxytune.terminal import say
 from proxytune.tuning.trials import demo_trainings as demo
+from proxytune.tuning.trials.figures import write_figures
 
 SEED = 0
 RESULT = "rates.json"
@@ -59,8 +60,7 @@ def search(root: Path, n: int, cases: Sequence[demo.DemoCase], model: str) -> li
             made = TriedRate(case=case.name, model=model, rate=rate, seed=SEED, n=n, scores=scores)
             say(f"{case.name}, {model}, learning rate {rate:g}: {scores}")
             known.append(made)
-            found = [one.model_dump(mode="json") for one in known]
-            write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
+            write_figures(path, known)
     return known
 
 

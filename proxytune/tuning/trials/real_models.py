@@ -80,9 +80,12 @@ class RealTrial:
             raise UserError(f"failed: proxytune {shlex.join(command)}")
 
     def training_file(self, task: str) -> Path:
+        """Where the training examples of a task are."""
+        return self.out / "data" / f"{task}.jsonl"
+
+    def write_training_file(self, task: str) -> None:
         """The training examples as prompts and completions, without those whose prompt is a test item's: the
         files that are handed around share questions."""
-        path = self.out / "data" / f"{task}.jsonl"
         train, test = (read_examples(f"{FORMS[task]}:{file}", None) for file in self.files[task])
         tested = {_question(example) for example in test}
         kept = [example for example in train if _question(example) not in tested]
@@ -90,8 +93,7 @@ class RealTrial:
             say(
                 f"{task}: {len(train) - len(kept)} of {len(train)} training examples are test items: left out"
             )
-        _write(path, kept)
-        return path
+        _write(self.training_file(task), kept)
 
     def lora(self, model: str, task: str, name: str) -> Path:
         """A LoRA of a model on a task: its folder."""
@@ -116,12 +118,10 @@ def _question(example: TuneExample) -> str:
 
 
 def _write(path: Path, examples: Sequence[TuneExample]) -> None:
-    """As prompts and completions, if they do not lie there."""
+    """As prompts and completions."""
     lines = [json.dumps({"prompt": e.messages[-1][1], "completion": e.completion}) for e in examples]
-    content = ("\n".join(lines) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.read_bytes() != content:
-        write_atomically(path, content)
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
 def same_base(trial: RealTrial) -> None:
@@ -223,7 +223,8 @@ def main() -> None:
         for part in parts:
             if part not in PARTS:
                 raise UserError(f"--parts {part}: choose from {', '.join(PARTS)}")
-        trial.out.mkdir(parents=True, exist_ok=True)
+        for task in trial.files:
+            trial.write_training_file(task)
         for part in parts:
             if part != "c" or trial.other_base is not None:
                 PARTS[part](trial)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from proxytune.records import JsonRow, Metric, Run
 from proxytune.report import tables
 from proxytune.results import find_runs, read_rows
 from proxytune.run_files import write_atomically
+from proxytune.tuning.trials.figures import write_figures
 
 FIGURES, TABLE = "figures.json", "table.md"
 TUNED_FORM: Mapping[str, Callable[[str], bool]] = {
@@ -139,7 +139,6 @@ def _cells(one: RealScores) -> Iterator[str]:
 def write(root: Path) -> str:
     """figures.json and table.md of what is finished under `root`; -> the table."""
     scores = collect(root)
-    content = [one.model_dump(mode="json") for one in scores]
-    write_atomically(root / FIGURES, (json.dumps(content, indent=1) + "\n").encode())
+    write_figures(root / FIGURES, scores)
     write_atomically(root / TABLE, (found := table(scores)).encode())
     return found

@@ -34,6 +34,7 @@ from proxytune.training_record import SYSTEM
 from proxytune.tuning.methods import get_method
 from proxytune.tuning.options import TuneOptions
 from proxytune.tuning.session import plan, tune
+from proxytune.tuning.trials.figures import write_figures
 
 RESULT = "superglue.json"
 
@@ -180,8 +181,7 @@ def run(given: argparse.Namespace) -> list[ChoiceScore]:
         scores.append(one)
         share = tables.percent(one.accuracy)
         show(f"{one.method} as {one.role}: {share} of {one.accuracy.n}; {one.trained:,} parameters trained")
-        found = [score.model_dump(mode="json") for score in scores]
-        write_atomically(given.out / RESULT, (json.dumps(found, indent=1) + "\n").encode())
+        write_figures(given.out / RESULT, scores)
     return scores
 
 
