@@ -14,7 +14,8 @@ Backends, best first (`auto` takes the first that starts here, never `weak`):
   process but its own, and nothing that it starts outlives it.
 
 Everywhere a filter of system calls (inside/seccomp.py) refuses namespaces, mounts, traces and memory that no
-process holds. The worker counts the memory of all processes and folders together, and kills what is over.
+process holds. The worker counts the memory of all processes and folders together, and kills what is over;
+where a cgroup can be made (cgroups.py), the kernel holds that total, too.
 
 `run` gives a job a sandbox of its own that starts empty and is thrown away: about 50 ms a start.
 `run_together` gives several jobs one sandbox, for code whose imports take longer than that (DS-1000: the
@@ -40,11 +41,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from proxytune.errors import UserError
+from proxytune.sandbox.cgroups import Cgroup
 from proxytune.sandbox.inside.files import empty
-from proxytune.sandbox.inside.processes import descendants, kill_all
+from proxytune.sandbox.inside.processes import descendants, kill_all, refused, too_much
 from proxytune.sandbox.inside.seccomp import filter_bytes, missing
 from proxytune.sandbox.root import (
     MIB,
@@ -202,26 +204,28 @@ class Sandbox:
         if self.backend == "weak" and len(jobs) > 1:
             return [self.run(job) for job in jobs]
         try:
-            found, stopped = self._run(jobs)
+            found, ended = self._run(jobs)
         except NotStarted:
             try:
-                found, stopped = self._run(jobs)
+                found, ended = self._run(jobs)
             except NotStarted as error:
                 raise UserError(f"the sandbox did not start: {error}") from None
-        if not stopped:  # then the first job without an outcome is the one that ended the sandbox
-            found += [_lost(job) for job in jobs[len(found) : max(1, len(found))]]
+        if ended:  # then the first job without an outcome is the one that ended the sandbox
+            found += [_lost(job, ended) for job in jobs[len(found) : max(1, len(found))]]
         return [*found, *self.run_together(jobs[len(found) :])]
 
-    def _run(self, jobs: Sequence[Job]) -> tuple[list[Outcome], bool]:
-        """One attempt: the outcomes of the jobs that ended, and whether the next was not begun."""
+    def _run(self, jobs: Sequence[Job]) -> tuple[list[Outcome], str]:
+        """One attempt: the outcomes of the jobs that ended, and what is said of the next one, "" where the
+        worker did not begin it."""
         secret, user = secrets.token_hex(16), fresh_user()
         names = ("memory", "file_bytes", "processes", "open_files", "total")
-        about = {
+        about: dict[str, Any] = {
             "secret": secret,
             "user": user,
             "weak": self.backend == "weak",
             "path": self.python.packages,
             "limits": {name: getattr(self.limits, name) for name in names},
+            "events": None,
         }
         seconds = sum(program.seconds for job in jobs for program in job.programs) + 2 * START_SECONDS
         with contextlib.ExitStack() as stack:
@@ -235,6 +239,11 @@ class Sandbox:
                 command = bubblewrap(self.python, self.limits.tmp_bytes, passed[0])
             else:
                 command = namespaces(self.python, self.limits.tmp_bytes)
+            if (group := Cgroup.make(self.limits.total)) is not None:
+                stack.callback(group.close)
+                about["events"] = group.events
+                passed.append(group.events)
+                command = group.entering(command)
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -248,7 +257,11 @@ class Sandbox:
             )
             stack.callback(self._stop, process)
             output = converse(process, request(jobs, about), time.monotonic() + seconds)
-        return outcomes(output, secret, jobs)
+            full = group is not None and refused(group.events) > 0
+        found, stopped = outcomes(output, secret, jobs)
+        over = too_much(self.limits.total)
+        named = any(over in outcome.results for outcome in found)  # then nobody knows who filled it last
+        return found, "" if stopped else over if full and not named else LOST
 
     def _stop(self, process: subprocess.Popen[bytes]) -> None:
         """End everything that the job started. The worker ends, and all below it, when its stdin does."""
@@ -287,6 +300,6 @@ def _filter_pipe() -> int:
     return read
 
 
-def _lost(job: Job) -> Outcome:
+def _lost(job: Job, ending: str) -> Outcome:
     """The outcome of a job that ended its sandbox."""
-    return Outcome(tuple(LOST for _ in job.programs), tuple(0.0 for _ in job.programs))
+    return Outcome(tuple(ending for _ in job.programs), tuple(0.0 for _ in job.programs))

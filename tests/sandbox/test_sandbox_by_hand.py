@@ -98,13 +98,13 @@ class Scripted(Sandbox):
     def __init__(self, backend: Any, *attempts: tuple[int, bool] | str) -> None:
         self.backend, self.attempts, self.tried = backend, list(attempts), list[list[str]]()
 
-    def _run(self, jobs: Sequence[Job]) -> tuple[list[Outcome], bool]:
+    def _run(self, jobs: Sequence[Job]) -> tuple[list[Outcome], str]:
         self.tried.append([job.programs[0].code for job in jobs])
         attempt = self.attempts.pop(0)
         if isinstance(attempt, str):
             raise NotStarted(attempt)
         done, stopped = attempt
-        return [Outcome(("passed",), (0.0,)) for _ in range(done)], stopped
+        return [Outcome(("passed",), (0.0,)) for _ in range(done)], "" if stopped else LOST
 
 
 @pytest.mark.parametrize(

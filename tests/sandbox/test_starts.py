@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from proxytune.errors import UserError
-from proxytune.sandbox.sandbox import Job, Outcome, Program, Sandbox
+from proxytune.sandbox.sandbox import LOST, Sandbox
+from proxytune.sandbox.talk import Job, Outcome, Program
 
 
 def starts_that_fail(monkeypatch: pytest.MonkeyPatch, failing: int) -> list[Sequence[str]]:
@@ -44,9 +45,9 @@ def test_a_job_is_lost_only_where_it_was_the_first(box: Sandbox, monkeypatch: py
     """A sandbox that ends after some jobs says nothing of the next one, which begins another."""
     asked: list[int] = []
 
-    def run(_: Sandbox, jobs: Sequence[Job]) -> tuple[list[Outcome], bool]:
+    def run(_: Sandbox, jobs: Sequence[Job]) -> tuple[list[Outcome], str]:
         asked.append(len(jobs))
-        return [Outcome(("passed",), (0.0,))] * (1 if len(asked) == 1 else len(jobs)), False
+        return [Outcome(("passed",), (0.0,))] * (1 if len(asked) == 1 else len(jobs)), LOST
 
     monkeypatch.setattr(Sandbox, "_run", run)
     assert [outcome.passed for outcome in box.run_together([Job(())] * 3)] == [True] * 3

@@ -77,6 +77,20 @@ def memory_used(most: int) -> int:
     return used if used <= most else sum(map(_share, pids)) + _in_scratch()
 
 
+def refused(events: int | None) -> int:
+    """How often the kernel had no memory left for the sandbox as a whole, and ended a process for that: from
+    the `memory.events` of its cgroup, an open file. 0 where it has none."""
+    if events is None:
+        return 0
+    counts = dict(line.split() for line in os.pread(events, 4096, 0).decode().splitlines())
+    return int(counts["oom"])
+
+
+def too_much(total: int) -> str:
+    """What is said of a program that took more than the total."""
+    return f"failed: MemoryError: its processes and files took over {total >> 20} MiB together"
+
+
 def _status(pid: int) -> int:
     """The resident and swapped memory and the page tables of a process."""
     try:

@@ -32,7 +32,7 @@ from typing import Any
 from proxytune.sandbox.inside import calls, seccomp
 from proxytune.sandbox.inside.files import collect, empty, write_files
 from proxytune.sandbox.inside.plain import NOT_APART, NotPlain
-from proxytune.sandbox.inside.processes import SCRATCH, kill_others, memory_used, reap
+from proxytune.sandbox.inside.processes import SCRATCH, kill_others, memory_used, reap, refused, too_much
 
 NOBODY = 65534
 DUMPABLE, CAPBSET_READ, CAPBSET_DROP, SUBREAPER, NO_NEW_PRIVS, SECCOMP = 4, 23, 24, 36, 38, 22
@@ -175,6 +175,7 @@ class JobRunner:
 
     def __init__(self, header: dict[str, Any], null: int, channel: int) -> None:
         self.limits, self.weak, self.null, self.channel = header["limits"], header["weak"], null, channel
+        self.events: int | None = header["events"]
 
     def run(self, program: dict[str, Any]) -> tuple[str, float]:
         """Run one program: `passed`, `timed out` or `failed: ...`, and how long it took."""
@@ -195,7 +196,7 @@ class JobRunner:
             children.append(check)
             close(asked[1], answered[0])
             self.expect_ready(children)
-        began = time.monotonic()
+        began, before = time.monotonic(), refused(self.events)
         try:
             heard = self.wait(children, began + program["seconds"])
         finally:
@@ -203,6 +204,8 @@ class JobRunner:
                 child.end()
             reap()
         took = time.monotonic() - began
+        if refused(self.events) > before:  # whatever was heard: one of its processes was killed for it
+            return too_much(self.limits["total"]), took
         if isinstance(heard, str):
             return heard, took
         if not heard.startswith(token):
@@ -240,8 +243,7 @@ class JobRunner:
                 gone = any(child.ended() for child in children)
             if memory_used(self.limits["total"]) > self.limits["total"]:
                 kill_others()
-                mib = self.limits["total"] >> 20
-                return f"failed: MemoryError: its processes and files took over {mib} MiB together"
+                return too_much(self.limits["total"])
         return "timed out"
 
     # In the children
@@ -286,6 +288,8 @@ class JobRunner:
         """In a child: read its text, let go of what is the worker's, take the limits."""
         text = calls.read_exactly(0, size).decode("utf-8", "surrogatepass")
         os.close(self.channel)
+        if self.events is not None:
+            os.close(self.events)
         os.dup2(self.null, 0)
         if not ours:
             prctl(DUMPABLE, 1)  # its memory may be counted, and it holds nothing of the worker's
