@@ -116,10 +116,11 @@ def _vocabularies(models: Models, roles: Sequence[RoleCheck], findings: Findings
         )
         eos = role.special.get("eos")
         if eos is not None and eos[0] not in models.tokenizer(first).get_vocab():
+            own = models.tokenizer(first).eos_token
+            means = "only the base can end one" if own is None else f"the base's {own!r} stands for it"
             findings.note(
                 "vocabulary",
-                f"the base has no {eos[0]!r}, with which the {role.name} ends its responses: only the base "
-                "can end one",
+                f"the base has no {eos[0]!r}, with which the {role.name} ends its responses: {means}",
             )
         _judge_tuned_text(models, role.name, findings)
     return found

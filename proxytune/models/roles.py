@@ -263,10 +263,11 @@ class Models:
             self._tokenizers[key] = load_tokenizer(spec, trust_remote_code=self.trust_remote_code)
         return self._tokenizers[key]
 
-    def known_to_the_base(self, name: str) -> Mapping[str, int]:
-        """The tokens of a model, by their names -> the base's token with the same text."""
+    def known_to_the_base(self, name: str) -> frozenset[str]:
+        """The names of the tokens of a model to which the base has a counterpart under `vocab: intersect`."""
         own, base = self.tokenizer(name), self.tokenizer("base")
-        return counterparts(own, own.get_vocab(), base, base.get_vocab())
+        found = set(counterparts(base, base.get_vocab(), own, own.get_vocab()).values())
+        return frozenset(token for token, index in own.get_vocab().items() if index in found)
 
     def difference(self, name: str, target: str = "base") -> Difference | None:
         """Where the vocabulary of a model differs from that of `target`; it needs no weights."""

@@ -96,7 +96,8 @@ def counterparts(
 
     Ordinary tokens are the same where they write the same bytes, however their vocabularies spell them
     (`Ġthe`, `▁the`); special ones by their names. Of several with one text, only one of each side counts:
-    the one of the same name, or the first that is not a single byte's (`<0x0A>`)."""
+    the one of the same name, or the first that is not a single byte's (`<0x0A>`). Where the base has no
+    token of the name with which the other ends a text, it ends one with its own (`<eos>`, `<|im_end|>`)."""
     own, others = _ordinary(base, mine), _ordinary(other, theirs)
     special = {token: theirs[token] for token in mine.keys() & theirs.keys() - own.keys() - others.keys()}
     same = {token: theirs[token] for token, text in own.items() if others.get(token) == text}
@@ -104,7 +105,16 @@ def counterparts(
     rest = {
         token: theirs[at[text]] for text, token in _first(own).items() if text in at and text not in taken
     }
-    return special | same | rest
+    return special | same | rest | _end(base, mine, other, theirs)
+
+
+def _end(
+    base: Tokenizer, mine: Mapping[str, int], other: Tokenizer, theirs: Mapping[str, int]
+) -> dict[str, int]:
+    """The base's end-of-sequence token -> the other's, where the base has none of that name."""
+    if base.eos_token not in mine or other.eos_token not in theirs or other.eos_token in mine:
+        return {}
+    return {base.eos_token: theirs[other.eos_token]}
 
 
 def _ordinary(tokenizer: Tokenizer, vocabulary: Mapping[str, int]) -> dict[str, bytes]:

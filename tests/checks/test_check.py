@@ -216,14 +216,21 @@ def test_an_eos_that_the_base_lacks_is_said_where_vocabularies_intersect(tmp_pat
     other.eos_token = "<end>"
     system = tiny.trio_of(tmp_path, (259, 260, 259), expert=other).model_copy(update={"vocab": "intersect"})
     notes = " ".join(finding.text for finding in check_system(system, weights=False).findings)
-    assert "the base has no '<end>', with which the expert ends its responses" in notes
+    said = "the base has no '<end>', with which the expert ends its responses: "
+    assert said + "the base's '</s>' stands for it" in notes
+    base = tiny.tokenizer()
+    base.eos_token = None
+    system = tiny.trio_of(tmp_path / "none", (259, 260, 259), base=base, expert=other)
+    found = check_system(system.model_copy(update={"vocab": "intersect"}), weights=False).findings
+    assert said + "only the base can end one" in " ".join(finding.text for finding in found)
 
 
 def test_what_an_expert_was_tuned_to_say_and_the_base_has_not_is_counted(tmp_path: Path) -> None:
     """`proxytune tune` stores how often each token is learned."""
     other = tiny.tokenizer(swapped=("</s>", "b"))
-    other.eos_token = "<end>"
-    system = tiny.trio_of(tmp_path, (259, 260, 259), expert=other).model_copy(update={"vocab": "intersect"})
+    other.eos_token = "<end>"  # which the base's end stands for
+    other.add_tokens(["<call>"], special_tokens=True)
+    system = tiny.trio_of(tmp_path, (259, 261, 259), expert=other).model_copy(update={"vocab": "intersect"})
     assert system.expert is not None
     record = TrainingRecord(
         status="finished",
@@ -232,7 +239,7 @@ def test_what_an_expert_was_tuned_to_say_and_the_base_has_not_is_counted(tmp_pat
         antiexpert=ModelSpec(model="m"),
         examples=1,
         tokens=10,
-        learned={"a": 6, "<end>": 2},
+        learned={"a": 3, "<end>": 3, "<call>": 2},
         parameters=1,
         trainable=1,
         estimated_bytes=0,
@@ -241,7 +248,7 @@ def test_what_an_expert_was_tuned_to_say_and_the_base_has_not_is_counted(tmp_pat
     record.write(Path(str(system.expert.model)))
     notes = " ".join(finding.text for finding in check_system(system, weights=False).findings)
     assert "25.0% of the tokens that the expert was tuned to say are not in the base's vocabulary" in notes
-    assert "'<end>' most" in notes
+    assert "'<call>' most" in notes
 
 
 # The command

@@ -182,6 +182,43 @@ def test_intersect_finds_a_token_by_its_text_however_it_is_spelled() -> None:
     assert [aligned[i] for i, token in enumerate(pieces_) if token in found] == [5, 1, 0, 2, 3, 4, 6]
 
 
+def ends(own: str | None, other: str | None) -> dict[str, int]:
+    """The counterparts of tokens that are special, of two tokenizers that end texts with these tokens. Both
+    have `<a>`, one `<b>`, the other `<c>` (ids 0 and 1, and 5 in front of all)."""
+    found = []
+    for names, eos in ((["<a>", "<b>"], own), (["x", "<a>", "<c>"], other)):
+        words = spelled_in({token: i for i, token in enumerate(names)}, decoders.ByteLevel(), names[-2:])
+        words.eos_token = eos
+        found += [words, words.get_vocab()]
+    return counterparts(*found)
+
+
+def test_the_end_of_a_text_is_the_same_by_whatever_name() -> None:
+    """Where the base has the other's token, names decide: it may end a turn there, and not here."""
+    assert ends("<b>", "<c>") == {"<a>": 1, "<b>": 2}
+    assert ends("<a>", "<c>") == {"<a>": 2}, "what the other never ends with gives way"
+    assert ends("<b>", "<a>") == ends(None, "<c>") == ends("<b>", None) == ends("<a>", "<a>") == {"<a>": 1}
+    assert ends("<gone>", "<c>") == ends("<b>", "<gone>") == {"<a>": 1}, "a name that is no token"
+
+
+@pytest.mark.parametrize("names", [("<end>", "<end>"), ("<end>", "<stop>"), ("</s>", "<end>")])
+def test_intersect_lets_an_expert_end_by_whatever_name(names: tuple[str, str], tmp_path: Path) -> None:
+    """The tokens of one vocabulary but for the name of its end: those of the trio that shares all of it."""
+    sampling, examples = Sampling(max_new_tokens=30, temperature=1.0, seed=3), ragged(12, 5)
+    plainly = decoder(trio_of(tmp_path / "same"))
+    with torch.no_grad():  # the expert's wish to end, which the antiexpert does not have
+        plainly.loaded["expert"].module.lm_head.weight[2] *= 6
+    truth = by_id(list(plainly.stream(examples, sampling)))
+    assert {"eos", "length"} <= {found.finish_reason for found in truth.values()}
+    words = dict(zip(("expert", "antiexpert"), (tiny.tokenizer(eos=name) for name in names), strict=True))
+    system = trio_of(tmp_path / "names", **words).model_copy(update={"vocab": "intersect"})
+    other = decoder(system)
+    assert other.eos == {2}
+    with torch.no_grad():
+        other.loaded["expert"].module.lm_head.weight[2] *= 6
+    assert by_id(list(other.stream(examples, sampling))) == truth
+
+
 def intersect_oracle(d: Decoder, e: Example, s: Sampling) -> tuple[list[int], int]:
     """Written out: every role sees its own ids of prompt and response; only shared tokens are shifted.
 

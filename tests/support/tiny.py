@@ -17,25 +17,29 @@ VOCABULARY = 259  # <pad> <s> </s> and one token per byte
 
 
 def tokenizer(
-    chat_template: str | None = None, swapped: tuple[str, str] | None = None, *, add_eos: bool = False
+    chat_template: str | None = None,
+    swapped: tuple[str, str] | None = None,
+    *,
+    add_eos: bool = False,
+    eos: str = "</s>",
 ) -> PreTrainedTokenizerFast:
     """One token per byte; `<s>` is put first. `swapped` exchanges the ids of two tokens. `add_eos` puts
-    `</s>` behind every text, as a tokenizer does that was saved with add_eos_token."""
+    `eos` behind every text, as a tokenizer does that was saved with add_eos_token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", eos, *alphabet])}
     if swapped:
         one, other = swapped
         vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    single = "<s> $A </s>" if add_eos else "<s> $A"
-    special = [("<s>", 1), ("</s>", 2)]
+    single = f"<s> $A {eos}" if add_eos else "<s> $A"
+    special = [("<s>", 1), (eos, 2)]
     raw.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
     return PreTrainedTokenizerFast(
         tokenizer_object=raw,
         bos_token="<s>",
-        eos_token="</s>",
+        eos_token=eos,
         pad_token="<pad>",
         chat_template=chat_template,
     )
