@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -19,7 +20,7 @@ from proxytune.cli.tune import command as tune
 from proxytune.config import ExpertSpec, ModelSpec, System
 from proxytune.errors import UserError
 from proxytune.options import JudgeOptions
-from proxytune.records import Completion, Cost, Metric, RoleMemory, Run, TracedToken
+from proxytune.records import Completion, Cost, FinishReason, Metric, RoleMemory, Run, TracedToken
 from proxytune.report.tables import role_rows
 from proxytune.training_record import CurvePoint
 from tests.support.reports import run
@@ -142,8 +143,9 @@ def traced(*pairs: tuple[str, str]) -> tuple[TracedToken, ...]:
 def test_changed_tokens_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
     trace = traced((" a", " a"), (" b", " x"), (" c", " c"), ("</s>", "y"))
     ended = Completion("0", 0, " a b c", (1, 2, 3, 4), "eos", 0.0, trace=trace)
-    cut = Completion("0", 0, " a b c", (1, 2, 3, 4), "length", 0.0, trace=trace)
-    assert side_by_side.response_tokens(ended) == trace[:3] and side_by_side.response_tokens(cut) == trace
+    assert side_by_side.response_tokens(ended) == trace[:3]
+    for reason in set(get_args(FinishReason)) - {"eos"}:  # only the end is no token of the response
+        assert side_by_side.response_tokens(replace(ended, finish_reason=reason)) == trace
     assert side_by_side.changed_places(trace) == [1, 3]
     base = Completion("0", 0, " plain", (1,), "eos", 0.0)
     side_by_side.show_side_by_side({"base": base, "proxy": ended})
