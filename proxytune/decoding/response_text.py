@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from proxytune.models import Tokenizer
+from proxytune.token_texts import FALLBACK
 
 BROKEN = "\ufffd"
 """What stands for bytes that are no letter."""
@@ -52,11 +53,10 @@ class ResponseText:
 
     def _fallback(self) -> dict[int, int]:
         """Tokens that stand for one byte each where letters are spelt in bytes (`<0xE2>`): id -> byte."""
-        names = [f"<0x{value:02X}>" for value in range(256)]
-        ids = self.tokenizer.convert_tokens_to_ids(names)
+        ids = self.tokenizer.convert_tokens_to_ids(list(FALLBACK))
         found = {
-            index: value
-            for value, (name, index) in enumerate(zip(names, ids, strict=True))
+            index: byte[0]
+            for (name, byte), index in zip(FALLBACK.items(), ids, strict=True)
             if index is not None and self.tokenizer.convert_ids_to_tokens(index) == name
         }
         letter = [index for value in "€".encode() for index, own in found.items() if own == value]
