@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,16 @@ def test_all_alphas_from_one_pass(
             assert result.logprobs[row].tolist() == pytest.approx(values, abs=1e-9)
             assert bool(result.greedy[row]) == greedy
     assert all(not runner.rows.lengths for runner in d.ensemble.runners.values())
+
+
+def test_a_schedule_goes_on_where_a_text_is_scored_in_pieces(trio: System) -> None:
+    """Position 4 of a text has alpha 0 under first:4, also where it is the first of its piece."""
+    d = decoder(trio)
+    (item,) = items_for(d)[:1]
+    item = replace(item, ids=tuple(range(40, 53)))
+    (found,) = likelihoods(d.ensemble, [item], [parse_alpha("first:4")], positions=4)
+    values, _ = expected(d, item, "first:4")
+    assert found.logprobs[0].tolist() == pytest.approx(values, abs=1e-9)
 
 
 def test_greedy_flag_is_true_for_what_greedy_decoding_says(trio: System) -> None:

@@ -182,6 +182,19 @@ def test_intersect_finds_a_token_by_its_text_however_it_is_spelled() -> None:
     assert [aligned[i] for i, token in enumerate(pieces_) if token in found] == [5, 1, 0, 2, 3, 4, 6]
 
 
+def test_intersect_prefers_a_token_of_its_own_to_one_of_a_single_byte() -> None:
+    """Llama 2 has two tokens that write one space: `<0x20>` (by its id the first) and `▁`."""
+    byte_level = spelled_in({"Ġ": 0, "a": 1}, decoders.ByteLevel())
+    fallback = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    sentence = spelled_in({"<0x20>": 0, "<0x61>": 1, "▁": 2, "a": 3}, fallback)
+    assert counterparts(byte_level, byte_level.get_vocab(), sentence, sentence.get_vocab()) == {
+        "Ġ": 2,
+        "a": 3,
+    }
+    back = counterparts(sentence, sentence.get_vocab(), byte_level, byte_level.get_vocab())
+    assert back == {"▁": 0, "a": 1}
+
+
 def ends(own: str | None, other: str | None) -> dict[str, int]:
     """The counterparts of tokens that are special, of two tokenizers that end texts with these tokens. Both
     have `<a>`, one `<b>`, the other `<c>` (ids 0 and 1, and 5 in front of all)."""

@@ -125,6 +125,8 @@ def test_answers_beside_a_proxy_are_on_its_items_where_there_are_some() -> None:
     ]
     others = token_view._others(proxy, found)
     assert {role: str(folder) for role, (folder, _) in others.items()} == {"base": "b", "tuned": "t"}
+    only_forced = [pair for pair in found if str(pair[0]) != "b" and pair[1].spec.role == "base"][1:]
+    assert token_view._others(proxy, only_forced) == {}, "what an opener made of the base is not its answer"
 
 
 # Sections
