@@ -37,6 +37,17 @@ def test_texts_that_are_scored_take_a_time_per_item() -> None:
     assert state.line() == "2/5, 2.00 s/item, 0:06 left, mc1 0.500"
 
 
+def test_a_continued_run_says_how_fast_it_is_now() -> None:
+    """90 examples are of an earlier session, whose time is not known here."""
+    work = WorkSoFar(scoring=True, finished=20, unread=20, prefill_seconds=10.0)
+    with Progress("demo truthfulqa_mc", "mc1", shown=False) as state:
+        state.begin(100, 90, [1.0] * 90, lambda: work)
+        assert state.line() == "90/100, 0:10 left, mc1 1.000"
+        for _ in range(5):
+            state.advance(0.0)
+        assert state.line() == "95/100, 2.00 s/item, 0:10 left, mc1 0.947"
+
+
 def test_the_time_left_never_grows() -> None:
     """Not even where the estimate does: longer responses than it looked like."""
     state, shown = Progress("demo gsm", "exact_match"), list[str]()
