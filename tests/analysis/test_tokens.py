@@ -71,6 +71,8 @@ EQUATIONS = [
     ("A|4|=|5", "4", "5", "", ""),
     (" 3|.| |4|+|5|=|9", "5+4 ", "9", "4+5", "9"),  # a sentence that ends in a number
     ("a| ==| b", "", "", "", ""),
+    ("2|+|1|=3", "", "", "2+1", ""),  # a token that holds the sign is on no side
+    ("2|+|1=|3", "", "", "2+", "3"),
 ]
 
 

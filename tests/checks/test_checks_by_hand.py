@@ -223,7 +223,7 @@ def test_the_words_of_a_tokenizer() -> None:
     [
         ("base", "llama2", ["direct"]), ("tuned", "llama2", ["direct"]), ("antiexpert", "llama2", ["direct"]),
         ("expert", "llama2", ["direct", "in_ensemble"]), ("expert2", "tokenizer", ["direct", "in_ensemble"]),
-        ("expert", "none", ["direct"]),
+        ("expert", "none", ["direct"]), ("tuned", "none", ["direct"]), ("base", "none", ["direct"]),
     ],
 )  # fmt: skip
 def test_what_a_role_sees_of_a_prompt(
@@ -246,7 +246,7 @@ def test_what_a_role_sees_of_a_prompt(
         assert [(one.form, one.text, one.ids, one.tokens) for one in shown] == [
             (form, f"{name} {form}", (1, last), ("t1", f"t{last}")) for form in forms
         ]
-        unused = template is not None and chat == "none"
+        unused = template is not None and chat == "none" and name != "base"  # which is asked plainly
         assert said(findings) == [("note", name, ends)] * (last == 2) + [("note", name, plain)] * unused
 
 
