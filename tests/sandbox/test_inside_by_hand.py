@@ -288,18 +288,28 @@ def test_a_program_is_called_from_outside(pipes: Any) -> None:
         table["n"] = len(items)
         return sum(items) + len(fixed)
 
+    def grow(numbers: set[int], text: bytearray, items: list[int]) -> None:
+        numbers ^= {1, 7}
+        text += b"b"
+        items.append(4)
+        raise ValueError("at last")
+
     def fail(kind: str) -> None:
         own = type("Own", (Exception,), {})
         raise {"key": KeyError("k", 2), "stop": StopIteration(), "own": own("text"), "exit": SystemExit(3)}[
             kind
         ]
 
-    check, thread = answered(pipes, {"change": change, "fail": fail})
+    check, thread = answered(pipes, {"change": change, "grow": grow, "fail": fail})
     check.begin()
     function = check("change")
     given, table = [1, 2], {"old": 1}
     assert function.__name__ == "change" and function(given, table, (7, 8), by=4) == 9
     assert given == [1, 2, 4] and table == {"n": 3}, "what it did to its arguments is done to ours"
+    kept = {1, 2}, bytearray(b"a"), [3]
+    with pytest.raises(ValueError, match=r"^at last$"):
+        check("grow")(*kept[:2], items=kept[2])
+    assert kept == ({2, 7}, bytearray(b"ab"), [3, 4]), "of every kind, by name, and before an exception"
     with pytest.raises(KeyError) as raised:
         check("fail")("key")
     assert raised.value.args == ("k", 2)

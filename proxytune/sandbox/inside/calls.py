@@ -60,14 +60,15 @@ def serve(requests: int, answers: int, names: dict[str, Any], failure: str) -> N
         except EOFError:
             return
         name, given, named = loads(request)
-        before = dumps(given)
+        arguments = [given, named]
+        before = dumps(arguments)
         try:
             if name not in names:
                 raise NameError(f"name {name!r} is not defined")
             answer = ("returned", names[name](*given, **named))
-            packed = dumps((*answer, given if dumps(given) != before else None))
+            packed = dumps((*answer, arguments if dumps(arguments) != before else None))
         except BaseException as error:
-            packed = dumps(("raised", _described(error), given if dumps(given) != before else None))
+            packed = dumps(("raised", _described(error), arguments if dumps(arguments) != before else None))
         send(answers, packed)
 
 
@@ -110,8 +111,11 @@ class Calls:
         except OSError:
             raise ProgramError(f"failed: {GONE}") from None
         how, what, after = self._receive()
-        for at, theirs in enumerate((after or [])[: len(given)]):
-            _overwrite(given[at], theirs)
+        changed: tuple[list[Any], dict[str, Any]] = after or ([], {})
+        for ours, theirs in zip(given, changed[0], strict=False):
+            _overwrite(ours, theirs)
+        for key in named.keys() & changed[1].keys():
+            _overwrite(named[key], changed[1][key])
         if how == "returned":
             return what
         raise _error(*what)
