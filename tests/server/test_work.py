@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -236,6 +237,17 @@ def job_of(responses: int, texts: int = 0) -> ServedJob:
     return ServedJob("proxy", whole, [TextToScore((1,), ALPHA, 0)] * texts)
 
 
+async def gone_early(made: Service) -> None:
+    """A request that is cancelled before it is a job."""
+    made._loop, held = asyncio.get_running_loop(), threading.Event()
+    task = asyncio.create_task(made.ask(2, lambda: (held.wait(10), job_of(2))[1]))
+    await asyncio.sleep(0.01)
+    assert made.open == 5, "its place is taken"
+    task.cancel()
+    held.set()
+    await task
+
+
 def test_room_is_reserved_and_given_back() -> None:
     made = service()  # 3 rows, and 2 may wait
     first = asked(made, 3, job_of(2))
@@ -259,6 +271,11 @@ def test_room_is_reserved_and_given_back() -> None:
     with pytest.raises(RequestFault, match="bad input") as raised:
         asked(made, 2, UserError("bad input"))
     assert raised.value.status == 400 and made.open == 3
+    with pytest.raises(ZeroDivisionError):
+        asked(made, 2, ZeroDivisionError())
+    with pytest.raises(asyncio.CancelledError):  # a client that goes while its prompt is prepared
+        asyncio.run(gone_early(made))
+    assert made.open == 3, "a place is given back however a request ends"
     with pytest.raises(RequestFault, match="the request asks for 6 responses: at most 5 fit") as raised:
         asked(made, 6, job_of(6))
     assert raised.value.status == 400
