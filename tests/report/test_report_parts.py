@@ -3,6 +3,7 @@ ours in them, and a run in a notebook."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,6 +128,19 @@ def test_answers_beside_a_proxy_are_on_its_items_where_there_are_some() -> None:
     assert {role: str(folder) for role, (folder, _) in others.items()} == {"base": "b", "tuned": "t"}
     only_forced = [pair for pair in found if str(pair[0]) != "b" and pair[1].spec.role == "base"][1:]
     assert token_view._others(proxy, only_forced) == {}, "what an opener made of the base is not its answer"
+
+
+def test_tokens_are_shown_beside_the_text_that_they_make(tmp_path: Path) -> None:
+    """Of several samples the first, whose text is the answer that is shown."""
+    folder = tmp_path / "s" / "gsm" / "proxy"
+    rows, traces = [example(i, "x", True) for i in range(2)], [[token(text, 0.5, 0.6)] for text in "ab"]
+    put(folder, run("proxy", 0.8, trace="tokens"), rows, traces)
+    lines = [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()]
+    others = [line | {"sample": n, "tokens": [token("z", 0.1, 0.2)]} for line in lines for n in (1, 2)]
+    every = sorted([*lines, *others], key=lambda line: (line["id"], line["sample"]))
+    (folder / "trace.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in every))
+    found = token_view.token_data(report_page.Report.read(tmp_path).inputs.sets)
+    assert found["texts"] == ["a", "b"] and [one["tokens"] for one in found["sets"][0]["items"]] == [[0], [1]]
 
 
 # Sections

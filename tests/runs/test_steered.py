@@ -60,6 +60,14 @@ def test_a_decoder_serves_one_role_after_another(model: SteeredModel) -> None:
     assert model.generate(["ab"], sampling=SHORT) == first
 
 
+def test_a_remark_is_of_one_call(model: SteeredModel) -> None:
+    """The decoder stays, what it had to remark on other prompts does not (a warning fails a test)."""
+    first = model.generate(["ab"], sampling=SHORT)
+    assert model._decoder is not None
+    model._decoder.remarks.append("the template takes no system message")
+    assert model.generate(["ab"], sampling=SHORT) == first and model._decoder.remarks == []
+
+
 @pytest.mark.parametrize("sampling", [SHORT, Sampling(max_new_tokens=30, stop=("e",)), HOT])
 def test_a_stream_is_the_response_in_pieces(model: SteeredModel, sampling: Sampling) -> None:
     [whole] = model.generate(["ab"], sampling=sampling, trace=True)
