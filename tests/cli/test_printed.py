@@ -17,7 +17,7 @@ from proxytune.cli import analysis_tables, console, side_by_side
 from proxytune.cli.commands import check, demo, evaluate, reproduce, score, stored, systems
 from proxytune.cli.reproduce_plan import _bytes
 from proxytune.cli.tune import command as tune
-from proxytune.config import ExpertSpec, ModelSpec, System
+from proxytune.config import ExpertSpec, ModelSpec, System, parse_alpha
 from proxytune.errors import UserError
 from proxytune.options import JudgeOptions
 from proxytune.records import Completion, Cost, FinishReason, Metric, RoleMemory, Run, TracedToken
@@ -76,13 +76,13 @@ def test_a_run_is_printed_with_its_metrics_and_its_price(capsys: pytest.CaptureF
 
 
 def test_all_roles_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [run(role, value) for role, value in SCORES.items()]
+    runs = [run(role, value, alpha=parse_alpha("first:2")) for role, value in SCORES.items()]
     evaluate.print_all(runs, json_only=True, verbose=False)
     found = json.loads(capsys.readouterr().out)
     assert (found["task"], found["n"], found["gap_closed"]) == ("gsm", 100, pytest.approx(0.9))
     assert list(found["runs"]) == list(SCORES) and "cost" not in found["runs"]["proxy"]
     assert {name: found["runs"]["proxy"][name] for name in ("system", "task", "as", "alpha")} == {
-        "system": "tiny", "task": "gsm", "as": "proxy", "alpha": "1",
+        "system": "tiny", "task": "gsm", "as": "proxy", "alpha": "first:2",
     }  # fmt: skip
     evaluate.print_all(runs[:1], json_only=True, verbose=True)
     found = json.loads(capsys.readouterr().out)
@@ -92,7 +92,8 @@ def test_all_roles_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_listed_run(capsys: pytest.CaptureFixture[str]) -> None:
     from proxytune.analysis.listing import ListedRun
 
-    done = run("proxy", 0.4).model_copy(update={"spec": run("proxy", 0.4, limit=12).spec})
+    changed = run("proxy", 0.4, limit=12, alpha=parse_alpha(0.5)).spec  # its own alpha, not the system's
+    done = run("proxy", 0.4).model_copy(update={"spec": changed})
     finished, unfinished = (ListedRun(Path("f"), s, done, 7) for s in ("finished", "unfinished"))  # type: ignore[arg-type]
     assert stored._line(finished) == ("f", "finished", "7", "exact_match 40.0 [35.0, 45.0]")
     assert stored._line(unfinished) == ("f", "unfinished", "7 of 12", "")
@@ -100,7 +101,7 @@ def test_a_listed_run(capsys: pytest.CaptureFixture[str]) -> None:
     waiting = done.model_copy(update={"metrics": {"unjudged": Metric(value=1.0)}, "headline": "unjudged"})
     assert stored._line(ListedRun(Path("f"), "finished", waiting, 7))[2:] == ("7", "not judged")
     assert stored._as_json(finished) == {
-        "folder": "f", "status": "finished", "system": "tiny", "task": "gsm", "as": "proxy", "alpha": "1",
+        "folder": "f", "status": "finished", "system": "tiny", "task": "gsm", "as": "proxy", "alpha": "0.5",
         "examples": 7, "metric": "exact_match", "command": None, "problem": None,
         "score": done.metrics["exact_match"].model_dump(),
     }  # fmt: skip
