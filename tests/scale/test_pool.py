@@ -13,7 +13,9 @@ import pytest
 
 from proxytune import __version__
 from proxytune.config import ModelSpec, RunSpec, Sampling, System, parse_alpha
+from proxytune.decoding import Decoder
 from proxytune.errors import UserError
+from proxytune.models import Models
 from proxytune.options import DecodeOptions, RayOptions
 from proxytune.records import Completion, Example, Prompt, RoleMemory, WorkerFacts
 from proxytune.scale import ray_pool
@@ -438,3 +440,22 @@ def test_a_worker_decodes_what_it_is_sent() -> None:
     list(worker.decode(part[1:2], settings))
     assert len(calls) == 1, "no responses were asked for"
     assert list(by_alphas(part)) == [(ONE, TWO), (ONE,), (TWO,)]
+
+
+@pytest.mark.parametrize("agreement", [False, True])
+def test_a_worker_is_the_decoder_of_one_process(system: System, agreement: bool) -> None:
+    """With all of its setup: a role, the options of decoding, the model with which agreement is traced."""
+    decode, trace = DecodeOptions(batch=1, speculate="off"), "agreement" if agreement else "tokens"
+    worker = Worker(WorkerSetup(system, "proxy", decode, agreement=agreement))
+    state = worker.load()
+    alone = Decoder(Models(system), "proxy", decode, agreement=agreement)
+    assert set(state.memory) == set(alone.memory) and ("tuned" in state.memory) == agreement
+    asked, settings = examples(2), Settings("gsm", Sampling(max_new_tokens=4), trace)  # type: ignore[arg-type]
+    found = list(worker.decode([AskedExample(one, (ONE, TWO)) for one in asked], settings))
+    made = alone.sweep(
+        [(one, (ONE, TWO)) for one in asked], settings.sampling, task="gsm", trace=settings.trace
+    )
+    wanted = {(one.example_id, alpha): (one,) for alpha, one in made}
+    assert {one.key: one.completions for one in found} == wanted and len(found) == 4
+    kept = {token.divergence.keys() == {"base", "proxy"} for [one] in wanted.values() for token in one.trace}
+    assert kept == {agreement}
