@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from proxytune.config import Sampling, System
 from proxytune.decoding.prompts import context
-from proxytune.engine.divergence import kl_divergence
+from proxytune.engine.divergence import from_reference, kl_divergence
 from proxytune.errors import UserError
 from proxytune.models.roles import Models
 from proxytune.options import RunOptions
@@ -106,3 +106,17 @@ def test_all_roles_with_agreement(system: System, tmp_path: Path) -> None:
     runs = run.Evaluation(system, "gsm", options, QUIET).run_all(tmp_path)
     kinds = {role: made.spec.trace for role, made in runs.items()}
     assert kinds["proxy"] == kinds["tuned"] == "agreement" and kinds["base"] == kinds["expert"] == "tokens"
+
+
+def test_tokens_that_the_reference_lacks_count_for_no_role() -> None:
+    """A tuned model of fewer tokens: what its padded logits say is nothing."""
+    draw = torch.Generator().manual_seed(2)
+    views = {name: torch.randn(3, 7, generator=draw) for name in ("tuned", "base", "proxy")}
+    known = torch.tensor([True, True, False, True, True, True, False])
+    found = from_reference(views, "tuned", ("base", "proxy"), known)
+    log_p = views["tuned"].double()[:, known].log_softmax(-1)
+    for name, divergence in found.items():
+        log_q = views[name].double().log_softmax(-1)[:, known]
+        assert torch.allclose(divergence, (log_p.exp() * (log_p - log_q)).sum(-1)), name
+    whole = from_reference(views, "tuned", ("base",))["base"]
+    assert not torch.allclose(whole, found["base"])

@@ -88,3 +88,11 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         shown.begin(1, 0, [], WorkSoFar)
         shown.advance(1.0)
     assert "demo [gsm]" in capsys.readouterr().err
+
+
+def test_the_tokens_of_open_responses_count_for_how_long_one_is() -> None:
+    """One response of 2 tokens has ended, another has 3 so far: 5 tokens for each that ends, not 2."""
+    work = WorkSoFar(finished=1, finished_tokens=2, open=((3, 100),), decode_seconds=10.0)
+    assert work.tokens_per_second == 0.5 and work.seconds_left() == pytest.approx(5 / 0.5, rel=1e-6)
+    none = WorkSoFar(open=((3, 100), (1, 4)), decode_seconds=4.0)
+    assert none.seconds_left() == pytest.approx(97 + 3), "as many as they may have, where none has ended"
