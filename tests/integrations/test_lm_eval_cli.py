@@ -192,3 +192,18 @@ def test_the_entry_point_is_the_model() -> None:
     lm_eval_cli.register()
     lm_eval_cli.register()
     assert get_model(lm_eval_cli.NAME) is getattr(import_module(module), name)
+
+
+def test_where_its_results_are(tmp_path: Path) -> None:
+    """In a folder of the model's name below a folder; beside a file, whose name gets the date."""
+    names = (
+        "out_2026-11-30T10-00-00.json",
+        "outer_2026.json",
+        "m/results_2026.json",
+        "m/samples_gsm_2026.json",
+    )
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert lm_eval_cli._results_in(tmp_path / "out.json") == [tmp_path / names[0]]
+    assert lm_eval_cli._results_in(tmp_path) == [tmp_path / names[2]]

@@ -91,6 +91,13 @@ def test_padding_does_not_count() -> None:
     assert torch.isclose(together, sum(apart, torch.tensor(0.0)) / 7, atol=1e-5)
 
 
+@pytest.mark.parametrize(("length", "blocks"), [(3, 0), (4, 1), (7, 1), (8, 2), (9, 2)])
+def test_packing_keeps_a_last_block_that_is_whole(length: int, blocks: int) -> None:
+    ids = list(range(length))
+    found = tune.pack([example(ids, [0.5] * length)], 4)
+    assert [list(block.ids) for block in found] == [ids[:4], ids[4:8]][:blocks]
+
+
 def test_packing_keeps_the_order_and_drops_the_rest() -> None:
     blocks = tune.pack([example([1, 2, 3], [0.1, 0.2, 0.3]), example([4, 5, 6, 7])], 3)
     assert [b.ids for b in blocks] == [(1, 2, 3), (4, 5, 6)]
