@@ -76,6 +76,16 @@ def test_the_first_answer_without_a_system_message_is_that_of_generate(model: St
         assert chat.turns == [("user", "ab cd"), ("assistant", want.text.strip())]
 
 
+def test_an_answer_without_text_is_an_answer(model: SteeredModel) -> None:
+    """Nothing was said, and nothing that was stopped before its first word."""
+    [want] = model.generate(["ab cd"], sampling=SHORT)
+    chat = Chat(model, sampling=Sampling(max_new_tokens=6, stop=(want.text.lstrip()[0],)))
+    assert list(chat.ask("ab cd")) == [] and chat.turns == [("user", "ab cd"), ("assistant", "")]
+    with chat.ask("ef"):
+        pass
+    assert len(chat.turns) == 2
+
+
 def test_what_was_said_is_part_of_the_next_question_until_reset(model: SteeredModel) -> None:
     chat = Chat(model, sampling=HOT)
     first, second = (list(chat.ask("ab")) for _ in range(2))

@@ -211,9 +211,10 @@ def test_what_is_judged_is_a_finished_run_of_that_task(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"predictions\.jsonl' line 2: no field 'model_output'"):
         read_finished("gsm", write(tmp_path / "b", [row, {"answer": "1"}]))
     text = (folder / "run.json").read_text()
-    (folder / "run.json").write_text(text.replace('"n":2', '"n":3', 1))
-    with pytest.raises(UserError, match=r"has 2 whole rows and run\.json lists 3: it is damaged"):
-        read_finished("gsm", folder)
+    for listed in (3, 1):
+        (folder / "run.json").write_text(text.replace('"n":2', f'"n":{listed}', 1))
+        with pytest.raises(UserError, match=rf"has 2 whole rows and run\.json lists {listed}: it is damaged"):
+            read_finished("gsm", folder)
     (folder / "run.json").write_text(text.replace('"status":"done"', '"status":"running"'))
     with pytest.raises(UserError, match="is not finished: continue it first"):
         read_finished("gsm", folder)
