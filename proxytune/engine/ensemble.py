@@ -61,6 +61,11 @@ class Ensemble:
     _holders: list[weakref.ref[Holder]] = field(default_factory=list)
     """Who has rows in the caches: nobody, or one."""
 
+    @property
+    def window(self) -> int:
+        """Tokens that a prompt and its response may have together: what the shortest context window holds."""
+        return min(runner.window for runner in self.runners.values())
+
     def claim(self, holder: Holder | None) -> None:
         """Empty all caches for `holder`, or for rows that nobody keeps. Whoever had rows in them loses them:
         an abandoned stream must not block the next one."""

@@ -123,7 +123,6 @@ def _completions(service: Service, allow_negative_alpha: bool) -> APIRouter:
 
 def _model(service: Service, name: str) -> dict[str, Any]:
     role = service.models[name]
-    runners = service.batches[role].decoder.ensemble.runners
     return {
         "id": name,
         "object": "model",
@@ -131,7 +130,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "owned_by": "proxytune",
         "role": role,
         "system": service.system.name,
-        "max_model_len": min(runner.window for runner in runners.values()),
+        "max_model_len": service.batches[role].decoder.ensemble.window,
         "alpha": service.system.alpha.text if role == "proxy" else None,
     }
 

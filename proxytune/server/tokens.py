@@ -52,10 +52,10 @@ def tokens_router(service: Service) -> APIRouter:
         """The tokens of a text, or of a conversation in the format of the model that decodes."""
         batch = batch_of(body.model)
         ids = await service.prepare(lambda: _ids(batch, body))
-        tokenizer, runners = batch.decoder.tokenizer, batch.decoder.ensemble.runners
+        tokenizer = batch.decoder.tokenizer
         return TokenizedText(
             count=len(ids),
-            max_model_len=min(runner.window for runner in runners.values()),
+            max_model_len=batch.decoder.ensemble.window,
             tokens=ids,
             token_strs=[str(token) for token in tokenizer.convert_ids_to_tokens(ids)],
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 from proxytune.config import AlphaSchedule
 from proxytune.decoding.open_batch import Piece, ScoredText
+from proxytune.engine.ensemble import Ensemble
 from proxytune.errors import UserError
 
 
@@ -26,10 +27,10 @@ class LetterBatch:
     """An open batch in which a letter is a token. It does what it is told to, and nothing by itself."""
 
     def __init__(self, virtual: tuple[int, ...] = (), rows: int = 3) -> None:
-        runners = {"base": SimpleNamespace(window=90), "expert": SimpleNamespace(window=80)}
+        runners: Any = {"base": SimpleNamespace(window=90), "expert": SimpleNamespace(window=80)}
         self.decoder = SimpleNamespace(
             target="base", loaded={"base": SimpleNamespace(virtual_ids=virtual)}, max_batch=rows,
-            eos=frozenset({9}), text_of=LetterTexts(), ensemble=SimpleNamespace(runners=runners),
+            eos=frozenset({9}), text_of=LetterTexts(), ensemble=Ensemble(runners, "base"),
         )  # fmt: skip
         self.virtual, self.submitted, self.cancelled = virtual, list[Any](), list[int]()
         self.next: list[Piece] | Exception = []
