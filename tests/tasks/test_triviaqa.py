@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from proxytune.errors import UserError
+from proxytune.records import Completion, Example, Prompt
 from proxytune.tasks import get_task, read_source, score_file
-from proxytune.tasks.triviaqa import normalise_answer
+from proxytune.tasks.triviaqa import normalise_answer, stored
 from tests.support import tiny_system
 from tests.support.answers import completions, jsonl
 from tests.support.command_line import proxytune
@@ -136,6 +137,16 @@ def test_settings_and_stored_predictions(tmp_path: Path) -> None:
     assert report.metrics["tot"].value == 4
     with pytest.raises(UserError, match=r"q\.jsonl' line 1: a TriviaQA row needs `answers`"):
         score_file(TASK, jsonl(tmp_path / "q.jsonl", [{"prediction": "a"}]))
+
+
+@pytest.mark.parametrize(
+    ("text", "kept", "right"),
+    [(" Ann\nBob", "Ann", True), ("\nAnn", "", False), ("Bob\nAnn", "Bob", False), ("ANN ", "ANN", True)],
+)
+def test_a_response_is_what_stands_before_its_first_line_break(text: str, kept: str, right: bool) -> None:
+    target = {"question": "?", "answers": ["Ann"]}
+    row = stored(Example("0", Prompt("?", "?"), target), [Completion("0", 0, text, (), "eos", 0.0)])
+    assert row == {**target, "output": kept, "correct": right}
 
 
 def test_the_files_of_the_papers_code(tmp_path: Path) -> None:

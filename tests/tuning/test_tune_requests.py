@@ -195,6 +195,8 @@ def test_data_is_known_by_its_content_wherever_it_stood(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert len({usual.sha256, *(one.sha256 for one in others)}) == 6
     assert [e.completion for e in others[1].validation] == [" d"] and len(others[1].train) == 2
+    limited = read_data(first, turned, 1, 0)
+    assert (len(limited.train), len(limited.validation)) == (1, 2), "--limit is of the data alone"
     with pytest.raises(UserError, match="the demo world has training data of one form: gsm8k:generated"):
         read_data("alpaca:generated", None, None, 0)
 
