@@ -36,8 +36,12 @@ class Cgroup:
     @classmethod
     def make(cls, most: int) -> Cgroup | None:
         """A new one that may take so many bytes, without swap; None where none can be made."""
-        folder = parent()
-        return None if folder is None else cls.below(folder, most)
+        if (folder := parent()) is None:
+            return None
+        try:
+            return cls.below(folder, most)
+        except OSError:  # as many as there may be (cgroup.max.descendants): counted, as where there is none
+            return None
 
     @classmethod
     def below(cls, parent: Path, most: int) -> Cgroup:

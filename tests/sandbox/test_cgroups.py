@@ -121,6 +121,8 @@ def test_one_that_cannot_be_bounded_is_not_left_behind(tree: Path, monkeypatch: 
     monkeypatch.setattr(Path, "write_text", _denied)
     with pytest.raises(PermissionError):
         Cgroup.below(tree, 1)
+    monkeypatch.setattr(cgroups, "parent", lambda: tree)
+    assert Cgroup.make(1) is None, "then its memory is counted"
     assert list(tree.iterdir()) == []
 
 
