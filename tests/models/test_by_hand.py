@@ -473,6 +473,7 @@ def words(*tokens: str, start: int = 0) -> Any:
     ids = {token: start + index for index, token in enumerate(tokens)}
     return SimpleNamespace(
         get_vocab=lambda: ids,
+        eos_token=None,
         convert_tokens_to_string=lambda parts: "".join(parts).strip("<>"),
         decode=lambda found: "",
         encode=lambda text, add_special_tokens: [ids[letter] for letter in text],
