@@ -150,6 +150,8 @@ def test_all_roles_answer_the_last_question_or_a_new_one(model: SteeredModel) ->
     for role in found:
         assert again[role].token_ids == found[role].token_ids, "to the same question, before its answer"
     assert len({completion.example_id for completion in found.values()}) == 1, "roles share their noise"
+    chat.alpha = 0
+    assert chat.compare()["proxy"].token_ids == found["base"].token_ids, "under the alpha that is set"
 
 
 def test_a_conversation_that_does_not_fit_is_one_line_and_stays(model: SteeredModel) -> None:
