@@ -226,7 +226,13 @@ def test_models_and_tokens(client: OpenAI, here: Served) -> None:
         tokens = post(here, {"prompt": text, "add_special_tokens": False}, "/tokenize").json()["tokens"]
         assert post(here, {"tokens": tokens}, "/detokenize").json()["prompt"] == text
     info = httpx2.get(f"{here.url}/tokenizer_info").json()
-    assert (info["bos_token"], info["eos_token"]) == ("<s>", "</s>")
+    assert (info["model"], info["bos_token"], info["eos_token"]) == ("demo", "<s>", "</s>")
+    for name in names:
+        info = httpx2.get(f"{here.url}/tokenizer_info", params={"model": name}).json()
+        found = post(here, {"model": name, "prompt": "a b"}, "/tokenize").json()
+        listed = client.models.retrieve(name).model_dump()
+        assert info["model"] == name and found["max_model_len"] == listed["max_model_len"] > 0
+        assert found["count"] == len(found["tokens"]) == len(found["token_strs"]) > 1
 
 
 @pytest.mark.parametrize(
