@@ -127,6 +127,7 @@ def test_prompts_are_computed_once(
 ) -> None:
     """Fed tokens: every prompt but its last token once, and a token per step of every row."""
     plainly = DecodeOptions(progress=False, speculate="off")
+    decoder = Decoder(models, "proxy")  # loaded before anything is counted: models are tried when they are
     fed = 0
     real = ModelRunner.forward
 
@@ -139,7 +140,7 @@ def test_prompts_are_computed_once(
     monkeypatch.setattr("proxytune.engine.scheduler.WORTH_SHARING", 10**6)  # whole prompts only
     _, runs = swept(system, models, tmp_path, resources=plainly)
     job = run.plan(system, "gsm", "proxy", RunOptions(limit=6))
-    contexts = [Decoder(models, "proxy").contexts(e.prompt) for e in job.data.examples]
+    contexts = [decoder.contexts(e.prompt) for e in job.data.examples]
     prompts = sum(len(ids) - 1 for by_model in contexts for ids in by_model.values())
     generated = 3 * sum(made.cost.generated_tokens for made in runs)
     assert fed == prompts + generated
