@@ -104,6 +104,15 @@ def test_the_cost_of_what_is_stored() -> None:
     assert part({}, before)._cost().process_peak == 50
 
 
+def test_the_notes_of_all_sessions() -> None:
+    """Those of a session that was stopped, and what this one remarked, once each."""
+    continued = part({}, Cost(), SimpleNamespace(remarks=["cut", "no system message", "cut"]))
+    continued.folder.run = new().model_copy(update={"notes": ("no system message", "one left out")})
+    assert continued._notes() == ("no system message", "one left out", "cut")
+    continued.decoder = None
+    assert continued._notes() == ("no system message", "one left out")
+
+
 def test_what_a_cost_cannot_say() -> None:
     known: dict[str, Any]
     unknown: dict[str, Any]
