@@ -259,9 +259,11 @@ class Sandbox:
             output = converse(process, request(jobs, about), time.monotonic() + seconds)
             full = group is not None and refused(group.events) > 0
         found, stopped = outcomes(output, secret, jobs)
+        if stopped:
+            return found, ""
         over = too_much(self.limits.total)
         named = any(over in outcome.results for outcome in found)  # then nobody knows who filled it last
-        return found, "" if stopped else over if full and not named else LOST
+        return found, over if full and not named else LOST
 
     def _stop(self, process: subprocess.Popen[bytes]) -> None:
         """End everything that the job started. The worker ends, and all below it, when its stdin does."""

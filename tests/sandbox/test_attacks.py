@@ -24,9 +24,9 @@ from proxytune.sandbox.root import Interpreter, closed_folder
 from tests.support.attacks import ATTACKS
 from tests.support.checkout import ROOT
 from tests.support.require import require_or_skip
+from tests.support.sandboxes import SYSTEM_PYTHON
 from tests.support.tiers import WHOLE
 
-SYSTEM_PYTHON = "/usr/bin/python3"
 OTHER_USER = 65534
 PARTS = ("proxytune/sandbox", "proxytune/errors.py", "tests/support/attacks.py")
 

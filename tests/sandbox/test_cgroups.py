@@ -12,7 +12,6 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,7 +19,8 @@ from proxytune.sandbox import LOST, MIB, Job, Limits, Program, Sandbox, cgroups
 from proxytune.sandbox import sandbox as sandboxes
 from proxytune.sandbox.cgroups import Cgroup, candidates
 from proxytune.sandbox.inside.processes import refused, too_much
-from tests.support.require import require_or_skip
+from proxytune.sandbox.sandbox import Backend
+from tests.support.sandboxes import open_or_skip
 
 V2 = "24 30 0:26 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw\n"
 BOTH = "31 30 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n" + V2.replace(
@@ -142,19 +142,6 @@ def test_swap_is_refused_where_there_is_some(tree: Path, monkeypatch: pytest.Mon
 
 
 LIMITS = Limits(total=64 * MIB)
-SYSTEM_PYTHON = "/usr/bin/python3"
-
-
-def opened(backend: Any, limits: Limits) -> Sandbox:
-    """This backend, with an interpreter that `weak` can use, too, where ours lies in root's home."""
-    box = Sandbox(backend, limits=limits)
-    if box.problem() and Path(SYSTEM_PYTHON).exists():
-        box = Sandbox(backend, SYSTEM_PYTHON, limits)
-    if problem := box.problem():
-        require_or_skip("sandbox", problem)
-    return box
-
-
 LOOKS = """
 import os
 held = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
@@ -165,7 +152,7 @@ assert not [path for path in held if path.endswith("memory.events")], held
 @pytest.fixture(params=["bubblewrap", "namespaces", "weak"])
 def grouped(request: pytest.FixtureRequest, tree: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
     """Each backend, its processes in such a folder."""
-    box = opened(request.param, LIMITS)
+    box = open_or_skip(request.param, LIMITS)
     monkeypatch.setattr(cgroups, "parent", lambda: tree)
     return box
 
@@ -238,11 +225,11 @@ for pid in pids:
 
 
 @pytest.mark.parametrize("backend", ["bubblewrap", "namespaces", "weak"])
-def test_the_kernel_holds_the_total(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_holds_the_total(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight processes that take 30 GiB at once, between two counts: they never have more than the total."""
     if cgroups.parent() is None:
         pytest.skip("no cgroup v2 here in which this process may make one with a limit on memory")
-    box = opened(backend, Limits(total=256 * MIB))
+    box = open_or_skip(backend, Limits(total=256 * MIB))
     peaks, close = list[int](), Cgroup.close
 
     def read_first(self: Cgroup) -> None:

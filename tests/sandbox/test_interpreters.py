@@ -19,8 +19,8 @@ from proxytune.sandbox.inside.files import is_mount
 from proxytune.sandbox.root import SCRATCH, Interpreter, View, closed_folder, visible
 from tests.support.checkout import ROOT
 from tests.support.require import require_or_skip
+from tests.support.sandboxes import SYSTEM_PYTHON
 
-SYSTEM_PYTHON = "/usr/bin/python3"
 Isolating = Literal["bubblewrap", "namespaces"]
 ISOLATING: tuple[Isolating, ...] = ("bubblewrap", "namespaces")
 

@@ -19,38 +19,24 @@ import pytest
 
 from proxytune.errors import UserError
 from proxytune.sandbox import NOT_APART, Job, Limits, Program, Sandbox
-from proxytune.sandbox.root import MIB, Interpreter, closed_folder, environment
-from proxytune.sandbox.sandbox import Backend
+from proxytune.sandbox.root import MIB, environment
 from tests.support.checkout import ROOT
 from tests.support.require import require_or_skip
+from tests.support.sandboxes import SYSTEM_PYTHON, open_or_skip
 
-SYSTEM_PYTHON = "/usr/bin/python3"
 LIMITS = Limits(memory=1024 * MIB, file_bytes=4 * MIB, processes=64, tmp_bytes=32 * MIB)
-
-
-def open_or_skip(backend: Backend) -> Sandbox:
-    """The backend, or a skip with the reason. Under root, weak runs as a user who may not get at our
-    Python."""
-    python = sys.executable
-    if backend == "weak" and os.geteuid() == 0 and closed_folder(Interpreter.find(python), isolated=False):
-        python = SYSTEM_PYTHON
-    try:
-        return Sandbox.open(backend, python, workers=2).limited(LIMITS)
-    except UserError as error:
-        require_or_skip("sandbox", str(error))
-        raise
 
 
 @pytest.fixture(params=["bubblewrap", "namespaces", "weak"], scope="module")
 def box(request: pytest.FixtureRequest) -> Sandbox:
     """Each backend."""
-    return open_or_skip(request.param)
+    return open_or_skip(request.param, LIMITS)
 
 
 @pytest.fixture(params=["bubblewrap", "namespaces"], scope="module")
 def closed(request: pytest.FixtureRequest) -> Sandbox:
     """The backends that isolate."""
-    return open_or_skip(request.param)
+    return open_or_skip(request.param, LIMITS)
 
 
 OURS = f"PROXYTUNE_TEST={os.getpid()}"
