@@ -77,6 +77,7 @@ WALLS = [(backend, other) for other in (False, True) for backend in ("bubblewrap
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.xdist_group("attacks")  # one after another: what is left is found by its user, and they share it
 @pytest.mark.parametrize(("backend", "other_user"), WALLS if WHOLE else WALLS[::2])
 def test_attacks_are_contained(alone: Path, backend: str, other_user: bool) -> None:
     found = report(alone, backend, other_user)
