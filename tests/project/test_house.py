@@ -200,3 +200,10 @@ def test_the_installed_wheel_runs_the_demo_in_an_empty_folder(tmp_path: Path) ->
     tasks = json.loads(proxytune("demo", "--limit", "3", "--json"))["tasks"]
     assert set(tasks) >= {"gsm", "truthfulqa", "truthfulqa_mc"}
     assert list(empty.iterdir()) == [], "the demo writes nothing unless asked to"
+
+
+@pytest.mark.xdist_group("house")
+def test_groups_of_tests_stay_in_one_process(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist 3.8.0 says so in the name of a test, where pytest 9.2.0 has it no more (constraints.txt)."""
+    if getattr(request.config.option, "loadgroup", False):
+        assert request.node.nodeid.endswith("@house")
