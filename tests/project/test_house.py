@@ -204,6 +204,6 @@ def test_the_installed_wheel_runs_the_demo_in_an_empty_folder(tmp_path: Path) ->
 
 @pytest.mark.xdist_group("house")
 def test_groups_of_tests_stay_in_one_process(request: pytest.FixtureRequest) -> None:
-    """pytest-xdist 3.8.0 says so in the name of a test, where pytest 9.2.0 has it no more (constraints.txt)."""
+    """xdist 3.8.0 writes a group into the name of its tests; under pytest 9.2.0 that is lost."""
     if getattr(request.config.option, "loadgroup", False):
         assert request.node.nodeid.endswith("@house")
