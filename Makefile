@@ -28,6 +28,8 @@ REPORT := results/demo-report
 ALPHAS := 0:2:0.2
 LATE_SKIP := first:1,first:2,first:4,first:8,first:16,first:32
 export TOKENIZERS_PARALLELISM = false
+# where it is set, each process compiles each test anew, at each run
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 RECIPES := reproduce-table2 reproduce-table3 reproduce-table4 reproduce-table5
