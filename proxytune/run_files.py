@@ -16,6 +16,7 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -28,6 +29,9 @@ WRITER = ".writer"
 """Names the process that writes to a folder."""
 PENDING = ".new."
 """Before a name: the content that takes the place of that file once run.json says so."""
+PATIENCE = 1.0
+"""Seconds for which a locked folder is waited for: what a killed process had just started may hold its lock a
+moment longer than the process itself."""
 LONGEST_NAME = 80
 """Characters of an id that a message shows."""
 _STRAY = re.compile(r"\.(?:[a-z_]+\.jsonl?|\.writer|\.new\.[a-z]+\.jsonl)\.\d+|\.new\.[a-z]+\.jsonl")
@@ -245,17 +249,25 @@ class FolderOwner:
     """The right of this process to write to a folder, from `take` until `release`."""
 
     def __init__(self, folder: Path) -> None:
-        """Lock the folder; UserError where another process has it."""
+        """Lock the folder; UserError where another process has it, and keeps it."""
         self.folder, self._token = folder, b""
         with disk_errors_in_one_line(folder):
             self._lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        deadline = time.monotonic() + PATIENCE
+        while not self._locked():
+            if time.monotonic() > deadline:
+                os.close(self._lock)
+                raise self._taken()
+            time.sleep(0.02)
+
+    def _locked(self) -> bool:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._lock)
-            raise self._taken() from None
+            return False
         except OSError:
             pass  # a file system without locks: the token is left
+        return True
 
     def _taken(self) -> UserError:
         return UserError(

@@ -84,6 +84,27 @@ def test_without_locks_a_process_of_this_machine_is_refused_at_once(tmp_path: Pa
     assert not (tmp_path / WRITER).exists()
 
 
+def test_what_a_killed_process_had_started_is_waited_for(tmp_path: Path) -> None:
+    """A process that was begun in the middle of its work has its lock until it runs its own program."""
+    holds = (
+        "import fcntl, os, sys, time\n"
+        "lock = os.open(sys.argv[1], os.O_RDONLY)\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "if os.fork():\n"
+        "    print('locked', flush=True)\n"
+        "    time.sleep(60)\n"
+        "time.sleep(0.4)\n"
+    )
+    asked = [sys.executable, "-c", holds, str(tmp_path)]
+    with subprocess.Popen(asked, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "locked\n"
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        with RunFolder.open(tmp_path, new()) as folder:
+            folder.append(row("a"))
+    assert stored(tmp_path) == ["a"]
+
+
 def test_a_folder_that_was_moved_away_and_back_is_taken_again(tmp_path: Path) -> None:
     path = tmp_path / "run"
     with RunFolder.open(path, new()) as folder:

@@ -199,7 +199,10 @@ def test_equal_questions_are_asked_once(endpoint: Endpoint) -> None:
     assert [row["preference"] for row in found] == [2] * 6 and len(endpoint.seen) == 3
 
 
-def test_the_folder_is_locked_while_it_is_judged(endpoint: Endpoint, system: System, tmp_path: Path) -> None:
+def test_the_folder_is_locked_while_it_is_judged(
+    endpoint: Endpoint, system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxytune.run_files.PATIENCE", 0.0)
     folder = tmp_path / "run"
     evaluated(system, "alpaca_farm", data="plumbing", limit=2, out=folder, progress=False)
     refusals: list[str] = []
