@@ -206,6 +206,23 @@ def test_generate_streams_and_compares(yaml: Path) -> None:
     assert unchanged["roles"]["proxy"]["text"] == unchanged["roles"]["base"]["text"]
 
 
+def test_generate_shows_responses_by_number_whichever_ends_first(
+    yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("generate", "Ann has", "--system", yaml, "--max-new-tokens", 4, "-n", 3, "--temperature", 1)
+    shown, printed = proxytune(*common).stdout, proxytune(*common, "--json").stdout
+    stream = Decoder.stream
+
+    def last_first(self: Decoder, *args: Any, **kwargs: Any) -> Iterator[Completion]:
+        return reversed(list(stream(self, *args, **kwargs)))
+
+    monkeypatch.setattr(Decoder, "stream", last_first)
+    assert proxytune(*common).stdout == shown and shown.count("--- ") == 3
+    assert proxytune(*common, "--json").stdout == printed
+    texts = [response["text"] for response in json.loads(printed)["responses"]]
+    assert len(set(texts)) == 3 and shown.startswith(f"--- 1\n{texts[0]}\n--- 2\n{texts[1]}\n--- 3\n")
+
+
 @pytest.fixture
 def decoders(monkeypatch: pytest.MonkeyPatch) -> list[Decoder]:
     """Whatever has decoded, in order."""
